@@ -1,0 +1,273 @@
+//! The typed run config: what a user's TOML means after presets, includes and overrides.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything a run is determined by, except its data.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RunConfig {
+    /// Name of the run: letters, digits, `-` and `_`. Names the run folder unless the user gives one.
+    pub name: String,
+    /// Seed of every generator of the run.
+    pub seed: u64,
+    /// Number of data-parallel streams, a power of two, fixed for the life of the run.
+    pub lanes: u32,
+    /// Sizes of the model at the first step (an upcycling stage may change `layers`).
+    pub model: Model,
+    /// AdamW and clipping.
+    pub optimizer: Optimizer,
+    /// How the mathematics is carried out.
+    pub compute: Compute,
+    /// Tokenizer and token sources.
+    pub data: Data,
+    /// When checkpoints are taken and which are kept.
+    pub checkpoint: Checkpoint,
+    /// The recipe, in order.
+    pub stages: Vec<Stage>,
+}
+
+/// Sizes of a LoopLM (LOOPLM §1): L, D, H, key/value heads, F, V.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Model {
+    /// Layers in the shared stack (L).
+    pub layers: u32,
+    /// Hidden size (D), a multiple of `2 * heads`.
+    pub hidden: u32,
+    /// Attention heads (H).
+    pub heads: u32,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: u32,
+    /// Feed-forward size (F).
+    pub ffn: u32,
+    /// Vocabulary size (V).
+    pub vocab: u32,
+    /// ε of every RMSNorm.
+    pub rms_eps: f64,
+    /// Standard deviation of the initial matrices.
+    pub init_std: f64,
+}
+
+/// AdamW with decoupled weight decay on matrices, and the global gradient clip.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Optimizer {
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay, on matrices only.
+    pub weight_decay: f64,
+    /// Largest global gradient norm; gradients above it are scaled down to it.
+    pub clip: f64,
+}
+
+/// Number format of the matrix multiplications; weights, moments, gradients, norms and losses are fp32 in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dtype {
+    /// 32-bit floats throughout.
+    Fp32,
+    /// bfloat16 matrices.
+    Bf16,
+}
+
+/// What the forward keeps for the backward. The bits of the result do not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recompute {
+    /// Every activation of every loop step.
+    None,
+    /// The input of every layer at every loop step (L·T hidden states); a layer is recomputed in its backward.
+    Layer,
+    /// The input of every loop step (T hidden states); the stack is recomputed loop step by loop step.
+    Loop,
+}
+
+/// How the mathematics is carried out on a device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Compute {
+    /// Format of the matrices.
+    pub dtype: Dtype,
+    /// What the forward keeps.
+    pub recompute: Recompute,
+    /// Tokens that go through lm_head and cross-entropy at a time, for all loop steps together.
+    pub loss_chunk_tokens: u32,
+    /// CPU threads of LibTorch; absent = all cores. The bits do not depend on it.
+    pub threads: Option<u32>,
+}
+
+/// Tokenizer and token sources.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Data {
+    /// Path or URL of a Hugging Face `tokenizer.json`, for samples of text; absent for sets without text.
+    pub tokenizer: Option<String>,
+    /// Named sources that a stage's mixture weighs.
+    pub sources: BTreeMap<String, Source>,
+    /// What a row group that cannot be read does.
+    pub on_corrupt: OnCorrupt,
+    /// Bound on decoded tokens waiting in memory, bytes, over all lanes.
+    pub prefetch_bytes: u64,
+}
+
+/// One token source: a folder (or bucket prefix) of tokenized Parquet shards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// `file:///…`, `s3://…` or a path; a relative path in a file is relative to that file.
+    pub url: String,
+}
+
+/// What a row group that cannot be read does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnCorrupt {
+    /// Stop the run with an error that names it.
+    Fail,
+    /// Leave it out, count it, and say so in the log.
+    Skip,
+}
+
+/// When checkpoints are taken and which are kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Steps between checkpoints; stage ends and the last step always get one.
+    pub every_steps: u64,
+    /// The newest so many are kept (at least 2).
+    pub keep_last: u32,
+    /// Every checkpoint whose step is a multiple of this is kept; absent = none for that reason.
+    pub keep_every_steps: Option<u64>,
+    /// Keep the checkpoint at the end of each stage.
+    pub keep_stage_ends: bool,
+    /// Aimed size of a part, bytes (a part is a whole number of blocks).
+    pub part_bytes: u64,
+}
+
+/// One row of the recipe.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Stage {
+    /// Name, unique in the run.
+    pub name: String,
+    /// Tokens to train on; rounded up to whole batches.
+    pub tokens: u64,
+    /// Sequence length (S), tokens.
+    pub sequence: u32,
+    /// Global batch, tokens.
+    pub batch: Batch,
+    /// Sequences that one forward and backward takes.
+    pub micro_batch: u32,
+    /// Learning rate over the stage.
+    pub lr: LrCurve,
+    /// Loop steps (T).
+    pub loops: u32,
+    /// Weight of the entropy of the exit distribution (β).
+    pub beta: f64,
+    /// Base of the rotary angles.
+    pub rope_base: f64,
+    /// Weight of each source, by tokens; any positive scale.
+    pub mixture: BTreeMap<String, f64>,
+    /// Which tokens a token attends to.
+    pub mask: Mask,
+    /// Which parameters move.
+    pub trains: Trains,
+    /// The objective.
+    pub loss: Loss,
+    /// Start the stage with moments and their step count at zero.
+    pub reset_optimizer: bool,
+    /// Duplicate the layer stack before the first step of the stage.
+    pub upcycle: Option<Upcycle>,
+}
+
+/// Tokens of one global batch: constant, or rising linearly over the first tokens of the stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Batch {
+    /// Tokens of a batch after the ramp.
+    pub tokens: u64,
+    /// The ramp, if any.
+    pub ramp: Option<Ramp>,
+}
+
+/// A batch ramp: from `from` tokens, in equal plateaus of one quantum (lanes × sequence × micro_batch) each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Ramp {
+    /// Tokens of the first batch.
+    pub from: u64,
+    /// Tokens of the stage over which the batch rises.
+    pub over: u64,
+}
+
+/// Learning rate over a stage, as a function of the share `f` in (0, 1] of the stage's tokens that are done when the
+/// step is applied: the last step has exactly `to`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(tag = "curve", rename_all = "kebab-case")]
+pub enum LrCurve {
+    /// `lr` throughout.
+    Constant {
+        /// The learning rate.
+        lr: f64,
+    },
+    /// `from + (to − from)·f`.
+    Linear {
+        /// At the start of the stage.
+        from: f64,
+        /// At its last step.
+        to: f64,
+    },
+    /// `to + (from − to)·(1 + cos πf)/2`.
+    Cosine {
+        /// At the start of the stage.
+        from: f64,
+        /// At its last step.
+        to: f64,
+    },
+    /// Linear 0 → `peak` over the first `warmup` share, `peak`, then linear to `to` over the last `decay` share.
+    Wsd {
+        /// The plateau.
+        peak: f64,
+        /// At the last step.
+        to: f64,
+        /// Share of the stage that warms up, 0 ..= 1.
+        warmup: f64,
+        /// Share of the stage that decays, 0 ..= 1 − warmup.
+        decay: f64,
+    },
+}
+
+/// Which tokens a token attends to, besides the causal order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mask {
+    /// Its own document only; positions restart at each document.
+    Document,
+    /// The whole sequence before it.
+    Causal,
+}
+
+/// Which parameters a stage moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trains {
+    /// All of them.
+    All,
+    /// The exit gate only.
+    Gate,
+}
+
+/// The objective of a stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// Gate-weighted cross-entropy of all loop steps with the entropy term (LOOPLM §2).
+    Loop,
+    /// Adaptive gate training (LOOPLM §3).
+    Gate,
+    /// Cross-entropy of the last loop step on answer tokens (LOOPLM §4).
+    Sft,
+}
+
+/// Duplicate the layer stack: layer `l` of the new stack is layer `l mod old` (LOOPLM §5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upcycle {
+    /// Layers after it; a multiple of the layers before.
+    pub layers: u32,
+}

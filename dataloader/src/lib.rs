@@ -1,0 +1,1 @@
+//! Tokenized Parquet in, packed token batches out. Knows nothing of models or rings.

@@ -1,0 +1,1 @@
+//! Model, objective, optimizer and step loop.
