@@ -1,0 +1,137 @@
+//! Checkpoints: parts cut by block, and the manifest whose creation makes a checkpoint exist.
+//!
+//! ```text
+//! checkpoints/0000001200/part-00000.safetensors    weights, exp_avg, exp_avg_sq of blocks a..b, each [n] F32
+//! checkpoints/0000001200/manifest.json             created last, with put-if-absent
+//! ```
+//!
+//! Parts are cut by block, not by worker or tensor, so that any number of workers can write and load them. What is
+//! not there: a schedule position (it is the step), generator states (they are counters that follow from the step
+//! and the cursors), anything that depends on who trained.
+
+mod compare;
+mod load;
+mod retention;
+mod save;
+
+pub use compare::{BlockDifference, Comparison, compare};
+pub use load::{Loaded, load, read_manifest, steps, verify};
+pub use retention::superseded;
+pub use save::{Snapshot, save};
+
+use std::ops::Range;
+
+use anello_dataloader::Cursor;
+use serde::{Deserialize, Serialize};
+
+use crate::environment::Environment;
+use crate::params::BLOCK;
+
+/// Version of the format that this build writes, and the newest that it reads.
+pub const FORMAT: u32 = 1;
+
+/// The three flat buffers of a part, in this order.
+pub(crate) const BUFFERS: [&str; 3] = ["weights", "exp_avg", "exp_avg_sq"];
+
+/// What a checkpoint is: everything needed to go on, and the digests to know that it is whole.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the format.
+    pub format: u32,
+    /// Steps applied or skipped: the number of the next step.
+    pub step: u64,
+    /// Name of the stage of the last step.
+    pub stage: String,
+    /// True when the last step was the last of its stage.
+    pub stage_end: bool,
+    /// Tokens trained on.
+    pub tokens: u64,
+    /// Updates applied since the moments were last zero.
+    pub updates: u64,
+    /// Layers in the stack.
+    pub layers: u32,
+    /// Elements of a block.
+    pub block: u64,
+    /// Elements of each flat buffer.
+    pub elements: u64,
+    /// Digest of the config's mathematics.
+    pub config: String,
+    /// Digest of the index of each source, by name.
+    pub data: std::collections::BTreeMap<String, String>,
+    /// Where each lane is in its data.
+    pub cursors: Vec<Cursor>,
+    /// Where it was written.
+    pub environment: Environment,
+    /// The parts, in the order of their blocks.
+    pub parts: Vec<Part>,
+    /// Digest of the weights: of the block digests below. Two runs are equal when these are.
+    pub weights: String,
+    /// BLAKE3 of each block of each buffer.
+    pub blocks: BlockDigests,
+}
+
+/// One part of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Object name beside the manifest.
+    pub name: String,
+    /// First block.
+    pub first_block: u64,
+    /// Number of blocks.
+    pub blocks: u64,
+    /// Size of the object, bytes.
+    pub bytes: u64,
+    /// BLAKE3 of the object.
+    pub blake3: String,
+}
+
+impl Part {
+    fn range(&self) -> Range<usize> {
+        self.first_block as usize..(self.first_block + self.blocks) as usize
+    }
+}
+
+/// BLAKE3 of every block, hex.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockDigests {
+    /// Of the weights.
+    pub weights: Vec<String>,
+    /// Of the first moments.
+    pub exp_avg: Vec<String>,
+    /// Of the second moments.
+    pub exp_avg_sq: Vec<String>,
+}
+
+impl BlockDigests {
+    pub(crate) fn of(&self, buffer: usize) -> &[String] {
+        [&self.weights, &self.exp_avg, &self.exp_avg_sq][buffer]
+    }
+
+    pub(crate) fn of_mut(&mut self, buffer: usize) -> &mut Vec<String> {
+        [&mut self.weights, &mut self.exp_avg, &mut self.exp_avg_sq][buffer]
+    }
+}
+
+/// Digest of a whole buffer: BLAKE3 of its block digests.
+pub fn digest_of_blocks(blocks: &[String]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    blocks.iter().for_each(|digest| {
+        hasher.update(digest.as_bytes());
+    });
+    hasher.finalize().to_hex().to_string()
+}
+
+/// Folder of the checkpoint after `step` steps.
+pub fn folder(step: u64) -> String {
+    format!("checkpoints/{step:010}")
+}
+
+fn manifest_path(step: u64) -> String {
+    format!("{}/manifest.json", folder(step))
+}
+
+/// Bytes of a block of fp32.
+const BLOCK_BYTES: usize = BLOCK * 4;
+
+#[cfg(test)]
+mod tests;

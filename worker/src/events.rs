@@ -1,0 +1,171 @@
+//! The event log of a run: numbered records, created and never changed.
+//!
+//! A record is an object `events/N.json` made by put-if-absent: two processes that train the same run cannot both
+//! write N, so the one that comes second learns that it is not alone and leaves.
+
+use serde::{Deserialize, Serialize};
+
+use crate::environment::Environment;
+use crate::error::{Error, Result};
+use crate::store::RunStore;
+
+/// Something that happened in a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Event {
+    /// A process took the run up.
+    Started {
+        /// Steps already applied.
+        step: u64,
+        /// Where it runs.
+        environment: Environment,
+        /// Keys of the config that were changed and allowed with `--allow`: (key, before, now).
+        changed: Vec<(String, String, String)>,
+    },
+    /// A checkpoint that could not be used was passed over.
+    PassedOver {
+        /// Its step.
+        step: u64,
+        /// Why.
+        reason: String,
+    },
+    /// The first step of a stage begins.
+    Stage {
+        /// Steps applied before.
+        step: u64,
+        /// Its name.
+        stage: String,
+    },
+    /// A step whose gradient or loss was not finite was not applied.
+    Skipped {
+        /// The step (steps applied or skipped before it).
+        step: u64,
+        /// Its loss, as text since it may be NaN.
+        loss: String,
+    },
+    /// A lane began a source anew.
+    Epoch {
+        /// The step.
+        step: u64,
+        /// The source.
+        source: String,
+        /// The epoch that began, from 0.
+        epoch: u64,
+    },
+    /// A row group that could not be read was left out.
+    SkippedData {
+        /// The step.
+        step: u64,
+        /// The lane.
+        lane: u32,
+        /// Row groups left out in this step.
+        row_groups: u64,
+    },
+    /// A checkpoint is complete.
+    Checkpoint {
+        /// Steps applied.
+        step: u64,
+        /// Digest of the weights.
+        weights: String,
+    },
+    /// A checkpoint could not be written; the run goes on.
+    CheckpointFailed {
+        /// Steps applied.
+        step: u64,
+        /// The cause.
+        cause: String,
+    },
+    /// The process left before the end of the run.
+    Stopped {
+        /// Steps applied.
+        step: u64,
+    },
+    /// The run is complete.
+    Finished {
+        /// Steps applied.
+        step: u64,
+        /// Digest of the weights.
+        weights: String,
+    },
+}
+
+/// A record of the log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Number, from 1 without gaps.
+    pub number: u64,
+    /// When, milliseconds since 1970: for people, nothing is decided by it.
+    pub unix_ms: u64,
+    /// What.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// The writing end of the log: one for each process that trains.
+#[derive(Debug)]
+pub struct EventLog {
+    store: RunStore,
+    next: u64,
+}
+
+fn path_of(number: u64) -> String {
+    format!("events/{number:08}.json")
+}
+
+impl EventLog {
+    /// The log of `store`, positioned after its last record.
+    pub fn open(store: &RunStore) -> Result<Self> {
+        let next = store.list("events")?.iter().filter_map(|path| number_of(path)).max().unwrap_or(0) + 1;
+        Ok(Self { store: store.clone(), next })
+    }
+
+    /// Appends a record. [`Error::Fenced`] when another process has written it.
+    pub fn append(&mut self, event: Event) -> Result<Record> {
+        #[expect(clippy::disallowed_methods, reason = "the time of a record is for people; nothing reads it back")]
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let unix_ms = now.map_or(0, |since| since.as_millis() as u64);
+        let record = Record { number: self.next, unix_ms, event };
+        let path = path_of(self.next);
+        let bytes = serde_json::to_vec(&record).expect("a record has no map with keys that are not strings");
+        if !self.store.create(&path, bytes)? {
+            return Err(Error::Fenced { what: format!("{}/{path}", self.store.place()) });
+        }
+        self.next += 1;
+        Ok(record)
+    }
+}
+
+/// All records of a run, in order.
+pub fn read(store: &RunStore) -> Result<Vec<Record>> {
+    let mut records = Vec::new();
+    for path in store.list("events")?.iter().filter(|path| number_of(path).is_some()) {
+        let Some(bytes) = store.get(path)? else { continue };
+        let record = serde_json::from_slice(&bytes).map_err(|cause| {
+            Error::malformed(format!("{}/{path}", store.place()), cause, "restore it, or use a build that wrote it")
+        })?;
+        records.push(record);
+    }
+    Ok(records)
+}
+
+fn number_of(path: &str) -> Option<u64> {
+    path.strip_prefix("events/")?.strip_suffix(".json")?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_writer_is_fenced_and_nothing_is_overwritten() {
+        let store = RunStore::memory().unwrap();
+        let (mut first, mut second) = (EventLog::open(&store).unwrap(), EventLog::open(&store).unwrap());
+        first.append(Event::Stopped { step: 1 }).unwrap();
+        let refused = second.append(Event::Stopped { step: 2 });
+        assert!(matches!(refused, Err(Error::Fenced { .. })), "{refused:?}");
+        let again = EventLog::open(&store).unwrap().append(Event::Stopped { step: 3 }).unwrap();
+        assert_eq!(again.number, 2);
+        let steps: Vec<_> = read(&store).unwrap().into_iter().map(|r| (r.number, r.event)).collect();
+        assert_eq!(steps, [(1, Event::Stopped { step: 1 }), (2, Event::Stopped { step: 3 })]);
+    }
+}

@@ -1,0 +1,287 @@
+//! The looped language model (LOOPLM §1): one shared stack of layers applied T times.
+//!
+//! Shape suffixes: `b` sequences of the micro-batch, `s` sequence length, `n` = b·s tokens, `d` hidden, `h` heads,
+//! `g` key/value heads, `k` head size, `f` feed-forward size, `v` vocabulary, `t` loop steps.
+//!
+//! The weights are leaves that share storage with the flat fp32 buffer of [`crate::params`]. Nothing here keeps a
+//! graph for longer than one segment (one layer at one loop step): see [`crate::tape`].
+
+use anello_configs::{Dtype, Mask, Model as Sizes};
+use anello_dataloader::MicroBatch;
+use tch::{Device, Kind, Tensor};
+
+use crate::params::{Layout, NORMS};
+
+/// A weight: a leaf of the graph over a range of the flat buffer.
+#[derive(Debug)]
+pub struct Leaf {
+    /// The values, shaped; requires a gradient.
+    pub value: Tensor,
+    offset: i64,
+    len: i64,
+}
+
+impl Leaf {
+    /// A leaf over the entries `first ..= last` of the layout, which lie side by side, seen as `shape`.
+    fn new(layout: &Layout, flat: &Tensor, first: &str, last: &str, shape: &[i64]) -> Self {
+        let first = layout.find(first).expect("the layout has every part of the model");
+        let last = layout.find(last).expect("the layout has every part of the model");
+        let (offset, len) = (first.offset as i64, (last.range().end - first.offset) as i64);
+        let value = flat.narrow(0, offset, len).view(shape).detach().set_requires_grad(true);
+        Self { value, offset, len }
+    }
+
+    /// Adds `gradient` to this weight's place in the flat gradient buffer.
+    pub fn accumulate(&self, flat_gradient: &Tensor, gradient: &Tensor) {
+        let _ = flat_gradient.narrow(0, self.offset, self.len).g_add_(&gradient.reshape([-1]));
+    }
+}
+
+/// Weights of one layer.
+#[derive(Debug)]
+pub struct Layer {
+    norms: [Leaf; 4],
+    qkv: Leaf,
+    out: Leaf,
+    gate_up: Leaf,
+    down: Leaf,
+}
+
+impl Layer {
+    /// Every weight of the layer.
+    pub fn leaves(&self) -> [&Leaf; 8] {
+        let [n1, n2, n3, n4] = &self.norms;
+        [n1, &self.qkv, &self.out, n2, n3, &self.gate_up, &self.down, n4]
+    }
+}
+
+/// The model: views into a flat parameter buffer, and the forward of its parts.
+#[derive(Debug)]
+pub struct Model {
+    sizes: Sizes,
+    kind: Kind,
+    /// `embed_tokens`, `[v, d]`.
+    pub embed: Leaf,
+    /// The shared stack.
+    pub layers: Vec<Layer>,
+    /// The norm at the end of every loop step, `[d]`.
+    pub final_norm: Leaf,
+    /// Weights of the exit gate, `[1, d]`.
+    pub gate_weight: Leaf,
+    /// Bias of the exit gate, `[1]`.
+    pub gate_bias: Leaf,
+    /// `lm_head`, `[v, d]`.
+    pub lm_head: Leaf,
+}
+
+impl Model {
+    /// The model of `sizes` over `flat`, which has `layout`; matrices multiply in `dtype`.
+    pub fn new(sizes: &Sizes, dtype: Dtype, layout: &Layout, flat: &Tensor) -> Self {
+        let (d, f, v) = (i64::from(sizes.hidden), i64::from(sizes.ffn), i64::from(sizes.vocab));
+        let kv = d / i64::from(sizes.heads) * i64::from(sizes.kv_heads);
+        let one = |name: &str, shape: &[i64]| Leaf::new(layout, flat, name, name, shape);
+        let layers = (0..layout.layers())
+            .map(|l| {
+                let name = |part: &str| format!("model.layers.{l}.{part}.weight");
+                let span = |first: &str, last: &str, shape: &[i64]| {
+                    Leaf::new(layout, flat, &name(first), &name(last), shape)
+                };
+                Layer {
+                    norms: NORMS.map(|norm| span(norm, norm, &[d])),
+                    qkv: span("self_attn.q_proj", "self_attn.v_proj", &[d + 2 * kv, d]),
+                    out: span("self_attn.o_proj", "self_attn.o_proj", &[d, d]),
+                    gate_up: span("mlp.gate_proj", "mlp.up_proj", &[2 * f, d]),
+                    down: span("mlp.down_proj", "mlp.down_proj", &[d, f]),
+                }
+            })
+            .collect();
+        Self {
+            sizes: sizes.clone(),
+            kind: kind_of(dtype),
+            embed: one("model.embed_tokens.weight", &[v, d]),
+            layers,
+            final_norm: one("model.norm.weight", &[d]),
+            gate_weight: one("model.early_exit_gate.weight", &[1, d]),
+            gate_bias: one("model.early_exit_gate.bias", &[1]),
+            lm_head: one("lm_head.weight", &[v, d]),
+        }
+    }
+
+    /// Format of the matrices.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Hidden states before the first loop step, `[n, d]`.
+    pub fn embed_nd(&self, ids_n: &Tensor) -> Tensor {
+        self.embed.value.index_select(0, ids_n).to_kind(self.kind)
+    }
+
+    /// One layer at one loop step, `[n, d] -> [n, d]`; the last layer of the stack includes the final norm.
+    pub fn layer_nd(&self, index: usize, h_nd: &Tensor, context: &Context) -> Tensor {
+        let layer = &self.layers[index];
+        let [norm1, norm2, norm3, norm4] = &layer.norms;
+        let attended_nd = self.attention_nd(layer, &self.norm(h_nd, norm1), context);
+        let h_nd = h_nd + self.norm(&attended_nd, norm2);
+        let fed_nd = self.mlp_nd(layer, &self.norm(&h_nd, norm3));
+        let h_nd = h_nd + self.norm(&fed_nd, norm4);
+        if index + 1 == self.layers.len() { self.norm(&h_nd, &self.final_norm) } else { h_nd }
+    }
+
+    /// RMSNorm with fp32 statistics, from primitives: the native backward sums per thread.
+    fn norm(&self, x: &Tensor, weight: &Leaf) -> Tensor {
+        let x32 = x.to_kind(Kind::Float);
+        let mean_square = x32.square().mean_dim(-1i64, true, Kind::Float);
+        (x32 * (mean_square + self.sizes.rms_eps).rsqrt() * &weight.value).to_kind(self.kind)
+    }
+
+    fn attention_nd(&self, layer: &Layer, x_nd: &Tensor, context: &Context) -> Tensor {
+        let (heads, kv_heads) = (i64::from(self.sizes.heads), i64::from(self.sizes.kv_heads));
+        let k = i64::from(self.sizes.hidden) / heads;
+        let n = x_nd.size()[0];
+        // [n, d] x [d, (h + 2g)·k] -> [n, h + 2g, k]
+        let qkv = x_nd.matmul(&layer.qkv.value.to_kind(self.kind).tr()).view([n, heads + 2 * kv_heads, k]);
+        let parts = qkv.split_with_sizes([heads + kv_heads, kv_heads], 1);
+        let rotated = context.rotate(&parts[0]).split_with_sizes([heads, kv_heads], 1);
+        let spread = |x_ngk: &Tensor| match heads / kv_heads {
+            1 => x_ngk.shallow_clone(),
+            group => x_ngk.repeat_interleave_self_int(group, 1, heads),
+        };
+        let (q_nhk, k_nhk, v_nhk) = (&rotated[0], spread(&rotated[1]), spread(&parts[1]));
+        let mixed_nd = context.attend(q_nhk, &k_nhk, &v_nhk).reshape([n, heads * k]);
+        mixed_nd.matmul(&layer.out.value.to_kind(self.kind).tr())
+    }
+
+    fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor) -> Tensor {
+        let gate_up = x_nd.matmul(&layer.gate_up.value.to_kind(self.kind).tr()).chunk(2, -1);
+        (gate_up[0].silu() * &gate_up[1]).matmul(&layer.down.value.to_kind(self.kind).tr())
+    }
+
+    /// Logits of hidden states, `[.., d] -> [.., v]`, fp32.
+    pub fn logits(&self, h: &Tensor) -> Tensor {
+        h.matmul(&self.lm_head.value.to_kind(self.kind).tr()).to_kind(Kind::Float)
+    }
+
+    /// Logits of the exit gate, `[.., d] -> [..]`, fp32: λ is their sigmoid.
+    pub fn gate_logits(&self, h: &Tensor) -> Tensor {
+        h.to_kind(Kind::Float).matmul(&self.gate_weight.value.tr()).squeeze_dim(-1) + &self.gate_bias.value
+    }
+}
+
+fn kind_of(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::Fp32 => Kind::Float,
+        Dtype::Bf16 => Kind::BFloat16,
+    }
+}
+
+/// cos and sin of the rotary angles by position, `[positions, k/2]`: a function of base, head size and length.
+///
+/// Angles are fp32 products; the functions are `libm`'s, so that the table is the same on every machine.
+#[derive(Debug)]
+pub struct Rotary {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rotary {
+    /// The table for positions `0..length`.
+    pub fn new(base: f64, head_size: i64, length: i64, device: Device) -> Self {
+        let half = head_size / 2;
+        let frequencies: Vec<f32> =
+            (0..half).map(|i| libm::pow(base, -2.0 * i as f64 / head_size as f64) as f32).collect();
+        let angles = (0..length).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
+        let (sin, cos): (Vec<f32>, Vec<f32>) =
+            angles.map(libm::sincos).map(|(s, c)| (s as f32, c as f32)).unzip();
+        let shaped = |values: &[f32]| Tensor::from_slice(values).view([length, half]).to_device(device);
+        Self { cos: shaped(&cos), sin: shaped(&sin) }
+    }
+}
+
+/// How attention keeps documents apart. The bits of a result depend on which form is taken, and the form on the
+/// micro-batch alone.
+#[derive(Debug)]
+enum Apart {
+    /// One causal call for each segment of these lengths: no work across documents.
+    Segments(Vec<i64>),
+    /// One call a micro-batch with a dense mask `[b, 1, s, s]`: many short documents.
+    Dense { mask: Tensor, sequences: i64 },
+}
+
+/// What the layers need to know of a micro-batch.
+#[derive(Debug)]
+pub struct Context {
+    cos_n1k: Tensor,
+    sin_n1k: Tensor,
+    apart: Apart,
+}
+
+impl Context {
+    /// Mean segment length, tokens, below which a dense mask is cheaper than a call for each segment.
+    const SHORT_SEGMENT: usize = 48;
+    /// Longest sequence for which a dense mask is made, tokens.
+    const DENSE_LENGTH_MAX: usize = 4096;
+
+    /// The context of `batch`; `mask` says what its segments are.
+    pub fn new(batch: &MicroBatch, rotary: &Rotary, kind: Kind, mask: Mask) -> Self {
+        let device = rotary.cos.device();
+        let positions_n = Tensor::from_slice(&batch.positions).to_device(device);
+        let pick = |table: &Tensor| table.index_select(0, &positions_n).unsqueeze(1).to_kind(kind);
+        let tokens = batch.sequences * batch.length;
+        let short = batch.segment_starts.len() * Self::SHORT_SEGMENT > tokens;
+        let apart = if mask == Mask::Document && short && batch.length <= Self::DENSE_LENGTH_MAX {
+            Apart::Dense { mask: dense_mask(batch, device), sequences: batch.sequences as i64 }
+        } else {
+            let ends = batch.segment_starts.iter().skip(1).copied().chain([tokens as u32]);
+            Apart::Segments(batch.segment_starts.iter().zip(ends).map(|(a, b)| i64::from(b - a)).collect())
+        };
+        Self { cos_n1k: pick(&rotary.cos), sin_n1k: pick(&rotary.sin), apart }
+    }
+
+    /// RoPE in the rotate-half form: `[n, heads, k] -> [n, heads, k]`.
+    fn rotate(&self, x: &Tensor) -> Tensor {
+        let halves = x.chunk(2, -1);
+        let (x1, x2) = (&halves[0], &halves[1]);
+        let (cos, sin) = (&self.cos_n1k, &self.sin_n1k);
+        Tensor::cat(&[x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+    }
+
+    /// Causal attention within segments, `[n, h, k] -> [n, h, k]`.
+    fn attend(&self, q_nhk: &Tensor, k_nhk: &Tensor, v_nhk: &Tensor) -> Tensor {
+        match &self.apart {
+            Apart::Segments(lengths) => {
+                // A split's backward is one concatenation; a slice's would be a full tensor of zeros each.
+                let split = |x: &Tensor| x.transpose(0, 1).unsqueeze(0).split_with_sizes(lengths.as_slice(), 2);
+                let (qs, ks, vs) = (split(q_nhk), split(k_nhk), split(v_nhk));
+                let mixed: Vec<Tensor> = qs
+                    .iter()
+                    .zip(ks.iter().zip(&vs))
+                    .map(|(q, (k, v))| attention(q, k, v, None, true))
+                    .collect();
+                Tensor::cat(&mixed, 2).squeeze_dim(0).transpose(0, 1)
+            }
+            Apart::Dense { mask, sequences } => {
+                let [n, h, k] = q_nhk.size()[..] else { unreachable!("queries are [n, h, k]") };
+                let rows = |x: &Tensor| x.view([*sequences, n / sequences, h, k]).transpose(1, 2);
+                let mixed = attention(&rows(q_nhk), &rows(k_nhk), &rows(v_nhk), Some(mask), false);
+                mixed.transpose(1, 2).reshape([n, h, k])
+            }
+        }
+    }
+}
+
+fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+    Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None::<f64>, false)
+}
+
+/// True where row may attend to column, `[b, 1, s, s]`: same segment, and not later.
+fn dense_mask(batch: &MicroBatch, device: Device) -> Tensor {
+    let mut segment = vec![0i32; batch.sequences * batch.length];
+    for &start in batch.segment_starts.iter().filter(|&&start| start > 0) {
+        segment[start as usize] = 1;
+    }
+    let (b, s) = (batch.sequences as i64, batch.length as i64);
+    let segment_bs = Tensor::from_slice(&segment).to_device(device).cumsum(0, Kind::Int).view([b, s]);
+    let same = segment_bs.unsqueeze(2).eq_tensor(&segment_bs.unsqueeze(1));
+    same.tril(0).unsqueeze(1)
+}

@@ -1,0 +1,164 @@
+//! The objective of pretraining (LOOPLM §2) and its backward, a chunk of tokens at a time.
+//!
+//! ```text
+//! p(t) = λ(t)·S(t−1) for t < T,  p(T) = S(T−1),  S(t) = Π_{j<=t} (1 − λ(j)),  λ = sigmoid(gate(h(t)))
+//! loss_i = Σ_t p_i(t)·L_i(t) − β·H(p_i),   H(p) = −Σ_t p(t)·ln p(t)
+//! ```
+//!
+//! Sums over tokens, not means: the run divides once, by the tokens of the global batch that count. The loss is the
+//! end of the graph, so a chunk is run forward and backward at once and its logits (`[t, c, v]`) are the only ones
+//! that ever exist. Shape suffixes as in [`crate::model`]; `c` is the tokens of a chunk.
+
+use anello_dataloader::IGNORE;
+use tch::{Kind, Reduction, Tensor};
+
+use crate::model::Model;
+
+/// Sums over the tokens that count, from which every logged figure of the loss follows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LossSums {
+    /// Tokens that count.
+    pub counted: u64,
+    /// Σ loss, nats.
+    pub loss: f64,
+    /// Σ L(t) for each loop step, nats.
+    pub cross_entropy: Vec<f64>,
+    /// Σ p(t) for each loop step.
+    pub exit: Vec<f64>,
+    /// Σ H(p), nats.
+    pub entropy: f64,
+}
+
+impl LossSums {
+    /// No tokens yet, `loops` loop steps.
+    pub fn zero(loops: usize) -> Self {
+        Self { counted: 0, loss: 0.0, cross_entropy: vec![0.0; loops], exit: vec![0.0; loops], entropy: 0.0 }
+    }
+
+    /// Adds `right` to `self`: the caller fixes the order.
+    pub fn add(&mut self, right: &Self) {
+        let add_all = |left: &mut [f64], right: &[f64]| left.iter_mut().zip(right).for_each(|(a, b)| *a += b);
+        self.counted += right.counted;
+        self.loss += right.loss;
+        self.entropy += right.entropy;
+        add_all(&mut self.cross_entropy, &right.cross_entropy);
+        add_all(&mut self.exit, &right.exit);
+    }
+}
+
+/// ln p(t) of the exit distribution from the gate's logits, `[t, ..] -> [t, ..]`, fp32: sums of log-sigmoids, so
+/// that no probability is ever formed as a product. The gate of the last loop step is not used.
+pub fn log_exit(gate_logits: &Tensor) -> Tensor {
+    let loops = gate_logits.size()[0];
+    if loops == 1 {
+        return gate_logits * 0.0;
+    }
+    let used = gate_logits.narrow(0, 0, loops - 1);
+    let log_survival = (-&used).log_sigmoid().cumsum(0, Kind::Float);
+    let before = Tensor::cat(&[Tensor::zeros_like(&log_survival.narrow(0, 0, 1)), log_survival], 0);
+    let log_exit_now = Tensor::cat(&[used.log_sigmoid(), Tensor::zeros_like(&before.narrow(0, 0, 1))], 0);
+    log_exit_now + before
+}
+
+/// The figures of every token of a chunk.
+#[derive(Debug)]
+pub struct TokenLosses {
+    /// L(t), `[t, c]`; 0 where there is no target.
+    pub cross_entropy_tc: Tensor,
+    /// p(t), `[t, c]`.
+    pub exit_tc: Tensor,
+    /// H(p), `[c]`.
+    pub entropy_c: Tensor,
+    /// Σ_t p(t)·L(t) − β·H(p), `[c]`.
+    pub loss_c: Tensor,
+    /// 1 where the token counts, `[c]`, fp32.
+    pub counts_c: Tensor,
+}
+
+/// The plain objective on the hidden states of some tokens.
+pub fn token_losses(model: &Model, h_tcd: &Tensor, targets_c: &Tensor, beta: f64) -> TokenLosses {
+    let [t, c, _] = h_tcd.size()[..] else { unreachable!("hidden states are [t, c, d]") };
+    let logits = model.logits(h_tcd).view([t * c, -1]);
+    let cross_entropy_tc = logits
+        .cross_entropy_loss::<Tensor>(&targets_c.repeat([t]), None, Reduction::None, IGNORE, 0.0)
+        .view([t, c]);
+    let log_exit_tc = log_exit(&model.gate_logits(h_tcd));
+    let exit_tc = log_exit_tc.exp();
+    let entropy_c = -(&exit_tc * log_exit_tc).sum_dim_intlist(0i64, false, Kind::Float);
+    let expected_c = (&exit_tc * &cross_entropy_tc).sum_dim_intlist(0i64, false, Kind::Float);
+    let loss_c = expected_c - &entropy_c * beta;
+    let counts_c = targets_c.not_equal(IGNORE).to_kind(Kind::Float);
+    TokenLosses { cross_entropy_tc, exit_tc, entropy_c, loss_c, counts_c }
+}
+
+/// Sums of the chunk, in f64. At most 8192 tokens a chunk: LibTorch then adds each sum on one thread.
+fn sums(losses: &TokenLosses, counted: u64) -> LossSums {
+    let counts = losses.counts_c.to_kind(Kind::Double);
+    let sum = |x: &Tensor| (x.to_kind(Kind::Double) * &counts).sum_dim_intlist(-1i64, false, Kind::Double);
+    let host = |x: &Tensor| {
+        let total = sum(x).reshape([-1]);
+        Vec::<f64>::try_from(&total).expect("a vector of f64 on the host or copied to it")
+    };
+    LossSums {
+        counted,
+        loss: host(&losses.loss_c)[0],
+        cross_entropy: host(&losses.cross_entropy_tc),
+        exit: host(&losses.exit_tc),
+        entropy: host(&losses.entropy_c)[0],
+    }
+}
+
+/// Loss sums of the hidden states `h(1..=T)` (each `[n, d]`), without gradients.
+pub fn evaluate(model: &Model, hidden: &[Tensor], targets_n: &Tensor, beta: f64, chunk: i64) -> LossSums {
+    let mut total = LossSums::zero(hidden.len());
+    tch::no_grad(|| {
+        for_chunks(hidden, targets_n, chunk, |h_tcd, targets_c| {
+            let losses = token_losses(model, &h_tcd, &targets_c, beta);
+            total.add(&sums(&losses, counted(&targets_c)));
+        });
+    });
+    total
+}
+
+/// Loss sums, and their gradient: that of lm_head and gate is added to the flat `gradient`, that of the hidden
+/// states is returned, `[n, d]` for each loop step.
+pub fn backward(
+    model: &Model,
+    hidden: &[Tensor],
+    targets_n: &Tensor,
+    beta: f64,
+    chunk: i64,
+    gradient: &Tensor,
+) -> (LossSums, Vec<Tensor>) {
+    let mut total = LossSums::zero(hidden.len());
+    let mut of_hidden = Vec::new();
+    let leaves = [&model.lm_head, &model.gate_weight, &model.gate_bias];
+    for_chunks(hidden, targets_n, chunk, |h_tcd, targets_c| {
+        let h_tcd = h_tcd.set_requires_grad(true);
+        let losses = token_losses(model, &h_tcd, &targets_c, beta);
+        total.add(&tch::no_grad(|| sums(&losses, counted(&targets_c))));
+        let loss = (losses.loss_c * losses.counts_c).sum(Kind::Float);
+        let inputs: Vec<&Tensor> = [&h_tcd].into_iter().chain(leaves.map(|leaf| &leaf.value)).collect();
+        let mut gradients = Tensor::run_backward(&[loss], &inputs, false, false);
+        for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
+            leaf.accumulate(gradient, &of_leaf);
+        }
+        of_hidden.append(&mut gradients);
+    });
+    (total, Tensor::cat(&of_hidden, 1).unbind(0))
+}
+
+fn counted(targets_c: &Tensor) -> u64 {
+    targets_c.not_equal(IGNORE).sum(Kind::Int64).int64_value(&[]) as u64
+}
+
+fn for_chunks(hidden: &[Tensor], targets_n: &Tensor, chunk: i64, mut body: impl FnMut(Tensor, Tensor)) {
+    let tokens = targets_n.size()[0];
+    let mut start = 0;
+    while start < tokens {
+        let len = chunk.min(tokens - start);
+        let parts: Vec<Tensor> = hidden.iter().map(|h_nd| h_nd.narrow(0, start, len)).collect();
+        body(Tensor::stack(&parts, 0), targets_n.narrow(0, start, len));
+        start += len;
+    }
+}

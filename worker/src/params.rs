@@ -1,0 +1,270 @@
+//! Parameters: one flat fp32 buffer, the names in it, and the blocks it is cut into.
+//!
+//! ```text
+//! | embed | layer 0: q k v o gate up down | layer 1 … | lm_head | pad | norms … final norm, gate w, gate b | pad |
+//! |<---------------------- decayed: whole blocks ---------------------->|<------ not decayed: whole blocks ----->|
+//! ```
+//!
+//! A block is [`BLOCK`] elements: the unit of the gradient norm, of digests, of ownership and of checkpoints. The
+//! order puts q, k, v side by side, and gate, up, so that one matrix multiplication serves each group. Names and
+//! shapes are those of the published Ouro checkpoints (LOOPLM §7).
+
+use std::ops::Range;
+
+use anello_configs::{Model, random::Stream};
+use tch::{Device, Kind, Tensor};
+
+/// Elements of a block.
+pub const BLOCK: usize = 1 << 16;
+
+/// How a tensor starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Init {
+    Normal,
+    Ones,
+    Zeros,
+}
+
+/// A named tensor's place in the flat buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Name in the published layout.
+    pub name: String,
+    /// Shape, row-major.
+    pub shape: Vec<i64>,
+    /// First element in the flat buffer.
+    pub offset: usize,
+    init: Init,
+}
+
+impl Entry {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product::<i64>() as usize
+    }
+
+    /// True for a tensor of no elements, which no layout has.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where it lies in the flat buffer.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
+}
+
+/// Where every tensor of a model lies in the flat buffer: a function of the sizes alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    entries: Vec<Entry>,
+    decayed_len: usize,
+    len: usize,
+    layers: usize,
+}
+
+impl Layout {
+    /// The layout of `model` with `layers` layers (which upcycling may have changed).
+    pub fn new(model: &Model, layers: u32) -> Self {
+        let (d, f, v) = (i64::from(model.hidden), i64::from(model.ffn), i64::from(model.vocab));
+        let kv = d / i64::from(model.heads) * i64::from(model.kv_heads);
+        let mut layout = Self { entries: Vec::new(), decayed_len: 0, len: 0, layers: layers as usize };
+        layout.push("model.embed_tokens.weight", &[v, d], Init::Normal);
+        for l in 0..layers {
+            for (part, shape) in [
+                ("self_attn.q_proj", [d, d]),
+                ("self_attn.k_proj", [kv, d]),
+                ("self_attn.v_proj", [kv, d]),
+                ("self_attn.o_proj", [d, d]),
+                ("mlp.gate_proj", [f, d]),
+                ("mlp.up_proj", [f, d]),
+                ("mlp.down_proj", [d, f]),
+            ] {
+                layout.push(&format!("model.layers.{l}.{part}.weight"), &shape, Init::Normal);
+            }
+        }
+        layout.push("lm_head.weight", &[v, d], Init::Normal);
+        layout.pad();
+        layout.decayed_len = layout.len;
+        for l in 0..layers {
+            for norm in NORMS {
+                layout.push(&format!("model.layers.{l}.{norm}.weight"), &[d], Init::Ones);
+            }
+        }
+        layout.push("model.norm.weight", &[d], Init::Ones);
+        layout.push("model.early_exit_gate.weight", &[1, d], Init::Normal);
+        layout.push("model.early_exit_gate.bias", &[1], Init::Zeros);
+        layout.pad();
+        layout
+    }
+
+    fn push(&mut self, name: &str, shape: &[i64], init: Init) {
+        let entry = Entry { name: name.to_owned(), shape: shape.to_vec(), offset: self.len, init };
+        self.len += entry.len();
+        self.entries.push(entry);
+    }
+
+    fn pad(&mut self) {
+        self.len = self.len.next_multiple_of(BLOCK);
+    }
+
+    /// Elements of the flat buffer, padding included: a whole number of blocks.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a layout of no elements, which no model has.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Number of blocks.
+    pub fn blocks(&self) -> usize {
+        self.len / BLOCK
+    }
+
+    /// Leading elements that weight decay applies to: a whole number of blocks.
+    pub fn decayed_len(&self) -> usize {
+        self.decayed_len
+    }
+
+    /// Layers in the stack.
+    pub fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// Every named tensor, in the order of the buffer.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// Parameters without padding.
+    pub fn parameters(&self) -> usize {
+        self.entries.iter().map(Entry::len).sum()
+    }
+
+    /// The entry called `name`, if there is one.
+    pub fn find(&self, name: &str) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.name == name)
+    }
+
+    /// The names whose tensors share elements with `block`.
+    pub fn names_in(&self, block: usize) -> impl Iterator<Item = &str> {
+        let (start, end) = (block * BLOCK, (block + 1) * BLOCK);
+        self.entries.iter().filter(move |e| e.offset < end && e.range().end > start).map(|e| e.name.as_str())
+    }
+
+    /// A new flat buffer with the initial weights: each a function of (seed, its name, its shape) alone.
+    ///
+    /// Matrices and the embedding are normal with `init_std`, norms one, the gate's bias zero (LOOPLM §1).
+    pub fn initial(&self, seed: u64, init_std: f64, device: Device) -> Tensor {
+        let mut values = vec![0f32; self.len];
+        for entry in &self.entries {
+            let out = &mut values[entry.range()];
+            match entry.init {
+                Init::Zeros => {}
+                Init::Ones => out.fill(1.0),
+                Init::Normal => {
+                    let stream = Stream::new(seed, &format!("init/{}", entry.name), &[]);
+                    for (index, four) in out.chunks_mut(4).enumerate() {
+                        let drawn = stream.normals_at(index as u64);
+                        for (value, normal) in four.iter_mut().zip(drawn) {
+                            *value = normal * init_std as f32;
+                        }
+                    }
+                }
+            }
+        }
+        Tensor::from_slice(&values).to_device(device)
+    }
+
+    /// A flat buffer of zeros.
+    pub fn zeros(&self, device: Device) -> Tensor {
+        Tensor::zeros([self.len as i64], (Kind::Float, device))
+    }
+
+    /// `flat` of layout `from` (fewer layers) spread over this layout: layer `l` is a copy of layer `l mod L_from`
+    /// (LOOPLM §5, upcycling). Works for weights and for moments.
+    pub fn upcycled(&self, from: &Layout, flat: &Tensor) -> Tensor {
+        let out = self.zeros(flat.device());
+        for entry in &self.entries {
+            let source = match layer_of(&entry.name) {
+                Some((layer, rest)) => format!("model.layers.{}.{rest}", layer % from.layers),
+                None => entry.name.clone(),
+            };
+            let source = from.find(&source).expect("both layouts have the same parts");
+            let values = flat.narrow(0, source.offset as i64, source.len() as i64);
+            out.narrow(0, entry.offset as i64, entry.len() as i64).copy_(&values);
+        }
+        out
+    }
+}
+
+/// The four norms of a layer: before and after attention, before and after the MLP.
+pub(crate) const NORMS: [&str; 4] =
+    ["input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2"];
+
+fn layer_of(name: &str) -> Option<(usize, &str)> {
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    Some((layer.parse().ok()?, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> Model {
+        Model { layers: 2, hidden: 64, heads: 4, kv_heads: 2, ffn: 96, vocab: 200, rms_eps: 1e-6, init_std: 0.02 }
+    }
+
+    #[test]
+    fn the_layout_is_dense_and_its_parts_are_whole_blocks() {
+        let layout = Layout::new(&model(), 2);
+        let mut at = 0;
+        for entry in layout.entries() {
+            if entry.offset != at {
+                assert_eq!(entry.offset, layout.decayed_len(), "a gap before {}", entry.name);
+            }
+            at = entry.range().end;
+        }
+        assert_eq!(layout.decayed_len() % BLOCK, 0);
+        assert_eq!(layout.len() % BLOCK, 0);
+        let (d, f, v, kv) = (64, 96, 200, 32);
+        let expected = 2 * (2 * d * d + 2 * kv * d + 3 * d * f + 4 * d) + 2 * v * d + d + d + 1;
+        assert_eq!(layout.parameters(), expected);
+        assert!(layout.names_in(0).any(|name| name == "model.embed_tokens.weight"));
+    }
+
+    #[test]
+    fn initial_weights_depend_on_seed_name_and_shape_alone() {
+        let (two, three) = (Layout::new(&model(), 2), Layout::new(&model(), 3));
+        let (a, b) = (two.initial(5, 0.02, Device::Cpu), three.initial(5, 0.02, Device::Cpu));
+        let take = |layout: &Layout, flat: &Tensor, name: &str| {
+            let entry = layout.find(name).unwrap();
+            flat.narrow(0, entry.offset as i64, entry.len() as i64)
+        };
+        for name in ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"] {
+            assert!(take(&two, &a, name).equal(&take(&three, &b, name)), "{name} moved with the number of layers");
+        }
+        assert!(!a.equal(&two.initial(6, 0.02, Device::Cpu)));
+        let std = take(&two, &a, "lm_head.weight").std(false).double_value(&[]);
+        assert!((std - 0.02).abs() < 0.001, "std {std}");
+        assert_eq!(take(&two, &a, "model.norm.weight").min().double_value(&[]), 1.0);
+    }
+
+    #[test]
+    fn upcycling_repeats_the_stack() {
+        let (small, large) = (Layout::new(&model(), 2), Layout::new(&model(), 6));
+        let flat = small.initial(1, 0.02, Device::Cpu);
+        let grown = large.upcycled(&small, &flat);
+        for entry in large.entries() {
+            let source = match layer_of(&entry.name) {
+                Some((layer, rest)) => format!("model.layers.{}.{rest}", layer % 2),
+                None => entry.name.clone(),
+            };
+            let source = small.find(&source).unwrap();
+            let got = grown.narrow(0, entry.offset as i64, entry.len() as i64);
+            assert!(got.equal(&flat.narrow(0, source.offset as i64, source.len() as i64)), "{}", entry.name);
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Forward through the loop, and backward segment by segment.
+//!
+//! A segment is one layer at one loop step. Each has a graph of its own, from a detached input to its output; the
+//! backward walks the segments from the last to the first, handing the gradient of an input to the segment before.
+//! What is kept between the two passes is the only difference between the modes, so their bits are the same:
+//!
+//! ```text
+//! none   graph of every segment                                   no recomputation
+//! layer  input of every segment (L·T hidden states)               one segment's graph at a time
+//! loop   input of every loop step (T hidden states)               one loop step's graphs at a time
+//! ```
+//!
+//! Gradients of the shared weights add up over loop steps in the flat fp32 buffer, last loop step first, whatever
+//! the format of the matrices.
+
+use anello_configs::Recompute;
+use tch::{Kind, Tensor};
+
+use crate::model::{Context, Model};
+
+/// What the forward kept of a segment.
+#[derive(Debug)]
+enum Kept {
+    Nothing,
+    Input(Tensor),
+    Graph(Segment),
+}
+
+/// A segment's graph: a leaf, and what follows from it.
+#[derive(Debug)]
+struct Segment {
+    input: Tensor,
+    output: Tensor,
+}
+
+/// The record of a forward pass, for one backward pass.
+#[derive(Debug)]
+pub struct Tape<'a> {
+    model: &'a Model,
+    context: &'a Context,
+    /// `[loop step][layer]`.
+    kept: Vec<Vec<Kept>>,
+}
+
+impl<'a> Tape<'a> {
+    /// Runs `loops` loop steps from `embedded` (`[n, d]`); returns h(1..=T), each `[n, d]` and detached.
+    pub fn forward(
+        model: &'a Model,
+        context: &'a Context,
+        embedded: Tensor,
+        loops: u32,
+        recompute: Recompute,
+    ) -> (Vec<Tensor>, Self) {
+        let mut tape = Self { model, context, kept: Vec::new() };
+        let mut hidden = Vec::new();
+        let mut h = embedded.detach();
+        for _ in 0..loops {
+            let mut kept = Vec::new();
+            for layer in 0..model.layers.len() {
+                match recompute {
+                    Recompute::None => {
+                        let segment = tape.run(layer, &h);
+                        h = segment.output.detach();
+                        kept.push(Kept::Graph(segment));
+                    }
+                    Recompute::Layer | Recompute::Loop => {
+                        let output = tch::no_grad(|| model.layer_nd(layer, &h, context));
+                        let keep = recompute == Recompute::Layer || layer == 0;
+                        kept.push(if keep { Kept::Input(h) } else { Kept::Nothing });
+                        h = output;
+                    }
+                }
+            }
+            tape.kept.push(kept);
+            hidden.push(h.shallow_clone());
+        }
+        (hidden, tape)
+    }
+
+    fn run(&self, layer: usize, input: &Tensor) -> Segment {
+        let input = input.detach().set_requires_grad(true);
+        let output = self.model.layer_nd(layer, &input, self.context);
+        Segment { input, output }
+    }
+
+    /// Backward from the gradients of h(1..=T): adds the gradient of the stack's weights to the flat `gradient` and
+    /// returns that of `embedded`. `done(layer)` is called when the last gradient of a layer's weights is in.
+    pub fn backward(mut self, of_hidden: Vec<Tensor>, gradient: &Tensor, mut done: impl FnMut(usize)) -> Tensor {
+        let mut upstream: Option<Tensor> = None;
+        for (loop_step, of_h) in of_hidden.into_iter().enumerate().rev() {
+            let mut g = match upstream {
+                Some(upstream) => upstream + of_h,
+                None => of_h,
+            };
+            let mut kept = self.kept.pop().expect("one record for each loop step");
+            if matches!(kept.get(1), Some(Kept::Nothing)) {
+                self.replay(&mut kept);
+            }
+            for (layer, kept) in kept.into_iter().enumerate().rev() {
+                let segment = match kept {
+                    Kept::Graph(segment) => segment,
+                    Kept::Input(input) => self.run(layer, &input),
+                    Kept::Nothing => unreachable!("a loop step's segments are replayed before they are used"),
+                };
+                g = self.segment_backward(layer, segment, &g, gradient);
+                if loop_step == 0 {
+                    done(layer);
+                }
+            }
+            upstream = Some(g);
+        }
+        upstream.expect("at least one loop step")
+    }
+
+    /// Rebuilds the graphs of a loop step from its input.
+    fn replay(&self, kept: &mut [Kept]) {
+        let Some(Kept::Input(input)) = kept.first() else { unreachable!("a loop step keeps its input") };
+        let mut h = input.detach();
+        for (layer, kept) in kept.iter_mut().enumerate() {
+            let segment = self.run(layer, &h);
+            h = segment.output.detach();
+            *kept = Kept::Graph(segment);
+        }
+    }
+
+    fn segment_backward(&self, layer: usize, segment: Segment, g: &Tensor, gradient: &Tensor) -> Tensor {
+        let leaves = self.model.layers[layer].leaves();
+        let last = (layer + 1 == self.model.layers.len()).then_some(&self.model.final_norm);
+        let leaves: Vec<_> = leaves.into_iter().chain(last).collect();
+        let inputs: Vec<&Tensor> =
+            [&segment.input].into_iter().chain(leaves.iter().map(|leaf| &leaf.value)).collect();
+        // The derivative of Σ output·g by the output is g: a vector-Jacobian product with what tch offers.
+        let product = (&segment.output * g).sum(Kind::Float);
+        let mut gradients = Tensor::run_backward(&[product], &inputs, false, false);
+        for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
+            leaf.accumulate(gradient, &of_leaf);
+        }
+        gradients.remove(0)
+    }
+}
