@@ -30,7 +30,7 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
     let mut found = Found::default();
     let mut top = Section::new(&mut found, root, Origin::Missing(config.clone()), String::new());
 
-    let name = top.name("name");
+    let name = top.run_name("name");
     let seed = top.count("seed", 0..=i64::MAX as u64, Some(1));
     let lanes = top.count("lanes", 1..=1 << 16, Some(1)) as u32;
     let model = top.section("model", model).unwrap_or_else(|| {
@@ -381,8 +381,10 @@ impl<'f, 't> Section<'f, 't> {
         .unwrap_or_default()
     }
 
-    fn name(&mut self, key: &str) -> String {
-        self.text(key, &format!("a name of {A_NAME}"), is_name)
+    /// The name of a run may hold dots as well (`ouro-1.4b`), since no key is made of it.
+    fn run_name(&mut self, key: &str) -> String {
+        let accepts = |text: &str| is_name(&text.replace('.', "-")) && !text.starts_with('.');
+        self.text(key, "a name of 1 to 64 letters, digits, `-`, `_` and `.`, not first", accepts)
     }
 
     /// A path, or a URL of a store that there is.
