@@ -1,0 +1,300 @@
+//! The metrics of a run as Parquet: one row a step, one column a loop step.
+//!
+//! Rows are written in objects `metrics/FIRST-LAST.parquet`. Everything but the `_s` columns is a function of the run
+//! alone: whoever trained, and however often it was resumed, the values are the same bits.
+
+use std::sync::Arc;
+
+use arrow::array::{Array, ArrayRef, BooleanArray, Float64Array, RecordBatch, StringArray, UInt64Array};
+use arrow::datatypes::{DataType, Field, Schema};
+use bytes::Bytes;
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+use anello_configs::StepPlan;
+
+use crate::engine::Outcome;
+use crate::error::{Error, Result};
+use crate::store::RunStore;
+
+/// What is logged of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepRecord {
+    /// The step, from 0.
+    pub step: u64,
+    /// Its stage.
+    pub stage: String,
+    /// Tokens trained on, this step included.
+    pub tokens: u64,
+    /// Tokens of the batch.
+    pub batch_tokens: u64,
+    /// Tokens of the batch that have a target: what the means below are over.
+    pub counted: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// The objective, nats a token.
+    pub loss: f64,
+    /// L(t) for t = 1..=T, nats a token.
+    pub loop_loss: Vec<f64>,
+    /// Mean p(t) for t = 1..=T.
+    pub exit: Vec<f64>,
+    /// Mean H(p), nats.
+    pub entropy: f64,
+    /// Global gradient norm before the clip.
+    pub grad_norm: f64,
+    /// False when the step was skipped because it was not finite.
+    pub applied: bool,
+    /// Wall-clock seconds of the step, and where they went.
+    pub seconds: Seconds,
+}
+
+/// Wall-clock seconds of a step. The only columns that differ between runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Seconds {
+    /// The whole step.
+    pub step: f64,
+    /// Waiting for data.
+    pub data: f64,
+    /// Forward and backward of all lanes.
+    pub compute: f64,
+    /// Norm, clip and update.
+    pub update: f64,
+    /// Waiting for the copy of a checkpoint.
+    pub checkpoint: f64,
+}
+
+impl StepRecord {
+    /// The record of a step from its plan and outcome.
+    pub fn new(plan: &StepPlan<'_>, outcome: &Outcome, seconds: Seconds) -> Self {
+        let counted = outcome.sums.counted;
+        let mean = |sum: f64| sum / counted.max(1) as f64;
+        Self {
+            step: plan.step,
+            stage: plan.stage.name.clone(),
+            tokens: plan.tokens_before + plan.batch_tokens,
+            batch_tokens: plan.batch_tokens,
+            counted,
+            lr: plan.lr,
+            loss: mean(outcome.sums.loss),
+            loop_loss: outcome.sums.cross_entropy.iter().copied().map(mean).collect(),
+            exit: outcome.sums.exit.iter().copied().map(mean).collect(),
+            entropy: mean(outcome.sums.entropy),
+            grad_norm: outcome.update.grad_norm,
+            applied: outcome.update.applied,
+            seconds,
+        }
+    }
+
+    /// Expected depth Σ t·p(t), loop steps.
+    pub fn depth(&self) -> f64 {
+        self.exit.iter().zip(1..).map(|(p, t)| p * f64::from(t)).sum()
+    }
+
+    /// KL(p ‖ uniform) = ln T − H(p), nats.
+    pub fn kl(&self) -> f64 {
+        (self.exit.len() as f64).ln() - self.entropy
+    }
+
+    /// The same with the wall-clock figures at zero: what must be equal between two runs.
+    pub fn without_seconds(&self) -> Self {
+        Self { seconds: Seconds::default(), ..self.clone() }
+    }
+}
+
+const NUMBERS: [&str; 11] = [
+    "lr", "loss", "entropy", "kl", "depth", "grad_norm", "step_s", "data_s", "compute_s", "update_s", "checkpoint_s",
+];
+
+fn numbers(record: &StepRecord) -> [f64; 11] {
+    let s = &record.seconds;
+    let (kl, depth) = (record.kl(), record.depth());
+    let of_step = [record.lr, record.loss, record.entropy, kl, depth, record.grad_norm];
+    let [lr, loss, entropy, kl, depth, norm] = of_step;
+    [lr, loss, entropy, kl, depth, norm, s.step, s.data, s.compute, s.update, s.checkpoint]
+}
+
+/// The records as one Arrow batch: the columns of a metrics object.
+pub fn to_batch(records: &[StepRecord]) -> RecordBatch {
+    let loops = records.iter().map(|r| r.loop_loss.len()).max().unwrap_or(0);
+    let mut columns: Vec<(String, ArrayRef)> = Vec::new();
+    let integer = |of: fn(&StepRecord) -> u64| -> ArrayRef {
+        Arc::new(UInt64Array::from_iter_values(records.iter().map(of)))
+    };
+    columns.push(("step".into(), integer(|r| r.step)));
+    columns.push(("stage".into(), Arc::new(StringArray::from_iter_values(records.iter().map(|r| &r.stage)))));
+    columns.push(("tokens".into(), integer(|r| r.tokens)));
+    columns.push(("batch_tokens".into(), integer(|r| r.batch_tokens)));
+    columns.push(("counted".into(), integer(|r| r.counted)));
+    let applied: Vec<bool> = records.iter().map(|r| r.applied).collect();
+    columns.push(("applied".into(), Arc::new(BooleanArray::from(applied))));
+    for (at, name) in NUMBERS.into_iter().enumerate() {
+        let values = records.iter().map(|record| numbers(record)[at]);
+        columns.push((name.into(), Arc::new(Float64Array::from_iter_values(values))));
+    }
+    for t in 0..loops {
+        let column = |of: fn(&StepRecord) -> &Vec<f64>| -> ArrayRef {
+            Arc::new(records.iter().map(|record| of(record).get(t).copied()).collect::<Float64Array>())
+        };
+        columns.push((format!("loss_{}", t + 1), column(|r| &r.loop_loss)));
+        columns.push((format!("exit_{}", t + 1), column(|r| &r.exit)));
+    }
+    let fields = columns.iter().map(|(name, array)| Field::new(name, array.data_type().clone(), true));
+    let schema = Schema::new(fields.collect::<Vec<_>>());
+    let arrays = columns.into_iter().map(|(_, array)| array).collect();
+    RecordBatch::try_new(Arc::new(schema), arrays).expect("every column has one value a record")
+}
+
+fn encode(records: &[StepRecord]) -> Vec<u8> {
+    let batch = to_batch(records);
+    let mut bytes = Vec::new();
+    let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), None).expect("a flat schema of plain types");
+    writer.write(&batch).expect("writing to memory");
+    writer.close().expect("writing to memory");
+    bytes
+}
+
+fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
+    let reader = ParquetRecordBatchReaderBuilder::try_new(bytes).and_then(|builder| builder.build());
+    let mut records = Vec::new();
+    for batch in reader.map_err(|e| e.to_string())? {
+        let batch = batch.map_err(|e| e.to_string())?;
+        let missing = |name: &str| format!("column {name} is missing or of another type");
+        let array = |name: &str| batch.column_by_name(name).ok_or_else(|| missing(name));
+        let number = |name: &str| -> std::result::Result<Float64Array, String> {
+            array(name)?.as_any().downcast_ref::<Float64Array>().cloned().ok_or_else(|| missing(name))
+        };
+        let integer = |name: &str| -> std::result::Result<UInt64Array, String> {
+            array(name)?.as_any().downcast_ref::<UInt64Array>().cloned().ok_or_else(|| missing(name))
+        };
+        let (step, tokens) = (integer("step")?, integer("tokens")?);
+        let (batch_tokens, counted) = (integer("batch_tokens")?, integer("counted")?);
+        let stage = array("stage")?.as_any().downcast_ref::<StringArray>().ok_or_else(|| missing("stage"))?;
+        let applied = array("applied")?.as_any().downcast_ref::<BooleanArray>().ok_or_else(|| missing("applied"))?;
+        let columns = NUMBERS.map(number).into_iter().collect::<std::result::Result<Vec<_>, _>>()?;
+        let per_loop = |stem: &str| -> std::result::Result<Vec<Float64Array>, String> {
+            let names = (1..).map(|t| format!("{stem}_{t}"));
+            names.take_while(|name| batch.column_by_name(name).is_some()).map(|name| number(&name)).collect()
+        };
+        let (losses, exits) = (per_loop("loss")?, per_loop("exit")?);
+        for row in 0..batch.num_rows() {
+            let of = |columns: &[Float64Array]| {
+                columns.iter().filter(|c| c.is_valid(row)).map(|c| c.value(row)).collect::<Vec<_>>()
+            };
+            let [lr, loss, entropy, _kl, _depth, grad_norm, s_step, data, compute, update, checkpoint] =
+                columns.iter().map(|c| c.value(row)).collect::<Vec<_>>()[..]
+            else {
+                return Err("the columns are incomplete".to_owned());
+            };
+            records.push(StepRecord {
+                step: step.value(row),
+                stage: stage.value(row).to_owned(),
+                tokens: tokens.value(row),
+                batch_tokens: batch_tokens.value(row),
+                counted: counted.value(row),
+                lr,
+                loss,
+                loop_loss: of(&losses),
+                exit: of(&exits),
+                entropy,
+                grad_norm,
+                applied: applied.value(row),
+                seconds: Seconds { step: s_step, data, compute, update, checkpoint },
+            });
+        }
+    }
+    Ok(records)
+}
+
+fn range_of(path: &str) -> Option<(u64, u64)> {
+    let (first, last) = path.strip_prefix("metrics/")?.strip_suffix(".parquet")?.split_once('-')?;
+    Some((first.parse().ok()?, last.parse().ok()?))
+}
+
+/// Writes records of consecutive steps as one object.
+pub fn write(store: &RunStore, records: &[StepRecord]) -> Result<()> {
+    let (Some(first), Some(last)) = (records.first(), records.last()) else { return Ok(()) };
+    store.put(&format!("metrics/{:010}-{:010}.parquet", first.step, last.step), encode(records))
+}
+
+/// All records of a run in order of their steps, each step once.
+pub fn read(store: &RunStore) -> Result<Vec<StepRecord>> {
+    let mut by_step = std::collections::BTreeMap::new();
+    for path in store.list("metrics")?.iter().filter(|path| range_of(path).is_some()) {
+        let Some(bytes) = store.get(path)? else { continue };
+        let records = decode(bytes).map_err(|cause| {
+            Error::malformed(format!("{}/{path}", store.place()), cause, "delete it; resuming writes later steps anew")
+        })?;
+        by_step.extend(records.into_iter().map(|record| (record.step, record)));
+    }
+    Ok(by_step.into_values().collect())
+}
+
+/// Removes what was logged from `step` on: a run that goes on from there logs it again.
+pub fn truncate(store: &RunStore, step: u64) -> Result<()> {
+    for path in store.list("metrics")? {
+        let Some((first, last)) = range_of(&path) else { continue };
+        if last < step {
+            continue;
+        }
+        if first < step {
+            let Some(bytes) = store.get(&path)? else { continue };
+            let what = format!("{}/{path}", store.place());
+            let mut stay = decode(bytes).map_err(|cause| Error::malformed(what, cause, "delete it, then resume"))?;
+            stay.retain(|record| record.step < step);
+            write(store, &stay)?;
+        }
+        store.delete(&path)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(step: u64, loops: usize) -> StepRecord {
+        StepRecord {
+            step,
+            stage: "stable".into(),
+            tokens: 100 * (step + 1),
+            batch_tokens: 100,
+            counted: 97,
+            lr: 1e-3 / (step + 1) as f64,
+            loss: 7.1,
+            loop_loss: (0..loops).map(|t| 7.0 - t as f64 / 7.0).collect(),
+            exit: vec![1.0 / loops as f64; loops],
+            entropy: (loops as f64).ln(),
+            grad_norm: if step == 3 { f64::NAN } else { 0.3 },
+            applied: step != 3,
+            seconds: Seconds { step: 0.5, data: 0.1, compute: 0.3, update: 0.1, checkpoint: 0.0 },
+        }
+    }
+
+    /// `Debug` text: equal values, NaN included.
+    fn shown(records: &[StepRecord]) -> String {
+        format!("{records:?}")
+    }
+
+    #[test]
+    fn records_survive_parquet_also_when_t_changes() {
+        let store = RunStore::memory().unwrap();
+        let records: Vec<StepRecord> = (0..6).map(|s| record(s, if s < 4 { 8 } else { 4 })).collect();
+        write(&store, &records[..5]).unwrap();
+        write(&store, &records[5..]).unwrap();
+        assert_eq!(shown(&read(&store).unwrap()), shown(&records));
+        assert!((records[0].depth() - 4.5).abs() < 1e-12 && records[0].kl().abs() < 1e-12);
+    }
+
+    #[test]
+    fn truncation_keeps_exactly_what_is_before_the_step() {
+        let store = RunStore::memory().unwrap();
+        let records: Vec<StepRecord> = (0..10).map(|s| record(s, 4)).collect();
+        write(&store, &records[..4]).unwrap();
+        write(&store, &records[4..8]).unwrap();
+        write(&store, &records[8..]).unwrap();
+        truncate(&store, 6).unwrap();
+        assert_eq!(shown(&read(&store).unwrap()), shown(&records[..6]));
+        truncate(&store, 4).unwrap();
+        assert_eq!(shown(&read(&store).unwrap()), shown(&records[..4]));
+    }
+}
