@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// Everything a run is determined by, except its data.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RunConfig {
-    /// Name of the run: letters, digits, `-` and `_`. Names the run folder unless the user gives one.
+    /// Name of the run: letters, digits, `-`, `_`, and `.` but not first. Names the run folder unless the user gives one.
     pub name: String,
     /// Seed of every generator of the run.
     pub seed: u64,
