@@ -1,1 +1,37 @@
 //! Tokenized Parquet in, packed token batches out. Knows nothing of models or rings.
+//!
+//! ```text
+//! pure     order   which document, when             shells   store     objects behind a URL
+//!          cursor  where a lane is                           dataset   a folder of shards: footers, row groups
+//!          pack    documents to sequences                    index     what the shards hold, stored beside them
+//!          decode  a row group's bytes to documents          loader    threads that prefetch lane steps
+//!          lane    one lane's walk
+//! ```
+//! A [`Loader`] yields what each lane trains on in each step. It is a function of (seed, sources, plan, lane, cursor)
+//! alone: which lanes are served together, how many threads there are and what was prefetched changes nothing.
+
+mod cursor;
+mod dataset;
+mod decode;
+mod error;
+mod index;
+mod lane;
+mod loader;
+mod order;
+mod pack;
+mod progress;
+mod store;
+mod write;
+
+pub use cursor::{Cursor, OpenDocument, SourceCursor};
+pub use dataset::Dataset;
+pub use decode::{Document, Documents};
+pub use error::{Error, Result};
+pub use index::{INDEX_FILE, Index, RowGroupEntry, ShardEntry};
+pub use lane::{LaneStep, SkippedRowGroup, StepData};
+pub use loader::{Loader, LoaderOptions, Plan};
+pub use order::{Draws, Order, Slot, SourceShape};
+pub use pack::{MicroBatch, Packer};
+pub use progress::{OnProgress, Progress};
+pub use store::{Object, Store};
+pub use write::{Shard, ShardFormat, ShardWriter};

@@ -1,0 +1,214 @@
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use parquet::errors::ParquetError;
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+
+use crate::decode::{Columns, Documents, Fault, decode};
+use crate::index::{Index, RowGroupEntry, ShardEntry};
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// Bytes from a file's end that nearly always hold its whole footer.
+const FOOTER_BYTES: u64 = 64 << 10;
+
+/// Footers kept in memory, about 100 KiB each.
+const FOOTERS_MAX: usize = 512;
+
+/// A source of tokens: a folder of shards and its index.
+#[derive(Debug)]
+pub struct Dataset {
+    store: Store,
+    index: Index,
+    /// (shard, row group) of every row group that has rows.
+    row_groups: Vec<(u32, u32)>,
+    footers: Mutex<BTreeMap<u32, Arc<Footer>>>,
+}
+
+impl Dataset {
+    /// Opens the folder at `url`; see [`Store::open`] and [`Index::open`].
+    pub fn open(url: &str) -> Result<Self> {
+        let store = Store::open(url)?;
+        let index = Index::open(&store)?;
+        Self::new(store, index)
+    }
+
+    /// A folder with an index that is known already.
+    pub fn new(store: Store, index: Index) -> Result<Self> {
+        let mut row_groups = Vec::new();
+        for (shard, entry) in index.shards.iter().enumerate() {
+            for (at, group) in entry.row_groups.iter().enumerate() {
+                if group.rows > 0 {
+                    row_groups.push((shard as u32, at as u32));
+                }
+            }
+        }
+        if row_groups.is_empty() {
+            return Err(Error::Index {
+                url: store.url().to_owned(),
+                detail: "its shards hold no document; take the source out of the mixture".to_owned(),
+            });
+        }
+        Ok(Self { store, index, row_groups, footers: Mutex::default() })
+    }
+
+    /// What the folder holds.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Where it is.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Row groups with documents.
+    pub fn row_groups(&self) -> u64 {
+        self.row_groups.len() as u64
+    }
+
+    /// (path of the shard, row group in it) of the `at`-th row group with documents.
+    pub fn place(&self, at: u64) -> (&str, usize) {
+        let (shard, group) = self.row_groups[at as usize];
+        (&self.index.shards[shard as usize].path, group as usize)
+    }
+
+    /// Fetches, checks and decodes the `at`-th row group with documents. Ids must be below `vocab`, if given.
+    pub fn read(&self, at: u64, vocab: Option<u32>) -> Result<Documents> {
+        let (shard, group) = self.row_groups[at as usize];
+        let entry = &self.index.shards[shard as usize];
+        let footer = self.footer(shard, entry)?;
+        footer.documents(&self.store, &entry.path, group as usize, &entry.row_groups[group as usize], vocab)
+    }
+
+    fn footer(&self, shard: u32, entry: &ShardEntry) -> Result<Arc<Footer>> {
+        let lock = || self.footers.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(footer) = lock().get(&shard) {
+            return Ok(footer.clone());
+        }
+        let footer = Arc::new(Footer::read(&self.store, &entry.path, entry.bytes)?);
+        let mut footers = lock();
+        if footers.len() >= FOOTERS_MAX {
+            footers.clear();
+        }
+        footers.insert(shard, footer.clone());
+        Ok(footer)
+    }
+}
+
+/// A shard's footer, and where in it the tokens are.
+#[derive(Debug)]
+pub(crate) struct Footer {
+    metadata: ParquetMetaData,
+    columns: Columns,
+}
+
+impl Footer {
+    pub(crate) fn read(store: &Store, path: &str, bytes: u64) -> Result<Self> {
+        let fault = |detail: String| Error::Shard { file: store.place(path), detail };
+        let mut reader = ParquetMetaDataReader::new();
+        let mut want = FOOTER_BYTES.min(bytes);
+        loop {
+            let tail = store.tail(path, want)?;
+            match reader.try_parse_sized(&tail, bytes) {
+                Ok(()) => break,
+                Err(ParquetError::NeedMoreData(more)) if more as u64 > want => want = more as u64,
+                Err(e) => {
+                    return Err(fault(format!("its Parquet footer cannot be read ({e}); restore the file")));
+                }
+            }
+        }
+        let metadata = reader.finish().map_err(|e| fault(e.to_string()))?;
+        let columns = Columns::find(metadata.file_metadata().schema_descr()).map_err(fault)?;
+        Ok(Self { metadata, columns })
+    }
+
+    /// The shard's entry in an index, with a digest of each row group if `checksums`.
+    pub(crate) fn entry(&self, store: &Store, path: &str, bytes: u64, checksums: bool) -> Result<ShardEntry> {
+        let row_groups = (0..self.metadata.num_row_groups())
+            .map(|group| {
+                Ok(RowGroupEntry {
+                    rows: u64::try_from(self.metadata.row_group(group).num_rows()).unwrap_or(0),
+                    tokens: self.columns.token_slots(&self.metadata, group),
+                    blake3: if checksums { Some(digest(&self.fetch(store, path, group)?)) } else { None },
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(ShardEntry {
+            path: path.to_owned(),
+            bytes,
+            max_id: self.columns.max_id(&self.metadata),
+            row_groups,
+        })
+    }
+
+    /// Fetches the row group, compares it with what the index says of it, and decodes it.
+    pub(crate) fn documents(
+        &self,
+        store: &Store,
+        path: &str,
+        group: usize,
+        entry: &RowGroupEntry,
+        vocab: Option<u32>,
+    ) -> Result<Documents> {
+        if group >= self.metadata.num_row_groups() {
+            return Err(self.fault(
+                store,
+                path,
+                group,
+                Fault::Corrupt("the footer does not list it".to_owned()),
+            ));
+        }
+        let chunks = self.fetch(store, path, group)?;
+        let checked = match &entry.blake3 {
+            Some(expected) if *expected != digest(&chunks) => {
+                Err(Fault::Corrupt("its checksum differs from the index's".to_owned()))
+            }
+            _ => decode(&self.columns, &self.metadata, group, &chunks),
+        };
+        let checked = checked.and_then(|documents| {
+            if documents.len() as u64 != entry.rows {
+                let (found, told) = (documents.len(), entry.rows);
+                return Err(Fault::Corrupt(format!("it has {found} rows, the index says {told}")));
+            }
+            if documents.tokens().is_empty() {
+                return Err(Fault::Corrupt("none of its documents has a token".to_owned()));
+            }
+            match vocab {
+                Some(vocab) => documents.check_vocab(vocab).map(|()| documents),
+                None => Ok(documents),
+            }
+        });
+        checked.map_err(|fault| self.fault(store, path, group, fault))
+    }
+
+    fn fetch(&self, store: &Store, path: &str, group: usize) -> Result<Vec<bytes::Bytes>> {
+        let ranges = self
+            .columns
+            .ranges(&self.metadata, group)
+            .map_err(|fault| self.fault(store, path, group, fault))?;
+        store.ranges(path, &ranges)
+    }
+
+    fn fault(&self, store: &Store, path: &str, row_group: usize, fault: Fault) -> Error {
+        let file = store.place(path);
+        match fault {
+            Fault::Row(row, detail) => Error::Row { file, row_group, row, detail },
+            Fault::Corrupt(detail) => {
+                let ranges = (row_group < self.metadata.num_row_groups())
+                    .then(|| self.columns.ranges(&self.metadata, row_group).ok())
+                    .flatten();
+                let offset = ranges.and_then(|ranges| ranges.first().map(|range| range.start)).unwrap_or(0);
+                Error::Corrupt { file, row_group, offset, detail }
+            }
+        }
+    }
+}
+
+fn digest(chunks: &[bytes::Bytes]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    chunks.iter().for_each(|chunk| {
+        hasher.update(chunk);
+    });
+    hasher.finalize().to_hex().to_string()
+}

@@ -1,0 +1,164 @@
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dataset::Footer;
+use crate::progress::{Meter, OnProgress, parallel};
+use crate::store::{Object, Store};
+use crate::{Error, Result};
+
+/// Name of the stored index, beside the shards.
+pub const INDEX_FILE: &str = "index.json";
+
+const VERSION: u32 = 1;
+
+/// What a folder of token shards holds: enough to say which document comes when without opening a shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    version: u32,
+    /// The shards, ordered by path.
+    pub shards: Vec<ShardEntry>,
+}
+
+/// One Parquet file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// Path below the folder.
+    pub path: String,
+    /// Size, bytes.
+    pub bytes: u64,
+    /// Largest token id, where the file's statistics tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_id: Option<u64>,
+    /// Its row groups in file order.
+    pub row_groups: Vec<RowGroupEntry>,
+}
+
+/// One row group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowGroupEntry {
+    /// Documents.
+    pub rows: u64,
+    /// Tokens, as the footer has them: an empty document counts as one.
+    pub tokens: u64,
+    /// BLAKE3 of the column chunks that the loader reads, one after the other; absent in an index built in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<String>,
+}
+
+impl Index {
+    /// Lists the folder and reads the footer of every shard; with `checksums`, all of its token columns too.
+    ///
+    /// Progress counts shards. Errors: no shard, a shard whose footer or columns are not those of a token set.
+    pub fn build(store: &Store, checksums: bool, threads: usize, progress: OnProgress<'_>) -> Result<Self> {
+        let objects = shards_of(store.list()?);
+        if objects.is_empty() {
+            return Err(Error::Index {
+                url: store.url().to_owned(),
+                detail:
+                    "holds no .parquet file; check the address, or make shards with `anello data tokenize`"
+                        .to_owned(),
+            });
+        }
+        let meter = Meter::new(objects.len() as u64, progress);
+        let shards = parallel(threads, objects.len(), |at| {
+            let Object { path, bytes } = &objects[at];
+            let footer = Footer::read(store, path, *bytes)?;
+            let entry = footer.entry(store, path, *bytes, checksums)?;
+            meter.add(1, entry.row_groups.iter().map(|g| g.tokens).sum())?;
+            Ok(entry)
+        })?;
+        Ok(Self { version: VERSION, shards })
+    }
+
+    /// The stored index of the folder if there is one and it is up to date, else one built in memory.
+    ///
+    /// Errors: an index that tells of other files or sizes than the folder holds.
+    pub fn open(store: &Store) -> Result<Self> {
+        match Self::load(store)? {
+            Some(index) => Ok(index),
+            None => Self::build(store, false, 8, &|_| ControlFlow::Continue(())),
+        }
+    }
+
+    /// The stored index, checked against the folder's listing.
+    pub fn load(store: &Store) -> Result<Option<Self>> {
+        let Some(bytes) = store.get(INDEX_FILE)? else { return Ok(None) };
+        let fault = |detail: String| Error::Index {
+            url: store.url().to_owned(),
+            detail: format!("{INDEX_FILE} {detail}; run `anello data index {}`", store.url()),
+        };
+        let index: Self =
+            serde_json::from_slice(&bytes).map_err(|e| fault(format!("cannot be read ({e})")))?;
+        if index.version != VERSION {
+            return Err(fault(format!("has version {}, this build reads {VERSION}", index.version)));
+        }
+        let listed: BTreeMap<_, _> =
+            shards_of(store.list()?).into_iter().map(|o| (o.path, o.bytes)).collect();
+        let known: BTreeMap<_, _> = index.shards.iter().map(|s| (s.path.clone(), s.bytes)).collect();
+        for (path, bytes) in &known {
+            match listed.get(path) {
+                None => return Err(fault(format!("tells of {path}, which is not there"))),
+                Some(found) if found != bytes => {
+                    return Err(fault(format!("says {path} has {bytes} bytes, it has {found}")));
+                }
+                Some(_) => {}
+            }
+        }
+        if let Some(new) = listed.keys().find(|path| !known.contains_key(*path)) {
+            return Err(fault(format!("does not know {new}")));
+        }
+        Ok(Some(index))
+    }
+
+    /// Writes it beside the shards.
+    pub fn save(&self, store: &Store) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(self).expect("an index is numbers and strings");
+        text.push(b'\n');
+        store.put(INDEX_FILE, text)
+    }
+
+    /// BLAKE3 of what determines the order of documents: paths, sizes, rows and tokens. It is the same for a stored
+    /// index and one built in memory.
+    pub fn digest(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for shard in &self.shards {
+            hasher.update(&(shard.path.len() as u64).to_le_bytes());
+            hasher.update(shard.path.as_bytes());
+            hasher.update(&shard.bytes.to_le_bytes());
+            hasher.update(&(shard.row_groups.len() as u64).to_le_bytes());
+            for group in &shard.row_groups {
+                hasher.update(&group.rows.to_le_bytes());
+                hasher.update(&group.tokens.to_le_bytes());
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// Documents in all shards.
+    pub fn rows(&self) -> u64 {
+        self.row_groups().map(|g| g.rows).sum()
+    }
+
+    /// Tokens in all shards.
+    pub fn tokens(&self) -> u64 {
+        self.row_groups().map(|g| g.tokens).sum()
+    }
+
+    /// Largest token id, if every shard's statistics tell.
+    pub fn max_id(&self) -> Option<u64> {
+        self.shards.iter().map(|s| s.max_id).collect::<Option<Vec<_>>>()?.into_iter().max()
+    }
+
+    /// All row groups, shard by shard.
+    pub fn row_groups(&self) -> impl Iterator<Item = &RowGroupEntry> {
+        self.shards.iter().flat_map(|shard| &shard.row_groups)
+    }
+}
+
+/// The token shards among a folder's objects: `*.parquet`, and no part of its path hidden by `.` or `_`.
+fn shards_of(objects: Vec<Object>) -> Vec<Object> {
+    let shown = |path: &str| path.split('/').all(|part| !part.starts_with(['.', '_']));
+    objects.into_iter().filter(|o| o.path.ends_with(".parquet") && shown(&o.path)).collect()
+}
