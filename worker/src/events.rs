@@ -58,8 +58,12 @@ pub enum Event {
         step: u64,
         /// The lane.
         lane: u32,
-        /// Row groups left out in this step.
-        row_groups: u64,
+        /// The source.
+        source: String,
+        /// Its number in the source.
+        row_group: u64,
+        /// What is wrong with it.
+        reason: String,
     },
     /// A checkpoint is complete.
     Checkpoint {

@@ -1,1 +1,38 @@
-//! Model, objective, optimizer and step loop.
+//! Model, objective, optimizer, step loop, checkpoints: the crate that links LibTorch.
+//!
+//! ```text
+//! pure arithmetic   params     one flat buffer, its names and blocks
+//!                   model      the looped language model          objective  loss and its backward by chunks
+//!                   tape       forward and backward by segments   fold       the fixed tree over lanes
+//!                   optimizer  AdamW over the flat buffer         engine     a step of these
+//! durable state     store      the run folder                     events     what happened
+//!                   metrics    one row a step                     checkpoint parts, manifest, retention
+//! the shell         trainer    one thread that owns the model, one that writes; commands in, notices out
+//! ```
+
+pub mod checkpoint;
+mod engine;
+mod environment;
+mod error;
+pub mod events;
+mod fold;
+pub mod metrics;
+mod model;
+mod objective;
+mod optimizer;
+mod params;
+mod store;
+mod tape;
+mod trainer;
+
+pub use engine::{Engine, Outcome};
+pub use environment::Environment;
+pub use error::{Error, Result};
+pub use fold::Fold;
+pub use model::{Context, Model, Rotary};
+pub use objective::{LossSums, TokenLosses, log_exit, token_losses};
+pub use optimizer::{State, Update, block_square_sums};
+pub use params::{BLOCK, Entry, Layout};
+pub use store::RunStore;
+pub use tape::Tape;
+pub use trainer::{Control, Ended, Notice, Resume, Run, Training, open_sources, read_config};

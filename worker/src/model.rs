@@ -220,17 +220,17 @@ impl Context {
     /// Mean segment length, tokens, below which a dense mask is cheaper than a call for each segment.
     const SHORT_SEGMENT: usize = 48;
     /// Longest sequence for which a dense mask is made, tokens.
-    const DENSE_LENGTH_MAX: usize = 4096;
+    const DENSE_LENGTH_MAX: u32 = 4096;
 
     /// The context of `batch`; `mask` says what its segments are.
     pub fn new(batch: &MicroBatch, rotary: &Rotary, kind: Kind, mask: Mask) -> Self {
         let device = rotary.cos.device();
         let positions_n = Tensor::from_slice(&batch.positions).to_device(device);
         let pick = |table: &Tensor| table.index_select(0, &positions_n).unsqueeze(1).to_kind(kind);
-        let tokens = batch.sequences * batch.length;
+        let tokens = batch.tokens();
         let short = batch.segment_starts.len() * Self::SHORT_SEGMENT > tokens;
         let apart = if mask == Mask::Document && short && batch.length <= Self::DENSE_LENGTH_MAX {
-            Apart::Dense { mask: dense_mask(batch, device), sequences: batch.sequences as i64 }
+            Apart::Dense { mask: dense_mask(batch, device), sequences: i64::from(batch.sequences) }
         } else {
             let ends = batch.segment_starts.iter().skip(1).copied().chain([tokens as u32]);
             Apart::Segments(batch.segment_starts.iter().zip(ends).map(|(a, b)| i64::from(b - a)).collect())
@@ -276,11 +276,11 @@ fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: 
 
 /// True where row may attend to column, `[b, 1, s, s]`: same segment, and not later.
 fn dense_mask(batch: &MicroBatch, device: Device) -> Tensor {
-    let mut segment = vec![0i32; batch.sequences * batch.length];
+    let mut segment = vec![0i32; batch.tokens()];
     for &start in batch.segment_starts.iter().filter(|&&start| start > 0) {
         segment[start as usize] = 1;
     }
-    let (b, s) = (batch.sequences as i64, batch.length as i64);
+    let (b, s) = (i64::from(batch.sequences), i64::from(batch.length));
     let segment_bs = Tensor::from_slice(&segment).to_device(device).cumsum(0, Kind::Int).view([b, s]);
     let same = segment_bs.unsqueeze(2).eq_tensor(&segment_bs.unsqueeze(1));
     same.tril(0).unsqueeze(1)

@@ -9,10 +9,12 @@
 //! end of the graph, so a chunk is run forward and backward at once and its logits (`[t, c, v]`) are the only ones
 //! that ever exist. Shape suffixes as in [`crate::model`]; `c` is the tokens of a chunk.
 
-use anello_dataloader::IGNORE;
 use tch::{Kind, Reduction, Tensor};
 
 use crate::model::Model;
+
+/// The target of a token that does not count.
+const IGNORE: i64 = -100;
 
 /// Sums over the tokens that count, from which every logged figure of the loss follows.
 #[derive(Clone, Debug, PartialEq)]

@@ -97,7 +97,8 @@ impl RunStore {
     /// Creates an object. `false`: it was there, and is as it was.
     pub fn create(&self, path: &str, bytes: impl Into<Bytes>) -> Result<bool> {
         let payload = PutPayload::from_bytes(bytes.into());
-        let put = self.store.put_opts(&Path::from(path), payload, PutMode::Create.into());
+        let location = Path::from(path);
+        let put = self.store.put_opts(&location, payload, PutMode::Create.into());
         match self.runtime.block_on(put) {
             Ok(_) => Ok(true),
             Err(object_store::Error::AlreadyExists { .. }) => Ok(false),

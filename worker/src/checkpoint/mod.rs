@@ -17,7 +17,7 @@ mod save;
 pub use compare::{BlockDifference, Comparison, compare};
 pub use load::{Loaded, load, read_manifest, steps, verify};
 pub use retention::superseded;
-pub use save::{Snapshot, save};
+pub use save::{Position, Snapshot, save};
 
 use std::ops::Range;
 
@@ -25,7 +25,9 @@ use anello_dataloader::Cursor;
 use serde::{Deserialize, Serialize};
 
 use crate::environment::Environment;
+use crate::error::Result;
 use crate::params::BLOCK;
+use crate::store::RunStore;
 
 /// Version of the format that this build writes, and the newest that it reads.
 pub const FORMAT: u32 = 1;
@@ -130,8 +132,20 @@ fn manifest_path(step: u64) -> String {
     format!("{}/manifest.json", folder(step))
 }
 
+/// Removes a checkpoint: its manifest first, so that it never exists without a part.
+pub fn delete(store: &RunStore, step: u64) -> Result<()> {
+    store.delete(&manifest_path(step))?;
+    store.list(&folder(step))?.iter().try_for_each(|path| store.delete(path))
+}
+
+/// Makes a checkpoint that cannot be used no longer one, keeping its objects for whoever wants to look.
+pub fn set_aside(store: &RunStore, step: u64) -> Result<()> {
+    if let Some(bytes) = store.get(&manifest_path(step))? {
+        store.put(&format!("{}/manifest.set-aside.json", folder(step)), bytes)?;
+    }
+    store.delete(&manifest_path(step))
+}
+
 /// Bytes of a block of fp32.
 const BLOCK_BYTES: usize = BLOCK * 4;
 
-#[cfg(test)]
-mod tests;

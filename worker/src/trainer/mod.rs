@@ -1,0 +1,339 @@
+//! Training a run: the shell around [`crate::Engine`].
+//!
+//! ```text
+//!  caller ── Control (stop) ──▶ model thread ── records, snapshots, events ──▶ writer thread ──▶ run folder
+//!     ▲                          engine, loader                                 metrics, checkpoints, log
+//!     └───────────────── Notice (what a person may want to see) ◀──────────────────┘
+//! ```
+//!
+//! The model lives on one thread. It waits for the store only when a checkpoint is due while the one before is still
+//! being written. What cannot be written (a full disk) is kept and tried again; training goes on meanwhile.
+
+mod open;
+mod writer;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anello_configs::{RunConfig, Schedule, StepPlan};
+use anello_dataloader::{Cursor, LaneStep, Loader};
+
+use crate::checkpoint::{Position, Snapshot};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::events::{Event, Record};
+use crate::metrics::{Seconds, StepRecord};
+use crate::store::RunStore;
+
+pub use open::{Resume, Run, open_sources, read_config};
+use writer::{Job, Writer};
+
+/// What a person may want to see of a run.
+#[derive(Clone, Debug)]
+pub enum Notice {
+    /// The model is ready and the first step begins: steps applied before it.
+    Ready {
+        /// Steps already applied.
+        step: u64,
+    },
+    /// The first step of a stage begins.
+    Stage {
+        /// Index of the stage.
+        index: usize,
+    },
+    /// A step is done.
+    Step(StepRecord),
+    /// A checkpoint is complete.
+    Checkpoint {
+        /// Steps applied.
+        step: u64,
+        /// Seconds that writing took, in the background.
+        seconds: f64,
+    },
+    /// A checkpoint could not be written. Training goes on; it is tried again.
+    CheckpointFailed {
+        /// Steps applied.
+        step: u64,
+        /// The cause.
+        cause: String,
+    },
+    /// A record was added to the event log.
+    Logged(Record),
+}
+
+/// The caller's hand on a run.
+#[derive(Clone, Debug, Default)]
+pub struct Control {
+    stop: Arc<AtomicBool>,
+}
+
+impl Control {
+    /// Asks to finish the step under way, take a checkpoint and end. Safe from a signal handler.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    fn stops(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Steps applied or skipped.
+    pub step: u64,
+    /// Whether that is all of them.
+    pub finished: bool,
+    /// Digest of the weights.
+    pub weights: String,
+}
+
+/// A run under way.
+#[derive(Debug)]
+pub struct Training {
+    /// What happens, in order; ends when the run does.
+    pub notices: Receiver<Notice>,
+    thread: JoinHandle<Result<Ended>>,
+}
+
+impl Training {
+    /// Starts to train `run` until its end, until `control` says stop, or until `until` steps are done.
+    pub fn start(run: Run, control: Control, until: Option<u64>) -> Result<Self> {
+        let (sender, notices) = channel();
+        let thread = std::thread::Builder::new()
+            .name("model".to_owned())
+            .spawn(move || Trainer::new(run, control, until, sender)?.run())
+            .map_err(|source| Error::System { action: "starting the model thread", source })?;
+        Ok(Self { notices, thread })
+    }
+
+    /// Waits for the end.
+    pub fn join(self) -> Result<Ended> {
+        drop(self.notices);
+        self.thread.join().unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().cloned();
+            let cause = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+            Err(Error::ModelThread { cause: cause.unwrap_or_else(|| "no words".to_owned()) })
+        })
+    }
+}
+
+/// Time between two attempts at a checkpoint that could not be written.
+const RETRY: Duration = Duration::from_secs(5);
+/// Attempts at the last checkpoint of a process before it gives up.
+const LAST_ATTEMPTS: u32 = 6;
+
+struct Trainer {
+    config: RunConfig,
+    store: RunStore,
+    schedule: Schedule,
+    engine: Engine,
+    loader: Loader,
+    /// Where each lane is after the last step.
+    cursors: Vec<Cursor>,
+    stamp: open::Stamp,
+    next_step: u64,
+    last_step: u64,
+    control: Control,
+    notices: Sender<Notice>,
+    writer: Writer,
+    /// Since when the checkpoint that is due has been wanted again after a failure.
+    retry_at: Option<Instant>,
+}
+
+impl Trainer {
+    fn new(run: Run, control: Control, until: Option<u64>, notices: Sender<Notice>) -> Result<Self> {
+        if let Some(threads) = run.config.compute.threads {
+            tch::set_num_threads(threads as i32);
+        }
+        let schedule = Schedule::new(&run.config);
+        let last_step = until.map_or(schedule.total_steps(), |until| until.min(schedule.total_steps()));
+        let writer = Writer::start(run.store.clone(), run.config.checkpoint.clone(), notices.clone())?;
+        let open::Started { engine, loader, cursors, step, stamp, events } = run.start(&schedule)?;
+        events.into_iter().try_for_each(|event| writer.send(Job::Event(event)))?;
+        Ok(Self {
+            config: run.config,
+            store: run.store,
+            schedule,
+            engine,
+            loader,
+            cursors,
+            stamp,
+            next_step: step,
+            last_step,
+            control,
+            notices,
+            writer,
+            retry_at: None,
+        })
+    }
+
+    fn run(mut self) -> Result<Ended> {
+        let schedule = self.schedule.clone();
+        // A caller that no longer listens is no reason to stop.
+        let _ = self.notices.send(Notice::Ready { step: self.next_step });
+        let (mut saved, mut began) = (false, true);
+        while self.next_step < self.last_step && !self.control.stops() {
+            let plan = schedule.at(self.next_step).expect("a step below the total has a plan");
+            if plan.first_of_stage {
+                self.writer.send(Job::Event(Event::Stage { step: plan.step, stage: plan.stage.name.clone() }))?;
+            }
+            if plan.first_of_stage || began {
+                let _ = self.notices.send(Notice::Stage { index: plan.stage_index });
+            }
+            began = false;
+            saved = self.step(&plan)?;
+        }
+        let weights = self.save_last(saved)?;
+        let (step, finished) = (self.next_step, self.next_step >= self.schedule.total_steps());
+        let event = match finished {
+            true => Event::Finished { step, weights: weights.clone() },
+            false => Event::Stopped { step },
+        };
+        self.writer.send(Job::Event(event))?;
+        self.writer.finish()?;
+        Ok(Ended { step, finished, weights })
+    }
+
+    /// One step, and a checkpoint after it when one is due. Returns whether one was taken.
+    fn step(&mut self, plan: &StepPlan<'_>) -> Result<bool> {
+        let began = Instant::now();
+        let mut seconds = Seconds::default();
+        self.engine.enter(plan);
+        for lane in 0..self.config.lanes {
+            let waited = Instant::now();
+            let lane_step = self.next_lane_step(plan, lane)?;
+            seconds.data += waited.elapsed().as_secs_f64();
+            let computed = Instant::now();
+            self.engine.lane(plan.stage, lane, &lane_step.micro_batches);
+            seconds.compute += computed.elapsed().as_secs_f64();
+            self.log_data(plan, &lane_step)?;
+            self.cursors[lane as usize] = lane_step.cursor;
+        }
+        let updated = Instant::now();
+        let outcome = self.engine.finish(plan);
+        seconds.update = updated.elapsed().as_secs_f64();
+        self.next_step = plan.step + 1;
+        if !outcome.update.applied {
+            let loss = (outcome.sums.loss / outcome.sums.counted.max(1) as f64).to_string();
+            self.writer.send(Job::Event(Event::Skipped { step: plan.step, loss }))?;
+        }
+
+        self.note_failure()?;
+        let due = self.next_step.is_multiple_of(self.config.checkpoint.every_steps) || plan.last_of_stage;
+        let again = self.retry_at.is_some_and(|at| at <= Instant::now());
+        let mut snapshot = None;
+        if due || again {
+            let stalled = Instant::now();
+            self.wait_for_checkpoint()?;
+            snapshot = Some(self.snapshot());
+            seconds.checkpoint = stalled.elapsed().as_secs_f64();
+        }
+        seconds.step = began.elapsed().as_secs_f64();
+        let record = StepRecord::new(plan, &outcome, seconds);
+        self.writer.send(Job::Metrics(record.clone()))?;
+        let _ = self.notices.send(Notice::Step(record));
+        let taken = snapshot.is_some();
+        if let Some(snapshot) = snapshot {
+            self.writer.checkpoint(snapshot)?;
+        }
+        Ok(taken)
+    }
+
+    fn next_lane_step(&mut self, plan: &StepPlan<'_>, lane: u32) -> Result<LaneStep> {
+        let lane_step = self.loader.next().expect("the loader has the same schedule as the trainer")?;
+        // A batch belongs to a step and a lane, never to an iterator's place.
+        assert_eq!((lane_step.step, lane_step.lane), (plan.step, lane), "the loader serves another step");
+        Ok(lane_step)
+    }
+
+    fn log_data(&self, plan: &StepPlan<'_>, lane_step: &LaneStep) -> Result<()> {
+        let step = plan.step;
+        for skipped in &lane_step.skipped_row_groups {
+            self.writer.send(Job::Event(Event::SkippedData {
+                step,
+                lane: lane_step.lane,
+                source: skipped.source.clone(),
+                row_group: skipped.row_group,
+                reason: skipped.reason.clone(),
+            }))?;
+        }
+        for (source, &epoch) in &lane_step.epochs_by_source {
+            if self.stamp.note_epoch(source, epoch) {
+                self.writer.send(Job::Event(Event::Epoch { step, source: source.clone(), epoch }))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let last = self.schedule.at(self.next_step.saturating_sub(1)).expect("a step that was done has a plan");
+        let position = Position {
+            step: self.next_step,
+            stage: last.stage.name.clone(),
+            stage_end: last.last_of_stage && self.next_step > 0,
+            tokens: if self.next_step == 0 { 0 } else { last.tokens_before + last.batch_tokens },
+        };
+        let open::Stamp { config, data, environment, .. } = &self.stamp;
+        let cursors = self.cursors.clone();
+        Snapshot::take(self.engine.state(), position, cursors, config.clone(), data.clone(), environment.clone())
+    }
+
+    /// Waits until no checkpoint is being written.
+    fn wait_for_checkpoint(&mut self) -> Result<()> {
+        if let Some(result) = self.writer.wait() {
+            self.retry_at = self.after(result)?;
+        }
+        Ok(())
+    }
+
+    /// Looks whether the checkpoint that was being written has failed.
+    fn note_failure(&mut self) -> Result<()> {
+        if let Some(result) = self.writer.poll() {
+            self.retry_at = self.after(result)?;
+        }
+        Ok(())
+    }
+
+    fn after(&self, result: Result<String>) -> Result<Option<Instant>> {
+        match result {
+            Ok(_) => Ok(None),
+            Err(fenced @ Error::Fenced { .. }) => Err(fenced),
+            Err(_) => Ok(Some(Instant::now() + RETRY)),
+        }
+    }
+
+    /// Makes sure that the last state is in a checkpoint; returns the digest of the weights.
+    fn save_last(&mut self, saved: bool) -> Result<String> {
+        let mut result = if saved { self.writer.wait() } else { None };
+        if result.is_none() {
+            self.wait_for_checkpoint()?;
+            if let Some(manifest) = self.already_saved()? {
+                return Ok(manifest);
+            }
+        }
+        for attempt in 0..LAST_ATTEMPTS {
+            match result.take() {
+                Some(Ok(weights)) => return Ok(weights),
+                Some(Err(fenced @ Error::Fenced { .. })) => return Err(fenced),
+                Some(Err(_)) if attempt > 0 => std::thread::sleep(RETRY),
+                Some(Err(_)) | None => {}
+            }
+            self.writer.checkpoint(self.snapshot())?;
+            result = self.writer.wait();
+        }
+        result.unwrap_or_else(|| Err(Error::ModelThread { cause: "the writer gave no answer".to_owned() }))
+    }
+
+    /// The digest of the checkpoint at this very step, when it exists: nothing was trained since.
+    fn already_saved(&self) -> Result<Option<String>> {
+        if !crate::checkpoint::steps(&self.store)?.contains(&self.next_step) {
+            return Ok(None);
+        }
+        Ok(Some(crate::checkpoint::read_manifest(&self.store, self.next_step)?.weights))
+    }
+}

@@ -1,0 +1,231 @@
+//! Opening a run: a new one, or where an old one stands.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anello_configs::{Loss, RunConfig, Schedule, Trains};
+use anello_dataloader::{Cursor, Dataset, Loader, LoaderOptions, StepData};
+use tch::Device;
+
+use crate::checkpoint::{self, Loaded};
+use crate::engine::Engine;
+use crate::environment::Environment;
+use crate::error::{Error, Result};
+use crate::events::Event;
+use crate::metrics;
+use crate::store::RunStore;
+
+/// A run that is ready to be trained.
+#[derive(Debug)]
+pub struct Run {
+    /// What it trains.
+    pub config: RunConfig,
+    /// Where it lives.
+    pub store: RunStore,
+    sources: BTreeMap<String, Arc<Dataset>>,
+    resumed: bool,
+    allow: bool,
+    /// Keys that differ from the config it was begun with: (key, before, now).
+    changed: Vec<(String, String, String)>,
+}
+
+/// What resuming may do.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Resume {
+    /// A config to go on with; absent: the one in the run folder.
+    pub config: Option<RunConfig>,
+    /// Accept a config or data that changes the mathematics.
+    pub allow: bool,
+}
+
+/// What is stamped on checkpoints.
+pub(super) struct Stamp {
+    pub config: String,
+    pub data: BTreeMap<String, String>,
+    pub environment: Environment,
+    epochs: RefCell<BTreeMap<String, u64>>,
+}
+
+impl Stamp {
+    /// Whether this is the first time that `source` is in `epoch`, which is not its first.
+    pub fn note_epoch(&self, source: &str, epoch: u64) -> bool {
+        let mut epochs = self.epochs.borrow_mut();
+        let known = epochs.entry(source.to_owned()).or_insert(0);
+        let risen = epoch > *known;
+        *known = epoch.max(*known);
+        risen
+    }
+}
+
+/// Everything that a trainer starts with.
+pub(super) struct Started {
+    pub engine: Engine,
+    pub loader: Loader,
+    pub cursors: Vec<Cursor>,
+    pub step: u64,
+    pub stamp: Stamp,
+    pub events: Vec<Event>,
+}
+
+const CONFIG: &str = "config.toml";
+
+/// Opens every source of a config.
+pub fn open_sources(config: &RunConfig) -> Result<BTreeMap<String, Arc<Dataset>>> {
+    let open = |(name, source): (&String, &anello_configs::Source)| {
+        Ok((name.clone(), Arc::new(Dataset::open(&source.url)?)))
+    };
+    config.data.sources.iter().map(open).collect()
+}
+
+impl Run {
+    /// A new run of `config` in `store`, which must hold none yet.
+    pub fn create(store: RunStore, config: RunConfig) -> Result<Self> {
+        check_supported(&config)?;
+        if store.get(CONFIG)?.is_some() {
+            let fact = format!("{} holds a run already", store.place());
+            return Err(Error::config(fact, "resume it, or give another folder"));
+        }
+        let sources = open_sources(&config)?;
+        if !store.create(CONFIG, config.to_toml())? {
+            return Err(Error::Fenced { what: format!("{}/{CONFIG}", store.place()) });
+        }
+        let environment = serde_json::to_vec_pretty(&Environment::of_cpu()).expect("plain strings and a number");
+        store.put("environment.json", environment)?;
+        Ok(Self { config, store, sources, resumed: false, allow: false, changed: Vec::new() })
+    }
+
+    /// The run in `store`, to go on from its newest usable checkpoint.
+    pub fn resume(store: RunStore, resume: Resume) -> Result<Self> {
+        let begun_with = read_config(&store)?;
+        let config = resume.config.unwrap_or_else(|| begun_with.clone());
+        check_supported(&config)?;
+        let shown = |value: Option<String>| value.unwrap_or_else(|| "absent".to_owned());
+        let changed: Vec<(String, String, String)> = begun_with
+            .diff_mathematics(&config)
+            .into_iter()
+            .map(|d| (d.key, shown(d.ours), shown(d.theirs)))
+            .collect();
+        if !changed.is_empty() && !resume.allow {
+            let keys = changed.iter().map(|(key, before, now)| format!("\n  {key}: {before} -> {now}"));
+            let fact = format!("the config changes the mathematics of {}:{}", store.place(), keys.collect::<String>());
+            return Err(Error::config(fact, "resume without it, or accept that the run changes with --allow"));
+        }
+        if begun_with.model != config.model {
+            let fact = format!("the model of {} has other sizes than the config's", store.place());
+            return Err(Error::config(fact, "begin a new run; sizes cannot change, also not with --allow"));
+        }
+        if begun_with.lanes != config.lanes {
+            let fact = format!("{} has {} lanes, the config {}", store.place(), begun_with.lanes, config.lanes);
+            return Err(Error::config(fact, "begin a new run; lanes are fixed for the life of one"));
+        }
+        let sources = open_sources(&config)?;
+        if config != begun_with {
+            store.put(CONFIG, config.to_toml())?;
+        }
+        Ok(Self { config, store, sources, resumed: true, allow: resume.allow, changed })
+    }
+
+    /// Builds engine and loader at the first step to train.
+    pub(super) fn start(&self, schedule: &Schedule) -> Result<Started> {
+        let environment = Environment::of_cpu();
+        let data: BTreeMap<String, String> =
+            self.sources.iter().map(|(name, dataset)| (name.clone(), dataset.index().digest())).collect();
+        let mut events = Vec::new();
+        let loaded = if self.resumed { self.newest_usable(&mut events)? } else { None };
+        let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
+        if let Some(loaded) = &loaded {
+            self.check_data(&loaded.manifest.data, &data)?;
+            let there = &loaded.manifest.environment;
+            for (what, before, now) in there.differences(&environment) {
+                tracing::warn!(what, before, now, "this is not where the checkpoint was written; the bits may differ");
+            }
+        }
+        if self.resumed {
+            metrics::truncate(&self.store, step)?;
+        }
+        events.push(Event::Started { step, environment: environment.clone(), changed: self.changed.clone() });
+
+        let (engine, cursors) = match loaded {
+            Some(Loaded { manifest, state }) => (Engine::with_state(&self.config, state), Some(manifest.cursors)),
+            None => (Engine::new(&self.config, Device::Cpu), None),
+        };
+        let plan = {
+            let schedule = schedule.clone();
+            Arc::new(move |step| schedule.at(step).map(|plan| StepData::from(&plan)))
+        };
+        let loader = Loader::open(LoaderOptions {
+            sources: self.sources.clone(),
+            seed: self.config.seed,
+            lanes: self.config.lanes,
+            serve: 0..self.config.lanes,
+            plan,
+            start_step: step,
+            cursors: cursors.clone(),
+            vocab: Some(self.config.model.vocab),
+            on_corrupt: self.config.data.on_corrupt,
+            prefetch_bytes: self.config.data.prefetch_bytes,
+            threads: 2,
+        })?;
+        let cursors = cursors.unwrap_or_else(|| vec![Cursor::default(); self.config.lanes as usize]);
+        let stamp = Stamp { config: self.config.digest(), data, environment, epochs: RefCell::default() };
+        Ok(Started { engine, loader, cursors, step, stamp, events })
+    }
+
+    /// The newest checkpoint that is whole. Newer ones that are not are set aside: their manifests are renamed, so
+    /// that the run can write those steps again.
+    fn newest_usable(&self, events: &mut Vec<Event>) -> Result<Option<Loaded>> {
+        let steps = checkpoint::steps(&self.store)?;
+        for &step in steps.iter().rev() {
+            match checkpoint::load(&self.store, step, &self.config.model, Device::Cpu) {
+                Ok(loaded) => {
+                    let passed_over = steps.iter().filter(|&&other| other > step);
+                    passed_over.copied().try_for_each(|other| checkpoint::set_aside(&self.store, other))?;
+                    return Ok(Some(loaded));
+                }
+                Err(damaged @ Error::Checkpoint { .. }) => {
+                    let reason = damaged.to_string();
+                    tracing::warn!(step, reason, "a checkpoint cannot be used; trying the one before it");
+                    events.push(Event::PassedOver { step, reason });
+                }
+                Err(other) => return Err(other),
+            }
+        }
+        if steps.is_empty() {
+            return Ok(None);
+        }
+        let fact = format!("none of the {} checkpoints of {} is whole", steps.len(), self.store.place());
+        Err(Error::config(fact, "`anello checkpoint verify` says what is wrong with each; begin a new run"))
+    }
+
+    fn check_data(&self, before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Result<()> {
+        let differs = |name: &&String| before.get(*name).is_some_and(|digest| Some(digest) != now.get(*name));
+        let names: Vec<&str> = before.keys().filter(differs).map(String::as_str).collect();
+        if names.is_empty() || self.allow {
+            return Ok(());
+        }
+        let fact = format!("the data of {} has changed since the run began", names.join(", "));
+        Err(Error::config(fact, "bring the old data back, or accept that the run changes with --allow"))
+    }
+}
+
+/// The config of the run in `store`.
+pub fn read_config(store: &RunStore) -> Result<RunConfig> {
+    let place = format!("{}/{CONFIG}", store.place());
+    let Some(bytes) = store.get(CONFIG)? else {
+        return Err(Error::config(format!("{} holds no run", store.place()), "give the folder of a run"));
+    };
+    let remedy = "restore it from the run's first event or a copy";
+    let text = std::str::from_utf8(&bytes).map_err(|cause| Error::malformed(&place, cause, remedy))?;
+    RunConfig::parse(&place, text).map_err(|cause| Error::malformed(&place, cause, remedy))
+}
+
+fn check_supported(config: &RunConfig) -> Result<()> {
+    match config.stages.iter().find(|s| s.loss != Loss::Loop || s.trains != Trains::All) {
+        None => Ok(()),
+        Some(stage) => {
+            let fact = format!("stage {} trains {:?} with loss {:?}", stage.name, stage.trains, stage.loss);
+            Err(Error::config(fact.to_lowercase(), "this build trains all parameters with the loop loss only"))
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! The thread that writes to the run folder, in the order in which it is told.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anello_configs::Checkpoint;
+
+use super::Notice;
+use crate::checkpoint::{self, Snapshot};
+use crate::error::{Error, Result};
+use crate::events::{Event, EventLog};
+use crate::metrics::{self, StepRecord};
+use crate::store::RunStore;
+
+/// Jobs that may wait. Metrics of so many steps are a few hundred KiB; past it training waits for the store.
+const JOBS_MAX: usize = 1024;
+/// Rows that wait at most before they are written, besides at every checkpoint.
+const ROWS_MAX: usize = 200;
+/// Time that rows wait at most.
+const ROWS_AGE_MAX: Duration = Duration::from_secs(10);
+
+/// Something to write.
+pub(super) enum Job {
+    Event(Event),
+    Metrics(StepRecord),
+    Checkpoint(Box<Snapshot>),
+}
+
+/// The model thread's end.
+pub(super) struct Writer {
+    jobs: Option<SyncSender<Job>>,
+    /// One answer for each checkpoint: the digest of its weights, or why it failed.
+    results: Receiver<Result<String>>,
+    writing: bool,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+impl Writer {
+    pub fn start(store: RunStore, policy: Checkpoint, notices: Sender<Notice>) -> Result<Self> {
+        let (jobs, inbox) = sync_channel(JOBS_MAX);
+        let (answers, results) = channel();
+        let log = EventLog::open(&store)?;
+        let desk = Desk { store, policy, notices, log, answers, events: Vec::new(), rows: Vec::new() };
+        let thread = std::thread::Builder::new()
+            .name("run-writer".to_owned())
+            .spawn(move || desk.run(inbox))
+            .map_err(|source| Error::System { action: "starting the writer thread", source })?;
+        Ok(Self { jobs: Some(jobs), results, writing: false, thread: Some(thread) })
+    }
+
+    /// Hands over a job. An error is the one that ended the writer.
+    pub fn send(&self, job: Job) -> Result<()> {
+        let jobs = self.jobs.as_ref().expect("nothing is sent after finish()");
+        // A writer that is gone was fenced: finish() has the details, this is enough to stop the step loop.
+        jobs.send(job).map_err(|_| Error::Fenced { what: "the event log".to_owned() })
+    }
+
+    /// Hands over a checkpoint. The one before must have been waited for.
+    pub fn checkpoint(&mut self, snapshot: Snapshot) -> Result<()> {
+        assert!(!self.writing, "one checkpoint at a time");
+        self.send(Job::Checkpoint(Box::new(snapshot)))?;
+        self.writing = true;
+        Ok(())
+    }
+
+    /// The answer to the checkpoint that was handed over, if there is one by now.
+    pub fn poll(&mut self) -> Option<Result<String>> {
+        match self.results.try_recv() {
+            Ok(result) => {
+                self.writing = false;
+                Some(result)
+            }
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+        }
+    }
+
+    /// Waits for the answer to the checkpoint that was handed over; `None` when there is none under way.
+    pub fn wait(&mut self) -> Option<Result<String>> {
+        if !std::mem::take(&mut self.writing) {
+            return None;
+        }
+        self.results.recv().ok()
+    }
+
+    /// Waits until everything is written.
+    pub fn finish(&mut self) -> Result<()> {
+        self.jobs = None;
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(Error::ModelThread { cause: "the writer panicked".to_owned() }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let _ = self.finish();
+    }
+}
+
+/// The writer thread's state: what could not be written yet is kept, in order.
+struct Desk {
+    store: RunStore,
+    policy: Checkpoint,
+    notices: Sender<Notice>,
+    log: EventLog,
+    answers: Sender<Result<String>>,
+    events: Vec<Event>,
+    rows: Vec<StepRecord>,
+}
+
+impl Desk {
+    fn run(mut self, inbox: Receiver<Job>) -> Result<()> {
+        let mut flushed = Instant::now();
+        loop {
+            match inbox.recv_timeout(ROWS_AGE_MAX) {
+                Ok(Job::Event(event)) => {
+                    self.events.push(event);
+                    self.flush_events()?;
+                }
+                Ok(Job::Metrics(row)) => self.rows.push(row),
+                Ok(Job::Checkpoint(snapshot)) => self.checkpoint(&snapshot)?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if self.rows.len() >= ROWS_MAX || flushed.elapsed() >= ROWS_AGE_MAX {
+                flushed = Instant::now();
+                // What fails here stays in `rows` and is tried again.
+                let _ = self.flush_rows();
+            }
+        }
+        self.flush_events()?;
+        self.flush_rows()
+    }
+
+    /// Writes the events that wait. Only a fence is an error: anything else leaves them waiting.
+    fn flush_events(&mut self) -> Result<()> {
+        while let Some(event) = self.events.first() {
+            match self.log.append(event.clone()) {
+                Ok(record) => {
+                    self.events.remove(0);
+                    let _ = self.notices.send(Notice::Logged(record));
+                }
+                Err(fenced @ Error::Fenced { .. }) => return Err(fenced),
+                Err(cause) => {
+                    tracing::warn!(%cause, "the event log cannot be written; it is tried again");
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_rows(&mut self) -> Result<()> {
+        metrics::write(&self.store, &self.rows)?;
+        self.rows.clear();
+        Ok(())
+    }
+
+    /// Metrics first, so that a checkpoint never stands after steps that were not logged; then parts and manifest;
+    /// only then is an old checkpoint let go. Only a fence ends the writer.
+    fn checkpoint(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let began = Instant::now();
+        let saved = self
+            .flush_rows()
+            .and_then(|()| checkpoint::save(&self.store, snapshot, self.policy.part_bytes));
+        let step = snapshot.step;
+        match saved {
+            Ok(manifest) => {
+                self.events.push(Event::Checkpoint { step, weights: manifest.weights.clone() });
+                let seconds = began.elapsed().as_secs_f64();
+                let _ = self.notices.send(Notice::Checkpoint { step, seconds });
+                let _ = self.answers.send(Ok(manifest.weights));
+                if let Err(cause) = self.prune() {
+                    tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
+                }
+            }
+            Err(Error::Fenced { what }) => {
+                let _ = self.answers.send(Err(Error::Fenced { what: what.clone() }));
+                return Err(Error::Fenced { what });
+            }
+            Err(cause) => {
+                let text = chain(&cause);
+                self.events.push(Event::CheckpointFailed { step, cause: text.clone() });
+                let _ = self.notices.send(Notice::CheckpointFailed { step, cause: text });
+                let _ = self.answers.send(Err(cause));
+            }
+        }
+        self.flush_events()
+    }
+
+    fn prune(&self) -> Result<()> {
+        let mut kept = Vec::new();
+        for step in checkpoint::steps(&self.store)? {
+            // One that cannot be read is left for `verify` to explain.
+            if let Ok(manifest) = checkpoint::read_manifest(&self.store, step) {
+                kept.push((step, manifest.stage_end));
+            }
+        }
+        checkpoint::superseded(&self.policy, &kept).into_iter().try_for_each(|s| checkpoint::delete(&self.store, s))
+    }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |e| e.source());
+    causes.fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
+    })
+}
