@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anello_configs::OnCorrupt;
+use anello_configs::{OnCorrupt, RunConfig, Schedule};
 
 use crate::cursor::Cursor;
 use crate::dataset::Dataset;
@@ -15,6 +15,23 @@ use crate::{Error, Result};
 
 /// What the data of a step depends on; `None` from the end of the run on.
 pub type Plan = Arc<dyn Fn(u64) -> Option<StepData> + Send + Sync>;
+
+/// The plan of a schedule.
+pub fn plan_of(schedule: Schedule) -> Plan {
+    let mixtures: Vec<_> = schedule.stages().map(|(stage, _)| Arc::new(stage.mixture.clone())).collect();
+    Arc::new(move |step| {
+        let plan = schedule.at(step)?;
+        Some(StepData {
+            stage: plan.stage_index as u32,
+            sequence: plan.stage.sequence,
+            micro_batch: plan.stage.micro_batch,
+            micro_batches: u32::try_from(plan.micro_batches_per_lane)
+                .expect("a lane's step is no billion tokens"),
+            mask: plan.stage.mask,
+            mixture: mixtures[plan.stage_index].clone(),
+        })
+    })
+}
 
 /// What a [`Loader`] serves, and how.
 #[derive(Clone)]
@@ -42,6 +59,29 @@ pub struct LoaderOptions {
     pub prefetch_bytes: u64,
     /// Threads that fetch, decode and pack; at most one a lane is used.
     pub threads: usize,
+}
+
+impl LoaderOptions {
+    /// All lanes of a run from its first step on. Opens every source of the config.
+    pub fn of(config: &RunConfig) -> Result<Self> {
+        let mut sources = BTreeMap::new();
+        for (name, source) in &config.data.sources {
+            sources.insert(name.clone(), Arc::new(Dataset::open(&source.url)?));
+        }
+        Ok(Self {
+            sources,
+            seed: config.seed,
+            lanes: config.lanes,
+            serve: 0..config.lanes,
+            plan: plan_of(Schedule::new(config)),
+            start_step: 0,
+            cursors: None,
+            vocab: Some(config.model.vocab),
+            on_corrupt: config.data.on_corrupt,
+            prefetch_bytes: config.data.prefetch_bytes,
+            threads: std::thread::available_parallelism().map_or(1, |n| n.get()).min(4),
+        })
+    }
 }
 
 /// Lane steps in their order: step by step, and in a step lane by lane.
@@ -79,12 +119,12 @@ impl Loader {
                 cursors.len()
             )));
         }
-        if let (Some(vocab), Some((name, max))) = (vocab, largest_id(&sources)) {
-            if max >= u64::from(vocab) {
-                return Err(Error::Options(format!(
-                    "source {name} has token id {max}, the vocabulary has {vocab}; tokenize it again with the run's tokenizer"
-                )));
-            }
+        if let (Some(vocab), Some((name, max))) = (vocab, largest_id(&sources))
+            && max >= u64::from(vocab)
+        {
+            return Err(Error::Options(format!(
+                "source {name} has token id {max}, the vocabulary has {vocab}; tokenize it again with the run's tokenizer"
+            )));
         }
         let shapes = sources.iter().map(|(name, dataset)| SourceShape {
             name: name.clone(),

@@ -98,6 +98,11 @@ impl ShardWriter {
         if self.ids.len() as u64 >= self.format.row_group_tokens { self.flush() } else { Ok(()) }
     }
 
+    /// Tokens so far.
+    pub fn tokens(&self) -> u64 {
+        self.tokens
+    }
+
     /// The finished file.
     pub fn finish(mut self) -> Result<Shard, ParquetError> {
         self.flush()?;

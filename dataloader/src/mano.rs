@@ -1,0 +1,189 @@
+//! Mano (LOOPLM §6): arithmetic mod 23 in prefix notation, a task whose depth is the length of the expression.
+//!
+//! ```text
+//! <bos> <len_2> - * 5 7 20 <ans> 15          5·7 − 20 = 15 (mod 23)
+//! ```
+
+use std::collections::BTreeMap;
+
+use anello_configs::random::Stream;
+
+use crate::index::Index;
+use crate::progress::{Meter, OnProgress, parallel};
+use crate::store::Store;
+use crate::write::{ShardFormat, ShardWriter};
+use crate::{Error, Result};
+
+/// Numbers are 0 to 22.
+pub const MODULUS: u32 = 23;
+
+const BOS: i32 = 1;
+const ANS: i32 = 2;
+/// First of `+`, `-`, `*`.
+const OPERATORS: i32 = 3;
+/// First of the numbers.
+const NUMBERS: i32 = OPERATORS + 3;
+/// `<len_1>`; the lengths go on to `<len_L>`.
+const LENGTHS: i32 = NUMBERS + MODULUS as i32;
+
+/// What to generate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManoOptions {
+    /// Most operations of an expression (L), 1 to 1000.
+    pub length: u32,
+    /// Expressions to train on, with ℓ ~ U[1, L] operations each.
+    pub documents: u64,
+    /// Expressions to test on, with ℓ = L.
+    pub eval_documents: u64,
+    /// Only the answer is a training target, by `loss_mask`. Otherwise every token is.
+    pub answer_only: bool,
+    /// Seed of the expressions.
+    pub seed: u64,
+    /// Folder or URL: gets `train/`, `eval/`, `tokenizer.json` and `vocab.json`.
+    pub output: String,
+    /// How shards are written.
+    pub format: ShardFormat,
+    /// Threads.
+    pub threads: usize,
+}
+
+/// Tokens in the vocabulary for expressions of up to `length` operations: 29 and one for each length.
+pub fn mano_vocab(length: u32) -> u32 {
+    LENGTHS as u32 + length
+}
+
+/// Writes the training and test sets, their indices and the vocabulary. Progress counts documents.
+///
+/// What is written is a function of the options but `threads`. In the test set's documents the answer is the last
+/// token, and the only one that counts.
+pub fn synth_mano(options: &ManoOptions, progress: OnProgress<'_>) -> Result<()> {
+    if !(1..=1000).contains(&options.length) || options.documents == 0 {
+        let detail = "a length of 1 to 1000 and at least one document are wanted";
+        return Err(Error::tool(&options.output, detail));
+    }
+    let meter = Meter::new(options.documents + options.eval_documents, progress);
+    let output = options.output.trim_end_matches('/');
+    let root = Store::open(output)?;
+    let vocab: BTreeMap<String, i32> =
+        (0..mano_vocab(options.length) as i32).map(|id| (mano_token(id), id)).collect();
+    let json = |value: &serde_json::Value| serde_json::to_vec_pretty(value).expect("json writes itself");
+    root.put("vocab.json", json(&serde_json::json!(vocab)))?;
+    root.put("tokenizer.json", json(&tokenizer(&vocab)))?;
+    for (set, documents, masked) in
+        [("train", options.documents, options.answer_only), ("eval", options.eval_documents, true)]
+    {
+        if documents > 0 {
+            write(&Store::open(&format!("{output}/{set}"))?, set, documents, masked, options, &meter)?;
+        }
+    }
+    Ok(())
+}
+
+fn write(
+    store: &Store,
+    set: &str,
+    documents: u64,
+    masked: bool,
+    options: &ManoOptions,
+    meter: &Meter<'_>,
+) -> Result<()> {
+    const SHARD_DOCUMENTS: u64 = 1 << 18;
+    let shards = documents.div_ceil(SHARD_DOCUMENTS);
+    let names: Vec<_> = (0..shards).map(|at| format!("shard-{at:05}-of-{shards:05}.parquet")).collect();
+    if let Some(other) =
+        store.list()?.iter().find(|o| o.path.ends_with(".parquet") && !names.contains(&o.path))
+    {
+        let detail =
+            format!("holds {}, which is not of this set; remove the folder or name another one", other.path);
+        return Err(Error::tool(store.url(), detail));
+    }
+    parallel(options.threads, names.len(), |at| {
+        let fault = |e: parquet::errors::ParquetError| Error::tool(store.place(&names[at]), e);
+        let mut writer = ShardWriter::new(options.format, masked, None).map_err(fault)?;
+        let first = at as u64 * SHARD_DOCUMENTS;
+        let range = first..(first + SHARD_DOCUMENTS).min(documents);
+        for document in range.clone() {
+            let stream = Stream::new(options.seed, &format!("mano/{set}"), &[document]);
+            let ids = expression(stream, options.length, set == "eval");
+            let mask: Option<Vec<u8>> =
+                masked.then(|| (1..=ids.len()).map(|i| u8::from(i == ids.len())).collect());
+            writer.push(&ids, mask.as_deref()).map_err(fault)?;
+        }
+        let shard = writer.finish().map_err(fault)?;
+        store.put(&names[at], shard.bytes)?;
+        meter.add(range.end - range.start, shard.tokens)
+    })?;
+    Index::build(store, true, options.threads, &|_| std::ops::ControlFlow::Continue(()))?.save(store)
+}
+
+/// One document: with `longest`, of exactly `length` operations, else of 1 to `length`.
+fn expression(stream: Stream, length: u32, longest: bool) -> Vec<i32> {
+    let mut draws = Draws { stream, position: 0 };
+    let drawn = draws.below(length) + 1;
+    let operations = if longest { length } else { drawn };
+    let mut ids = vec![BOS, LENGTHS + operations as i32 - 1];
+    let answer = draws.operand(operations, &mut ids);
+    ids.extend([ANS, NUMBERS + answer as i32]);
+    ids
+}
+
+struct Draws {
+    stream: Stream,
+    position: u64,
+}
+
+impl Draws {
+    fn below(&mut self, bound: u32) -> u32 {
+        self.position += 1;
+        self.stream.below_at(self.position - 1, u64::from(bound)) as u32
+    }
+
+    /// Appends an expression of `operations` operations, and returns its value. Of an operation's other operations, a
+    /// uniform number is in its left operand.
+    fn operand(&mut self, operations: u32, ids: &mut Vec<i32>) -> u32 {
+        if operations == 0 {
+            let number = self.below(MODULUS);
+            ids.push(NUMBERS + number as i32);
+            return number;
+        }
+        let operator = self.below(3);
+        ids.push(OPERATORS + operator as i32);
+        let left = self.below(operations);
+        let (a, b) = (self.operand(left, ids), self.operand(operations - 1 - left, ids));
+        match operator {
+            0 => (a + b) % MODULUS,
+            1 => (a + MODULUS - b) % MODULUS,
+            _ => (a * b) % MODULUS,
+        }
+    }
+}
+
+/// How a token of Mano is written.
+pub fn mano_token(id: i32) -> String {
+    match id {
+        0 => "<pad>".to_owned(),
+        BOS => "<bos>".to_owned(),
+        ANS => "<ans>".to_owned(),
+        OPERATORS..NUMBERS => ["+", "-", "*"][(id - OPERATORS) as usize].to_owned(),
+        NUMBERS..LENGTHS => (id - NUMBERS).to_string(),
+        _ => format!("<len_{}>", id - LENGTHS + 1),
+    }
+}
+
+/// A `tokenizer.json` of whole words, so that tools can print and read expressions.
+fn tokenizer(vocab: &BTreeMap<String, i32>) -> serde_json::Value {
+    serde_json::json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": [],
+        "normalizer": null,
+        "pre_tokenizer": { "type": "WhitespaceSplit" },
+        "post_processor": null,
+        "decoder": null,
+        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "<pad>" },
+    })
+}
+
+#[cfg(test)]
+mod tests;
