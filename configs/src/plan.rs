@@ -169,15 +169,15 @@ impl Memory {
         };
         let tokens = u64::from(stage.sequence) * u64::from(stage.micro_batch);
         let [l, d, f, t] = [layers, model.hidden, model.ffn, stage.loops].map(u64::from);
-        let hidden_state = tokens * d * element;
+        let hidden_state = product([tokens, d, element]);
         // Of one layer, a token: both sub-layers' inputs, norms, projections and sums (11 D), keys and values (2 KV),
         // and gate, up, silu and product (4 F). Attention keeps no S × S matrix.
-        let in_layer = tokens * (11 * d + 2 * key_value_size(model) + 4 * f) * element;
+        let in_layer = product([tokens, 11 * d + 2 * key_value_size(model) + 4 * f, element]);
         let (inputs, activations) = match (stage.trains, config.compute.recompute) {
             (Trains::Gate, _) => (0, in_layer),
-            (Trains::All, Recompute::None) => (0, l * t * in_layer),
-            (Trains::All, Recompute::Layer) => (l * t * hidden_state, in_layer),
-            (Trains::All, Recompute::Loop) => (t * hidden_state, l * in_layer),
+            (Trains::All, Recompute::None) => (0, product([l, t, in_layer])),
+            (Trains::All, Recompute::Layer) => (product([l, t, hidden_state]), in_layer),
+            (Trains::All, Recompute::Loop) => (product([t, hidden_state]), product([l, in_layer])),
         };
         let chunk = u64::from(config.compute.loss_chunk_tokens).min(tokens);
         let logits_loops = if stage.loss == Loss::Sft { 1 } else { t };
@@ -186,11 +186,11 @@ impl Memory {
             master: 4 * parameters,
             moments: 8 * parameters,
             gradient: 4 * parameters,
-            fold: 4 * parameters * u64::from(lanes.max(1).ilog2()),
+            fold: product([4, parameters, lanes.max(1).ilog2().into()]),
             inputs,
             activations,
-            hidden: (1 + t) * hidden_state,
-            logits: 3 * logits_bytes(chunk * logits_loops, model.vocab),
+            hidden: product([1 + t, hidden_state]),
+            logits: product([3, logits_bytes(chunk * logits_loops, model.vocab)]),
         }
     }
 
@@ -201,8 +201,14 @@ impl Memory {
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        self.state() + self.fold + self.inputs + self.activations + self.hidden + self.logits
+        let parts = [self.fold, self.inputs, self.activations, self.hidden, self.logits];
+        parts.into_iter().fold(self.state(), u64::saturating_add)
     }
+}
+
+/// Saturating: a size beyond 64 bits fits nowhere, which is all that a plan says of it.
+fn product<const N: usize>(factors: [u64; N]) -> u64 {
+    factors.into_iter().fold(1, u64::saturating_mul)
 }
 
 /// Bytes of the fp32 logits of `tokens` tokens at one loop step.

@@ -174,13 +174,21 @@ fn notes(plan: &Plan) -> String {
         && !plan.fits()
     {
         let (needed, held) = (largest.memory.total(), plan.cluster.gpu.memory_bytes);
+        let remedies = [
+            (plan.lanes_per_worker > 1, "serve fewer lanes a worker"),
+            (largest.stage.micro_batch > 1, "take a smaller micro_batch"),
+            (plan.recompute == Recompute::None, "recompute layers"),
+            (true, "share the optimizer state over the ring, or take a larger GPU"),
+        ];
+        let remedies: Vec<&str> =
+            remedies.into_iter().filter(|(helps, _)| *helps).map(|(_, text)| text).collect();
         notes.push(format!(
-            "stage {} needs {} a worker, and a {} has {}; share the optimizer state, recompute more, or serve fewer \
-             lanes a worker",
+            "stage {} needs {} a worker, but {} has {}; {}",
             largest.stage.name,
             bytes(needed),
             plan.cluster.gpu.name,
-            bytes(held)
+            bytes(held),
+            remedies.join(", ")
         ));
     }
     if count > lanes {
