@@ -17,12 +17,38 @@ use crate::tree::{Entry, Node, Table, Value, join};
 const STAGE_TOKENS_MAX: u64 = 10_000_000_000_000_000;
 const STAGES_MAX: usize = 1000;
 
-/// What decoding found besides the config.
+/// What is wrong, as far as it has been found.
 #[derive(Default)]
 pub(crate) struct Found {
-    pub problems: Vec<Problem>,
-    /// Keys whose value in the config is a stand-in.
-    pub bad: BTreeSet<String>,
+    problems: Vec<Problem>,
+    /// Keys with a problem: what is said to follow from their values follows from stand-ins.
+    bad: BTreeSet<String>,
+}
+
+impl Found {
+    pub fn report(&mut self, problem: Problem) {
+        self.bad.insert(problem.key.clone());
+        self.problems.push(problem);
+    }
+
+    /// Whether `key`, or anything in the table `key`, has a problem.
+    pub fn is_bad(&self, key: &str) -> bool {
+        self.bad.iter().any(|bad| is_inside(bad, key))
+    }
+
+    /// Takes back what was reported of `key` and of the table `key`: it is not part of the run.
+    fn forgive(&mut self, key: &str) {
+        self.problems.retain(|problem| !is_inside(&problem.key, key));
+        self.bad.retain(|bad| !is_inside(bad, key));
+    }
+
+    pub fn into_problems(self) -> Vec<Problem> {
+        self.problems
+    }
+}
+
+fn is_inside(key: &str, outer: &str) -> bool {
+    key.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// Decodes the whole tree; `config` is what the user calls it.
@@ -76,8 +102,8 @@ fn optimizer(s: &mut Section<'_, '_>) -> Optimizer {
 
 fn compute(s: &mut Section<'_, '_>) -> Compute {
     Compute {
-        dtype: s.choice("dtype", Some(Dtype::Fp32)),
-        recompute: s.choice("recompute", Some(Recompute::Layer)),
+        dtype: s.choice("dtype", Dtype::Fp32),
+        recompute: s.choice("recompute", Recompute::Layer),
         loss_chunk_tokens: s.quantity("loss_chunk_tokens", Unit::Tokens, 1..=8192, Some(1024)) as u32,
         threads: s.optional("threads").then(|| s.count("threads", 1..=4096, None) as u32),
     }
@@ -88,7 +114,7 @@ fn data(s: &mut Section<'_, '_>) -> Data {
     Data {
         tokenizer: s.optional("tokenizer").then(|| s.location("tokenizer")),
         sources: sources.into_iter().filter_map(|(name, source)| Some((name, source?))).collect(),
-        on_corrupt: s.choice("on_corrupt", Some(OnCorrupt::Fail)),
+        on_corrupt: s.choice("on_corrupt", OnCorrupt::Fail),
         prefetch_bytes: s.quantity("prefetch_bytes", Unit::Bytes, 4096..=1 << 46, Some(256 << 20)),
     }
 }
@@ -132,23 +158,21 @@ fn stages(top: &mut Section<'_, '_>, sources: &BTreeMap<String, Source>) -> Vec<
         let path = format!("stage.{name}");
         let Some(Entry { key, node }) = top.table.find(&path) else { continue };
         let layer = if let Value::Table(table) = &node.value { table.latest_layer() } else { key.layer };
+        top.found.forgive(&path);
         if layer >= list_layer && !listed.is_empty() {
+            let remedy = match closest(&name, stages.iter().map(|stage| stage.name.as_str())) {
+                Some(close) => format!("did you mean `{close}`?"),
+                None => "list it where it should run, or remove its table".to_owned(),
+            };
             let fact = format!("stage `{name}` is not listed in `stages`");
-            top.report(
-                key.origin.clone(),
-                &path,
-                fact,
-                "list it where it should run, or remove its table".into(),
-            );
-        } else {
-            top.forgive(&path);
+            top.report(key.origin.clone(), &path, fact, remedy);
         }
     }
     stages
 }
 
 fn stage(s: &mut Section<'_, '_>, name: &str, sources: &BTreeMap<String, Source>) -> Stage {
-    let loss = s.choice("loss", Some(Loss::Loop));
+    let loss = s.choice("loss", Loss::Loop);
     let trains = if loss == Loss::Gate { Trains::Gate } else { Trains::All };
     Stage {
         name: name.to_owned(),
@@ -164,8 +188,8 @@ fn stage(s: &mut Section<'_, '_>, name: &str, sources: &BTreeMap<String, Source>
         beta: s.number("beta", "a number, 0 to 100", |v| (0.0..=100.0).contains(&v), Some(0.05)),
         rope_base: s.number("rope_base", "a number, 2 to 1e12", |v| (2.0..=1e12).contains(&v), Some(1e4)),
         mixture: mixture(s, sources),
-        mask: s.choice("mask", Some(Mask::Document)),
-        trains: s.choice("trains", Some(trains)),
+        mask: s.choice("mask", Mask::Document),
+        trains: s.choice("trains", trains),
         loss,
         reset_optimizer: s.flag("reset_optimizer", false),
         upcycle: s.optional("upcycle").then(|| s.section("upcycle", upcycle)).flatten(),
@@ -192,7 +216,11 @@ fn mixture(s: &mut Section<'_, '_>, sources: &BTreeMap<String, Source>) -> BTree
         return BTreeMap::from([(only.clone(), 1.0)]);
     }
     if s.table.find("mixture").is_none() {
-        s.missing("mixture", "the weight of each source, as mixture = { docs = 0.7, code = 0.3 }");
+        let weights: Vec<String> = sources.keys().take(3).map(|name| format!("{name} = 1")).collect();
+        s.missing(
+            "mixture",
+            &format!("the weights of its sources, as mixture = {{ {} }}", weights.join(", ")),
+        );
         return BTreeMap::new();
     }
     let weight = "a number, 0 to 1e12";
@@ -206,7 +234,17 @@ const LR_KEYS: [&str; 5] = ["lr", "lr_from", "lr_to", "lr_warmup", "lr_decay"];
 
 /// `lr_curve` says which of the other keys there are.
 fn lr(s: &mut Section<'_, '_>) -> LrCurve {
-    let curve: Curve = s.choice("lr_curve", Some(Curve::Constant));
+    let stand_in = LrCurve::Constant { lr: 0.0 };
+    s.known.extend(LR_KEYS.map(str::to_owned));
+    let written = |key: &str| s.table.find(key).is_some_and(|entry| !is_none(&entry.node));
+    if !written("lr_curve") && LR_KEYS[1..].iter().any(|key| written(key)) {
+        s.missing(
+            "lr_curve",
+            "\"linear\" or \"cosine\" for lr_from and lr_to, or \"wsd\" for a warmup and a decay of lr",
+        );
+        return stand_in;
+    }
+    let Some(curve) = s.word("lr_curve", Some(Curve::Constant)) else { return stand_in };
     let (used, word): (&[&str], _) = match curve {
         Curve::Constant => (&["lr"], "constant"),
         Curve::Linear => (&["lr_from", "lr_to"], "linear"),
@@ -216,7 +254,6 @@ fn lr(s: &mut Section<'_, '_>) -> LrCurve {
     // A curve set in a later layer replaces the numbers of the one before; a number beside or after it is a slip.
     let curve_layer = s.table.find("lr_curve").map_or(0, |entry| entry.node.place.layer);
     for key in LR_KEYS.into_iter().filter(|key| !used.contains(key)) {
-        s.known.insert(key.to_owned());
         let Some(node) = s.table.find(key).map(|entry| &entry.node) else { continue };
         if node.place.layer >= curve_layer && !is_none(node) {
             let (path, remedy) =
@@ -256,17 +293,8 @@ impl<'f, 't> Section<'f, 't> {
         Self { found, table, origin, path, known: BTreeSet::new() }
     }
 
-    fn report(&mut self, origin: Origin, path: &str, fact: String, remedy: String) {
-        self.found.bad.insert(path.to_owned());
-        self.found.problems.push(Problem { origin, key: path.to_owned(), fact, remedy });
-    }
-
-    /// Takes back what was reported under `path`: it is not part of the run.
-    fn forgive(&mut self, path: &str) {
-        let inside =
-            |key: &str| key.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
-        self.found.problems.retain(|problem| !inside(&problem.key));
-        self.found.bad.retain(|key| !inside(key));
+    fn report(&mut self, origin: Origin, key: &str, fact: String, remedy: String) {
+        self.found.report(Problem { origin, key: key.to_owned(), fact, remedy });
     }
 
     fn missing(&mut self, key: &str, accepted: &str) {
@@ -321,7 +349,7 @@ impl<'f, 't> Section<'f, 't> {
 
     /// A whole number in `range`, possibly with a unit.
     fn quantity(&mut self, key: &str, unit: Unit, range: RangeInclusive<u64>, default: Option<u64>) -> u64 {
-        let accepted = format!("{} to {}, as {}", range.start(), range.end(), unit.examples());
+        let accepted = unit.accepted(&range);
         let value = self.read(key, &accepted, default, |node| {
             let value = match &node.value {
                 Value::Integer(value) => u64::try_from(*value).ok(),
@@ -364,13 +392,17 @@ impl<'f, 't> Section<'f, 't> {
         .unwrap_or(default)
     }
 
-    fn choice<T: Named>(&mut self, key: &str, default: Option<T>) -> T {
+    fn choice<T: Named>(&mut self, key: &str, default: T) -> T {
+        self.word(key, Some(default)).unwrap_or(default)
+    }
+
+    /// One of the words of a closed choice; absent when it is none of them.
+    fn word<T: Named>(&mut self, key: &str, default: Option<T>) -> Option<T> {
         let words: Vec<String> = T::NAMES.iter().map(|(word, _)| format!("\"{word}\"")).collect();
         self.read(key, &words.join(" or "), default, |node| match &node.value {
             Value::Text(text) => T::NAMES.iter().find(|(word, _)| word == text).map(|(_, value)| *value),
             _ => None,
         })
-        .unwrap_or(T::NAMES[0].1)
     }
 
     fn text(&mut self, key: &str, accepted: &str, accepts: impl FnOnce(&str) -> bool) -> String {
