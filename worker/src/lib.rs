@@ -35,4 +35,4 @@ pub use optimizer::{State, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};
 pub use store::RunStore;
 pub use tape::Tape;
-pub use trainer::{Control, Ended, Notice, Resume, Run, Training, open_sources, read_config};
+pub use trainer::{Control, Ended, Notice, Resume, Run, Training, read_config};

@@ -28,7 +28,7 @@ use crate::events::{Event, Record};
 use crate::metrics::{Seconds, StepRecord};
 use crate::store::RunStore;
 
-pub use open::{Resume, Run, open_sources, read_config};
+pub use open::{Resume, Run, read_config};
 use writer::{Job, Writer};
 
 /// What a person may want to see of a run.
@@ -153,7 +153,7 @@ impl Trainer {
         let schedule = Schedule::new(&run.config);
         let last_step = until.map_or(schedule.total_steps(), |until| until.min(schedule.total_steps()));
         let writer = Writer::start(run.store.clone(), run.config.checkpoint.clone(), notices.clone())?;
-        let open::Started { engine, loader, cursors, step, stamp, events } = run.start(&schedule)?;
+        let open::Started { engine, loader, cursors, step, stamp, events } = run.start()?;
         events.into_iter().try_for_each(|event| writer.send(Job::Event(event)))?;
         Ok(Self {
             config: run.config,

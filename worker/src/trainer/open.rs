@@ -2,10 +2,9 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
-use anello_configs::{Loss, RunConfig, Schedule, Trains};
-use anello_dataloader::{Cursor, Dataset, Loader, LoaderOptions, StepData};
+use anello_configs::{Loss, RunConfig, Trains};
+use anello_dataloader::{Cursor, Loader, LoaderOptions};
 use tch::Device;
 
 use crate::checkpoint::{self, Loaded};
@@ -17,13 +16,12 @@ use crate::metrics;
 use crate::store::RunStore;
 
 /// A run that is ready to be trained.
-#[derive(Debug)]
 pub struct Run {
     /// What it trains.
     pub config: RunConfig,
     /// Where it lives.
     pub store: RunStore,
-    sources: BTreeMap<String, Arc<Dataset>>,
+    data: LoaderOptions,
     resumed: bool,
     allow: bool,
     /// Keys that differ from the config it was begun with: (key, before, now).
@@ -70,14 +68,6 @@ pub(super) struct Started {
 
 const CONFIG: &str = "config.toml";
 
-/// Opens every source of a config.
-pub fn open_sources(config: &RunConfig) -> Result<BTreeMap<String, Arc<Dataset>>> {
-    let open = |(name, source): (&String, &anello_configs::Source)| {
-        Ok((name.clone(), Arc::new(Dataset::open(&source.url)?)))
-    };
-    config.data.sources.iter().map(open).collect()
-}
-
 impl Run {
     /// A new run of `config` in `store`, which must hold none yet.
     pub fn create(store: RunStore, config: RunConfig) -> Result<Self> {
@@ -86,13 +76,13 @@ impl Run {
             let fact = format!("{} holds a run already", store.place());
             return Err(Error::config(fact, "resume it, or give another folder"));
         }
-        let sources = open_sources(&config)?;
+        let data = LoaderOptions::of(&config)?;
         if !store.create(CONFIG, config.to_toml())? {
             return Err(Error::Fenced { what: format!("{}/{CONFIG}", store.place()) });
         }
         let environment = serde_json::to_vec_pretty(&Environment::of_cpu()).expect("plain strings and a number");
         store.put("environment.json", environment)?;
-        Ok(Self { config, store, sources, resumed: false, allow: false, changed: Vec::new() })
+        Ok(Self { config, store, data, resumed: false, allow: false, changed: Vec::new() })
     }
 
     /// The run in `store`, to go on from its newest usable checkpoint.
@@ -119,18 +109,18 @@ impl Run {
             let fact = format!("{} has {} lanes, the config {}", store.place(), begun_with.lanes, config.lanes);
             return Err(Error::config(fact, "begin a new run; lanes are fixed for the life of one"));
         }
-        let sources = open_sources(&config)?;
+        let data = LoaderOptions::of(&config)?;
         if config != begun_with {
             store.put(CONFIG, config.to_toml())?;
         }
-        Ok(Self { config, store, sources, resumed: true, allow: resume.allow, changed })
+        Ok(Self { config, store, data, resumed: true, allow: resume.allow, changed })
     }
 
     /// Builds engine and loader at the first step to train.
-    pub(super) fn start(&self, schedule: &Schedule) -> Result<Started> {
+    pub(super) fn start(&self) -> Result<Started> {
         let environment = Environment::of_cpu();
         let data: BTreeMap<String, String> =
-            self.sources.iter().map(|(name, dataset)| (name.clone(), dataset.index().digest())).collect();
+            self.data.sources.iter().map(|(name, dataset)| (name.clone(), dataset.index().digest())).collect();
         let mut events = Vec::new();
         let loaded = if self.resumed { self.newest_usable(&mut events)? } else { None };
         let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
@@ -150,23 +140,8 @@ impl Run {
             Some(Loaded { manifest, state }) => (Engine::with_state(&self.config, state), Some(manifest.cursors)),
             None => (Engine::new(&self.config, Device::Cpu), None),
         };
-        let plan = {
-            let schedule = schedule.clone();
-            Arc::new(move |step| schedule.at(step).map(|plan| StepData::from(&plan)))
-        };
-        let loader = Loader::open(LoaderOptions {
-            sources: self.sources.clone(),
-            seed: self.config.seed,
-            lanes: self.config.lanes,
-            serve: 0..self.config.lanes,
-            plan,
-            start_step: step,
-            cursors: cursors.clone(),
-            vocab: Some(self.config.model.vocab),
-            on_corrupt: self.config.data.on_corrupt,
-            prefetch_bytes: self.config.data.prefetch_bytes,
-            threads: 2,
-        })?;
+        let loader =
+            Loader::open(LoaderOptions { start_step: step, cursors: cursors.clone(), ..self.data.clone() })?;
         let cursors = cursors.unwrap_or_else(|| vec![Cursor::default(); self.config.lanes as usize]);
         let stamp = Stamp { config: self.config.digest(), data, environment, epochs: RefCell::default() };
         Ok(Started { engine, loader, cursors, step, stamp, events })
