@@ -113,7 +113,10 @@ fn verify(name: &CheckpointName, screen: &Screen) -> Outcome {
     if broken == 0 {
         return Ok(Exit::Done);
     }
-    screen.line(&format!("{broken} of {} checkpoints cannot be used; resuming passes over them", steps.len()))?;
+    screen.line(&format!(
+        "{broken} of {} checkpoints cannot be used; resuming passes over them",
+        steps.len()
+    ))?;
     Ok(Exit::No)
 }
 
@@ -121,7 +124,10 @@ fn diff(a: &CheckpointName, b: &CheckpointName, shown: usize, screen: &Screen) -
     let (in_a, in_b) = (a.open()?, b.open()?);
     let (config_a, config_b) = (read_config(&in_a.0)?, read_config(&in_b.0)?);
     if config_a.model != config_b.model {
-        return Err(Failure::Usage(format!("the models of {} and {} have other sizes; compare runs of one model", a.run, b.run)));
+        return Err(Failure::Usage(format!(
+            "the models of {} and {} have other sizes; compare runs of one model",
+            a.run, b.run
+        )));
     }
     let named = |(store, step): &(RunStore, u64)| format!("{}@{step}", store.place());
     let comparison = checkpoint::compare((&in_a.0, in_a.1), (&in_b.0, in_b.1), &config_a.model)?;
@@ -133,9 +139,16 @@ fn diff(a: &CheckpointName, b: &CheckpointName, shown: usize, screen: &Screen) -
 fn told(comparison: &Comparison, a: &str, b: &str, shown: usize) -> String {
     let Comparison { blocks, differences, facts } = comparison;
     let mut text = match (differences.len(), facts.len()) {
-        (0, 0) => format!("{a} and {b} are equal: all {} blocks and every fact beside them\n", grouped(*blocks as u64)),
-        (0, _) => format!("{a} and {b} have the same weights and moments, all {} blocks\n", grouped(*blocks as u64)),
-        (n, _) => format!("{a} and {b} differ in {} of {} blocks\n", grouped(n as u64), grouped(*blocks as u64)),
+        (0, 0) => format!(
+            "{a} and {b} are equal: all {} blocks and every fact beside them\n",
+            grouped(*blocks as u64)
+        ),
+        (0, _) => {
+            format!("{a} and {b} have the same weights and moments, all {} blocks\n", grouped(*blocks as u64))
+        }
+        (n, _) => {
+            format!("{a} and {b} differ in {} of {} blocks\n", grouped(n as u64), grouped(*blocks as u64))
+        }
     };
     if !differences.is_empty() {
         let mut table = Table::new(1);
@@ -152,12 +165,18 @@ fn told(comparison: &Comparison, a: &str, b: &str, shown: usize) -> String {
         }
         text.push_str(&table.render());
         if differences.len() > shown {
-            text.push_str(&format!("… and {} more; --all tells of each\n", grouped((differences.len() - shown) as u64)));
+            text.push_str(&format!(
+                "… and {} more; --all tells of each\n",
+                grouped((differences.len() - shown) as u64)
+            ));
         }
         for buffer in ["weights", "exp_avg", "exp_avg_sq"] {
             let of: Vec<f64> = differences.iter().filter(|d| d.buffer == buffer).map(|d| d.max_abs).collect();
             if let Some(largest) = of.iter().copied().reduce(f64::max) {
-                text.push_str(&format!("{buffer}: {} blocks, max |Δ| {largest:.3e}\n", grouped(of.len() as u64)));
+                text.push_str(&format!(
+                    "{buffer}: {} blocks, max |Δ| {largest:.3e}\n",
+                    grouped(of.len() as u64)
+                ));
             }
         }
     }
@@ -208,7 +227,10 @@ step: 100 -> 200
 "
         );
         let equal = Comparison { blocks: 45, differences: vec![], facts: vec![] };
-        assert_eq!(told(&equal, "a", "b", 2), "a and b are equal: all 45 blocks and every fact beside them\n");
+        assert_eq!(
+            told(&equal, "a", "b", 2),
+            "a and b are equal: all 45 blocks and every fact beside them\n"
+        );
         assert_eq!(shortened(&"x".repeat(99)).chars().count(), 60);
     }
 }

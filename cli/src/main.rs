@@ -67,7 +67,8 @@ enum Command {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let screen = Screen::new();
-    let outcome = screen.log(cli.log.as_deref()).map(|()| Exit::Done).and_then(|_| command(cli.command, &screen));
+    let outcome =
+        screen.log(cli.log.as_deref()).map(|()| Exit::Done).and_then(|_| command(cli.command, &screen));
     let _ = screen.clear();
     match outcome {
         Ok(exit) => ExitCode::from(exit.code()),
@@ -87,7 +88,9 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Data(command) => data::run(&command, screen),
         Command::Checkpoint(command) => match checkpoint::run(&command, screen) {
             // As diff(1) and cmp(1) have it: 1 means that they differ, so trouble must be something else.
-            Err(failure) if matches!(command, checkpoint::Command::Diff { .. }) && !failure.is_closed_pipe() => {
+            Err(failure)
+                if matches!(command, checkpoint::Command::Diff { .. }) && !failure.is_closed_pipe() =>
+            {
                 Err(failure::Failure::Usage(failure.text()))
             }
             outcome => outcome,

@@ -94,7 +94,10 @@ mod tests {
         records[20].loss = f64::NAN;
         let [warmup, stable] = &summarise(&records)[..] else { panic!("two stages") };
         assert_eq!((warmup.steps, warmup.skipped, warmup.tokens), (4, 0, 400));
-        assert!((warmup.loss_first - 6.95).abs() < 1e-9 && (warmup.loss_last - 6.75).abs() < 1e-9, "{warmup:?}");
+        assert!(
+            (warmup.loss_first - 6.95).abs() < 1e-9 && (warmup.loss_last - 6.75).abs() < 1e-9,
+            "{warmup:?}"
+        );
         assert_eq!((stable.steps, stable.skipped, stable.loop_loss.len()), (20, 1, 4));
         assert!(stable.loss_last.is_finite() && (stable.depth - 2.5).abs() < 1e-9);
         assert!((stable.tokens_per_s - 200.0).abs() < 1e-9);

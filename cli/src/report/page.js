@@ -57,7 +57,7 @@
   const ticks = (low, high, count) => {
     const raw = (high - low) / Math.max(count, 1);
     const power = 10 ** Math.floor(Math.log10(raw));
-    const unit = [1, 2, 2.5, 5, 10].find(m => m * power >= raw * 0.999) * power;
+    const unit = [1, 2, 5, 10].find(m => m * power >= raw * 0.8) * power;
     const list = [];
     for (let i = Math.ceil(low / unit - 1e-9); i * unit <= high + unit * 1e-9; i++) list.push(i * unit);
     return list;
@@ -138,8 +138,8 @@
       const bounds = chart.svg.getBoundingClientRect();
       point(chart, nearest((event.clientX - bounds.left - chart.left) / chart.plot), event.clientX, event.clientY);
     });
-    chart.svg.addEventListener('pointerleave', leave);
-    chart.svg.addEventListener('blur', leave);
+    chart.svg.addEventListener('pointerleave', () => leave());
+    chart.svg.addEventListener('blur', () => leave());
     chart.svg.addEventListener('keydown', event => {
       const by = { ArrowLeft: -1, ArrowRight: 1, PageUp: -20, PageDown: 20 }[event.key];
       if (!by) return;
@@ -197,17 +197,17 @@
   /** Labels at their places, pushed apart where they would lie over one another. */
   const spread = (labels, low, high, gap) => {
     labels.sort((a, b) => a.y - b.y);
-    labels.forEach((label, i) => { if (i > 0) label.y = Math.max(label.y, labels[i - 1].y + gap); });
+    labels.forEach((label, i) => { label.y = Math.max(label.y, i === 0 ? low : labels[i - 1].y + gap); });
     for (let i = labels.length - 1; i >= 0; i--) {
       labels[i].y = Math.min(labels[i].y, i === labels.length - 1 ? high : labels[i + 1].y - gap);
     }
-    labels.forEach(label => { label.y = Math.max(label.y, low); });
   };
 
   const draw = chart => {
     const { svg } = chart;
     const width = svg.clientWidth || 600, height = chart.height || 220;
-    const top = 24, bottom = 34, left = 52, right = chart.stack || chart.series.length > 1 ? 84 : 66;
+    const longest = Math.max(6, ...chart.series.map(series => label(chart, series)?.length ?? 0));
+    const top = 24, bottom = 34, left = 52, right = 14 + 7 * longest;
     const plot = Math.max(width - left - right, 40), depth = height - top - bottom;
     Object.assign(chart, { left, plot });
     const [low, high] = chart.domain;
@@ -228,7 +228,7 @@
       make('line', { class: 'grid', x1: left, x2: left + plot, y1: y(tick), y2: y(tick) }, svg);
       make('text', { x: left - 8, y: y(tick) + 4, 'text-anchor': 'end' }, svg, chart.tick(tick));
     }
-    const across = ticks(start, end, Math.max(2, Math.floor(plot / 110)));
+    const across = ticks(start, end, Math.max(2, Math.floor(plot / 85)));
     for (const tick of across) {
       make('line', { class: 'axis', x1: x(tick), x2: x(tick), y1: top + depth, y2: top + depth + 5 }, svg);
       make('text', { x: x(tick), y: height - 8, 'text-anchor': 'middle' }, svg, scaled(tick));
@@ -272,6 +272,13 @@
     });
     return text;
   };
+  /** What is written at the end of a series; null where it has no place. */
+  const label = (chart, { name, values }) => {
+    const last = chart.stack ? values[n - 1] : lastOf(values);
+    if (last === null || (chart.stack && last < 0.004)) return null;
+    if (chart.stack) return `${name}\u2002${share(last)}`;
+    return chart.series.length > 1 ? `${name}\u2002${small(last)}` : chart.tick(Number(last.toPrecision(3)));
+  };
   const lastOf = values => {
     for (let at = n - 1; at >= 0; at--) if (values[at] !== null) return values[at];
     return null;
@@ -281,31 +288,29 @@
     for (const { raw, color } of chart.series) {
       if (raw) make('path', { ...round, d: path(raw, x, y), stroke: color(), 'stroke-width': 1, opacity: 0.3 }, group);
     }
-    for (const { name, values, color } of chart.series) {
+    for (const series of chart.series) {
+      const { values, color } = series, text = label(chart, series);
       make('path', { ...round, d: path(values, x, y), stroke: color(), 'stroke-width': 2 }, group);
-      const last = lastOf(values);
-      if (last === null) continue;
-      const text = chart.series.length > 1 ? `${name}  ${small(last)}` : chart.tick(Number(last.toPrecision(3)));
-      labels.push({ y: y(last), text, color: color() });
+      if (text !== null) labels.push({ y: y(lastOf(values)), text, color: color() });
     }
   };
   const stack = (chart, group, x, y, labels) => {
     let below = new Array(n).fill(0);
-    for (const { name, values, color } of chart.series) {
+    for (const series of chart.series) {
+      const { values, color } = series, text = label(chart, series);
       const above = below.map((v, at) => v + (values[at] ?? 0));
       const forth = above.map((v, at) => `${x(data.tokens[at]).toFixed(1)} ${y(v).toFixed(1)}`);
       const back = below.map((v, at) => `${x(data.tokens[at]).toFixed(1)} ${y(v).toFixed(1)}`).reverse();
       make('path', { d: `M${forth.join('L')}L${back.join('L')}Z`, fill: color(), opacity: 0.85 }, group);
       make('path', { class: 'edge', d: `M${forth.join('L')}` }, group);
-      const last = values[n - 1];
-      if (last > 0.004) labels.push({ y: y(below[n - 1] + last / 2), text: `${name}  ${share(last)}`, color: color() });
+      if (text !== null) labels.push({ y: y(below[n - 1] + values[n - 1] / 2), text, color: color() });
       below = above;
     }
   };
 
   const key = document.getElementById('key');
-  key.textContent = '▲ checkpoint (hollow: since removed by retention)   '
-    + (data.skipped.length ? '✕ step that was not finite and was skipped   ' : '')
+  key.textContent = '▲ checkpoint (hollow: since removed by retention) · '
+    + (data.skipped.length ? '✕ step that was not finite and was skipped · ' : '')
     + 'shaded bands: stages. Point at a chart, or focus it and use the arrow keys, to read values.';
 
   const all = () => { charts.forEach(draw); leave(); };

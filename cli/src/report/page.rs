@@ -121,7 +121,7 @@ fn tiles(story: &Story, stages: &[StageSummary]) -> String {
         let loops = last.loop_loss.len();
         tiles.push(("loss of the last loop step", nats(*last_loop), format!("ln V = {}", nats(ln_vocab))));
         let gain = first_loop - last_loop;
-        tiles.push(("what looping gains", nats(gain), format!("L(1) − L({loops}), nats")));
+        tiles.push(("what looping gains", nats(gain).replace('-', "−"), format!("L(1) − L({loops}), nats")));
         tiles.push(("mean exit depth", format!("{:.2}", last.depth), format!("of {loops}")));
     }
     let tile = |(name, value, note): (&str, String, String)| {
@@ -136,12 +136,25 @@ fn tiles(story: &Story, stages: &[StageSummary]) -> String {
 }
 
 fn stage_table(stages: &[StageSummary]) -> String {
-    let head = ["stage", "steps", "tokens", "loss, first", "loss, last", "L(1)", "L(T)", "T", "exit depth", "tokens/s", "time"];
+    let head = [
+        "stage",
+        "steps",
+        "tokens",
+        "loss, first",
+        "loss, last",
+        "L(1)",
+        "L(T)",
+        "T",
+        "exit depth",
+        "tokens/s",
+        "time",
+    ];
     let head: String = head.iter().map(|title| format!("<th scope=\"col\">{title}</th>")).collect();
     let mut rows = String::new();
     for stage in stages {
         let loss = |value: Option<&f64>| value.copied().map_or("–".to_owned(), nats);
-        let skipped = if stage.skipped > 0 { format!(" ({} skipped)", grouped(stage.skipped)) } else { String::new() };
+        let skipped =
+            if stage.skipped > 0 { format!(" ({} skipped)", grouped(stage.skipped)) } else { String::new() };
         let cells = [
             grouped(stage.steps) + &skipped,
             grouped(stage.tokens),

@@ -12,7 +12,7 @@ use super::Story;
 const POINTS: usize = 2000;
 
 /// A moving average reaches over so many points in all, of those that a series has.
-const SMOOTH_SHARE: usize = 40;
+const SMOOTH_SHARE: usize = 30;
 
 /// What the page's script draws.
 pub fn data(story: &Story) -> Value {
@@ -119,9 +119,9 @@ fn mean(records: &[StepRecord], of: &dyn Fn(&StepRecord) -> f64) -> f64 {
 /// The mean of what is finite within `reach` points on either side; at the ends, of fewer.
 fn moving_average(values: &[f64], reach: usize) -> Vec<f64> {
     let at = |index: usize| {
-        // As far on one side as on the other, so that a slope stays one up to the ends.
-        let reach = reach.min(index).min(values.len() - 1 - index);
-        let window = values[index - reach..=index + reach].iter().filter(|value| value.is_finite());
+        let window = values[index.saturating_sub(reach)..values.len().min(index + reach + 1)]
+            .iter()
+            .filter(|value| value.is_finite());
         let (sum, count) = window.fold((0.0, 0u32), |(sum, count), value| (sum + value, count + 1));
         sum / f64::from(count)
     };
@@ -139,10 +139,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn averages_pass_over_what_is_not_finite_and_keep_slopes() {
-        assert_eq!(moving_average(&[0.0, 1.0, 2.0, 3.0, 4.0], 2), [0.0, 1.0, 2.0, 3.0, 4.0]);
-        assert_eq!(moving_average(&[0.0, f64::NAN, 2.0, 6.0], 1), [0.0, 1.0, 4.0, 6.0]);
+    fn averages_pass_over_what_is_not_finite() {
+        assert_eq!(moving_average(&[0.0, 1.0, 2.0, 3.0, 4.0], 2), [1.0, 1.5, 2.0, 2.5, 3.0]);
+        assert_eq!(moving_average(&[0.0, f64::NAN, 2.0, 6.0], 1), [0.0, 1.0, 4.0, 4.0]);
         assert_eq!(moving_average(&[], 3), [0.0; 0]);
-        assert_eq!(rounded(&[1.234_567_8, f64::NAN, 0.0, -3e-9]), [Some(1.2346), None, Some(0.0), Some(-3e-9)]);
+        assert_eq!(
+            rounded(&[1.234_567_8, f64::NAN, 0.0, -3e-9]),
+            [Some(1.2346), None, Some(0.0), Some(-3e-9)]
+        );
     }
 }

@@ -42,7 +42,8 @@ fn a_page_is_whole_and_nothing_in_a_run_can_break_it() {
     assert_eq!(page.matches("{{").count(), page.matches("{{config}}").count());
     assert_eq!(page.matches("[optimizer]").count(), 1);
     for tag in ["table", "ol", "dl", "section", "details", "main", "header"] {
-        let (open, close) = (page.matches(&format!("<{tag}")).count(), page.matches(&format!("</{tag}>")).count());
+        let (open, close) =
+            (page.matches(&format!("<{tag}")).count(), page.matches(&format!("</{tag}>")).count());
         assert_eq!(open, close, "{tag}");
     }
     // Self-contained.
@@ -61,7 +62,10 @@ fn the_data_is_that_of_the_run() {
     assert_eq!(data["skipped"], serde_json::json!([[5, 600]]));
     assert_eq!(data["norm"][5], serde_json::Value::Null);
     assert_eq!(data["loop"][3][0], 5.5);
-    let shares: f64 = ["compute", "update", "data", "checkpoint", "other"].map(|k| data["time"][k][9].as_f64().unwrap()).iter().sum();
+    let shares: f64 = ["compute", "update", "data", "checkpoint", "other"]
+        .map(|k| data["time"][k][9].as_f64().unwrap())
+        .iter()
+        .sum();
     assert!((shares - 1.0).abs() < 1e-3, "{shares}");
 }
 

@@ -74,9 +74,10 @@ pub fn news(notice: &Notice) -> Option<String> {
             Event::Started { step, changed, .. } if *step > 0 || !changed.is_empty() => {
                 Some(describe(&record.event))
             }
-            Event::PassedOver { .. } | Event::Skipped { .. } | Event::Epoch { .. } | Event::SkippedData { .. } => {
-                Some(describe(&record.event))
-            }
+            Event::PassedOver { .. }
+            | Event::Skipped { .. }
+            | Event::Epoch { .. }
+            | Event::SkippedData { .. } => Some(describe(&record.event)),
             // The others have a notice of their own, or are told at the end.
             Event::Started { .. }
             | Event::Stage { .. }
@@ -132,7 +133,10 @@ mod tests {
              a model that knows nothing has a loss of ln 2048 = 7.625"
         );
         tracker.observe(&Notice::Stage { index: 1 });
-        assert_eq!(stage(&tracker), "stage stable (2 of 5): 384 steps, 3 145 728 tokens, sequence 128, T = 4");
+        assert_eq!(
+            stage(&tracker),
+            "stage stable (2 of 5): 384 steps, 3 145 728 tokens, sequence 128, T = 4"
+        );
         assert_eq!(checkpoint(1200, 0.042), "checkpoint 1 200, written in 42 ms");
     }
 }

@@ -104,7 +104,9 @@ fn open(args: &Args) -> Result<Run, Failure> {
             let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
             Ok(Run::create(RunStore::open(&out)?, config)?)
         }
-        (None, None) => Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned())),
+        (None, None) => {
+            Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned()))
+        }
     }
 }
 
@@ -112,7 +114,10 @@ fn open(args: &Args) -> Result<Run, Failure> {
 fn say_where_it_stands(store: &RunStore) {
     if let Some(step) = checkpoint::steps(store).ok().and_then(|steps| steps.last().copied()) {
         let place = store.place();
-        eprintln!("the newest checkpoint is that of step {}; `anello run --resume {place}` goes on from it", grouped(step));
+        eprintln!(
+            "the newest checkpoint is that of step {}; `anello run --resume {place}` goes on from it",
+            grouped(step)
+        );
     }
 }
 

@@ -11,10 +11,13 @@ pub fn render(records: &[StepRecord], ended: &Ended, place: &str, checkpoints: &
     let stages = summarise(records);
     let seconds: f64 = stages.iter().map(|stage| stage.seconds).sum();
     let how = if ended.finished { "finished" } else { "stopped" };
-    let mut text = format!("\n{how} after {} steps and {} of training\n\n", grouped(ended.step), duration(seconds));
+    let mut text =
+        format!("\n{how} after {} steps and {} of training\n\n", grouped(ended.step), duration(seconds));
     if !stages.is_empty() {
         text.push_str(&table(&stages).render());
-        text.push_str("(loss: the objective; first and last are means over a few steps, as are L(1), L(T) and depth)\n");
+        text.push_str(
+            "(loss: the objective; first and last are means over a few steps, as are L(1), L(T) and depth)\n",
+        );
     }
     text.push('\n');
     text.push_str(&places(ended, place, checkpoints).render());

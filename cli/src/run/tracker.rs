@@ -138,7 +138,10 @@ mod tests {
         assert_eq!((tracker.eta_s(), tracker.until_step()), (None, 100));
         tracker.observe(&Notice::Ready { step: 40 });
         tracker.observe(&Notice::Stage { index: 1 });
-        assert_eq!((tracker.stage_name(), tracker.stage_steps(), tracker.tokens()), ("stable", (8, 384), 40 * 8192));
+        assert_eq!(
+            (tracker.stage_name(), tracker.stage_steps(), tracker.tokens()),
+            ("stable", (8, 384), 40 * 8192)
+        );
         let mut record = record_of(49, "stable", 4);
         (record.batch_tokens, record.seconds.step) = (8192, 2.0);
         tracker.observe(&Notice::Step(record));
