@@ -25,7 +25,7 @@ mod store;
 mod tape;
 mod trainer;
 
-pub use engine::{Engine, Outcome};
+pub use engine::{Engine, Outcome, Pass, forward_backward};
 pub use environment::Environment;
 pub use error::{Error, Result};
 pub use fold::Fold;

@@ -14,7 +14,7 @@
 //! the format of the matrices.
 
 use anello_configs::Recompute;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::model::{Context, Model};
 
@@ -130,7 +130,7 @@ impl<'a> Tape<'a> {
         let inputs: Vec<&Tensor> =
             [&segment.input].into_iter().chain(leaves.iter().map(|leaf| &leaf.value)).collect();
         // The derivative of Σ output·g by the output is g: a vector-Jacobian product with what tch offers.
-        let product = (&segment.output * g).sum(Kind::Float);
+        let product = (&segment.output * g).sum(self.model.wide());
         let mut gradients = Tensor::run_backward(&[product], &inputs, false, false);
         for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
             leaf.accumulate(gradient, &of_leaf);
