@@ -102,8 +102,12 @@ impl Engine {
         if let Some(upcycle) = plan.upcycle {
             let layout = Layout::new(&self.config.model, upcycle.layers);
             self.state = self.state.upcycled(layout);
-            self.model =
-                Model::new(&self.config.model, self.config.compute.dtype, &self.state.layout, &self.state.weights);
+            self.model = Model::new(
+                &self.config.model,
+                self.config.compute.dtype,
+                &self.state.layout,
+                &self.state.weights,
+            );
             self.spare.clear();
         }
         if plan.reset_optimizer {

@@ -163,7 +163,7 @@ impl Model {
 
     fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor) -> Tensor {
         let gate_up = x_nd.matmul(&layer.gate_up.value.to_kind(self.kind).tr()).chunk(2, -1);
-        (gate_up[0].silu() * &gate_up[1]).matmul(&layer.down.value.to_kind(self.kind).tr())
+        (silu(&gate_up[0]) * &gate_up[1]).matmul(&layer.down.value.to_kind(self.kind).tr())
     }
 
     /// Logits of hidden states, `[.., d] -> [.., v]`, fp32.
@@ -175,6 +175,22 @@ impl Model {
     pub fn gate_logits(&self, h: &Tensor) -> Tensor {
         h.to_kind(self.wide).matmul(&self.gate_weight.value.tr()).squeeze_dim(-1) + &self.gate_bias.value
     }
+}
+
+/// SiLU whose bits do not depend on the number of CPU threads, `[n, f] -> [n, f]`.
+///
+/// LibTorch cuts an elementwise operation of more than 32768 elements at places that depend on the number of threads,
+/// and for SiLU alone of those used here the scalar tail of a piece rounds otherwise than its vector body (measured;
+/// exp, tanh and log-sigmoid, which go through a vector library with their tails, do not). Slices of fewer elements
+/// are computed on one thread.
+fn silu(x_nf: &Tensor) -> Tensor {
+    const SERIAL_MAX: i64 = 32_768;
+    let [n, f] = x_nf.size()[..] else { unreachable!("the feed-forward is [n, f]") };
+    if x_nf.device() != Device::Cpu || n * f < SERIAL_MAX {
+        return x_nf.silu();
+    }
+    let slices = x_nf.split(((SERIAL_MAX - 1) / f).max(1), 0);
+    Tensor::cat(&slices.iter().map(Tensor::silu).collect::<Vec<_>>(), 0)
 }
 
 fn kind_of(dtype: Dtype) -> Kind {
@@ -260,7 +276,8 @@ impl Context {
         match &self.apart {
             Apart::Segments(lengths) => {
                 // A split's backward is one concatenation; a slice's would be a full tensor of zeros each.
-                let split = |x: &Tensor| x.transpose(0, 1).unsqueeze(0).split_with_sizes(lengths.as_slice(), 2);
+                let split =
+                    |x: &Tensor| x.transpose(0, 1).unsqueeze(0).split_with_sizes(lengths.as_slice(), 2);
                 let (qs, ks, vs) = (split(q_nhk), split(k_nhk), split(v_nhk));
                 let mixed: Vec<Tensor> = qs
                     .iter()

@@ -85,7 +85,12 @@ impl<'a> Tape<'a> {
 
     /// Backward from the gradients of h(1..=T): adds the gradient of the stack's weights to the flat `gradient` and
     /// returns that of `embedded`. `done(layer)` is called when the last gradient of a layer's weights is in.
-    pub fn backward(mut self, of_hidden: Vec<Tensor>, gradient: &Tensor, mut done: impl FnMut(usize)) -> Tensor {
+    pub fn backward(
+        mut self,
+        of_hidden: Vec<Tensor>,
+        gradient: &Tensor,
+        mut done: impl FnMut(usize),
+    ) -> Tensor {
         let mut upstream: Option<Tensor> = None;
         for (loop_step, of_h) in of_hidden.into_iter().enumerate().rev() {
             let mut g = match upstream {

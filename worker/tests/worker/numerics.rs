@@ -35,13 +35,19 @@ fn gradients_match_finite_differences_in_f64() {
         };
         let difference = (at_offset(step) - at_offset(-step)) / (2.0 * step);
         values.shallow_clone().copy_(&saved);
-        let ours = (gradient.narrow(0, entry.offset as i64, entry.len() as i64) * &direction).sum(Kind::Double);
+        let ours =
+            (gradient.narrow(0, entry.offset as i64, entry.len() as i64) * &direction).sum(Kind::Double);
         close(ours.double_value(&[]), difference, 2e-6, &entry.name);
     }
 }
 
 /// All logits at once, one graph: what the chunked, segmented pass must equal.
-fn naive(f: &Fixture, batch: &anello_dataloader::MicroBatch, loops: u32, beta: f64) -> (LossSums, Vec<Tensor>) {
+fn naive(
+    f: &Fixture,
+    batch: &anello_dataloader::MicroBatch,
+    loops: u32,
+    beta: f64,
+) -> (LossSums, Vec<Tensor>) {
     let hidden = f.hidden(batch, loops);
     let losses =
         token_losses(&f.model, &Tensor::stack(&hidden, 0), &Tensor::from_slice(&batch.targets), beta);
@@ -56,10 +62,16 @@ fn naive(f: &Fixture, batch: &anello_dataloader::MicroBatch, loops: u32, beta: f
         exit: sum(&losses.exit_tc),
         entropy: sum(&losses.entropy_c)[0],
     };
-    let leaves: Vec<&Tensor> = [&f.model.embed.value, &f.model.lm_head.value, &f.model.gate_weight.value, &f.model.gate_bias.value, &f.model.final_norm.value]
-        .into_iter()
-        .chain(f.model.layers.iter().flat_map(|l| l.leaves().map(|leaf| &leaf.value)))
-        .collect();
+    let leaves: Vec<&Tensor> = [
+        &f.model.embed.value,
+        &f.model.lm_head.value,
+        &f.model.gate_weight.value,
+        &f.model.gate_bias.value,
+        &f.model.final_norm.value,
+    ]
+    .into_iter()
+    .chain(f.model.layers.iter().flat_map(|l| l.leaves().map(|leaf| &leaf.value)))
+    .collect();
     let loss = (&losses.loss_c * &losses.counts_c).sum(Kind::Float);
     (sums, Tensor::run_backward(&[loss], &leaves, false, false))
 }
@@ -94,7 +106,11 @@ fn the_chunked_pass_equals_the_plain_graph() {
             }
             for (ours, plain) in gathered(&f, &gradient).iter().zip(&gradients) {
                 let scale = plain.abs().max().double_value(&[]);
-                assert!(worst(ours, plain) <= 3e-5 * scale.max(1e-3), "chunk {chunk}, {recompute:?}: {}", worst(ours, plain));
+                assert!(
+                    worst(ours, plain) <= 3e-5 * scale.max(1e-3),
+                    "chunk {chunk}, {recompute:?}: {}",
+                    worst(ours, plain)
+                );
             }
         }
     }
@@ -175,11 +191,14 @@ fn one_loop_step_is_an_ordinary_transformer() {
     let batch = micro_batch(24, &[24], 61, |_| false);
     let (sums, _) = f.pass(&batch, &compute(Recompute::Layer, 16), 1, 0.1);
     let log_probabilities = plain_transformer(&f, &batch.input_ids);
-    let plain: f64 =
-        (0..23).map(|i| -log_probabilities.double_value(&[i, batch.targets[i as usize]])).sum();
+    let plain: f64 = (0..23).map(|i| -log_probabilities.double_value(&[i, batch.targets[i as usize]])).sum();
     close(sums.loss, plain, 1e-6, "loss");
     close(sums.cross_entropy[0], plain, 1e-6, "cross-entropy");
-    assert_eq!((sums.exit[0], sums.entropy), (23.0, 0.0), "one loop step is always the exit, without entropy");
+    assert_eq!(
+        (sums.exit[0], sums.entropy),
+        (23.0, 0.0),
+        "one loop step is always the exit, without entropy"
+    );
 }
 
 #[test]
@@ -273,19 +292,25 @@ fn the_dense_mask_and_the_segments_agree_in_gradient() {
     let hidden = f.model.embed_nd(&Tensor::from_slice(&short.input_ids));
     let by_dense = f.model.layer_nd(0, &hidden, &dense);
     let ends = short.segment_starts[1..].iter().copied().chain([240]);
-    let by_segment: Vec<Tensor> = short.segment_starts.iter().copied().zip(ends).map(|(start, end)| {
-        let alone = anello_dataloader::MicroBatch {
-            sequences: 1,
-            length: end - start,
-            input_ids: Vec::new(),
-            targets: Vec::new(),
-            positions: (0..(end - start) as i32).collect(),
-            segment_starts: vec![0],
-            counted: 0,
-        };
-        let context = f.context(&alone, Mask::Causal);
-        f.model.layer_nd(0, &hidden.narrow(0, i64::from(start), i64::from(end - start)), &context)
-    }).collect();
+    let by_segment: Vec<Tensor> = short
+        .segment_starts
+        .iter()
+        .copied()
+        .zip(ends)
+        .map(|(start, end)| {
+            let alone = anello_dataloader::MicroBatch {
+                sequences: 1,
+                length: end - start,
+                input_ids: short.input_ids[start as usize..end as usize].to_vec(),
+                targets: Vec::new(),
+                positions: (0..(end - start) as i32).collect(),
+                segment_starts: vec![0],
+                counted: 0,
+            };
+            let context = f.context(&alone, Mask::Causal);
+            f.model.layer_nd(0, &hidden.narrow(0, i64::from(start), i64::from(end - start)), &context)
+        })
+        .collect();
     assert!(worst(&by_dense, &Tensor::cat(&by_segment, 0)) < 1e-12);
 }
 

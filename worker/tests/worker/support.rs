@@ -19,7 +19,15 @@ pub fn micro_batch(length: u32, documents: &[u32], vocab: u32, ignored: impl Fn(
     assert_eq!(tokens % length, 0, "whole rows");
     let stream = Stream::new(11, "tokens", &[u64::from(tokens)]);
     let ids: Vec<i64> = (0..tokens).map(|i| stream.below_at(u64::from(i), u64::from(vocab)) as i64).collect();
-    let ends: Vec<u32> = documents.iter().scan(0, |at, len| Some({ *at += len; *at })).collect();
+    let ends: Vec<u32> = documents
+        .iter()
+        .scan(0, |at, len| {
+            Some({
+                *at += len;
+                *at
+            })
+        })
+        .collect();
     let mut batch = MicroBatch {
         sequences: tokens / length,
         length,
@@ -60,7 +68,8 @@ impl Fixture {
             if entry.name.contains("norm") || entry.name.ends_with("bias") {
                 let values = flat.narrow(0, entry.offset as i64, entry.len() as i64);
                 let stream = Stream::new(5, "jitter", &[at as u64]);
-                let jitter: Vec<f64> = (0..entry.len()).map(|i| 0.4 * (stream.unit_at(i as u64) - 0.5)).collect();
+                let jitter: Vec<f64> =
+                    (0..entry.len()).map(|i| 0.4 * (stream.unit_at(i as u64) - 0.5)).collect();
                 let _ = values.shallow_clone().g_add_(&Tensor::from_slice(&jitter).to_kind(kind));
             }
         }
