@@ -2,6 +2,7 @@
 
 CARGO ?= cargo
 RUN ?= runs/tiny
+TINY := data/tiny
 
 .PHONY: run test check bench fmt clean setup build data
 
@@ -34,9 +35,14 @@ setup:
 build: setup
 	$(CARGO) build -p anello
 
+## Real text (see scripts/corpus.txt), a tokenizer trained on it, and token shards: made once.
 data: build
 	@scripts/fetch-corpus
-	@scripts/tokenize-corpus
+	@test -e $(TINY)/tokenizer.json || \
+		target/debug/anello data train-tokenizer $(TINY)/raw/docs $(TINY)/raw/code --vocab 2048 --out $(TINY)/tokenizer.json
+	@for source in docs code; do test -e $(TINY)/$$source/index.json || \
+		target/debug/anello data tokenize $(TINY)/raw/$$source --tokenizer $(TINY)/tokenizer.json \
+			--out $(TINY)/$$source --row-group 32Ki --shard 1MiB || exit; done
 
 clean:
 	$(CARGO) clean
