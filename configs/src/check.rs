@@ -91,17 +91,14 @@ fn prefetch(config: &RunConfig, findings: &mut Findings) {
     let held = config.data.prefetch_bytes;
     if held < needed {
         let (sequence, micro_batch) = (key(stage, "sequence"), key(stage, "micro_batch"));
+        let product = format!("{} × {} × {}", config.lanes, stage.sequence, stage.micro_batch);
         let fact = format!(
-            "data.prefetch_bytes is {held}, less than one micro-batch for every lane of stage `{}`: {} lanes × {} \
-             sequences × {} tokens × {PREFETCH_BYTES_PER_TOKEN} bytes",
-            stage.name, config.lanes, stage.micro_batch, stage.sequence
+            "data.prefetch_bytes is {held}, less than one micro-batch for every lane of stage `{}`: lanes × sequence × \
+             micro_batch × {PREFETCH_BYTES_PER_TOKEN} bytes = {product} × {PREFETCH_BYTES_PER_TOKEN} = {needed}",
+            stage.name
         );
-        findings.add(
-            "data.prefetch_bytes",
-            &["lanes", &sequence, &micro_batch],
-            fact,
-            format!("give at least {needed}"),
-        );
+        let uses = ["lanes", &sequence, &micro_batch];
+        findings.add("data.prefetch_bytes", &uses, fact, format!("give at least {needed}"));
     }
 }
 

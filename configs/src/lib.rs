@@ -13,6 +13,7 @@ mod check;
 mod decode;
 mod load;
 mod names;
+mod plan;
 mod problem;
 mod quantity;
 pub mod random;
@@ -22,6 +23,7 @@ mod schedule;
 mod tree;
 
 pub use load::*;
+pub use plan::{Cluster, Gpu, Memory, Parameters, Plan, StageEstimate, TokenFlops, UnknownGpu};
 pub use problem::*;
 pub use resolved::Difference;
 pub use run::*;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::check::check;
+use crate::check::{Finding, check};
 use crate::decode::decode;
 use crate::names::closest;
 use crate::problem::{ConfigError, Origin, Problem};
@@ -58,8 +58,9 @@ pub struct LoadOptions {
     /// What relative paths on the command line, in the environment and in presets are relative to; they are joined
     /// to it, so that with an absolute directory the loaded config holds absolute paths only. Empty: they are kept.
     pub directory: PathBuf,
-    /// The environment. Variables that do not begin with [`ENVIRONMENT_PREFIX`] are ignored; after it, `__` stands
-    /// for the dot between keys. Values are read as those of `--set` are.
+    /// The environment, in any order. Variables that do not begin with [`ENVIRONMENT_PREFIX`] are ignored; after it,
+    /// `__` stands for the dot between keys, and a `-` stays one:
+    /// `env ANELLO_SET__stage__ct-anneal__lr_to=1e-6 anello run tiny`. Values are read as those of `--set` are.
     pub environment: Vec<(String, String)>,
     /// `--set` arguments, in order: `key.path=value`, where the value is TOML or else plain text
     /// (`compute.dtype=bf16`, `stage.stable.tokens=6T`).
@@ -91,7 +92,7 @@ impl RunConfig {
         stack.load(options)?;
         let name: Arc<str> = options.config.as_str().into();
         let (root, files) = (stack.root, stack.files);
-        let config = finish(&root, &name, stack.problems)?;
+        let config = finish(&root, &name, stack.problems, stack.incomplete)?;
         let mut origins = BTreeMap::new();
         root.leaves("", &mut |key, node| {
             origins.insert(key, node.place.origin.clone());
@@ -104,7 +105,8 @@ impl RunConfig {
     pub fn parse(file: &str, text: &str) -> Result<Self, ConfigError> {
         let (file, mut problems) = (Arc::from(file), Vec::new());
         let root = tree::read(&file, text, 0, &mut problems);
-        finish(&root, &file, problems)
+        let incomplete = !problems.is_empty();
+        finish(&root, &file, problems, incomplete)
     }
 }
 
@@ -145,26 +147,35 @@ fn local_path(location: &str) -> Option<&Path> {
     }
 }
 
-/// Decodes and checks the merged tree.
-fn finish(root: &Table, name: &Arc<str>, mut problems: Vec<Problem>) -> Result<RunConfig, ConfigError> {
-    // After a syntax error a tree is only what could be saved of it: what it lacks may be there.
-    if problems.is_empty() {
-        let (config, mut found) = decode(root, name);
-        for finding in check(&config) {
-            let bad = |key: &String| found.bad.contains(key);
-            if bad(&finding.key) || finding.uses.iter().any(bad) {
+/// Decodes and checks the merged tree, of which `problems` are known already.
+///
+/// A tree that is `incomplete` is not decoded: what it lacks may stand in the part that could not be read.
+fn finish(
+    root: &Table,
+    name: &Arc<str>,
+    mut problems: Vec<Problem>,
+    incomplete: bool,
+) -> Result<RunConfig, ConfigError> {
+    let mut config = None;
+    if !incomplete {
+        let (decoded, mut found) = decode(root, name);
+        for Finding { key, uses, fact, remedy } in check(&decoded) {
+            if found.is_bad(&key) || uses.iter().any(|key| found.is_bad(key)) {
                 continue;
             }
-            let origin = root.origin(&finding.key).cloned().unwrap_or(Origin::Missing(name.clone()));
-            let (key, fact, remedy) = (finding.key, finding.fact, finding.remedy);
-            found.problems.push(Problem { origin, key, fact, remedy });
+            let origin = root.origin(&key).cloned().unwrap_or(Origin::Missing(name.clone()));
+            found.report(Problem { origin, key, fact, remedy });
         }
-        if found.problems.is_empty() {
-            return Ok(config);
-        }
-        problems = found.problems;
+        problems.extend(found.into_problems());
+        config = Some(decoded);
     }
-    Err(ConfigError::Invalid { problems })
+    match config {
+        Some(config) if problems.is_empty() => Ok(config),
+        _ => {
+            problems.sort_by(|a, b| a.origin.cmp(&b.origin));
+            Err(ConfigError::Invalid { problems })
+        }
+    }
 }
 
 /// The layers as they are laid.
@@ -174,6 +185,10 @@ struct Stack {
     layer: u32,
     files: Vec<String>,
     problems: Vec<Problem>,
+    /// A file could not be read as a whole, so that what is missing says nothing.
+    incomplete: bool,
+    /// What relative paths are relative to outside of files.
+    directory: PathBuf,
     /// The files being read, outermost first.
     open: Vec<Name>,
 }
@@ -208,45 +223,53 @@ impl Stack {
             true => Name::Embedded(format!("preset:{}", options.config)),
             false => Name::of(&options.config, &options.directory),
         };
-        self.file(name, &options.directory, None)?;
+        self.directory = options.directory.clone();
+        self.file(name, None)?;
 
-        let set = |variable: &str| Origin::Environment(variable.into());
-        let environment = options.environment.iter().filter_map(|(variable, value)| {
+        let mut environment: Vec<_> = options.environment.iter().collect();
+        environment.sort();
+        let environment = environment.into_iter().filter_map(|(variable, value)| {
             let key = variable.strip_prefix(ENVIRONMENT_PREFIX)?.replace("__", ".");
-            Some((set(variable), Some((key, value.as_str()))))
+            Some((Origin::Environment(variable.as_str().into()), key, value.as_str()))
         });
         let sets = options.sets.iter().map(|text| {
-            let assignment = text.split_once('=').map(|(key, value)| (key.trim().to_owned(), value));
-            (Origin::Set(text.as_str().into()), assignment)
+            let (key, value) = text.split_once('=').unwrap_or_default();
+            (Origin::Set(text.as_str().into()), key.to_owned(), value)
         });
-        for (origin, assignment) in environment.chain(sets) {
-            self.assign(&origin, assignment, &options.directory);
+        for (origin, key, value) in environment.chain(sets) {
+            self.set(&origin, &key, value);
         }
         Ok(())
     }
 
     /// Lays one override.
-    fn assign(&mut self, origin: &Origin, assignment: Option<(String, &str)>, directory: &Path) {
+    fn set(&mut self, origin: &Origin, key: &str, value: &str) {
         self.layer += 1;
-        let table =
-            assignment.as_ref().and_then(|(key, value)| tree::assignment(key, value, origin, self.layer));
-        let (fact, remedy) = match table {
-            None => ("this sets nothing", "write key.path=value, as stage.stable.lr=1e-4"),
-            Some(table) if table.entries.contains_key("include") => {
-                ("include cannot be set from outside", "write it at the top of a file, and load that file")
+        let (fact, remedy) = match tree::assignment(key, value, origin, self.layer) {
+            Some(table) if table.entries.contains_key("include") => (
+                "include cannot be set from outside",
+                "write it at the top of a file, and load that file".to_owned(),
+            ),
+            Some(table) => return self.lay(table, &self.directory.clone()),
+            None if matches!(origin, Origin::Environment(_)) => {
+                ("this names no key", format!("name it as {ENVIRONMENT_PREFIX}stage__stable__lr"))
             }
-            Some(table) => return self.lay(table, directory),
+            None => ("this sets no key", "write key.path=value, as stage.stable.lr=1e-4".to_owned()),
         };
-        let (fact, remedy) = (fact.to_owned(), remedy.to_owned());
-        self.problems.push(Problem { origin: origin.clone(), key: String::new(), fact, remedy });
+        self.problems.push(Problem {
+            origin: origin.clone(),
+            key: String::new(),
+            fact: fact.to_owned(),
+            remedy,
+        });
     }
 
     /// Lays a file over what is there, after all that it includes.
-    fn file(&mut self, name: Name, directory: &Path, from: Option<&Origin>) -> Result<(), ConfigError> {
+    fn file(&mut self, name: Name, from: Option<&Origin>) -> Result<(), ConfigError> {
         let shown = name.shown();
         let (text, directory, identity) = match &name {
             Name::Embedded(embedded_name) => match embedded(embedded_name) {
-                Some(text) => (text.to_owned(), directory.to_owned(), name),
+                Some(text) => (text.to_owned(), self.directory.clone(), name),
                 None => return self.unknown(embedded_name, from),
             },
             Name::File(path) => {
@@ -256,6 +279,7 @@ impl Stack {
             }
         };
         if self.open.contains(&identity) {
+            self.incomplete = true;
             let chain: Vec<String> = self.open.iter().map(Name::shown).collect();
             self.problems.push(Problem {
                 origin: from.cloned().unwrap_or(Origin::Missing(shown.as_str().into())),
@@ -275,7 +299,9 @@ impl Stack {
         }
         self.open.pop();
         self.layer += 1;
+        let problems = self.problems.len();
         let mut table = tree::read(&file, &text, self.layer, &mut self.problems);
+        self.incomplete |= self.problems.len() > problems;
         table.entries.remove("include");
         self.files.push(shown);
         self.lay(table, &directory);
@@ -290,7 +316,7 @@ impl Stack {
         for item in items {
             let origin = &item.place.origin;
             match &item.value {
-                Value::Text(text) => self.file(Name::of(text, directory), directory, Some(origin))?,
+                Value::Text(text) => self.file(Name::of(text, directory), Some(origin))?,
                 _ => self.problems.push(Problem {
                     origin: origin.clone(),
                     key: "include".to_owned(),
@@ -303,6 +329,7 @@ impl Stack {
     }
 
     fn unknown(&mut self, name: &str, from: Option<&Origin>) -> Result<(), ConfigError> {
+        self.incomplete = true;
         let all = || PRESETS.iter().map(|p| ("preset", p.0)).chain(RECIPES.iter().map(|r| ("recipe", r.0)));
         let names: Vec<String> = all().map(|(kind, name)| format!("{kind}:{name}")).collect();
         let remedy = match closest(name, names.iter().map(String::as_str)) {

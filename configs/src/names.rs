@@ -57,13 +57,14 @@ impl Named for Curve {
     ];
 }
 
-/// The closest of `candidates`, if it is close enough to have been meant.
+/// The closest of `candidates`, if it is close enough to have been meant: one slip in three letters, where a swap of
+/// neighbours is one slip.
 pub(crate) fn closest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     candidates
         .into_iter()
-        .map(|candidate| (strsim::jaro_winkler(word, candidate), candidate))
-        .filter(|(likeness, _)| *likeness > 0.8)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|candidate| (strsim::damerau_levenshtein(word, candidate), candidate))
+        .filter(|(slips, candidate)| *slips <= (candidate.chars().count() / 3).max(1))
+        .min_by_key(|(slips, _)| *slips)
         .map(|(_, candidate)| candidate)
 }
 

@@ -4,9 +4,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Where a value was written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where a value was written. The order is the one in which problems are told.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
+    /// Nowhere: something that should be there and is not, in the config of this name.
+    Missing(Arc<str>),
     /// A place in a file, or in an embedded preset or recipe (`preset:tiny`).
     File {
         /// The file as the user named it.
@@ -20,8 +22,6 @@ pub enum Origin {
     Environment(Arc<str>),
     /// A `--set` argument, as given.
     Set(Arc<str>),
-    /// Nowhere: a key that should be there and is not, in the config of this name.
-    Missing(Arc<str>),
 }
 
 impl fmt::Display for Origin {
@@ -58,7 +58,7 @@ impl fmt::Display for Problem {
 /// Why there is no config.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The config was read and is wrong: all that is wrong with it, in the order of the keys.
+    /// The config was read and is wrong: all that is wrong with it, in the order of where it stands.
     #[error("{}", listed(problems))]
     Invalid {
         /// At least one.

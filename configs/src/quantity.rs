@@ -1,5 +1,7 @@
 //! Numbers with units, exactly: `"0.05T"` is 50 000 000 000 and never a float on the way.
 
+use std::ops::RangeInclusive;
+
 /// What a quantity counts, which decides its units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
@@ -10,11 +12,29 @@ pub(crate) enum Unit {
 }
 
 impl Unit {
-    /// An example of each kind, for messages.
-    pub fn examples(self) -> &'static str {
+    /// What is accepted, for messages.
+    pub fn accepted(self, range: &RangeInclusive<u64>) -> String {
+        let [low, high] = [*range.start(), *range.end()].map(|bound| self.shown(bound));
         match self {
-            Self::Tokens => "4096, \"20B\", \"0.05T\" or \"4Mi\"",
-            Self::Bytes => "1048576, \"64MiB\" or \"1GB\"",
+            Self::Tokens => {
+                format!("a number of tokens, {low} to {high}, written as 4096, \"4Ki\" or \"0.05T\"")
+            }
+            Self::Bytes => format!("a size, {low} to {high}, written as 1048576, \"64MiB\" or \"1GB\""),
+        }
+    }
+
+    /// A count with the largest unit that divides it.
+    fn shown(self, count: u64) -> String {
+        let suffixes = match self {
+            Self::Tokens => ["Ti", "T", "Gi", "B", "Mi", "M", "Ki", "K"],
+            Self::Bytes => ["TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "kB"],
+        };
+        let mut units = suffixes
+            .into_iter()
+            .filter_map(|suffix| Some((suffix, u64::try_from(self.factor(suffix)?).ok()?)));
+        match units.find(|(_, factor)| count >= *factor && count.is_multiple_of(*factor)) {
+            Some((suffix, factor)) => format!("{}{suffix}", count / factor),
+            None => count.to_string(),
         }
     }
 
@@ -96,6 +116,16 @@ fn number_len(text: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bounds_are_shown_with_the_largest_unit_that_divides_them() {
+        let shown = |bound| Unit::Tokens.shown(bound);
+        assert_eq!(
+            [1, 8192, 16 << 20, 10_000_000_000_000_000, 1500].map(shown),
+            ["1", "8Ki", "16Mi", "10000T", "1500"]
+        );
+        assert_eq!(Unit::Bytes.shown(64 << 30), "64GiB");
+    }
 
     #[test]
     fn quantities_are_exact() {

@@ -72,12 +72,9 @@ impl Table {
         for (key, entry) in over.entries {
             match (self.entries.get_mut(&key), entry) {
                 (
-                    Some(Entry { node: Node { value: Value::Table(under), place, .. }, .. }),
-                    Entry { node: Node { value: Value::Table(over), place: over_place, .. }, .. },
-                ) if !over.whole => {
-                    under.lay(over);
-                    *place = over_place;
-                }
+                    Some(Entry { node: Node { value: Value::Table(under), .. }, .. }),
+                    Entry { node: Node { value: Value::Table(over), .. }, .. },
+                ) if !over.whole => under.lay(over),
                 (_, entry) => {
                     self.entries.insert(key, entry);
                 }
@@ -152,30 +149,35 @@ pub(crate) fn read(file: &Arc<str>, text: &str, layer: u32, problems: &mut Vec<P
     reader.table(document.get_ref(), false)
 }
 
-/// Reads `key.path=value`: the value is TOML, or else text as it stands (`--set compute.dtype=bf16`).
+/// Keys that a dotted path may have; the deepest that means anything has four.
+const DEPTH_MAX: usize = 16;
+
+/// Reads `key.path=value`: the value is TOML, or else text as it stands (`--set compute.dtype=bf16`). Absent when
+/// the path is none.
 pub(crate) fn assignment(key: &str, value: &str, origin: &Origin, layer: u32) -> Option<Table> {
-    let keys: Vec<&str> = key.trim().split('.').map(str::trim).collect();
-    if keys.iter().any(|key| key.is_empty()) {
+    let keys: Vec<&str> = key.split('.').map(str::trim).collect();
+    if keys.len() > DEPTH_MAX || keys.iter().any(|key| key.is_empty()) {
         return None;
     }
     let value = value.trim();
     let reader = Reader { text: value, layer, locate: &|_| origin.clone() };
     let place = reader.place(0);
-    let mut node = match DeValue::parse(value) {
+    let node = match DeValue::parse(value) {
         Ok(parsed) => reader.node(&parsed),
         Err(_) => Node { value: Value::Text(value.to_owned()), place: place.clone(), shown: short(value) },
     };
-    let mut table = Table::default();
-    for (depth, key) in keys.iter().enumerate().rev() {
-        table = Table::default();
-        table.entries.insert((*key).to_owned(), Entry { key: place.clone(), node });
-        if depth == 0 {
-            break;
+    let wrap = |node: Node, key: &str| {
+        let entries = BTreeMap::from([(key.to_owned(), Entry { key: place.clone(), node })]);
+        Node {
+            value: Value::Table(Table { entries, whole: false }),
+            place: place.clone(),
+            shown: String::new(),
         }
-        node = Node { value: Value::Table(table), place: place.clone(), shown: String::new() };
-        table = Table::default();
+    };
+    match keys.into_iter().rev().fold(node, wrap).value {
+        Value::Table(table) => Some(table),
+        _ => None,
     }
-    Some(table)
 }
 
 struct Reader<'a> {
