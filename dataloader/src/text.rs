@@ -306,3 +306,6 @@ pub(crate) fn read_file(path: &Path) -> Result<Bytes> {
     File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(Error::file(path))?;
     Ok(bytes.into())
 }
+
+#[cfg(test)]
+mod tests;
