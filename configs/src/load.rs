@@ -58,9 +58,9 @@ pub struct LoadOptions {
     /// What relative paths on the command line, in the environment and in presets are relative to; they are joined
     /// to it, so that with an absolute directory the loaded config holds absolute paths only. Empty: they are kept.
     pub directory: PathBuf,
-    /// The environment. Variables that do not begin with [`ENVIRONMENT_PREFIX`] are ignored; after it, `__` stands
-    /// for the dot between keys, and a `-` stays one: `env ANELLO_SET__stage__ct-anneal__lr_to=1e-6 anello run tiny`.
-    /// Values are read as those of `--set` are.
+    /// The environment, in any order. Variables that do not begin with [`ENVIRONMENT_PREFIX`] are ignored; after it,
+    /// `__` stands for the dot between keys, and a `-` stays one:
+    /// `env ANELLO_SET__stage__ct-anneal__lr_to=1e-6 anello run tiny`. Values are read as those of `--set` are.
     pub environment: Vec<(String, String)>,
     /// `--set` arguments, in order: `key.path=value`, where the value is TOML or else plain text
     /// (`compute.dtype=bf16`, `stage.stable.tokens=6T`).
@@ -226,7 +226,9 @@ impl Stack {
         self.directory = options.directory.clone();
         self.file(name, None)?;
 
-        let environment = options.environment.iter().filter_map(|(variable, value)| {
+        let mut environment: Vec<_> = options.environment.iter().collect();
+        environment.sort();
+        let environment = environment.into_iter().filter_map(|(variable, value)| {
             let key = variable.strip_prefix(ENVIRONMENT_PREFIX)?.replace("__", ".");
             Some((Origin::Environment(variable.as_str().into()), key, value.as_str()))
         });

@@ -61,7 +61,7 @@ impl Stream {
     /// A uniform value in `0..bound` at `position` (multiply-shift; the bias is below `bound` / 2^64).
     pub fn below_at(&self, position: u64, bound: u64) -> u64 {
         assert!(bound > 0, "a bound is at least 1");
-        (u128::from(self.u64_at(position)) * u128::from(bound) >> 64) as u64
+        ((u128::from(self.u64_at(position)) * u128::from(bound)) >> 64) as u64
     }
 
     /// Four standard normal values at block `index`: Box–Muller on 32-bit uniforms in f64, with `libm`'s functions,

@@ -164,7 +164,7 @@ pub struct Stage {
     pub beta: f64,
     /// Base of the rotary angles.
     pub rope_base: f64,
-    /// Weight of each source, by tokens; any positive scale.
+    /// Weight of each source, by tokens; any scale. Sources of weight 0 are left out.
     pub mixture: BTreeMap<String, f64>,
     /// Which tokens a token attends to.
     pub mask: Mask,
@@ -221,6 +221,7 @@ pub enum LrCurve {
         to: f64,
     },
     /// Linear 0 → `peak` over the first `warmup` share, `peak`, then linear to `to` over the last `decay` share.
+    /// Without a decay `to` is `peak`.
     Wsd {
         /// The plateau.
         peak: f64,

@@ -4,7 +4,7 @@
 //! 2. [`Engine::lane`] runs one lane's micro-batches forward and backward into one fp32 gradient and folds it.
 //! 3. [`Engine::finish`] takes the tree's total, divides once by the tokens that count, clips and updates.
 
-use anello_configs::{RunConfig, Stage, StepPlan};
+use anello_configs::{Compute, RunConfig, Stage, StepPlan};
 use anello_dataloader::MicroBatch;
 use tch::{Device, Tensor};
 
@@ -27,6 +27,39 @@ pub struct Engine {
     /// Gradient buffers that are free, zeroed when taken.
     spare: Vec<Tensor>,
     fold: Fold<(Tensor, LossSums)>,
+}
+
+/// What a forward and backward depends on besides model and tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// Loop steps (T).
+    pub loops: u32,
+    /// Weight of the entropy (β).
+    pub beta: f64,
+    /// What is kept and the size of a loss chunk.
+    pub compute: &'a Compute,
+}
+
+/// Forward and backward of one micro-batch: `ids_n` and `targets_n` are `[n]`. Adds the gradient of the loss's sum to
+/// the flat `gradient` and returns the sums.
+pub fn forward_backward(
+    model: &Model,
+    context: &Context,
+    ids_n: &Tensor,
+    targets_n: &Tensor,
+    pass: Pass<'_>,
+    gradient: &Tensor,
+) -> LossSums {
+    let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));
+    let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute.recompute);
+    let chunk = i64::from(pass.compute.loss_chunk_tokens);
+    let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.beta, chunk, gradient);
+    drop(hidden);
+    let of_embedded_nd = tape.backward(of_hidden, gradient, |_layer| ()).to_kind(model.wide());
+    let vocab = model.embed.value.size()[0];
+    let of_table = Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, vocab, -1, false);
+    model.embed.accumulate(gradient, &of_table);
+    sums
 }
 
 /// What a step came to.
@@ -69,8 +102,12 @@ impl Engine {
         if let Some(upcycle) = plan.upcycle {
             let layout = Layout::new(&self.config.model, upcycle.layers);
             self.state = self.state.upcycled(layout);
-            self.model =
-                Model::new(&self.config.model, self.config.compute.dtype, &self.state.layout, &self.state.weights);
+            self.model = Model::new(
+                &self.config.model,
+                self.config.compute.dtype,
+                &self.state.layout,
+                &self.state.weights,
+            );
             self.spare.clear();
         }
         if plan.reset_optimizer {
@@ -106,19 +143,8 @@ impl Engine {
 
     fn forward_backward(&self, stage: &Stage, batch: &MicroBatch, gradient: &Tensor) -> LossSums {
         let (context, ids_n, targets_n) = self.on_device(stage, batch);
-        let embedded_nd = tch::no_grad(|| self.model.embed_nd(&ids_n));
-        let recompute = self.config.compute.recompute;
-        let (hidden, tape) = Tape::forward(&self.model, &context, embedded_nd, stage.loops, recompute);
-        let chunk = i64::from(self.config.compute.loss_chunk_tokens);
-        let (sums, of_hidden) =
-            objective::backward(&self.model, &hidden, &targets_n, stage.beta, chunk, gradient);
-        drop(hidden);
-        let of_embedded = tape.backward(of_hidden, gradient, |_layer| ());
-        let of_embedded = of_embedded.to_kind(tch::Kind::Float);
-        let vocab = i64::from(self.config.model.vocab);
-        let of_table = Tensor::embedding_dense_backward(&of_embedded, &ids_n, vocab, -1, false);
-        self.model.embed.accumulate(gradient, &of_table);
-        sums
+        let pass = Pass { loops: stage.loops, beta: stage.beta, compute: &self.config.compute };
+        forward_backward(&self.model, &context, &ids_n, &targets_n, pass, gradient)
     }
 
     fn on_device(&self, stage: &Stage, batch: &MicroBatch) -> (Context, Tensor, Tensor) {

@@ -71,7 +71,11 @@ impl Error {
         Self::Config { fact: fact.into(), remedy: remedy.into() }
     }
 
-    pub(crate) fn malformed(what: impl Into<String>, cause: impl ToString, remedy: impl Into<String>) -> Self {
+    pub(crate) fn malformed(
+        what: impl Into<String>,
+        cause: impl ToString,
+        remedy: impl Into<String>,
+    ) -> Self {
         Self::Malformed { what: what.into(), cause: cause.to_string(), remedy: remedy.into() }
     }
 }

@@ -125,7 +125,10 @@ impl EventLog {
 
     /// Appends a record. [`Error::Fenced`] when another process has written it.
     pub fn append(&mut self, event: Event) -> Result<Record> {
-        #[expect(clippy::disallowed_methods, reason = "the time of a record is for people; nothing reads it back")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the time of a record is for people; nothing reads it back"
+        )]
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let unix_ms = now.map_or(0, |since| since.as_millis() as u64);
         let record = Record { number: self.next, unix_ms, event };
@@ -145,7 +148,11 @@ pub fn read(store: &RunStore) -> Result<Vec<Record>> {
     for path in store.list("events")?.iter().filter(|path| number_of(path).is_some()) {
         let Some(bytes) = store.get(path)? else { continue };
         let record = serde_json::from_slice(&bytes).map_err(|cause| {
-            Error::malformed(format!("{}/{path}", store.place()), cause, "restore it, or use a build that wrote it")
+            Error::malformed(
+                format!("{}/{path}", store.place()),
+                cause,
+                "restore it, or use a build that wrote it",
+            )
         })?;
         records.push(record);
     }

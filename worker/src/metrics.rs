@@ -102,7 +102,17 @@ impl StepRecord {
 }
 
 const NUMBERS: [&str; 11] = [
-    "lr", "loss", "entropy", "kl", "depth", "grad_norm", "step_s", "data_s", "compute_s", "update_s", "checkpoint_s",
+    "lr",
+    "loss",
+    "entropy",
+    "kl",
+    "depth",
+    "grad_norm",
+    "step_s",
+    "data_s",
+    "compute_s",
+    "update_s",
+    "checkpoint_s",
 ];
 
 fn numbers(record: &StepRecord) -> [f64; 11] {
@@ -147,7 +157,8 @@ pub fn to_batch(records: &[StepRecord]) -> RecordBatch {
 fn encode(records: &[StepRecord]) -> Vec<u8> {
     let batch = to_batch(records);
     let mut bytes = Vec::new();
-    let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), None).expect("a flat schema of plain types");
+    let mut writer =
+        ArrowWriter::try_new(&mut bytes, batch.schema(), None).expect("a flat schema of plain types");
     writer.write(&batch).expect("writing to memory");
     writer.close().expect("writing to memory");
     bytes
@@ -169,7 +180,8 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
         let (step, tokens) = (integer("step")?, integer("tokens")?);
         let (batch_tokens, counted) = (integer("batch_tokens")?, integer("counted")?);
         let stage = array("stage")?.as_any().downcast_ref::<StringArray>().ok_or_else(|| missing("stage"))?;
-        let applied = array("applied")?.as_any().downcast_ref::<BooleanArray>().ok_or_else(|| missing("applied"))?;
+        let applied =
+            array("applied")?.as_any().downcast_ref::<BooleanArray>().ok_or_else(|| missing("applied"))?;
         let columns = NUMBERS.map(number).into_iter().collect::<std::result::Result<Vec<_>, _>>()?;
         let per_loop = |stem: &str| -> std::result::Result<Vec<Float64Array>, String> {
             let names = (1..).map(|t| format!("{stem}_{t}"));
@@ -222,7 +234,11 @@ pub fn read(store: &RunStore) -> Result<Vec<StepRecord>> {
     for path in store.list("metrics")?.iter().filter(|path| range_of(path).is_some()) {
         let Some(bytes) = store.get(path)? else { continue };
         let records = decode(bytes).map_err(|cause| {
-            Error::malformed(format!("{}/{path}", store.place()), cause, "delete it; resuming writes later steps anew")
+            Error::malformed(
+                format!("{}/{path}", store.place()),
+                cause,
+                "delete it; resuming writes later steps anew",
+            )
         })?;
         by_step.extend(records.into_iter().map(|record| (record.step, record)));
     }
@@ -239,7 +255,8 @@ pub fn truncate(store: &RunStore, step: u64) -> Result<()> {
         if first < step {
             let Some(bytes) = store.get(&path)? else { continue };
             let what = format!("{}/{path}", store.place());
-            let mut stay = decode(bytes).map_err(|cause| Error::malformed(what, cause, "delete it, then resume"))?;
+            let mut stay =
+                decode(bytes).map_err(|cause| Error::malformed(what, cause, "delete it, then resume"))?;
             stay.retain(|record| record.step < step);
             write(store, &stay)?;
         }

@@ -60,6 +60,7 @@ impl Layer {
 pub struct Model {
     sizes: Sizes,
     kind: Kind,
+    wide: Kind,
     /// `embed_tokens`, `[v, d]`.
     pub embed: Leaf,
     /// The shared stack.
@@ -76,6 +77,8 @@ pub struct Model {
 
 impl Model {
     /// The model of `sizes` over `flat`, which has `layout`; matrices multiply in `dtype`.
+    ///
+    /// `flat` is fp32. With an f64 buffer everything is f64: that is how gradients are checked against differences.
     pub fn new(sizes: &Sizes, dtype: Dtype, layout: &Layout, flat: &Tensor) -> Self {
         let (d, f, v) = (i64::from(sizes.hidden), i64::from(sizes.ffn), i64::from(sizes.vocab));
         let kv = d / i64::from(sizes.heads) * i64::from(sizes.kv_heads);
@@ -97,7 +100,8 @@ impl Model {
             .collect();
         Self {
             sizes: sizes.clone(),
-            kind: kind_of(dtype),
+            kind: if flat.kind() == Kind::Double { Kind::Double } else { kind_of(dtype) },
+            wide: flat.kind(),
             embed: one("model.embed_tokens.weight", &[v, d]),
             layers,
             final_norm: one("model.norm.weight", &[d]),
@@ -110,6 +114,11 @@ impl Model {
     /// Format of the matrices.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Format of norms, losses and weights: fp32.
+    pub fn wide(&self) -> Kind {
+        self.wide
     }
 
     /// Hidden states before the first loop step, `[n, d]`.
@@ -130,9 +139,9 @@ impl Model {
 
     /// RMSNorm with fp32 statistics, from primitives: the native backward sums per thread.
     fn norm(&self, x: &Tensor, weight: &Leaf) -> Tensor {
-        let x32 = x.to_kind(Kind::Float);
-        let mean_square = x32.square().mean_dim(-1i64, true, Kind::Float);
-        (x32 * (mean_square + self.sizes.rms_eps).rsqrt() * &weight.value).to_kind(self.kind)
+        let x_wide = x.to_kind(self.wide);
+        let mean_square = x_wide.square().mean_dim(-1i64, true, self.wide);
+        (x_wide * (mean_square + self.sizes.rms_eps).rsqrt() * &weight.value).to_kind(self.kind)
     }
 
     fn attention_nd(&self, layer: &Layer, x_nd: &Tensor, context: &Context) -> Tensor {
@@ -154,18 +163,34 @@ impl Model {
 
     fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor) -> Tensor {
         let gate_up = x_nd.matmul(&layer.gate_up.value.to_kind(self.kind).tr()).chunk(2, -1);
-        (gate_up[0].silu() * &gate_up[1]).matmul(&layer.down.value.to_kind(self.kind).tr())
+        (silu(&gate_up[0]) * &gate_up[1]).matmul(&layer.down.value.to_kind(self.kind).tr())
     }
 
     /// Logits of hidden states, `[.., d] -> [.., v]`, fp32.
     pub fn logits(&self, h: &Tensor) -> Tensor {
-        h.matmul(&self.lm_head.value.to_kind(self.kind).tr()).to_kind(Kind::Float)
+        h.matmul(&self.lm_head.value.to_kind(self.kind).tr()).to_kind(self.wide)
     }
 
     /// Logits of the exit gate, `[.., d] -> [..]`, fp32: λ is their sigmoid.
     pub fn gate_logits(&self, h: &Tensor) -> Tensor {
-        h.to_kind(Kind::Float).matmul(&self.gate_weight.value.tr()).squeeze_dim(-1) + &self.gate_bias.value
+        h.to_kind(self.wide).matmul(&self.gate_weight.value.tr()).squeeze_dim(-1) + &self.gate_bias.value
     }
+}
+
+/// SiLU whose bits do not depend on the number of CPU threads, `[n, f] -> [n, f]`.
+///
+/// LibTorch cuts an elementwise operation of more than 32768 elements at places that depend on the number of threads,
+/// and for SiLU alone of those used here the scalar tail of a piece rounds otherwise than its vector body (measured;
+/// exp, tanh and log-sigmoid, which go through a vector library with their tails, do not). Slices of fewer elements
+/// are computed on one thread.
+fn silu(x_nf: &Tensor) -> Tensor {
+    const SERIAL_MAX: i64 = 32_768;
+    let [n, f] = x_nf.size()[..] else { unreachable!("the feed-forward is [n, f]") };
+    if x_nf.device() != Device::Cpu || n * f < SERIAL_MAX {
+        return x_nf.silu();
+    }
+    let slices = x_nf.split(((SERIAL_MAX - 1) / f).max(1), 0);
+    Tensor::cat(&slices.iter().map(Tensor::silu).collect::<Vec<_>>(), 0)
 }
 
 fn kind_of(dtype: Dtype) -> Kind {
@@ -251,7 +276,8 @@ impl Context {
         match &self.apart {
             Apart::Segments(lengths) => {
                 // A split's backward is one concatenation; a slice's would be a full tensor of zeros each.
-                let split = |x: &Tensor| x.transpose(0, 1).unsqueeze(0).split_with_sizes(lengths.as_slice(), 2);
+                let split =
+                    |x: &Tensor| x.transpose(0, 1).unsqueeze(0).split_with_sizes(lengths.as_slice(), 2);
                 let (qs, ks, vs) = (split(q_nhk), split(k_nhk), split(v_nhk));
                 let mixed: Vec<Tensor> = qs
                     .iter()

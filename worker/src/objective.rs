@@ -56,7 +56,7 @@ pub fn log_exit(gate_logits: &Tensor) -> Tensor {
         return gate_logits * 0.0;
     }
     let used = gate_logits.narrow(0, 0, loops - 1);
-    let log_survival = (-&used).log_sigmoid().cumsum(0, Kind::Float);
+    let log_survival = (-&used).log_sigmoid().cumsum(0, used.kind());
     let before = Tensor::cat(&[Tensor::zeros_like(&log_survival.narrow(0, 0, 1)), log_survival], 0);
     let log_exit_now = Tensor::cat(&[used.log_sigmoid(), Tensor::zeros_like(&before.narrow(0, 0, 1))], 0);
     log_exit_now + before
@@ -80,16 +80,17 @@ pub struct TokenLosses {
 /// The plain objective on the hidden states of some tokens.
 pub fn token_losses(model: &Model, h_tcd: &Tensor, targets_c: &Tensor, beta: f64) -> TokenLosses {
     let [t, c, _] = h_tcd.size()[..] else { unreachable!("hidden states are [t, c, d]") };
+    let wide = model.wide();
     let logits = model.logits(h_tcd).view([t * c, -1]);
     let cross_entropy_tc = logits
         .cross_entropy_loss::<Tensor>(&targets_c.repeat([t]), None, Reduction::None, IGNORE, 0.0)
         .view([t, c]);
     let log_exit_tc = log_exit(&model.gate_logits(h_tcd));
     let exit_tc = log_exit_tc.exp();
-    let entropy_c = -(&exit_tc * log_exit_tc).sum_dim_intlist(0i64, false, Kind::Float);
-    let expected_c = (&exit_tc * &cross_entropy_tc).sum_dim_intlist(0i64, false, Kind::Float);
+    let entropy_c = -(&exit_tc * log_exit_tc).sum_dim_intlist(0i64, false, wide);
+    let expected_c = (&exit_tc * &cross_entropy_tc).sum_dim_intlist(0i64, false, wide);
     let loss_c = expected_c - &entropy_c * beta;
-    let counts_c = targets_c.not_equal(IGNORE).to_kind(Kind::Float);
+    let counts_c = targets_c.not_equal(IGNORE).to_kind(wide);
     TokenLosses { cross_entropy_tc, exit_tc, entropy_c, loss_c, counts_c }
 }
 
@@ -139,7 +140,7 @@ pub fn backward(
         let h_tcd = h_tcd.set_requires_grad(true);
         let losses = token_losses(model, &h_tcd, &targets_c, beta);
         total.add(&tch::no_grad(|| sums(&losses, counted(&targets_c))));
-        let loss = (losses.loss_c * losses.counts_c).sum(Kind::Float);
+        let loss = (losses.loss_c * losses.counts_c).sum(model.wide());
         let inputs: Vec<&Tensor> = [&h_tcd].into_iter().chain(leaves.map(|leaf| &leaf.value)).collect();
         let mut gradients = Tensor::run_backward(&[loss], &inputs, false, false);
         for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {

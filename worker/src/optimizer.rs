@@ -123,8 +123,16 @@ mod tests {
     }
 
     fn state() -> State {
-        let sizes =
-            Model { layers: 1, hidden: 32, heads: 2, kv_heads: 2, ffn: 64, vocab: 100, rms_eps: 1e-6, init_std: 0.02 };
+        let sizes = Model {
+            layers: 1,
+            hidden: 32,
+            heads: 2,
+            kv_heads: 2,
+            ffn: 64,
+            vocab: 100,
+            rms_eps: 1e-6,
+            init_std: 0.02,
+        };
         let layout = Layout::new(&sizes, 1);
         let weights = layout.initial(1, 0.02, Device::Cpu);
         State::new(layout, weights)
@@ -143,7 +151,8 @@ mod tests {
         let mut state = state();
         let start = Vec::<f32>::try_from(&state.weights).unwrap();
         let n = start.len();
-        let (mut w, mut m, mut v) = (start.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), vec![0.0; n], vec![0.0; n]);
+        let (mut w, mut m, mut v) =
+            (start.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), vec![0.0; n], vec![0.0; n]);
         for step in 1..=3u64 {
             let g = gradient(&state, 0.5, step);
             let host = Vec::<f32>::try_from(&g).unwrap();
@@ -157,7 +166,8 @@ mod tests {
                 let g = f64::from(host[i]) / counted as f64 / norm;
                 m[i] = 0.9 * m[i] + 0.1 * g;
                 v[i] = 0.95 * v[i] + 0.05 * g * g;
-                let update = m[i] / (1.0 - 0.9f64.powi(step as i32))
+                let update = m[i]
+                    / (1.0 - 0.9f64.powi(step as i32))
                     / ((v[i] / (1.0 - 0.95f64.powi(step as i32))).sqrt() + 1e-8);
                 let decay = if i < state.layout.decayed_len() { 0.1 } else { 0.0 };
                 w[i] = w[i] * (1.0 - lr * decay) - lr * update;

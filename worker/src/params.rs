@@ -214,7 +214,16 @@ mod tests {
     use super::*;
 
     fn model() -> Model {
-        Model { layers: 2, hidden: 64, heads: 4, kv_heads: 2, ffn: 96, vocab: 200, rms_eps: 1e-6, init_std: 0.02 }
+        Model {
+            layers: 2,
+            hidden: 64,
+            heads: 4,
+            kv_heads: 2,
+            ffn: 96,
+            vocab: 200,
+            rms_eps: 1e-6,
+            init_std: 0.02,
+        }
     }
 
     #[test]
@@ -244,7 +253,10 @@ mod tests {
             flat.narrow(0, entry.offset as i64, entry.len() as i64)
         };
         for name in ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"] {
-            assert!(take(&two, &a, name).equal(&take(&three, &b, name)), "{name} moved with the number of layers");
+            assert!(
+                take(&two, &a, name).equal(&take(&three, &b, name)),
+                "{name} moved with the number of layers"
+            );
         }
         assert!(!a.equal(&two.initial(6, 0.02, Device::Cpu)));
         let std = take(&two, &a, "lm_head.weight").std(false).double_value(&[]);

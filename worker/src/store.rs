@@ -45,9 +45,13 @@ impl RunStore {
             return Err(Error::config(fact, "give a path or a file:// URL"));
         }
         let path = PathBuf::from(place.strip_prefix("file://").unwrap_or(place));
-        std::fs::create_dir_all(&path).map_err(|source| Error::System { action: "making the run folder", source })?;
-        let local = LocalFileSystem::new_with_prefix(&path)
-            .map_err(|source| Error::Store { action: "opening", what: place.to_owned(), source })?;
+        std::fs::create_dir_all(&path)
+            .map_err(|source| Error::System { action: "making the run folder", source })?;
+        let local = LocalFileSystem::new_with_prefix(&path).map_err(|source| Error::Store {
+            action: "opening",
+            what: place.to_owned(),
+            source,
+        })?;
         // Durable before visible: a manifest must not outlive the power cut that its parts did not.
         Self::new(Arc::new(local.with_fsync(true)), path.display().to_string())
     }

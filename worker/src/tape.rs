@@ -14,7 +14,7 @@
 //! the format of the matrices.
 
 use anello_configs::Recompute;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::model::{Context, Model};
 
@@ -85,7 +85,12 @@ impl<'a> Tape<'a> {
 
     /// Backward from the gradients of h(1..=T): adds the gradient of the stack's weights to the flat `gradient` and
     /// returns that of `embedded`. `done(layer)` is called when the last gradient of a layer's weights is in.
-    pub fn backward(mut self, of_hidden: Vec<Tensor>, gradient: &Tensor, mut done: impl FnMut(usize)) -> Tensor {
+    pub fn backward(
+        mut self,
+        of_hidden: Vec<Tensor>,
+        gradient: &Tensor,
+        mut done: impl FnMut(usize),
+    ) -> Tensor {
         let mut upstream: Option<Tensor> = None;
         for (loop_step, of_h) in of_hidden.into_iter().enumerate().rev() {
             let mut g = match upstream {
@@ -130,7 +135,7 @@ impl<'a> Tape<'a> {
         let inputs: Vec<&Tensor> =
             [&segment.input].into_iter().chain(leaves.iter().map(|leaf| &leaf.value)).collect();
         // The derivative of Σ output·g by the output is g: a vector-Jacobian product with what tch offers.
-        let product = (&segment.output * g).sum(Kind::Float);
+        let product = (&segment.output * g).sum(self.model.wide());
         let mut gradients = Tensor::run_backward(&[product], &inputs, false, false);
         for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
             leaf.accumulate(gradient, &of_leaf);

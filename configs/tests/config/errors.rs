@@ -105,6 +105,7 @@ fn one_slip_on_the_command_line() {
         &["stage.warmup.lr=1e-4"],
         &["stage.stable.lr=fast"],
         &["data.prefetch_bytes=4KiB", "stage.stable.sequence=256", "stage.stable.batch=512"],
+        &["stage.stable.sequence=2", "stage.stable.batch=1Mi", "stage.stable.batch_ramp={from=4, over=100}"],
         &["stage.stable=4"],
         &["lanes=5", "model.layres=3", "seed"],
         &["stage.stable.micro_batch=16"],

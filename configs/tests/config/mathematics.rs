@@ -97,3 +97,45 @@ fn a_config_changed_in_code_can_be_checked() {
     let error = config.check().unwrap_err().to_string();
     assert!(error.contains("lanes is 3, which is not a power of two; give 2 or 4"), "{error}");
 }
+
+/// The README's tables against the code: every key is there, and says rightly whether the bits depend on it.
+#[test]
+fn the_readme_knows_every_key() {
+    let readme = include_str!("../../README.md");
+    let sets = [
+        "compute.threads=2",
+        "checkpoint.keep_every_steps=5",
+        "stage.stable.batch_ramp={from=\"4Ki\",over=\"1Mi\"}",
+        "stage.stable.micro_batch=1",
+        "stage.stable.lr_curve=wsd",
+        "stage.longct.upcycle.layers=4",
+    ];
+    let config = loaded("tiny", &sets);
+    let mathematics = config.mathematics();
+    let (mut section, mut seen) = (String::new(), std::collections::BTreeSet::new());
+    for line in config.to_toml().lines() {
+        if let Some(name) = line.strip_prefix('[') {
+            section = format!("{}.", name.trim_end_matches(']'));
+        }
+        let Some((key, _)) = line.split_once(" = ") else { continue };
+        let full = format!("{section}{key}");
+        let mut shown = full.clone();
+        if section.starts_with("stage.") {
+            shown = key
+                .split_once('.')
+                .map_or(key, |(head, _)| if head == "mixture" { "mixture.SOURCE" } else { key })
+                .to_owned();
+        } else if section.starts_with("data.sources.") {
+            shown = "data.sources.NAME.url".to_owned();
+        }
+        let row = readme.lines().find(|row| {
+            row.starts_with('|') && row.split('|').nth(1).unwrap().contains(&format!("`{shown}`"))
+        });
+        let row = row.unwrap_or_else(|| panic!("{shown} has no row"));
+        let bits = row.split('|').nth(3).unwrap().trim() == "yes";
+        assert_eq!(bits, mathematics.contains_key(&full), "{row}");
+        seen.insert(row);
+    }
+    let rows = readme.lines().filter(|row| row.starts_with("| `")).count();
+    assert_eq!(seen.len(), rows, "a row of the README is no key");
+}

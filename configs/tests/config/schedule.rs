@@ -80,7 +80,10 @@ proptest! {
 
     #[test]
     fn every_step_follows_from_the_stages(config in run()) {
-        prop_assert!(config.check().is_ok(), "{}", config.check().unwrap_err());
+        match RunConfig::parse("again", &config.to_toml()) {
+            Ok(again) => prop_assert_eq!(&again, &config),
+            Err(error) => prop_assert!(false, "{error}"),
+        }
         let schedule = Schedule::new(&config);
         let (mut step, mut tokens, mut layers) = (0, 0, config.model.layers);
         for (index, (stage, span)) in schedule.stages().enumerate() {

@@ -49,7 +49,11 @@ pub fn read_manifest(store: &RunStore, step: u64) -> Result<Manifest> {
         serde_json::from_slice(&bytes).map_err(|cause| damaged(step, format!("manifest.json: {cause}")))?;
     if version.format > FORMAT {
         let fact = format!("it has format {}, this build reads up to {FORMAT}", version.format);
-        return Err(Error::Checkpoint { step, fact, remedy: "use the build that wrote it or a newer one".to_owned() });
+        return Err(Error::Checkpoint {
+            step,
+            fact,
+            remedy: "use the build that wrote it or a newer one".to_owned(),
+        });
     }
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|cause| damaged(step, format!("manifest.json: {cause}")))?;
@@ -92,20 +96,25 @@ fn read_part(
     if bytes.len() as u64 != part.bytes {
         return Err(damaged(step, format!("{name} has {} bytes, not {}", bytes.len(), part.bytes)));
     }
-    let tensors =
-        SafeTensors::deserialize(&bytes).map_err(|cause| damaged(step, format!("{name} is no safetensors: {cause}")))?;
+    let tensors = SafeTensors::deserialize(&bytes)
+        .map_err(|cause| damaged(step, format!("{name} is no safetensors: {cause}")))?;
     for (buffer, buffer_name) in BUFFERS.into_iter().enumerate() {
-        let tensor =
-            tensors.tensor(buffer_name).map_err(|cause| damaged(step, format!("{name}, {buffer_name}: {cause}")))?;
+        let tensor = tensors
+            .tensor(buffer_name)
+            .map_err(|cause| damaged(step, format!("{name}, {buffer_name}: {cause}")))?;
         let data = tensor.data();
         if data.len() != part.range().len() * BLOCK_BYTES {
             return Err(damaged(step, format!("{name}, {buffer_name}: {} bytes", data.len())));
         }
         for (block, block_bytes) in part.range().zip(data.chunks(BLOCK_BYTES)) {
             if blake3::hash(block_bytes).to_hex().as_str() != manifest.blocks.of(buffer)[block] {
-                let holds = layout.map(|l| l.names_in(block).collect::<Vec<_>>().join(", ")).unwrap_or_default();
+                let holds =
+                    layout.map(|l| l.names_in(block).collect::<Vec<_>>().join(", ")).unwrap_or_default();
                 let holds = if holds.is_empty() { holds } else { format!(", which holds {holds}") };
-                return Err(damaged(step, format!("{name}: block {block} of {buffer_name} has changed{holds}")));
+                return Err(damaged(
+                    step,
+                    format!("{name}: block {block} of {buffer_name} has changed{holds}"),
+                ));
             }
         }
         take(buffer, data);
@@ -130,13 +139,19 @@ pub fn load(store: &RunStore, step: u64, model: &anello_configs::Model, device: 
     let manifest = read_manifest(store, step)?;
     let layout = Layout::new(model, manifest.layers);
     if layout.len() as u64 != manifest.elements {
-        let fact = format!("it holds {} elements, the config's model has {}", manifest.elements, layout.len());
-        return Err(Error::Checkpoint { step, fact, remedy: "use the config that it was trained with".to_owned() });
+        let fact =
+            format!("it holds {} elements, the config's model has {}", manifest.elements, layout.len());
+        return Err(Error::Checkpoint {
+            step,
+            fact,
+            remedy: "use the config that it was trained with".to_owned(),
+        });
     }
     let mut buffers = [0, 1, 2].map(|_| Vec::with_capacity(layout.len()));
     for part in &manifest.parts {
         read_part(store, &manifest, Some(&layout), part, |buffer, bytes| {
-            let floats = bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
+            let floats =
+                bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
             buffers[buffer].extend(floats);
         })?;
     }

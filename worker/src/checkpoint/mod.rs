@@ -148,4 +148,3 @@ pub fn set_aside(store: &RunStore, step: u64) -> Result<()> {
 
 /// Bytes of a block of fp32.
 const BLOCK_BYTES: usize = BLOCK * 4;
-

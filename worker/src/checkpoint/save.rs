@@ -89,14 +89,16 @@ pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64) -> Result<Ma
     let written = std::sync::Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..ranges.len().min(2) {
-            scope.spawn(|| loop {
-                let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                let Some(&(first, count)) = ranges.get(index) else { break };
-                let part = write_part(store, snapshot, index, first, count);
-                let failed = part.is_err();
-                written.lock().expect("no holder panics").push(part);
-                if failed {
-                    next.store(ranges.len(), std::sync::atomic::Ordering::Relaxed);
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    let Some(&(first, count)) = ranges.get(index) else { break };
+                    let part = write_part(store, snapshot, index, first, count);
+                    let failed = part.is_err();
+                    written.lock().expect("no holder panics").push(part);
+                    if failed {
+                        next.store(ranges.len(), std::sync::atomic::Ordering::Relaxed);
+                    }
                 }
             });
         }
@@ -160,7 +162,8 @@ fn write_part(
         let view = TensorView::new(Dtype::F32, vec![slice.len() / 4], slice);
         (name, view.expect("the shape is the slice's own length"))
     });
-    let metadata = [("first_block".to_owned(), first.to_string()), ("step".to_owned(), snapshot.step.to_string())];
+    let metadata =
+        [("first_block".to_owned(), first.to_string()), ("step".to_owned(), snapshot.step.to_string())];
     let bytes = safetensors::serialize(views, Some(metadata.into_iter().collect()))
         .expect("three F32 slices always serialise");
     let name = format!("part-{index:05}.safetensors");

@@ -180,7 +180,8 @@ impl Trainer {
         while self.next_step < self.last_step && !self.control.stops() {
             let plan = schedule.at(self.next_step).expect("a step below the total has a plan");
             if plan.first_of_stage {
-                self.writer.send(Job::Event(Event::Stage { step: plan.step, stage: plan.stage.name.clone() }))?;
+                self.writer
+                    .send(Job::Event(Event::Stage { step: plan.step, stage: plan.stage.name.clone() }))?;
             }
             if plan.first_of_stage || began {
                 let _ = self.notices.send(Notice::Stage { index: plan.stage_index });
@@ -271,7 +272,8 @@ impl Trainer {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let last = self.schedule.at(self.next_step.saturating_sub(1)).expect("a step that was done has a plan");
+        let last =
+            self.schedule.at(self.next_step.saturating_sub(1)).expect("a step that was done has a plan");
         let position = Position {
             step: self.next_step,
             stage: last.stage.name.clone(),
@@ -280,7 +282,14 @@ impl Trainer {
         };
         let open::Stamp { config, data, environment, .. } = &self.stamp;
         let cursors = self.cursors.clone();
-        Snapshot::take(self.engine.state(), position, cursors, config.clone(), data.clone(), environment.clone())
+        Snapshot::take(
+            self.engine.state(),
+            position,
+            cursors,
+            config.clone(),
+            data.clone(),
+            environment.clone(),
+        )
     }
 
     /// Waits until no checkpoint is being written.

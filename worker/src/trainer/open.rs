@@ -80,7 +80,8 @@ impl Run {
         if !store.create(CONFIG, config.to_toml())? {
             return Err(Error::Fenced { what: format!("{}/{CONFIG}", store.place()) });
         }
-        let environment = serde_json::to_vec_pretty(&Environment::of_cpu()).expect("plain strings and a number");
+        let environment =
+            serde_json::to_vec_pretty(&Environment::of_cpu()).expect("plain strings and a number");
         store.put("environment.json", environment)?;
         Ok(Self { config, store, data, resumed: false, allow: false, changed: Vec::new() })
     }
@@ -98,15 +99,23 @@ impl Run {
             .collect();
         if !changed.is_empty() && !resume.allow {
             let keys = changed.iter().map(|(key, before, now)| format!("\n  {key}: {before} -> {now}"));
-            let fact = format!("the config changes the mathematics of {}:{}", store.place(), keys.collect::<String>());
-            return Err(Error::config(fact, "resume without it, or accept that the run changes with --allow"));
+            let fact = format!(
+                "the config changes the mathematics of {}:{}",
+                store.place(),
+                keys.collect::<String>()
+            );
+            return Err(Error::config(
+                fact,
+                "resume without it, or accept that the run changes with --allow",
+            ));
         }
         if begun_with.model != config.model {
             let fact = format!("the model of {} has other sizes than the config's", store.place());
             return Err(Error::config(fact, "begin a new run; sizes cannot change, also not with --allow"));
         }
         if begun_with.lanes != config.lanes {
-            let fact = format!("{} has {} lanes, the config {}", store.place(), begun_with.lanes, config.lanes);
+            let fact =
+                format!("{} has {} lanes, the config {}", store.place(), begun_with.lanes, config.lanes);
             return Err(Error::config(fact, "begin a new run; lanes are fixed for the life of one"));
         }
         let data = LoaderOptions::of(&config)?;
@@ -119,8 +128,12 @@ impl Run {
     /// Builds engine and loader at the first step to train.
     pub(super) fn start(&self) -> Result<Started> {
         let environment = Environment::of_cpu();
-        let data: BTreeMap<String, String> =
-            self.data.sources.iter().map(|(name, dataset)| (name.clone(), dataset.index().digest())).collect();
+        let data: BTreeMap<String, String> = self
+            .data
+            .sources
+            .iter()
+            .map(|(name, dataset)| (name.clone(), dataset.index().digest()))
+            .collect();
         let mut events = Vec::new();
         let loaded = if self.resumed { self.newest_usable(&mut events)? } else { None };
         let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
@@ -128,7 +141,12 @@ impl Run {
             self.check_data(&loaded.manifest.data, &data)?;
             let there = &loaded.manifest.environment;
             for (what, before, now) in there.differences(&environment) {
-                tracing::warn!(what, before, now, "this is not where the checkpoint was written; the bits may differ");
+                tracing::warn!(
+                    what,
+                    before,
+                    now,
+                    "this is not where the checkpoint was written; the bits may differ"
+                );
             }
         }
         if self.resumed {
@@ -137,7 +155,9 @@ impl Run {
         events.push(Event::Started { step, environment: environment.clone(), changed: self.changed.clone() });
 
         let (engine, cursors) = match loaded {
-            Some(Loaded { manifest, state }) => (Engine::with_state(&self.config, state), Some(manifest.cursors)),
+            Some(Loaded { manifest, state }) => {
+                (Engine::with_state(&self.config, state), Some(manifest.cursors))
+            }
             None => (Engine::new(&self.config, Device::Cpu), None),
         };
         let loader =
@@ -200,7 +220,10 @@ fn check_supported(config: &RunConfig) -> Result<()> {
         None => Ok(()),
         Some(stage) => {
             let fact = format!("stage {} trains {:?} with loss {:?}", stage.name, stage.trains, stage.loss);
-            Err(Error::config(fact.to_lowercase(), "this build trains all parameters with the loop loss only"))
+            Err(Error::config(
+                fact.to_lowercase(),
+                "this build trains all parameters with the loop loss only",
+            ))
         }
     }
 }

@@ -163,9 +163,8 @@ impl Desk {
     /// only then is an old checkpoint let go. Only a fence ends the writer.
     fn checkpoint(&mut self, snapshot: &Snapshot) -> Result<()> {
         let began = Instant::now();
-        let saved = self
-            .flush_rows()
-            .and_then(|()| checkpoint::save(&self.store, snapshot, self.policy.part_bytes));
+        let saved =
+            self.flush_rows().and_then(|()| checkpoint::save(&self.store, snapshot, self.policy.part_bytes));
         let step = snapshot.step;
         match saved {
             Ok(manifest) => {
@@ -199,7 +198,9 @@ impl Desk {
                 kept.push((step, manifest.stage_end));
             }
         }
-        checkpoint::superseded(&self.policy, &kept).into_iter().try_for_each(|s| checkpoint::delete(&self.store, s))
+        checkpoint::superseded(&self.policy, &kept)
+            .into_iter()
+            .try_for_each(|s| checkpoint::delete(&self.store, s))
     }
 }
 

@@ -1,0 +1,5 @@
+//! Tests of the worker against independent mathematics, and of the same-bits contract on real small runs.
+
+mod numerics;
+mod runs;
+mod support;
