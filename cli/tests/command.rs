@@ -66,7 +66,10 @@ fn wrong_arguments_and_configs_are_told_in_full_with_exit_code_2() {
         (&["run"], &["<CONFIG>"]),
         (&["run", "tiny", "--allow"], &["--resume <RUN>"]),
         (&["run", "tiny", "--out", "x", "--resume", "y"], &["cannot be used with"]),
-        (&["plan", "tinny"], &["tinny cannot be read; did you mean the preset `tiny`?"]),
+        (
+            &["plan", "tinny"],
+            &["tinny cannot be read; give the path of a TOML file, or one of the presets tiny, "],
+        ),
         (
             &["config", "tiny", "--set", "lanes=3", "--set", "stage.stable.lrr=1"],
             &["2 problems", "--set lanes=3: lanes is 3", "did you mean `lr`?"],
