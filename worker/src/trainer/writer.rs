@@ -143,7 +143,10 @@ impl Desk {
                 tolerate(rows, "the metrics")?;
             }
         }
-        self.flush_last()
+        self.flush_last()?;
+        // Once more, for a process that found the run finished: the one before it may have been killed before this.
+        self.prune();
+        Ok(())
     }
 
     /// Writes the events that wait, up to the first that cannot be written.
@@ -192,9 +195,7 @@ impl Desk {
                 let seconds = began.elapsed().as_secs_f64();
                 let _ = self.notices.send(Notice::Checkpoint { step, seconds });
                 let _ = self.answers.send(Ok(manifest.weights));
-                if let Err(cause) = self.prune() {
-                    tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
-                }
+                self.prune();
             }
             Err(Error::Fenced { what }) => {
                 let _ = self.answers.send(Err(Error::Fenced { what: what.clone() }));
@@ -211,7 +212,13 @@ impl Desk {
         tolerate(flushed, "the event log")
     }
 
-    fn prune(&self) -> Result<()> {
+    fn prune(&self) {
+        if let Err(cause) = self.try_prune() {
+            tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
+        }
+    }
+
+    fn try_prune(&self) -> Result<()> {
         let mut kept = Vec::new();
         for step in checkpoint::steps(&self.store)? {
             // One that cannot be read is left for `verify` to explain.

@@ -38,8 +38,9 @@ ffn = 48
 vocab = 2048
 
 [compute]
-recompute = "layer"
-loss_chunk_tokens = 24
+recompute = "none"
+loss_chunk_tokens = 40
+threads = 1
 
 [data]
 prefetch_bytes = 4096
@@ -47,12 +48,12 @@ sources.words.url = "DATA/words"
 sources.code.url = "DATA/code"
 
 [checkpoint]
-every_steps = 3
+every_steps = 4
 keep_last = 100
-part_bytes = "64KiB"
+part_bytes = "1600KiB"
 
 [stage.warmup]
-tokens = 512
+tokens = 384
 sequence = 16
 batch = 128
 micro_batch = 2
@@ -65,21 +66,21 @@ rope_base = 10_000
 mixture = { words = 3, code = 1 }
 
 [stage.stable]
-tokens = 1024
+tokens = 640
 sequence = 16
 batch = 256
-batch_ramp = { from = 128, over = 512 }
+batch_ramp = { from = 128, over = 384 }
 micro_batch = 2
 lr = 3e-3
-loops = 3
+loops = 2
 beta = 0.05
 rope_base = 10_000
 mixture = { words = 3, code = 1 }
 
 [stage.ct-anneal]
-tokens = 768
+tokens = 384
 sequence = 32
-batch = 256
+batch = 128
 lr_curve = "cosine"
 lr_from = 1e-3
 lr_to = 1e-4
@@ -90,7 +91,7 @@ mixture = { words = 1 }
 reset_optimizer = true
 
 [stage.longct]
-tokens = 768
+tokens = 512
 sequence = 64
 batch = 256
 lr_curve = "cosine"
@@ -104,14 +105,14 @@ mixture = { words = 1, code = 2 }
 upcycle = { layers = 2 }
 
 [stage.mid-training]
-tokens = 512
+tokens = 384
 sequence = 32
 batch = 128
 lr_curve = "wsd"
 lr = 1e-3
 lr_to = 1e-5
 lr_decay = 0.5
-loops = 4
+loops = 3
 beta = 0.05
 rope_base = 1_000_000
 mixture = { code = 1 }

@@ -7,13 +7,14 @@ use safetensors::SafeTensors;
 use super::store::TestStore;
 use super::*;
 
-const NEWEST: u64 = 15;
-const BEFORE: u64 = 13;
+const NEWEST: u64 = 12;
+const BEFORE: u64 = 10;
 
-/// A run that was stopped after step 15, with checkpoints after 3, 4, 6, 9, 10, 12, 13 and 15.
+/// A run that was stopped after step 12, with checkpoints of four parts after 3, 6, 7, 9, 10 and 12.
 fn stopped(data: &Data) -> TestStore {
-    let store = TestStore::new();
-    begin(&store.run(), &data.config(), Some(NEWEST));
+    let (store, mut config) = (TestStore::new(), data.config());
+    (config.checkpoint.every_steps, config.checkpoint.part_bytes) = (3, 64 << 10);
+    begin(&store.run(), &config, Some(NEWEST));
     store
 }
 
@@ -156,7 +157,7 @@ fn damage_is_found_named_and_passed_over() {
         for error in [loaded.map(|_| ()).unwrap_err(), verified.map(|_| ()).unwrap_err()] {
             assert!(matches!(error, Error::Checkpoint { step: NEWEST, .. }), "{what}: {error:?}");
             let text = error.to_string();
-            assert!(text.starts_with("checkpoint 15: "), "{what}: {text}");
+            assert!(text.starts_with("checkpoint 12: "), "{what}: {text}");
             assert!(text.ends_with("; use the checkpoint before it"), "{what}: {text}");
             // `verify` does not know the model, so not the names of its tensors.
             let known = |word: &&&str| !word.contains("lm_head") && !word.contains("embed");
@@ -186,7 +187,7 @@ fn damage_is_found_named_and_passed_over() {
 fn the_newest_whole_one_is_taken_however_many_are_not() {
     let data = Data::new();
     let store = stopped(&data).run();
-    for step in [12, 13, NEWEST] {
+    for step in [9, BEFORE, NEWEST] {
         store.delete(&part_of(&store, step, 0)).unwrap();
     }
     let before: Vec<Event> = events_of(&store);
@@ -200,8 +201,8 @@ fn the_newest_whole_one_is_taken_however_many_are_not() {
             _ => None,
         })
         .collect();
-    assert_eq!(steps, [NEWEST, 13, 12]);
-    assert!(matches!(after[3], Event::Started { step: 10, .. }), "{:?}", after[3]);
+    assert_eq!(steps, [NEWEST, BEFORE, 9]);
+    assert!(matches!(after[3], Event::Started { step: 7, .. }), "{:?}", after[3]);
 }
 
 #[test]
@@ -214,7 +215,7 @@ fn when_all_are_damaged_nothing_is_touched() {
     let before = store.objects();
     let run = Run::resume(store.run(), Resume::default()).unwrap();
     let text = drive(run, None).0.unwrap_err().to_string();
-    assert!(text.contains("none of the 8 checkpoints of memory is whole"), "{text}");
+    assert!(text.contains("none of the 6 checkpoints of memory is whole"), "{text}");
     assert!(text.contains("verify"), "the remedy: {text}");
     assert!(store.objects() == before, "the folder is as it was");
 }
@@ -268,7 +269,7 @@ fn parts_without_a_manifest_are_no_checkpoint() {
     store.delete(&manifest_of(NEWEST)).unwrap();
     assert_eq!(checkpoint::steps(&store).unwrap().last(), Some(&BEFORE));
     let text = checkpoint::verify(&store, NEWEST).unwrap_err().to_string();
-    assert!(text.contains("there are: 3, 4, 6, 9, 10, 12, 13"), "{text}");
+    assert!(text.contains("there are: 3, 6, 7, 9, 10"), "{text}");
     resume(&store, None);
     assert_finished(&store, "a half-written checkpoint");
     let passed_over = events_of(&store).into_iter().any(|e| matches!(e, Event::PassedOver { .. }));
@@ -288,6 +289,6 @@ fn a_checkpoint_of_a_newer_format_stops_the_run() {
     let text =
         drive(Run::resume(store.run(), Resume::default()).unwrap(), None).0.unwrap_err().to_string();
     assert!(text.contains("it has format 2, this build reads up to 1"), "{text}");
-    assert!(text.contains("checkpoints/0000000015/manifest.json"), "{text}");
+    assert!(text.contains("checkpoints/0000000012/manifest.json"), "{text}");
     assert!(store.objects() == before, "the folder is as it was");
 }
