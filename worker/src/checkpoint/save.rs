@@ -166,8 +166,10 @@ fn write_part(
         let view = TensorView::new(Dtype::F32, vec![slice.len() / 4], slice);
         (name, view.expect("the shape is the slice's own length"))
     });
-    let metadata =
-        [("first_block".to_owned(), first.to_string()), ("step".to_owned(), snapshot.step.to_string())];
+    // One entry: safetensors would write several in the random order of a hash map, and the same part would not be
+    // the same bytes when it is written again.
+    let place = format!("step {}, blocks {first}..{}", snapshot.step, first + count);
+    let metadata = [("anello".to_owned(), place)];
     let bytes = safetensors::serialize(views, Some(metadata.into_iter().collect()))
         .expect("three F32 slices always serialise");
     let part = Part {

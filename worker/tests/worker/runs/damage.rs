@@ -82,8 +82,8 @@ const DAMAGES: &[Damage] = &[
         "a word of a header",
         |store| {
             change(store, &part_of(store, NEWEST, 2), |bytes| {
-                let at = bytes.windows(11).position(|w| w == b"first_block").unwrap();
-                bytes[at] = b'g';
+                let at = bytes.windows(6).position(|w| w == b"anello").unwrap();
+                bytes[at] = b'A';
             });
         },
         &["part part-00002", "header has changed"],

@@ -27,10 +27,10 @@ sources.patterns.url = "DATA/patterns"
 every_steps = 1000
 
 [stage.stable]
-tokens = "192Ki"
+tokens = "160Ki"
 sequence = 32
-batch = 1024
-micro_batch = 16
+batch = 512
+micro_batch = 8
 lr_curve = "wsd"
 lr = 1e-2
 lr_warmup = 0.05
@@ -48,7 +48,7 @@ fn a_run_learns_and_its_last_loop_step_most() {
     let stream = Stream::new(5, "patterns", &[]);
     let documents: Vec<Vec<i32>> = (0..400)
         .map(|d| {
-            let (start, stride) = (stream.below_at(2 * d, 64), 1 + stream.below_at(2 * d + 1, 31));
+            let (start, stride) = (stream.below_at(2 * d, 64), 1 + stream.below_at(2 * d + 1, 7));
             (0..32).map(|t| ((start + t * stride) % 64) as i32).collect()
         })
         .collect();

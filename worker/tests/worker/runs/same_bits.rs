@@ -9,7 +9,8 @@ use super::*;
 
 #[test]
 fn the_small_run_has_everything_that_a_real_one_has() {
-    let config = Data::new().config();
+    let data = Data::new();
+    let config = data.config();
     let schedule = Schedule::new(&config);
     let spans: Vec<(u64, u32)> = schedule.stages().map(|(_, span)| (span.steps, span.layers)).collect();
     assert_eq!(spans, [(3, 1), (4, 1), (3, 1), (2, 2), (3, 2)]);
@@ -35,6 +36,14 @@ fn a_run_twice_is_the_same_run() {
     let ended = begin(&store, &data.config(), None);
     assert_eq!(ended, reference().ended);
     assert_finished(&store, "a second run, in a folder");
+
+    let again = RunStore::memory().unwrap();
+    begin(&again, &data.config(), None);
+    let objects = store.list("checkpoints").unwrap();
+    assert_eq!(objects, again.list("checkpoints").unwrap());
+    for path in objects {
+        assert!(store.get(&path).unwrap() == again.get(&path).unwrap(), "{path} is the same bytes");
+    }
 
     let (other, mut config) = (RunStore::memory().unwrap(), data.config());
     config.seed += 1;
@@ -118,8 +127,7 @@ fn stop_finishes_the_step_and_saves_it() {
 
 #[test]
 fn what_is_no_mathematics_may_change_at_any_resume() {
-    let data = Data::new();
-    let moved = Data::new();
+    let (data, moved) = (Data::new(), Data::new());
     let store = RunStore::memory().unwrap();
     begin(&store, &data.config(), Some(2));
     let changes: [fn(&mut RunConfig); 8] = [
