@@ -97,7 +97,7 @@ fn any_single_write_may_fail() {
     // The first three make the folder and claim it: when one fails, the run does not begin.
     let writes = whole.journal().len();
     for fate in [Fate::DiskFull, Fate::AnswerLost] {
-        for failing in (3..writes).step_by(3) {
+        for failing in (3..writes).step_by(4) {
             let store = TestStore::new();
             let mut count = 0;
             let (said, told) = channel();

@@ -6,7 +6,7 @@ use super::*;
 
 const CONFIG: &str = r#"
 name = "learns"
-lanes = 2
+lanes = 1
 stages = ["stable"]
 
 [model]
@@ -27,12 +27,12 @@ sources.patterns.url = "DATA/patterns"
 every_steps = 1000
 
 [stage.stable]
-tokens = "160Ki"
+tokens = "256Ki"
 sequence = 32
-batch = 512
-micro_batch = 8
+batch = 1024
+micro_batch = 32
 lr_curve = "wsd"
-lr = 1e-2
+lr = 2e-2
 lr_warmup = 0.05
 lr_decay = 0.4
 loops = 3
@@ -48,7 +48,7 @@ fn a_run_learns_and_its_last_loop_step_most() {
     let stream = Stream::new(5, "patterns", &[]);
     let documents: Vec<Vec<i32>> = (0..400)
         .map(|d| {
-            let (start, stride) = (stream.below_at(2 * d, 64), 1 + stream.below_at(2 * d + 1, 7));
+            let (start, stride) = (stream.below_at(2 * d, 64), 1 + stream.below_at(2 * d + 1, 31));
             (0..32).map(|t| ((start + t * stride) % 64) as i32).collect()
         })
         .collect();
@@ -65,6 +65,6 @@ fn a_run_learns_and_its_last_loop_step_most() {
     let mean = |t: usize| last.iter().map(|record| record.loop_loss[t]).sum::<f64>() / last.len() as f64;
     let (one, three) = (mean(0), mean(2));
     println!("loss of loop step 1 {one:.3}, of loop step 3 {three:.3}, of a guess {uniform:.3}");
-    assert!(three < 0.25 * uniform, "loop step 3 ends at {three}, a guess at {uniform}");
-    assert!(three < one - 0.05, "loop step 3 ends at {three}, loop step 1 at {one}");
+    assert!(three < 0.35 * uniform, "loop step 3 ends at {three}, a guess at {uniform}");
+    assert!(three < one - 0.3, "loop step 3 ends at {three}, loop step 1 at {one}");
 }
