@@ -5,7 +5,7 @@
 //! environment.json                         where the run was started, written once
 //! events/00000001.json …                   what happened, one numbered record each, created and never changed
 //! metrics/0000000001-0000000050.parquet …  one row a step, for the steps in the name
-//! checkpoints/0000001200/part-00000.safetensors …, manifest.json (last)
+//! checkpoints/0000001200/part-00000-00000001.safetensors …, manifest.json (last)
 //! ```
 //!
 //! Calls block; they run on a small runtime of the store's own, so that any thread may call them.
