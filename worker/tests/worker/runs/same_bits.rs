@@ -117,7 +117,10 @@ fn stop_finishes_the_step_and_saves_it() {
         }
         let Ended { step, finished, .. } = training.join().unwrap();
         assert_eq!(seen, step, "every step was told");
-        assert!(!finished && step >= after && (after > 0 || step == 0), "stop after {after} took until {step}");
+        assert!(
+            !finished && step >= after && (after > 0 || step == 0),
+            "stop after {after} took until {step}"
+        );
         assert_eq!(checkpoint::steps(&store).unwrap().last(), Some(&step), "the last step is saved");
         assert_eq!(events_of(&store).pop(), Some(Event::Stopped { step }));
         resume(&store, None);
