@@ -46,7 +46,7 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let began = Instant::now();
     while !condition() {
         assert!(began.elapsed() < DEADLINE, "waited {DEADLINE:?} in vain until {what}");
-        std::thread::sleep(Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(3));
     }
 }
 
@@ -136,7 +136,7 @@ impl Process {
         while !self.ended() {
             let late = began.elapsed() >= DEADLINE;
             assert!(!late, "{} hangs\nout: {}\nlog: {}", self.shown, self.out(), self.log());
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(3));
         }
         let status = self.child.wait().expect("it is our child");
         Done { shown: self.shown.clone(), status, out: self.out(), log: self.log() }

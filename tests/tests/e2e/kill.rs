@@ -1,5 +1,7 @@
 //! `kill -9` at any moment, then `--resume`: the same bits.
 
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anello_tests::{Dice, Process, checkpoint_in_writing, objects, wait_until};
@@ -7,7 +9,17 @@ use anello_tests::{Dice, Process, checkpoint_in_writing, objects, wait_until};
 use super::world;
 
 /// Kills of one run before it may go to its end.
-const KILLS: u32 = 6;
+const KILLS: u64 = 5;
+/// Steps of the run.
+const STEPS: u64 = 31;
+
+/// The step of the newest checkpoint, 0 when there is none.
+fn newest_checkpoint(place: &Path) -> u64 {
+    let manifests =
+        objects(&place.join("checkpoints")).into_iter().filter(|path| path.ends_with("manifest.json"));
+    let step = |path: PathBuf| path.parent()?.file_name()?.to_str()?.parse().ok();
+    manifests.filter_map(step).max().unwrap_or(0)
+}
 
 fn killed_and_resumed(seed: u64) {
     let world = world();
@@ -16,35 +28,34 @@ fn killed_and_resumed(seed: u64) {
     let mut dice = Dice(seed);
     let mut arguments = vec!["run", "small.toml", "--out", &run];
     let mut moments = Vec::new();
-    for _ in 0..KILLS {
-        let before = objects(&place);
+    for kill in 0..KILLS {
         let mut process = Process::start(&world.folder, &arguments);
+        // First to some step of a share of the run of its own, so that the kills are all over the stages.
+        let share = STEPS / KILLS;
+        let from = kill * share + dice.below(share);
+        wait_until("it is so far", || newest_checkpoint(&place) >= from || process.ended());
+        let before = objects(&place);
+        let new = |before: &BTreeSet<PathBuf>| objects(&place).difference(before).count();
         let moment = match dice.below(3) {
             0 => {
-                let count = 1 + dice.below(14) as usize;
-                wait_until("it has written so much", || {
-                    objects(&place).difference(&before).count() >= count || process.ended()
-                });
-                format!("after {count} new objects")
+                let count = 1 + dice.below(8) as usize;
+                wait_until("it has written so much", || new(&before) >= count || process.ended());
+                format!("{count} objects later")
             }
             1 => {
-                let ready = || objects(&place).iter().any(|path| path.ends_with("config.toml"));
-                // Left by the kill before: it is written again first.
-                let stale = checkpoint_in_writing(&place);
                 wait_until("it writes a checkpoint", || {
-                    ready() && !stale && checkpoint_in_writing(&place)
-                        || stale && objects(&place).difference(&before).count() >= 3
-                        || process.ended()
+                    new(&before) > 0 && checkpoint_in_writing(&place) || process.ended()
                 });
                 "in a checkpoint".to_owned()
             }
             _ => {
-                wait_until("it has begun", || objects(&place).len() > before.len() || process.ended());
-                let (began, after) = (Instant::now(), Duration::from_millis(dice.below(700)));
+                let (began, after) = (Instant::now(), Duration::from_millis(dice.below(150)));
                 wait_until("its time has come", || began.elapsed() >= after || process.ended());
-                format!("{after:?} after its first object")
+                format!("{after:?} later")
             }
         };
+        let newest = newest_checkpoint(&place);
+        let moment = format!("after checkpoint {newest}, {moment}");
         let struck = process.kill();
         let verified = world.anello(&["checkpoint", "verify", &run]);
         let none = verified.status.code() == Some(2) && verified.log.contains("no checkpoint");
@@ -59,6 +70,8 @@ fn killed_and_resumed(seed: u64) {
     world.anello(&arguments).expect(0);
     world.assert_undisturbed(&run);
     world.assert_same_checkpoints(&run);
+    let strays = objects(&place).into_iter().find(|path| path.to_string_lossy().contains('#'));
+    assert_eq!(strays, None, "seed {seed}: the kills have left something");
 }
 
 #[test]

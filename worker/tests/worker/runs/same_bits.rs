@@ -214,6 +214,7 @@ fn a_folder_copied_in_mid_run_goes_on_to_the_same_bits() {
         let store = RunStore::open(copy.to_str().unwrap()).unwrap();
         resume(&store, None);
         assert_finished(&store, &copy.display().to_string());
+        assert!(!torn.join("manifest.json#1").exists() && !torn.exists(), "what was torn is gone");
     }
 }
 
