@@ -157,7 +157,8 @@ pub fn delete(store: &RunStore, step: u64) -> Result<()> {
 pub fn tidy(store: &RunStore, newest: u64) -> Result<()> {
     let mut named: std::collections::BTreeMap<u64, Option<Vec<String>>> = Default::default();
     for path in store.list("checkpoints")? {
-        let Some((step, name)) = path.strip_prefix("checkpoints/").and_then(|rest| rest.split_once('/')) else {
+        let Some((step, name)) = path.strip_prefix("checkpoints/").and_then(|rest| rest.split_once('/'))
+        else {
             continue;
         };
         let Some(step) = step.parse::<u64>().ok().filter(|&step| step <= newest) else { continue };
@@ -169,9 +170,9 @@ pub fn tidy(store: &RunStore, newest: u64) -> Result<()> {
             let aside = store.get(&set_aside_path(step))?.is_some();
             entry.insert(match (whole, aside) {
                 // One that cannot be read is left for `verify` to explain.
-                (true, _) => {
-                    load::read_manifest(store, step).ok().map(|m| m.parts.into_iter().map(|p| p.name).collect())
-                }
+                (true, _) => load::read_manifest(store, step)
+                    .ok()
+                    .map(|m| m.parts.into_iter().map(|p| p.name).collect()),
                 (false, true) => None,
                 (false, false) => Some(Vec::new()),
             });

@@ -170,6 +170,7 @@ impl Run {
             self.store.put(CONFIG, self.config.to_toml())?;
         }
         if self.resumed {
+            self.store.sweep();
             metrics::truncate(&self.store, step)?;
         }
 

@@ -34,7 +34,9 @@ fn a_full_disk_costs_a_checkpoint_and_not_the_run() {
     // Full from the checkpoint after step 7 on, until three attempts have failed.
     let mut refusals = 0;
     store.rule(move |path| {
-        let late = path.starts_with("checkpoints/") && !path.contains("/0000000003/") && !path.contains("/0000000004/");
+        let late = path.starts_with("checkpoints/")
+            && !path.contains("/0000000003/")
+            && !path.contains("/0000000004/");
         if late && path.contains("part-00000") && refusals < 3 {
             refusals += 1;
             return Fate::DiskFull;
@@ -49,14 +51,17 @@ fn a_full_disk_costs_a_checkpoint_and_not_the_run() {
     let logged: Vec<u64> = events_of(&store.run())
         .into_iter()
         .filter_map(|e| match e {
-            Event::CheckpointFailed { step, cause } if cause.contains("no space left on device") => Some(step),
+            Event::CheckpointFailed { step, cause } if cause.contains("no space left on device") => {
+                Some(step)
+            }
             _ => None,
         })
         .collect();
     assert_eq!(logged, failed);
     // Each failure is made good at the first step after it was known, once.
     let checkpoints = checkpoint::steps(&store.run()).unwrap();
-    let after: Vec<u64> = checkpoints.iter().copied().filter(|step| *step > *failed.last().unwrap()).collect();
+    let after: Vec<u64> =
+        checkpoints.iter().copied().filter(|step| *step > *failed.last().unwrap()).collect();
     let planned = [8, 10, 12, 15];
     let extra = after.iter().filter(|step| !planned.contains(step)).count();
     assert!(extra <= 1, "one checkpoint makes up for the last failure: {checkpoints:?} after {failed:?}");
@@ -74,7 +79,11 @@ fn a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint() {
     });
     let (ended, notices) = drive(create(&store.run(), &data), None);
     let text = ended.unwrap_err().to_string();
-    assert!(text.contains("memory/metrics/0000000003-0000000014.parquet") && text.contains("no space left on device"), "{text}");
+    assert!(
+        text.contains("memory/metrics/0000000003-0000000014.parquet")
+            && text.contains("no space left on device"),
+        "{text}"
+    );
     let steps = notices.iter().filter(|notice| matches!(notice, Notice::Step(_))).count();
     assert_eq!(steps, 15, "all steps were trained");
     assert!(failures(&notices).len() >= 6, "it tried");
@@ -124,7 +133,9 @@ fn any_single_write_may_fail() {
 fn a_log_that_cannot_be_written_at_the_end_is_an_error() {
     let data = Data::new();
     let store = TestStore::new();
-    store.rule(|path| if path >= "events/00000005" && path.starts_with("events") { Fate::DiskFull } else { Fate::Done });
+    store.rule(|path| {
+        if path >= "events/00000005" && path.starts_with("events") { Fate::DiskFull } else { Fate::Done }
+    });
     let text = drive(create(&store.run(), &data), None).0.unwrap_err().to_string();
     assert!(text.contains("events/00000005.json") && text.contains("no space left on device"), "{text}");
     assert_undisturbed(&store.run(), 15, "the log failed, the run did not");
@@ -176,7 +187,8 @@ fn a_process_that_slept_while_another_took_over_changes_nothing() {
     ];
     for (place, stands_at) in places {
         for allow in [false, true] {
-            let what = format!("asleep in writing {place}, the other {}", if allow { "changed" } else { "alike" });
+            let what =
+                format!("asleep in writing {place}, the other {}", if allow { "changed" } else { "alike" });
             let store = TestStore::new();
             let run = Run::create(store.run(), data.config()).unwrap();
             let sleeper = stalled(&store, run, stands_at);
@@ -241,8 +253,8 @@ fn a_newcomer_that_comes_too_late_changes_nothing() {
 fn of_two_processes_at_once_one_leaves() {
     let data = Data::new();
     let store = RunStore::memory().unwrap();
-    let first =
-        Training::start(Run::create(store.clone(), data.config()).unwrap(), Control::default(), None).unwrap();
+    let first = Training::start(Run::create(store.clone(), data.config()).unwrap(), Control::default(), None)
+        .unwrap();
     let mut second = None;
     for notice in &first.notices {
         if matches!(notice, Notice::Checkpoint { step: 4, .. }) {

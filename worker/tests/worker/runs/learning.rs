@@ -60,7 +60,10 @@ fn a_run_learns_and_its_last_loop_step_most() {
     let records = metrics::read(&store).unwrap();
     let uniform = 64f64.ln();
     let first = &records[0];
-    assert!(first.loop_loss.iter().all(|loss| (loss - uniform).abs() < 0.1), "it begins with no idea: {first:?}");
+    assert!(
+        first.loop_loss.iter().all(|loss| (loss - uniform).abs() < 0.1),
+        "it begins with no idea: {first:?}"
+    );
     let last = &records[records.len() - 20..];
     let mean = |t: usize| last.iter().map(|record| record.loop_loss[t]).sum::<f64>() / last.len() as f64;
     let (one, three) = (mean(0), mean(2));

@@ -109,7 +109,8 @@ fn retention_keeps_what_it_says() {
         let store = RunStore::memory().unwrap();
         let mut config = data.config();
         let Checkpoint { every_steps, part_bytes, .. } = config.checkpoint;
-        config.checkpoint = Checkpoint { every_steps, keep_last, keep_every_steps, keep_stage_ends, part_bytes };
+        config.checkpoint =
+            Checkpoint { every_steps, keep_last, keep_every_steps, keep_stage_ends, part_bytes };
         begin(&store, &config, Some(9));
         resume(&store, None);
         let what = format!("{:?}", config.checkpoint);
@@ -122,7 +123,10 @@ fn retention_keeps_what_it_says() {
             .iter()
             .map(|path| path.rsplit_once('/').unwrap().0.to_owned())
             .collect();
-        assert!(folders.into_iter().eq(expected.into_iter().map(checkpoint::folder)), "{what}: parts that stay");
+        assert!(
+            folders.into_iter().eq(expected.into_iter().map(checkpoint::folder)),
+            "{what}: parts that stay"
+        );
     }
 }
 
@@ -153,7 +157,8 @@ fn compare_says_which_blocks_differ() {
     let _ = state.exp_avg.narrow(0, 70_000, 1).g_add_scalar_(0.5);
     save_again(b, &manifest, &state);
     let changed = compare((a, 6), (b, 6), &config.model).unwrap();
-    let [BlockDifference { buffer: "exp_avg", block: 1, names, elements: 1, max_abs }] = &changed.differences[..]
+    let [BlockDifference { buffer: "exp_avg", block: 1, names, elements: 1, max_abs }] =
+        &changed.differences[..]
     else {
         panic!("{:?}", changed.differences)
     };
@@ -166,7 +171,8 @@ fn compare_says_which_blocks_differ() {
 
 /// Writes a checkpoint anew with another state.
 fn save_again(store: &RunStore, manifest: &Manifest, state: &anello_worker::State) {
-    let Manifest { step, stage, stage_end, tokens, cursors, config, data, environment, .. } = manifest.clone();
+    let Manifest { step, stage, stage_end, tokens, cursors, config, data, environment, .. } =
+        manifest.clone();
     let position = Position { step, stage, stage_end, tokens };
     let snapshot = Snapshot::take(state, position, cursors, config, data, environment);
     checkpoint::delete(store, step).unwrap();
@@ -208,7 +214,12 @@ fn a_step_that_is_not_finite_is_left_out_and_the_run_goes_on() {
     let records = metrics::read(&store).unwrap();
     assert_eq!(records.len(), 15);
     let (applied, skipped): (Vec<_>, Vec<_>) = records.iter().skip(2).partition(|record| record.applied);
-    assert!(applied.len() >= 3 && !skipped.is_empty(), "{} applied, {} skipped", applied.len(), skipped.len());
+    assert!(
+        applied.len() >= 3 && !skipped.is_empty(),
+        "{} applied, {} skipped",
+        applied.len(),
+        skipped.len()
+    );
     assert!(applied.iter().all(|record| record.loss.is_finite() && record.grad_norm.is_finite()));
     assert!(skipped.iter().all(|record| !record.loss.is_finite() || !record.grad_norm.is_finite()));
     assert!(applied.iter().any(|a| skipped.iter().any(|s| s.step < a.step)), "it went on after one");

@@ -120,7 +120,9 @@ fn changed_data_is_refused_by_the_name_of_its_source() {
 fn a_folder_holds_one_run() {
     let data = Data::new();
     let store = TestStore::new();
-    let Err(error) = Run::resume(store.run(), Resume::default()) else { panic!("there is nothing to resume") };
+    let Err(error) = Run::resume(store.run(), Resume::default()) else {
+        panic!("there is nothing to resume")
+    };
     assert!(error.to_string().contains("memory holds no run"), "{error}");
     begin(&store.run(), &data.config(), Some(2));
     let before = store.objects();

@@ -117,7 +117,10 @@ fn stop_finishes_the_step_and_saves_it() {
         }
         let Ended { step, finished, .. } = training.join().unwrap();
         assert_eq!(seen, step, "every step was told");
-        assert!(!finished && step >= after && (after > 0 || step == 0), "stop after {after} took until {step}");
+        assert!(
+            !finished && step >= after && (after > 0 || step == 0),
+            "stop after {after} took until {step}"
+        );
         assert_eq!(checkpoint::steps(&store).unwrap().last(), Some(&step), "the last step is saved");
         assert_eq!(events_of(&store).pop(), Some(Event::Stopped { step }));
         resume(&store, None);
@@ -211,6 +214,7 @@ fn a_folder_copied_in_mid_run_goes_on_to_the_same_bits() {
         let store = RunStore::open(copy.to_str().unwrap()).unwrap();
         resume(&store, None);
         assert_finished(&store, &copy.display().to_string());
+        assert!(!torn.join("manifest.json#1").exists() && !torn.exists(), "what was torn is gone");
     }
 }
 
