@@ -74,7 +74,7 @@ fn check_manifest(manifest: &Manifest, step: u64) -> Result<()> {
     let counts = [0, 1, 2].map(|buffer| manifest.blocks.of(buffer).len() as u64);
     let consistent = manifest.step == step
         && manifest.block == BLOCK as u64
-        && manifest.elements % BLOCK as u64 == 0
+        && manifest.elements.is_multiple_of(BLOCK as u64)
         && covered == blocks
         && counts == [blocks; 3]
         && manifest.weights == digest_of_blocks(&manifest.blocks.weights);

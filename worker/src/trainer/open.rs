@@ -144,7 +144,8 @@ impl Run {
             .iter()
             .map(|(name, dataset)| (name.clone(), dataset.index().digest()))
             .collect();
-        let (loaded, passed_over) = if self.resumed { self.newest_usable()? } else { (None, Vec::new()) };
+        let mut passed_over = Vec::new();
+        let loaded = if self.resumed { self.newest_usable(&mut passed_over)? } else { None };
         let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
         if let Some(loaded) = &loaded {
             self.check_data(&loaded.manifest.data, &data)?;
@@ -187,14 +188,13 @@ impl Run {
         Ok(Started { engine, loader, cursors, step, stamp, records })
     }
 
-    /// The newest checkpoint that is whole, and the newer ones that are not (step and reason), which are to be set
-    /// aside so that the run can write those steps again.
-    fn newest_usable(&self) -> Result<(Option<Loaded>, Vec<(u64, String)>)> {
+    /// The newest checkpoint that is whole. The newer ones that are not (step and reason) go into `passed_over`: they
+    /// are to be set aside so that the run can write those steps again.
+    fn newest_usable(&self, passed_over: &mut Vec<(u64, String)>) -> Result<Option<Loaded>> {
         let steps = checkpoint::steps(&self.store)?;
-        let mut passed_over = Vec::new();
         for &step in steps.iter().rev() {
             match checkpoint::load(&self.store, step, &self.config.model, Device::Cpu) {
-                Ok(loaded) => return Ok((Some(loaded), passed_over)),
+                Ok(loaded) => return Ok(Some(loaded)),
                 Err(damaged @ Error::Checkpoint { .. }) => {
                     let reason = damaged.to_string();
                     tracing::warn!(step, reason, "a checkpoint cannot be used; trying the one before it");
@@ -204,7 +204,7 @@ impl Run {
             }
         }
         if steps.is_empty() {
-            return Ok((None, passed_over));
+            return Ok(None);
         }
         let fact = format!("none of the {} checkpoints of {} is whole", steps.len(), self.store.place());
         Err(Error::config(fact, "`anello checkpoint verify` says what is wrong with each; begin a new run"))
