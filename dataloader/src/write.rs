@@ -25,7 +25,7 @@ impl Default for ShardFormat {
     }
 }
 
-/// Writes one token shard into memory: `input_ids` list<int32 not null>, and `loss_mask` and `source` if wanted.
+/// Writes one token shard into memory: `input_ids` as `list<int32 not null>`, and `loss_mask` and `source` if wanted.
 pub struct ShardWriter {
     writer: ArrowWriter<Vec<u8>>,
     schema: Arc<Schema>,

@@ -305,3 +305,27 @@ fn a_run_config_gives_the_plan_of_its_schedule() {
     let tokens: usize = first.iter().flat_map(|s| &s.micro_batches).map(|b| b.tokens()).sum();
     assert_eq!(tokens as u64, schedule.at(0).unwrap().batch_tokens);
 }
+
+#[test]
+fn odd_paths_and_file_urls_open_and_unknown_schemes_say_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sp ace %41 é [x]");
+    write_set(&path, &documents(60), 2, 200);
+    std::fs::create_dir(path.join("lang=en")).unwrap();
+    std::fs::rename(path.join("001.parquet"), path.join("lang=en/100% ~.parquet")).unwrap();
+    std::fs::write(path.join("lang=en/.hidden.parquet"), "no shard").unwrap();
+    let tokens = |url: &str| {
+        let dataset = Dataset::open(url).unwrap();
+        (0..dataset.row_groups()).map(|at| dataset.read(at, None).unwrap().tokens().len()).sum::<usize>()
+    };
+    let expected = documents(60).concat().len();
+    assert_eq!(tokens(&url(&path)), expected);
+    let encoded = url(&path).replace('%', "%25").replace(' ', "%20").replace('[', "%5B").replace(']', "%5D");
+    assert_eq!(tokens(&format!("file://{encoded}/")), expected);
+
+    let fault = |url: &str| Store::open(url).unwrap_err().to_string();
+    assert!(fault("ftp://host/folder").contains("ftp://host/folder: this build cannot open ftp://"));
+    assert!(fault("file://host/folder").contains("not an absolute path"), "{}", fault("file://host/folder"));
+    let missing = Dataset::open(&url(&folder.path().join("nowhere"))).unwrap_err().to_string();
+    assert!(missing.contains("nowhere: holds no .parquet file"), "{missing}");
+}
