@@ -151,16 +151,16 @@ fn told(comparison: &Comparison, a: &str, b: &str, shown: usize) -> String {
         }
     };
     if !differences.is_empty() {
-        let mut table = Table::new(1);
-        table.row(["", "block", "elements", "max |Δ|", "tensors"]);
+        let mut table = Table::new(2);
+        table.row(["", "tensors", "block", "elements", "max |Δ|"]);
         for difference in differences.iter().take(shown) {
             let names = difference.names.join(", ");
             table.row([
                 difference.buffer.to_owned(),
+                shortened(&names),
                 grouped(difference.block as u64),
                 grouped(difference.elements),
                 format!("{:.3e}", difference.max_abs),
-                shortened(&names),
             ]);
         }
         text.push_str(&table.render());
@@ -217,9 +217,9 @@ mod tests {
         assert_eq!(
             told(&comparison, "a@100", "b@200", 2),
             "a@100 and b@200 differ in 3 of 45 blocks
-         block  elements   max |Δ|        tensors
-weights      3     1 234  1.250e-3  lm_head, norm
-weights      4     1 234  1.250e-3  lm_head, norm
+         tensors        block  elements   max |Δ|
+weights  lm_head, norm      3     1 234  1.250e-3
+weights  lm_head, norm      4     1 234  1.250e-3
 … and 1 more; --all tells of each
 weights: 2 blocks, max |Δ| 1.250e-3
 exp_avg: 1 blocks, max |Δ| 1.250e-3

@@ -73,7 +73,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
                 tracker.observe(&notice);
                 view.notice(&notice, &tracker)?;
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => view.refresh(&tracker),
             Err(RecvTimeoutError::Disconnected) => break,
         }
         if interrupt.raised() && !stopping {

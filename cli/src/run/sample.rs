@@ -11,6 +11,8 @@ use crate::failure::Failure;
 const PROMPT: usize = 16;
 /// Sources of the stage's mixture that are sampled: those that weigh most.
 const SOURCES: usize = 2;
+/// Lines of a sample that are shown: a model that has learnt little may write nothing but ends of lines.
+const LINES: usize = 12;
 /// A token leaves the loop once so much of the exit distribution is behind it.
 const EXIT_MASS: f64 = 0.5;
 
@@ -70,7 +72,10 @@ pub fn render(samples: &[Sample], tokenizer: Option<&Tokenizer>) -> String {
             let (word, space) = piece.split_at(piece.trim_end().len());
             shown.push_str(&format!("{word}{}{space}", subscript(token.exit)));
         }
-        shown.lines().for_each(|line| text.push_str(&format!("  | {line}\n")));
+        shown.lines().take(LINES).for_each(|line| text.push_str(&format!("  | {line}\n")));
+        if let more @ 1.. = shown.lines().count().saturating_sub(LINES) {
+            text.push_str(&format!("  | … {more} more lines\n"));
+        }
     }
     text
 }

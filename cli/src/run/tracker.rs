@@ -15,14 +15,14 @@ pub struct Tracker {
     schedule: Schedule,
     /// Steps and tokens at which this process ends.
     until: (u64, u64),
+    /// Whether the first step has begun.
+    ready: bool,
     /// Steps done.
     pub step: u64,
     /// Index of the stage.
     pub stage: usize,
     /// The last step.
     pub last: Option<StepRecord>,
-    /// Steps of the newest checkpoint of this process.
-    pub checkpoint: Option<u64>,
     /// How fast it is.
     pub speed: Speed,
 }
@@ -34,22 +34,26 @@ impl Tracker {
         let steps = until.map_or(schedule.total_steps(), |until| until.min(schedule.total_steps()));
         let tokens = schedule.at(steps).map_or(schedule.total_tokens(), |plan| plan.tokens_before);
         let until = (steps, tokens);
-        Self { schedule, until, step: 0, stage: 0, last: None, checkpoint: None, speed: Speed::default() }
+        Self { schedule, until, ready: false, step: 0, stage: 0, last: None, speed: Speed::default() }
     }
 
     /// Takes note.
     pub fn observe(&mut self, notice: &Notice) {
         match notice {
-            Notice::Ready { step } => self.step = *step,
+            Notice::Ready { step } => (self.ready, self.step) = (true, *step),
             Notice::Stage { index } => self.stage = *index,
             Notice::Step(record) => {
                 self.step = record.step + 1;
                 self.speed.push(record.batch_tokens, record.seconds.step);
                 self.last = Some(record.clone());
             }
-            Notice::Checkpoint { step, .. } => self.checkpoint = Some(*step),
-            Notice::CheckpointFailed { .. } | Notice::Logged(_) => {}
+            Notice::Checkpoint { .. } | Notice::CheckpointFailed { .. } | Notice::Logged(_) => {}
         }
+    }
+
+    /// Whether the first step has begun.
+    pub fn is_ready(&self) -> bool {
+        self.ready
     }
 
     /// The schedule.
