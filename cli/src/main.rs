@@ -1,2 +1,111 @@
 //! The `anello` command.
-fn main() {}
+//!
+//! ```text
+//! thin shells   run         train or resume            data         tokenize, index, inspect, …
+//!               config      config, plan               checkpoint   list, verify, diff
+//!               log         events, metrics            report       one HTML page
+//! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
+//!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
+//! pure          text        numbers, times, tables     words        events as sentences
+//!               stages      what became of each stage
+//! ```
+
+mod checkpoint;
+mod config;
+mod data;
+mod failure;
+mod interrupt;
+mod log;
+mod place;
+mod report;
+mod run;
+mod screen;
+mod stages;
+mod text;
+mod words;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use failure::{EXIT_CODES, Exit, Outcome};
+use screen::Screen;
+
+/// Pretrains looped language models, to the same bits wherever and however often it is interrupted.
+#[derive(Debug, Parser)]
+#[command(name = "anello", version, after_help = EXIT_CODES, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// What is logged to standard error, as `info` or `anello_worker=debug` (default: RUST_LOG, or warnings).
+    #[arg(long, global = true, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a run, or go on with one.
+    Run(run::Args),
+    /// Say what a run would take: steps, parameters, memory, time.
+    Plan(config::PlanArgs),
+    /// Print the config with all its layers and defaults resolved.
+    Config(config::ShowArgs),
+    /// Make, look at and check token sets.
+    #[command(subcommand)]
+    Data(data::Command),
+    /// Look at the checkpoints of runs.
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Command),
+    /// Tell what happened in a run.
+    Events(log::EventsArgs),
+    /// Print the metrics of a run, one row a step.
+    Metrics(log::MetricsArgs),
+    /// Write a run's report: one HTML page with charts that needs nothing else.
+    Report(report::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let screen = Screen::new();
+    let outcome = screen.log(cli.log.as_deref()).map(|()| Exit::Done).and_then(|_| command(cli.command, &screen));
+    let _ = screen.clear();
+    match outcome {
+        Ok(exit) => ExitCode::from(exit.code()),
+        Err(failure) if failure.is_closed_pipe() => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("error: {}", failure.text());
+            ExitCode::from(failure.code())
+        }
+    }
+}
+
+fn command(command: Command, screen: &Screen) -> Outcome {
+    match command {
+        Command::Run(args) => run::run(&args, screen),
+        Command::Plan(args) => config::plan(&args, screen),
+        Command::Config(args) => config::show(&args, screen),
+        Command::Data(command) => data::run(&command, screen),
+        Command::Checkpoint(command) => match checkpoint::run(&command, screen) {
+            // As diff(1) and cmp(1) have it: 1 means that they differ, so trouble must be something else.
+            Err(failure) if matches!(command, checkpoint::Command::Diff { .. }) && !failure.is_closed_pipe() => {
+                Err(failure::Failure::Usage(failure.text()))
+            }
+            outcome => outcome,
+        },
+        Command::Events(args) => log::events(&args, screen),
+        Command::Metrics(args) => log::metrics(&args),
+        Command::Report(args) => report::run(&args, screen),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

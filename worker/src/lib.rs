@@ -5,6 +5,7 @@
 //!                   model      the looped language model          objective  loss and its backward by chunks
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
+//!                   generate   a sample of text
 //! durable state     store      the run folder                     events     what happened
 //!                   metrics    one row a step                     checkpoint parts, manifest, retention
 //! the shell         trainer    one thread that owns the model, one that writes; commands in, notices out
@@ -16,6 +17,7 @@ mod environment;
 mod error;
 pub mod events;
 mod fold;
+mod generate;
 pub mod metrics;
 mod model;
 mod objective;
@@ -29,6 +31,7 @@ pub use engine::{Engine, Outcome, Pass, forward_backward};
 pub use environment::Environment;
 pub use error::{Error, Result};
 pub use fold::Fold;
+pub use generate::{Greedy, Sampled, greedy};
 pub use model::{Context, Model, Rotary};
 pub use objective::{LossSums, TokenLosses, log_exit, token_losses};
 pub use optimizer::{State, Update, block_square_sums};

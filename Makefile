@@ -1,0 +1,49 @@
+# `make run` trains through every stage; `make test` runs all tests. Both set up what they need.
+
+CARGO ?= cargo
+RUN ?= runs/tiny
+TINY := data/tiny
+
+.PHONY: run test check bench fmt clean setup build data
+
+## Train the tiny model through all stages, with live output. A second call goes on where the first stopped.
+run: build data
+	@if [ -e $(RUN)/config.toml ]; then target/debug/anello run --resume $(RUN); else target/debug/anello run tiny --out $(RUN); fi
+	@target/debug/anello report $(RUN)
+
+## All tests.
+test: setup
+	$(CARGO) build --quiet -p anello
+	$(CARGO) test --workspace
+
+## What CI checks before the tests.
+check: setup
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --quiet
+
+## Speed and memory as ratios against baselines in the same run.
+bench: setup
+	scripts/bench
+
+fmt:
+	$(CARGO) fmt --all
+
+setup:
+	@scripts/setup-libtorch
+
+build: setup
+	$(CARGO) build -p anello
+
+## Real text (see scripts/corpus.txt), a tokenizer trained on it, and token shards: made once.
+data: build
+	@scripts/fetch-corpus
+	@test -e $(TINY)/tokenizer.json || \
+		target/debug/anello data train-tokenizer $(TINY)/raw/docs $(TINY)/raw/code --vocab 2048 --out $(TINY)/tokenizer.json
+	@for source in docs code; do test -e $(TINY)/$$source/index.json || \
+		target/debug/anello data tokenize $(TINY)/raw/$$source --tokenizer $(TINY)/tokenizer.json \
+			--out $(TINY)/$$source --row-group 32Ki --shard 1MiB || exit; done
+
+clean:
+	$(CARGO) clean
+	rm -rf libtorch data/tiny .venv-bench

@@ -1,0 +1,96 @@
+//! How a command ends, and the exit code that says so.
+
+use std::io;
+use std::path::PathBuf;
+
+/// The section of `anello --help` on exit codes.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0    done (also: `--until` was reached)
+  1    failed; of `checkpoint verify` and `data verify`: something is broken; of `checkpoint diff`: they differ
+  2    the arguments or the config are wrong; of `checkpoint diff`: they could not be compared
+  130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` command, goes on
+  131  interrupted a second time: left at once, what was not saved is lost";
+
+/// How a command that did not fail ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// All is done.
+    Done,
+    /// It was asked whether something is so, and it is not.
+    No,
+    /// Somebody interrupted it, and it saved what it had.
+    Interrupted,
+}
+
+impl Exit {
+    /// The exit code.
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::No => 1,
+            Self::Interrupted => 130,
+        }
+    }
+}
+
+/// The exit code of a second interrupt.
+pub const LEFT_AT_ONCE: i32 = 131;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The arguments do not fit what is there.
+    #[error("{0}")]
+    Usage(String),
+    /// The config is wrong.
+    #[error(transparent)]
+    Config(#[from] anello_configs::ConfigError),
+    /// Training, or the run folder.
+    #[error(transparent)]
+    Worker(#[from] anello_worker::Error),
+    /// The data tools.
+    #[error(transparent)]
+    Data(#[from] anello_dataloader::Error),
+    /// A file that the user named.
+    #[error("{action} {}: {source}", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Standard output, or another thing of the process's own.
+    #[error(transparent)]
+    System(#[from] io::Error),
+}
+
+impl Failure {
+    /// The exit code.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Usage(_) | Self::Config(_) | Self::Worker(anello_worker::Error::Config { .. }) => 2,
+            Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
+            Self::Worker(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,
+        }
+    }
+
+    /// Whether the reader of our output has gone away, as `head` does: no failure for a person.
+    pub fn is_closed_pipe(&self) -> bool {
+        matches!(self, Self::System(source) if source.kind() == io::ErrorKind::BrokenPipe)
+    }
+
+    /// The message, with the causes that it does not tell itself.
+    pub fn text(&self) -> String {
+        let error: &dyn std::error::Error = self;
+        std::iter::successors(error.source(), |e| e.source()).fold(self.to_string(), |text, cause| {
+            let cause = cause.to_string();
+            if text.contains(&cause) { text } else { format!("{text}: {cause}") }
+        })
+    }
+}
+
+/// The result of a command.
+pub type Outcome = Result<Exit, Failure>;

@@ -1,0 +1,32 @@
+//! Ctrl-C and SIGTERM: the first asks, the second leaves.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::failure::LEFT_AT_ONCE;
+
+/// Whether somebody asked to stop.
+#[derive(Clone, Debug)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    /// Takes over Ctrl-C and SIGTERM for the rest of the process. A second one ends it in the signal handler itself, so
+    /// that nothing which hangs can keep it.
+    pub fn watch() -> io::Result<Self> {
+        let flag = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the first signal must not find the flag that it raises itself.
+            signal_hook::flag::register_conditional_shutdown(signal, LEFT_AT_ONCE, flag.clone())?;
+            signal_hook::flag::register(signal, flag.clone())?;
+        }
+        Ok(Self(flag))
+    }
+
+    /// Whether one came.
+    pub fn raised(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,125 @@
+//! `anello run`: opens a run, trains it, and shows how it goes.
+
+mod lines;
+mod summary;
+mod tracker;
+mod view;
+
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
+
+use anello_worker::{Control, Ended, Resume, Run, RunStore, Training, checkpoint, metrics, read_config};
+
+use crate::config::load;
+use crate::failure::{Exit, Failure, Outcome};
+use crate::interrupt::Interrupt;
+use crate::place::open_run;
+use crate::screen::Screen;
+use crate::text::grouped;
+use tracker::Tracker;
+use view::View;
+
+/// Arguments of `anello run`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A preset (tiny, mano, ouro-1.4b, …) or a TOML file. With --resume: the run's own config unless given.
+    #[arg(required_unless_present = "resume")]
+    config: Option<String>,
+    /// The folder for the run (default: runs/NAME).
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    out: Option<String>,
+    /// Go on with the run in this folder, from its newest checkpoint that is whole.
+    #[arg(long, value_name = "RUN")]
+    resume: Option<String>,
+    /// Set a key over the config: `stage.stable.lr=1e-4`. May be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Stop, with a checkpoint, when so many steps are done.
+    #[arg(long, value_name = "STEP")]
+    until: Option<u64>,
+    /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// Resume although the config or the data changes the mathematics of the run.
+    #[arg(long, requires = "resume")]
+    allow: bool,
+}
+
+/// How often the loop looks for an interrupt when nothing happens.
+const POLL: Duration = Duration::from_millis(100);
+
+/// `anello run`
+pub fn run(args: &Args, screen: &Screen) -> Outcome {
+    let interrupt = Interrupt::watch()?;
+    let run = open(args)?;
+    let (config, store) = (run.config.clone(), run.store.clone());
+    let mut tracker = Tracker::new(&config, args.until);
+    let mut view = View::new(screen);
+    view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;
+
+    let control = Control::default();
+    let training = Training::start(run, control.clone(), args.until)?;
+    let mut stopping = false;
+    loop {
+        match training.notices.recv_timeout(POLL) {
+            Ok(notice) => {
+                tracker.observe(&notice);
+                view.notice(&notice, &tracker)?;
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if interrupt.raised() && !stopping {
+            stopping = true;
+            control.stop();
+            view.line("stopping: this step is finished and a checkpoint taken; Ctrl-C again leaves at once")?;
+        }
+    }
+    let ended = training.join();
+    view.close(&tracker)?;
+    let ended = ended.inspect_err(|_| say_where_it_stands(&store))?;
+    conclude(&store, &ended, screen, stopping)
+}
+
+/// A new run, or the one to resume.
+fn open(args: &Args) -> Result<Run, Failure> {
+    let threads = args.threads.map(|threads| format!("compute.threads={threads}"));
+    let sets: Vec<String> = args.sets.iter().cloned().chain(threads).collect();
+    let config = |name: &str| -> Result<_, Failure> {
+        let loaded = load(name, &sets)?;
+        loaded.check_sources()?;
+        Ok(loaded.config)
+    };
+    match (&args.resume, &args.config) {
+        (Some(place), given) => {
+            let store = open_run(place)?;
+            // First by itself: a damaged config is the run's fault, not that of what is set over it.
+            read_config(&store)?;
+            let own = format!("{}/config.toml", store.place());
+            let config = config(given.as_deref().unwrap_or(&own))?;
+            Ok(Run::resume(store, Resume { config: Some(config), allow: args.allow })?)
+        }
+        (None, Some(name)) => {
+            let config = config(name)?;
+            let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
+            Ok(Run::create(RunStore::open(&out)?, config)?)
+        }
+        (None, None) => Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned())),
+    }
+}
+
+/// After a failure: what is safe.
+fn say_where_it_stands(store: &RunStore) {
+    if let Some(step) = checkpoint::steps(store).ok().and_then(|steps| steps.last().copied()) {
+        let place = store.place();
+        eprintln!("the newest checkpoint is that of step {}; `anello run --resume {place}` goes on from it", grouped(step));
+    }
+}
+
+/// The last words of a run that ended well.
+fn conclude(store: &RunStore, ended: &Ended, screen: &Screen, stopping: bool) -> Outcome {
+    let records = metrics::read(store)?;
+    let kept = checkpoint::steps(store)?;
+    screen.print(&summary::render(&records, ended, store.place(), &kept))?;
+    Ok(if stopping && !ended.finished { Exit::Interrupted } else { Exit::Done })
+}

@@ -1,0 +1,102 @@
+//! The event log in plain words.
+
+use anello_worker::Environment;
+use anello_worker::events::Event;
+
+use crate::text::grouped;
+
+/// What happened, as one line without the time (changed keys follow on lines of their own).
+pub fn describe(event: &Event) -> String {
+    match event {
+        Event::Started { step, environment, changed } => {
+            let begun = match step {
+                0 => "begun".to_owned(),
+                step => format!("resumed after step {}", grouped(*step)),
+            };
+            let changed = changed.iter().map(|(key, before, now)| format!("\n  changed: {key}: {before} -> {now}"));
+            format!("{begun} on {}{}", where_it_runs(environment), changed.collect::<String>())
+        }
+        Event::PassedOver { step, reason } => {
+            format!("checkpoint {} cannot be used and was passed over: {}", grouped(*step), reason.replace('\n', " "))
+        }
+        Event::Stage { step, stage } => format!("stage {stage} begins, after {} steps", grouped(*step)),
+        Event::Skipped { step, loss } => {
+            format!("step {} was skipped: it was not finite (loss {loss})", grouped(*step))
+        }
+        Event::Epoch { step, source, epoch } => {
+            format!("source {source} is in its {} epoch, from step {}", ordinal(epoch + 1), grouped(*step))
+        }
+        Event::SkippedData { step, lane, source, row_group, reason } => format!(
+            "row group {row_group} of source {source} was left out of lane {lane} at step {}: {reason}",
+            grouped(*step)
+        ),
+        Event::Checkpoint { step, weights } => {
+            format!("checkpoint {}, weights {}", grouped(*step), short_digest(weights))
+        }
+        Event::CheckpointFailed { step, cause } => {
+            format!("checkpoint {} could not be written and is tried again: {cause}", grouped(*step))
+        }
+        Event::Stopped { step } => format!("stopped after {} steps", grouped(*step)),
+        Event::Finished { step, weights } => {
+            format!("finished after {} steps, weights {}", grouped(*step), short_digest(weights))
+        }
+    }
+}
+
+/// Device and build in one line.
+pub fn where_it_runs(environment: &Environment) -> String {
+    let Environment { anello, revision, libtorch, device, threads, system } = environment;
+    let revision = revision.as_deref().map(|revision| format!(" ({revision})")).unwrap_or_default();
+    let threads = if *threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
+    format!("{device}, {threads}, {system}; anello {anello}{revision}, libtorch {libtorch}")
+}
+
+/// Enough of a digest to tell two apart.
+pub fn short_digest(digest: &str) -> &str {
+    digest.get(..12).unwrap_or(digest)
+}
+
+fn ordinal(number: u64) -> String {
+    let suffix = match (number % 10, number % 100) {
+        (_, 11..=13) => "th",
+        (1, _) => "st",
+        (2, _) => "nd",
+        (3, _) => "rd",
+        _ => "th",
+    };
+    format!("{number}{suffix}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_read_as_sentences() {
+        let environment = Environment {
+            anello: "0.1.0".into(),
+            revision: Some("abc".into()),
+            libtorch: "2.11.0".into(),
+            device: "A CPU".into(),
+            threads: 1,
+            system: "linux x86_64".into(),
+        };
+        let changed = vec![("seed".to_owned(), "1".to_owned(), "2".to_owned())];
+        let cases = [
+            (
+                Event::Started { step: 1200, environment, changed },
+                "resumed after step 1 200 on A CPU, 1 thread, linux x86_64; anello 0.1.0 (abc), libtorch 2.11.0\n  changed: seed: 1 -> 2",
+            ),
+            (Event::Epoch { step: 7, source: "docs".into(), epoch: 1 }, "source docs is in its 2nd epoch, from step 7"),
+            (Event::Skipped { step: 3, loss: "NaN".into() }, "step 3 was skipped: it was not finite (loss NaN)"),
+            (
+                Event::Finished { step: 640, weights: "0123456789abcdef".into() },
+                "finished after 640 steps, weights 0123456789ab",
+            ),
+        ];
+        for (event, text) in cases {
+            assert_eq!(describe(&event), text);
+        }
+        assert_eq!([1, 2, 3, 4, 11, 12, 13, 21, 102, 111].map(ordinal).join(" "), "1st 2nd 3rd 4th 11th 12th 13th 21st 102nd 111th");
+    }
+}
