@@ -37,7 +37,13 @@ pub struct Greedy {
 /// Continues `prompt` with the weights of `state` and the loop steps and RoPE base of `stage`.
 ///
 /// At most the stage's sequence length of tokens is looked back upon.
-pub fn greedy(config: &RunConfig, stage: &Stage, state: &State, prompt: &[u32], options: Greedy) -> Vec<Sampled> {
+pub fn greedy(
+    config: &RunConfig,
+    stage: &Stage,
+    state: &State,
+    prompt: &[u32],
+    options: Greedy,
+) -> Vec<Sampled> {
     let model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
     let (length, head_size) = (stage.sequence as usize, i64::from(config.model.hidden / config.model.heads));
     let rotary = Rotary::new(stage.rope_base, head_size, length as i64, state.weights.device());
@@ -75,7 +81,8 @@ fn next(model: &Model, rotary: &Rotary, window: &[i64], loops: u32, exit_mass: f
             last(&h)
         })
         .collect();
-    let mass = log_exit(&model.gate_logits(&Tensor::stack(&hidden, 0))).exp().cumsum(0, Kind::Double).reshape([-1]);
+    let mass =
+        log_exit(&model.gate_logits(&Tensor::stack(&hidden, 0))).exp().cumsum(0, Kind::Double).reshape([-1]);
     let mass = Vec::<f64>::try_from(mass).expect("a vector of f64");
     // Rounding may leave the total a little below 1: the last loop step is always an exit.
     let exit = mass.iter().position(|&m| m >= exit_mass).unwrap_or(hidden.len() - 1);
