@@ -81,6 +81,7 @@ impl Engine {
 
     /// An engine that goes on from `state`.
     pub fn with_state(config: &RunConfig, state: State) -> Self {
+        crate::ffi::keep_freed_memory();
         let device = state.weights.device();
         let model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
         let (config, rotary, spare, fold) = (config.clone(), None, Vec::new(), Fold::default());

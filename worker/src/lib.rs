@@ -16,6 +16,7 @@ mod engine;
 mod environment;
 mod error;
 pub mod events;
+mod ffi;
 mod fold;
 mod generate;
 pub mod metrics;

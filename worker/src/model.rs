@@ -35,6 +35,16 @@ impl Leaf {
     pub fn accumulate(&self, flat_gradient: &Tensor, gradient: &Tensor) {
         let _ = flat_gradient.narrow(0, self.offset, self.len).g_add_(&gradient.reshape([-1]));
     }
+
+    /// Adds the product `a · b`, shaped like this weight, to its place in the flat gradient buffer.
+    pub fn accumulate_product(&self, flat_gradient: &Tensor, a: &Tensor, b: &Tensor) {
+        if a.kind() == flat_gradient.kind() {
+            let place = flat_gradient.narrow(0, self.offset, self.len).view(self.value.size().as_slice());
+            let _ = place.shallow_clone().addmm_(a, b);
+        } else {
+            self.accumulate(flat_gradient, &a.matmul(b));
+        }
+    }
 }
 
 /// Weights of one layer.

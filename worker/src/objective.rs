@@ -6,8 +6,15 @@
 //! ```
 //!
 //! Sums over tokens, not means: the run divides once, by the tokens of the global batch that count. The loss is the
-//! end of the graph, so a chunk is run forward and backward at once and its logits (`[t, c, v]`) are the only ones
-//! that ever exist. Shape suffixes as in [`crate::model`]; `c` is the tokens of a chunk.
+//! end of the graph, so a chunk is run forward and backward at once. Its only large part, the logits, has a gradient
+//! that can be written down, which needs p(t) and no logits of other loop steps:
+//!
+//! ```text
+//! ∂loss_i/∂logits_i(t) = p_i(t)·(softmax(logits_i(t)) − onehot(target_i))
+//! ```
+//!
+//! so that `[c, v]`, the logits of one chunk at one loop step, are the only ones that ever exist; autograd does the
+//! small rest. Shape suffixes as in [`crate::model`]; `c` is the tokens of a chunk.
 
 use tch::{Kind, Reduction, Tensor};
 
@@ -80,12 +87,16 @@ pub struct TokenLosses {
 /// The plain objective on the hidden states of some tokens.
 pub fn token_losses(model: &Model, h_tcd: &Tensor, targets_c: &Tensor, beta: f64) -> TokenLosses {
     let [t, c, _] = h_tcd.size()[..] else { unreachable!("hidden states are [t, c, d]") };
-    let wide = model.wide();
     let logits = model.logits(h_tcd).view([t * c, -1]);
     let cross_entropy_tc = logits
         .cross_entropy_loss::<Tensor>(&targets_c.repeat([t]), None, Reduction::None, IGNORE, 0.0)
         .view([t, c]);
-    let log_exit_tc = log_exit(&model.gate_logits(h_tcd));
+    combine(cross_entropy_tc, log_exit(&model.gate_logits(h_tcd)), targets_c, beta)
+}
+
+/// L(t) and ln p(t), both `[t, c]`, to the figures of every token.
+fn combine(cross_entropy_tc: Tensor, log_exit_tc: Tensor, targets_c: &Tensor, beta: f64) -> TokenLosses {
+    let wide = log_exit_tc.kind();
     let exit_tc = log_exit_tc.exp();
     let entropy_c = -(&exit_tc * log_exit_tc).sum_dim_intlist(0i64, false, wide);
     let expected_c = (&exit_tc * &cross_entropy_tc).sum_dim_intlist(0i64, false, wide);
@@ -135,10 +146,18 @@ pub fn backward(
 ) -> (LossSums, Vec<Tensor>) {
     let mut total = LossSums::zero(hidden.len());
     let mut of_hidden = Vec::new();
-    let leaves = [&model.lm_head, &model.gate_weight, &model.gate_bias];
+    let leaves = [&model.gate_weight, &model.gate_bias];
     for_chunks(hidden, targets_n, chunk, |h_tcd, targets_c| {
         let h_tcd = h_tcd.set_requires_grad(true);
-        let losses = token_losses(model, &h_tcd, &targets_c, beta);
+        let log_exit_tc = log_exit(&model.gate_logits(&h_tcd));
+        let (cross_entropy_tc, of_h_tcd) = tch::no_grad(|| {
+            let exit_tc = log_exit_tc.exp();
+            let (losses, gradients): (Vec<_>, Vec<_>) = (0..h_tcd.size()[0])
+                .map(|t| cross_entropy(model, &h_tcd.get(t), &targets_c, &exit_tc.get(t), gradient))
+                .unzip();
+            (Tensor::stack(&losses, 0), Tensor::stack(&gradients, 0))
+        });
+        let losses = combine(cross_entropy_tc, log_exit_tc, &targets_c, beta);
         total.add(&tch::no_grad(|| sums(&losses, counted(&targets_c))));
         let loss = (losses.loss_c * losses.counts_c).sum(model.wide());
         let inputs: Vec<&Tensor> = [&h_tcd].into_iter().chain(leaves.map(|leaf| &leaf.value)).collect();
@@ -146,9 +165,33 @@ pub fn backward(
         for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
             leaf.accumulate(gradient, &of_leaf);
         }
-        of_hidden.append(&mut gradients);
+        of_hidden.push(gradients.remove(0) + of_h_tcd);
     });
     (total, Tensor::cat(&of_hidden, 1).unbind(0))
+}
+
+/// L(t) of one chunk at one loop step, `[c]`, and the gradient of Σ p(t)·L(t) for the hidden states, `[c, d]`; that
+/// for lm_head is added to the flat `gradient`.
+fn cross_entropy(
+    model: &Model,
+    h_cd: &Tensor,
+    targets_c: &Tensor,
+    exit_c: &Tensor,
+    gradient: &Tensor,
+) -> (Tensor, Tensor) {
+    let targets_c1 = targets_c.clamp_min(0).unsqueeze(1);
+    let counts_c1 = targets_c.not_equal(IGNORE).to_kind(model.wide()).unsqueeze(1);
+    let weights_c1 = exit_c.unsqueeze(1) * &counts_c1;
+    let mut log_softmax_cv = model.logits(h_cd).log_softmax(-1, model.wide());
+    let losses_c = (-log_softmax_cv.gather(1, &targets_c1, false) * counts_c1).squeeze_dim(1);
+    // In place from here on: p(t)·(softmax − onehot).
+    let of_logits_cv = log_softmax_cv
+        .exp_()
+        .g_mul_(&weights_c1)
+        .scatter_add_(1, &targets_c1, &-weights_c1)
+        .to_kind(model.kind());
+    model.lm_head.accumulate_product(gradient, &of_logits_cv.tr(), h_cd);
+    (losses_c, of_logits_cv.matmul(&model.lm_head.value.to_kind(model.kind())))
 }
 
 fn counted(targets_c: &Tensor) -> u64 {

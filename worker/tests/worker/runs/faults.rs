@@ -178,7 +178,8 @@ fn assert_fenced(ended: Result<Ended, Error>, what: &str) {
 #[test]
 fn a_process_that_slept_while_another_took_over_changes_nothing() {
     let data = Data::new();
-    let places: [(&str, fn(&str) -> bool); 5] = [
+    type Matches = fn(&str) -> bool;
+    let places: [(&str, Matches); 5] = [
         ("an event", |path| path.starts_with("events/") && path >= "events/00000005"),
         ("a part", |path| path.starts_with("checkpoints/0000000008/part-")),
         ("a manifest", |path| path == "checkpoints/0000000008/manifest.json"),

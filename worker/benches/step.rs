@@ -1,0 +1,420 @@
+//! The step: memory and speed of each recompute mode beside the naive graph, and the share of LibTorch in its time.
+//!
+//! ```text
+//! cargo bench -p anello-worker --profile dev --bench step                       memory, then the profile
+//! cargo bench -p anello-worker --profile dev --bench step -- memory | profile   one of them
+//! … -- serve CASE none|layer|loop THREADS DIR                                   for `scripts/bench_torch.py`
+//! ```
+//! Rows go to standard output, one JSON object a line, and to standard error as a table. Memory is measured in a
+//! process of its own for each mode (`child`): `VmHWM`, the kernel's own record of the most that was resident.
+//! `serve` writes weights, micro-batches and sizes to DIR and then takes a step for each line it reads.
+
+use std::io::{BufRead, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anello_configs::{Mask, RunConfig, Schedule, random::Stream};
+use anello_dataloader::{Document, MicroBatch, Packer};
+use anello_worker::{Context, Engine, Layout, Model, Pass, Rotary, State, forward_backward, token_losses};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+const LOOPS: u32 = 4;
+const BETA: f64 = 0.1;
+
+/// A model, and the batch of a step: `lanes` micro-batches of `sequences` × `sequence` tokens.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    name: &'static str,
+    layers: u32,
+    hidden: u32,
+    ffn: u32,
+    vocab: u32,
+    sequence: u32,
+    sequences: u32,
+    lanes: u32,
+}
+
+const CASES: [Case; 4] = [
+    Case {
+        name: "tiny-128",
+        layers: 2,
+        hidden: 128,
+        ffn: 352,
+        vocab: 2048,
+        sequence: 128,
+        sequences: 16,
+        lanes: 1,
+    },
+    Case {
+        name: "tiny-512",
+        layers: 2,
+        hidden: 128,
+        ffn: 352,
+        vocab: 2048,
+        sequence: 512,
+        sequences: 4,
+        lanes: 1,
+    },
+    Case {
+        name: "d256",
+        layers: 4,
+        hidden: 256,
+        ffn: 704,
+        vocab: 4096,
+        sequence: 512,
+        sequences: 4,
+        lanes: 1,
+    },
+    // Where logits matter: all of them at once are 512 MiB.
+    Case {
+        name: "memory",
+        layers: 4,
+        hidden: 256,
+        ffn: 704,
+        vocab: 16384,
+        sequence: 2048,
+        sequences: 1,
+        lanes: 1,
+    },
+];
+
+impl Case {
+    fn named(name: &str) -> Self {
+        *CASES.iter().find(|case| case.name == name).unwrap_or_else(|| fail(&format!("no case {name}")))
+    }
+
+    fn config(&self, recompute: &str, threads: u32) -> RunConfig {
+        let Case { name, layers, hidden, ffn, vocab, sequence, sequences, lanes } = *self;
+        let batch = lanes * sequences * sequence;
+        let text = format!(
+            "name = \"bench-{name}\"\nseed = 1\nlanes = {lanes}\nstages = [\"all\"]\n\
+             [model]\nlayers = {layers}\nhidden = {hidden}\nheads = 4\nffn = {ffn}\nvocab = {vocab}\n\
+             [compute]\ndtype = \"fp32\"\nrecompute = \"{recompute}\"\nthreads = {threads}\n\
+             [data]\nsources.none.url = \"none\"\n\
+             [stage.all]\ntokens = {}\nsequence = {sequence}\nbatch = {batch}\nmicro_batch = {sequences}\n\
+             lr_curve = \"constant\"\nlr = 1e-3\nloops = {LOOPS}\nbeta = {BETA}\nrope_base = 10_000\n\
+             mixture = {{ none = 1 }}\n",
+            u64::from(batch) * 1_000_000
+        );
+        RunConfig::parse("bench.toml", &text).unwrap_or_else(|e| fail(&e.to_string()))
+    }
+
+    /// The micro-batch of each lane: documents of log-normal lengths (median 400 tokens), packed.
+    fn batches(&self) -> Vec<MicroBatch> {
+        let mut documents = (0u64..).map(|at| {
+            let stream = Stream::new(1, "bench", &[at]);
+            let length = (f64::from(stream.normals_at(0)[0]) + 400f64.ln()).exp().clamp(8.0, 16384.0) as u64;
+            (0..length).map(|i| stream.below_at(4 + i, u64::from(self.vocab)) as i32).collect::<Vec<_>>()
+        });
+        let (mut tokens, mut from) = (Vec::new(), 0);
+        (0..self.lanes)
+            .map(|_| {
+                let mut packer = Packer::new(self.sequences, self.sequence, Mask::Document);
+                while packer.room() > 0 {
+                    if from == tokens.len() {
+                        (tokens, from) = (documents.next().expect("documents never end"), 0);
+                    }
+                    from += packer.push(Document { tokens: &tokens, counted: None }, from);
+                }
+                packer.finish()
+            })
+            .collect()
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words[..] {
+        [] => {
+            memory();
+            profile();
+        }
+        ["memory"] => memory(),
+        ["profile"] => profile(),
+        ["child", mode] => println!("{}", child(mode)),
+        ["steps", case, recompute, threads, count] => {
+            let number = |word: &str| word.parse().unwrap_or_else(|_| fail(&format!("{word} is no number")));
+            steps(Case::named(case), recompute, number(threads), number(count));
+        }
+        ["serve", case, recompute, threads, folder] => {
+            let threads = threads.parse().unwrap_or_else(|_| fail("how many threads?"));
+            serve(Case::named(case), recompute, threads, Path::new(folder));
+        }
+        _ => fail("usage: step [memory | profile | serve CASE RECOMPUTE THREADS DIR]"),
+    }
+}
+
+fn fail(said: &str) -> ! {
+    eprintln!("step: {said}");
+    std::process::exit(2)
+}
+
+/// Standard output of this program called again with `arguments`.
+fn again(wrapper: &[&str], arguments: &[&str]) -> Option<String> {
+    let program = std::env::current_exe().unwrap_or_else(|e| fail(&e.to_string()));
+    let program = program.to_str().unwrap_or_else(|| fail("this program's path is not text"));
+    let line: Vec<&str> = wrapper.iter().copied().chain([program]).chain(arguments.iter().copied()).collect();
+    let done = Command::new(line[0]).args(&line[1..]).stderr(Stdio::piped()).output().ok()?;
+    if !done.status.success() {
+        eprintln!("{}: {}", line.join(" "), String::from_utf8_lossy(&done.stderr));
+        return None;
+    }
+    Some(String::from_utf8_lossy(&done.stdout).into_owned())
+}
+
+// Memory and speed of the modes.
+
+const MODES: [&str; 4] = ["naive", "none", "layer", "loop"];
+
+fn memory() {
+    let rows: Vec<Value> = MODES
+        .iter()
+        .map(|mode| {
+            let said = again(&[], &["child", mode]).unwrap_or_else(|| fail(&format!("mode {mode} failed")));
+            serde_json::from_str(said.trim()).unwrap_or_else(|e| fail(&format!("{mode}: {e}: {said}")))
+        })
+        .collect();
+    let number = |row: &Value, key: &str| row[key].as_f64().unwrap_or(f64::NAN);
+    let naive = &rows[0];
+    eprintln!(
+        "sequence 2048, T = 4, d 256, 4 layers, V 16384, fp32; MiB; step = peak less what was resident before it"
+    );
+    eprintln!("mode    resident before     peak     step   of naive: peak   step   tokens/s   loss off by");
+    for row in &rows {
+        let ratio = |key: &str| number(row, key) / number(naive, key);
+        let off = (number(row, "loss") / number(naive, "loss") - 1.0).abs();
+        eprintln!(
+            "{:<8}{:>15.0}{:>9.0}{:>9.0}{:>16.1} %{:>5.1} %{:>11.0}{off:>14.1e}",
+            row["mode"].as_str().unwrap_or_default(),
+            number(row, "before_mib"),
+            number(row, "peak_mib"),
+            number(row, "step_mib"),
+            100.0 * ratio("peak_mib"),
+            100.0 * ratio("step_mib"),
+            number(row, "tokens_per_second"),
+        );
+        let mut row = row.clone();
+        row["peak_of_naive"] = json!(ratio("peak_mib"));
+        row["step_of_naive"] = json!(ratio("step_mib"));
+        row["loss_off"] = json!(off);
+        println!("{row}");
+    }
+}
+
+/// Forward and backward of one micro-batch in `mode`: memory from the first pass, the time of the faster of two.
+fn child(mode: &str) -> Value {
+    let case = Case::named("memory");
+    let recompute = if mode == "naive" { "none" } else { mode };
+    let config = case.config(recompute, threads());
+    tch::set_num_threads(threads() as i32);
+    let layout = Layout::new(&config.model, config.model.layers);
+    let flat = layout.initial(config.seed, config.model.init_std, Device::Cpu);
+    let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
+    let gradient = layout.zeros(Device::Cpu);
+    let rotary = Rotary::new(10_000.0, i64::from(case.hidden / 4), i64::from(case.sequence), Device::Cpu);
+    let batch = case.batches().remove(0);
+    let context = Context::new(&batch, &rotary, Kind::Float, Mask::Document);
+    let (ids_n, targets_n) = (Tensor::from_slice(&batch.input_ids), Tensor::from_slice(&batch.targets));
+    // One small product, so that LibTorch's threads and buffers are there before the step.
+    let _ = Tensor::ones([64, 64], (Kind::Float, Device::Cpu))
+        .matmul(&Tensor::ones([64, 64], (Kind::Float, Device::Cpu)));
+    let _ = gradient.shallow_clone().fill_(0.0);
+
+    let pass = || match mode {
+        "naive" => naive(&model, &context, &ids_n, &targets_n, &gradient),
+        _ => {
+            let pass = Pass { loops: LOOPS, beta: BETA, compute: &config.compute };
+            forward_backward(&model, &context, &ids_n, &targets_n, pass, &gradient).loss
+        }
+    };
+    let before = status_mib("VmRSS");
+    let timed = || {
+        let start = Instant::now();
+        (pass(), start.elapsed().as_secs_f64())
+    };
+    let (loss, first) = timed();
+    let peak = status_mib("VmHWM");
+    let (_, second) = timed();
+    json!({
+        "bench": "worker/step/memory", "mode": mode, "sequence": case.sequence, "loops": LOOPS, "vocab": case.vocab,
+        "before_mib": before, "peak_mib": peak, "step_mib": peak - before, "loss": loss,
+        "tokens_per_second": batch.tokens() as f64 / first.min(second),
+    })
+}
+
+/// The loop and all its logits in one graph, as autograd alone would have it.
+fn naive(model: &Model, context: &Context, ids_n: &Tensor, targets_n: &Tensor, gradient: &Tensor) -> f64 {
+    let mut h = model.embed_nd(ids_n);
+    let mut hidden = Vec::new();
+    for _ in 0..LOOPS {
+        for layer in 0..model.layers.len() {
+            h = model.layer_nd(layer, &h, context);
+        }
+        hidden.push(h.shallow_clone());
+    }
+    let losses = token_losses(model, &Tensor::stack(&hidden, 0), targets_n, BETA);
+    let leaves: Vec<_> =
+        [&model.embed, &model.lm_head, &model.gate_weight, &model.gate_bias, &model.final_norm]
+            .into_iter()
+            .chain(model.layers.iter().flat_map(|layer| layer.leaves()))
+            .collect();
+    let inputs: Vec<&Tensor> = leaves.iter().map(|leaf| &leaf.value).collect();
+    let loss = (losses.loss_c * losses.counts_c).sum(Kind::Float);
+    let gradients = Tensor::run_backward(&[&loss], &inputs, false, false);
+    for (leaf, of_leaf) in leaves.iter().zip(&gradients) {
+        leaf.accumulate(gradient, of_leaf);
+    }
+    loss.double_value(&[])
+}
+
+fn status_mib(key: &str) -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_else(|e| fail(&e.to_string()));
+    let line = status.lines().find(|line| line.starts_with(key)).unwrap_or_else(|| fail(key));
+    let kib = line.split_whitespace().nth(1).and_then(|n| n.parse::<f64>().ok());
+    kib.unwrap_or_else(|| fail(line)) / 1024.0
+}
+
+fn threads() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| n.get() as u32)
+}
+
+// The profile.
+
+/// `perf record` over whole steps of `make run`'s model: which library each sample was in.
+fn profile() {
+    let data = std::env::temp_dir().join(format!("anello-bench-{}.perf", std::process::id()));
+    let data = data.to_str().unwrap_or_else(|| fail("the temporary folder's path is not text"));
+    let record = ["perf", "record", "--quiet", "-F", "997", "-o", data, "--"];
+    for recompute in ["none", "layer"] {
+        if again(&record, &["steps", "tiny-128", recompute, &threads().to_string(), "12"]).is_none() {
+            eprintln!("profile: not measured, since `perf record` does not work here (Debian: linux-perf)");
+            return;
+        }
+        let report = Command::new("perf")
+            .args(["report", "-i", data, "--stdio", "--sort", "dso", "-F", "overhead,dso", "-t", "|"])
+            .stderr(Stdio::null())
+            .output()
+            .unwrap_or_else(|e| fail(&e.to_string()));
+        let _ = std::fs::remove_file(data);
+        let report = String::from_utf8_lossy(&report.stdout).into_owned();
+        let shares: Vec<(f64, &str)> = report
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| line.split_once('|'))
+            .filter_map(|(share, dso)| Some((share.trim().trim_end_matches('%').parse().ok()?, dso.trim())))
+            .collect();
+        let of = |names: &[&str]| -> f64 {
+            shares.iter().filter(|(_, dso)| names.iter().any(|n| dso.starts_with(n))).map(|(s, _)| s).sum()
+        };
+        let (libtorch, ours) = (of(&["libtorch", "libc10", "libgomp"]), of(&["step-"]));
+        let (kernel, libc) =
+            (of(&["[kernel", "[unknown]"]), of(&["libc.so", "libm.so", "ld-linux", "libstdc++"]));
+        eprintln!(
+            "profile tiny-128, recompute {recompute}: LibTorch {libtorch:.1} %, libc (mostly its memory) {libc:.1} %, \
+             kernel (its page faults) {kernel:.1} %, this program {ours:.1} %"
+        );
+        println!(
+            "{}",
+            json!({
+                "bench": "worker/step/profile", "case": "tiny-128", "recompute": recompute,
+                "libtorch": libtorch / 100.0, "libc": libc / 100.0, "kernel": kernel / 100.0, "own": ours / 100.0,
+            })
+        );
+    }
+}
+
+/// So many steps of `case`, and the CPU seconds of each.
+fn steps(case: Case, recompute: &str, threads: u32, count: u32) {
+    let mut stepper = Stepper::new(case, recompute, threads);
+    for _ in 0..count {
+        let cpu = cpu_seconds();
+        stepper.step();
+        eprintln!("{:.2}", cpu_seconds() - cpu);
+    }
+}
+
+// Steps beside PyTorch's.
+
+struct Stepper {
+    config: RunConfig,
+    engine: Engine,
+    batches: Vec<MicroBatch>,
+    next: u64,
+}
+
+impl Stepper {
+    fn new(case: Case, recompute: &str, threads: u32) -> Self {
+        tch::set_num_threads(threads as i32);
+        let config = case.config(recompute, threads);
+        let engine = Engine::new(&config, Device::Cpu);
+        Self { engine, config, batches: case.batches(), next: 0 }
+    }
+
+    /// One step: every lane, the update. Returns the mean loss, nats.
+    fn step(&mut self) -> f64 {
+        let schedule = Schedule::new(&self.config);
+        let plan = schedule.at(self.next).unwrap_or_else(|| fail("the run is over"));
+        self.next += 1;
+        self.engine.enter(&plan);
+        for (lane, batch) in self.batches.iter().enumerate() {
+            self.engine.lane(plan.stage, lane as u32, std::slice::from_ref(batch));
+        }
+        let sums = self.engine.finish(&plan).sums;
+        sums.loss / sums.counted as f64
+    }
+}
+
+fn serve(case: Case, recompute: &str, threads: u32, folder: &Path) {
+    let mut stepper = Stepper::new(case, recompute, threads);
+    write_down(&stepper, folder).unwrap_or_else(|e| fail(&format!("{}: {e}", folder.display())));
+    println!("{}", json!({ "ready": case.name }));
+    for _line in std::io::stdin().lock().lines() {
+        let (start, cpu) = (Instant::now(), cpu_seconds());
+        let loss = stepper.step();
+        let (seconds, cpu) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu);
+        println!("{}", json!({ "seconds": seconds, "cpu_seconds": cpu, "loss": loss }));
+        let _ = std::io::stdout().flush();
+    }
+}
+
+/// CPU time of this process so far, all threads: user and system ticks of 10 ms.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_else(|e| fail(&e.to_string()));
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks = |at: usize| fields.get(at).and_then(|f| f.parse::<f64>().ok()).unwrap_or(f64::NAN);
+    (ticks(11) + ticks(12)) / 100.0
+}
+
+/// What PyTorch needs to run the same steps: `case.json`, and the flat weights as they lie in memory.
+fn write_down(stepper: &Stepper, folder: &Path) -> std::io::Result<()> {
+    let State { layout, weights, .. } = stepper.engine.state();
+    let weights = Vec::<f32>::try_from(weights).expect("a vector of f32");
+    let entries: Vec<Value> = layout
+        .entries()
+        .iter()
+        .map(|e| json!({ "name": e.name, "shape": e.shape, "offset": e.offset }))
+        .collect();
+    let batches: Vec<Value> = stepper
+        .batches
+        .iter()
+        .map(|b| {
+            json!({ "sequences": b.sequences, "input_ids": b.input_ids, "targets": b.targets,
+                         "positions": b.positions, "segment_starts": b.segment_starts })
+        })
+        .collect();
+    let (model, optimizer) = (&stepper.config.model, &stepper.config.optimizer);
+    let case = json!({
+        "layers": model.layers, "hidden": model.hidden, "heads": model.heads, "ffn": model.ffn, "vocab": model.vocab,
+        "rms_eps": model.rms_eps, "loops": LOOPS, "beta": BETA, "rope_base": 10_000, "lr": 1e-3,
+        "betas": [optimizer.beta1, optimizer.beta2], "eps": optimizer.eps, "weight_decay": optimizer.weight_decay,
+        "clip": optimizer.clip, "entries": entries, "batches": batches,
+    });
+    std::fs::write(folder.join("case.json"), case.to_string())?;
+    std::fs::write(
+        folder.join("weights.f32"),
+        weights.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>(),
+    )
+}
