@@ -82,6 +82,22 @@ pub fn record_of(step: u64, stage: &str, loops: usize) -> StepRecord {
     }
 }
 
+/// A config for tests that no preset changes: 8 Ki tokens a step, 32 steps of warmup, 384 of stable.
+#[cfg(test)]
+pub fn config_of() -> anello_configs::RunConfig {
+    let stage = |name: &str, tokens: &str| {
+        format!(
+            "[stage.{name}]\ntokens = {tokens:?}\nsequence = 128\nbatch = \"8Ki\"\nmicro_batch = 16\nlr_curve = \"constant\"\n\
+             lr = 3e-3\nloops = 4\nbeta = 0.1\nrope_base = 10_000\nmixture = {{ docs = 1.0 }}\n"
+        )
+    };
+    let head = "name = \"small\"\nseed = 1\nlanes = 4\nstages = [\"warmup\", \"stable\"]\n\
+                data.sources.docs.url = \"docs\"\n\
+                [model]\nlayers = 2\nhidden = 128\nheads = 4\nffn = 352\nvocab = 2048\n";
+    let text = head.to_owned() + &stage("warmup", "256Ki") + &stage("stable", "3Mi");
+    anello_configs::RunConfig::parse("small.toml", &text).unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -207,7 +207,7 @@
     const { svg } = chart;
     const width = svg.clientWidth || 600, height = chart.height || 220;
     const longest = Math.max(6, ...chart.series.map(series => label(chart, series)?.length ?? 0));
-    const top = 24, bottom = 34, left = 52, right = 14 + 7 * longest;
+    const top = 24, bottom = 34, left = 52, right = 16 + 7.5 * longest;
     const plot = Math.max(width - left - right, 40), depth = height - top - bottom;
     Object.assign(chart, { left, plot });
     const [low, high] = chart.domain;

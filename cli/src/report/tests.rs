@@ -1,14 +1,13 @@
-use anello_configs::LoadOptions;
 use anello_worker::events::{Event, Record};
 
 use super::page::escape;
 use super::*;
-use crate::stages::record_of;
+use crate::stages::{config_of, record_of};
 
 const HOSTILE: &str = "</script><b>\"&'{{config}}";
 
 fn story(steps: u64) -> Story {
-    let mut config = RunConfig::load(&LoadOptions::new("tiny")).unwrap().config;
+    let mut config = config_of();
     config.name = HOSTILE.to_owned();
     let mut records: Vec<StepRecord> =
         (0..steps).map(|s| record_of(s, if s < steps / 3 { "warmup" } else { HOSTILE }, 4)).collect();

@@ -118,8 +118,7 @@ impl Speed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stages::record_of;
-    use anello_configs::LoadOptions;
+    use crate::stages::{config_of, record_of};
 
     #[test]
     fn the_speed_forgets_what_is_long_ago() {
@@ -137,7 +136,7 @@ mod tests {
 
     #[test]
     fn it_knows_where_the_run_is_and_when_it_ends() {
-        let config = RunConfig::load(&LoadOptions::new("tiny")).unwrap().config;
+        let config = config_of();
         let mut tracker = Tracker::new(&config, Some(100));
         assert_eq!((tracker.eta_s(), tracker.until_step()), (None, 100));
         tracker.observe(&Notice::Ready { step: 40 });
@@ -150,7 +149,7 @@ mod tests {
         (record.batch_tokens, record.seconds.step) = (8192, 2.0);
         tracker.observe(&Notice::Step(record));
         assert_eq!((tracker.step, tracker.eta_s()), (50, Some(100.0)));
-        assert_eq!(Tracker::new(&config, None).until_step(), 640);
-        assert_eq!(Tracker::new(&config, Some(9_999)).until_step(), 640);
+        assert_eq!(Tracker::new(&config, None).until_step(), 416);
+        assert_eq!(Tracker::new(&config, Some(9_999)).until_step(), 416);
     }
 }
