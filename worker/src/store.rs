@@ -127,13 +127,14 @@ impl RunStore {
     pub fn sweep(&self) {
         let mut open: Vec<PathBuf> = self.folder.iter().cloned().collect();
         while let Some(folder) = open.pop() {
-            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
                 let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
                 if is_folder {
                     open.push(entry.path());
                 } else if is_unfinished(&entry.file_name().to_string_lossy()) {
                     // One that has gone meanwhile is as good, and one that cannot be removed costs only its space.
-                    let _ = std::fs::remove_file(entry.path());
+                    // The folder goes with its last file, as when the store deletes.
+                    let _ = std::fs::remove_file(entry.path()).and_then(|()| std::fs::remove_dir(&folder));
                 }
             }
         }

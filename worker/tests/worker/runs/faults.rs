@@ -144,6 +144,9 @@ fn a_log_that_cannot_be_written_at_the_end_is_an_error() {
     assert_finished(&store.run(), "the disk has room again");
 }
 
+/// Which path a process stands still at.
+type Place = fn(&str) -> bool;
+
 /// A process that stands still at its first write to a path that `stands_at` says, until it is told to go on.
 struct Stalled {
     training: Training,
@@ -151,7 +154,7 @@ struct Stalled {
     go_on: Sender<()>,
 }
 
-fn stalled(store: &TestStore, run: Run, stands_at: fn(&str) -> bool) -> Stalled {
+fn stalled(store: &TestStore, run: Run, stands_at: Place) -> Stalled {
     let ((said, stands), (go_on, told)) = (channel(), channel());
     let mut stood = false;
     store.rule(move |path| {
@@ -178,8 +181,7 @@ fn assert_fenced(ended: Result<Ended, Error>, what: &str) {
 #[test]
 fn a_process_that_slept_while_another_took_over_changes_nothing() {
     let data = Data::new();
-    type Matches = fn(&str) -> bool;
-    let places: [(&str, Matches); 5] = [
+    let places: [(&str, Place); 5] = [
         ("an event", |path| path.starts_with("events/") && path >= "events/00000005"),
         ("a part", |path| path.starts_with("checkpoints/0000000008/part-")),
         ("a manifest", |path| path == "checkpoints/0000000008/manifest.json"),
