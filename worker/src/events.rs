@@ -208,6 +208,8 @@ mod tests {
         first.append(Event::Stopped { step: 1 }).unwrap();
         let refused = second.append(Event::Stopped { step: 2 });
         assert!(matches!(refused, Err(Error::Fenced { .. })), "{refused:?}");
+        assert!(first.check().is_ok() && matches!(second.check(), Err(Error::Fenced { .. })));
+        assert_eq!(first.session(), second.session());
         let again = EventLog::open(&store).unwrap().append(Event::Stopped { step: 3 }).unwrap();
         assert_eq!(again.number, 2);
         let steps: Vec<_> = read(&store).unwrap().into_iter().map(|r| (r.number, r.event)).collect();

@@ -148,6 +148,14 @@ pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64, session: u64
         }
         return Ok(there);
     }
+    // A process that took the run over removes parts without a manifest (`tidy`). If it has seen ours like that, this
+    // is no checkpoint.
+    let there = store.list(&folder(snapshot.step))?;
+    let is_there = |part: &Part| there.contains(&format!("{}/{}", folder(snapshot.step), part.name));
+    if !manifest.parts.iter().all(is_there) {
+        store.delete(&path)?;
+        return Err(Error::Fenced { what: format!("{}/{path}", store.place()) });
+    }
     Ok(manifest)
 }
 

@@ -145,7 +145,9 @@ impl Desk {
         }
         self.flush_last()?;
         // Once more, for a process that found the run finished: the one before it may have been killed before this.
-        self.prune();
+        if self.log.check().is_ok() {
+            self.prune();
+        }
         Ok(())
     }
 
@@ -195,7 +197,6 @@ impl Desk {
                 let seconds = began.elapsed().as_secs_f64();
                 let _ = self.notices.send(Notice::Checkpoint { step, seconds });
                 let _ = self.answers.send(Ok(manifest.weights));
-                self.prune();
             }
             Err(Error::Fenced { what }) => {
                 let _ = self.answers.send(Err(Error::Fenced { what: what.clone() }));
@@ -209,7 +210,13 @@ impl Desk {
             }
         }
         let flushed = self.flush_events();
-        tolerate(flushed, "the event log")
+        // Nothing is let go before the log has said that the run is still ours.
+        let ours = flushed.is_ok();
+        tolerate(flushed, "the event log")?;
+        if ours {
+            self.prune();
+        }
+        Ok(())
     }
 
     fn prune(&self) {

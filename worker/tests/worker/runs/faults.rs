@@ -69,6 +69,31 @@ fn a_full_disk_costs_a_checkpoint_and_not_the_run() {
     assert!(unplanned <= 2, "an attempt a failure: {failed:?}");
 }
 
+/// The store is slow when the checkpoint that failed is tried again: the next step must not begin another.
+#[test]
+fn a_failed_checkpoint_is_made_good_once() {
+    let (data, store) = (Data::new(), TestStore::new());
+    let mut refused = false;
+    store.rule(move |path| {
+        if path.starts_with("checkpoints/0000000003/") && !std::mem::replace(&mut refused, true) {
+            return Fate::DiskFull;
+        }
+        if path.starts_with("checkpoints/") {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Fate::Done
+    });
+    let mut run = create(&store.run(), &data);
+    run.config.checkpoint.every_steps = 100;
+    let (ended, notices) = drive(run, None);
+    ended.unwrap();
+    assert_eq!(failures(&notices), [3]);
+    assert_finished(&store.run(), "one failure");
+    let checkpoints = checkpoint::steps(&store.run()).unwrap();
+    let extra: Vec<_> = checkpoints.iter().filter(|step| ![7, 10, 12, 15].contains(*step)).collect();
+    assert!(extra.len() <= 1, "one makes up for checkpoint 3: {checkpoints:?}");
+}
+
 #[test]
 fn a_disk_that_stays_full_ends_the_run_with_its_last_good_checkpoint() {
     let data = Data::new();
@@ -219,6 +244,28 @@ fn a_process_that_slept_while_another_took_over_changes_nothing() {
             }
         }
     }
+}
+
+/// A process that wakes in a checkpoint of which the other has none keeps to itself: no manifest of the other's goes.
+#[test]
+fn a_process_that_slept_lets_no_checkpoint_of_the_other_go() {
+    let (data, store) = (Data::new(), TestStore::new());
+    let mut config = data.config();
+    (config.checkpoint.keep_last, config.checkpoint.keep_stage_ends) = (2, false);
+    let run = Run::create(store.run(), config).unwrap();
+    let sleeper = stalled(&store, run, |path| path == "checkpoints/0000000004/manifest.json");
+    sleeper.stands.recv().unwrap();
+    let mut config = data.config();
+    config.checkpoint.every_steps = 5;
+    let options = Resume { config: Some(config), allow: false };
+    assert!(resume_with(&store.another().run(), options, None).finished);
+    let before = checkpoint::steps(&store.run()).unwrap();
+    assert_eq!(before, [3, 5, 7, 10, 12, 15]);
+    sleeper.go_on.send(()).unwrap();
+    assert_fenced(sleeper.training.join(), "asleep in a checkpoint");
+    let after = checkpoint::steps(&store.run()).unwrap();
+    assert!(before.iter().all(|step| after.contains(step)), "{after:?}");
+    assert_finished(&store.run(), "asleep in a checkpoint");
 }
 
 /// The newcomer is the one that sleeps, before its claim: it must not have touched the run of the other.
