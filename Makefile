@@ -14,7 +14,7 @@ run: build data
 ## All tests.
 test: setup
 	$(CARGO) build --quiet -p anello
-	$(CARGO) test --workspace
+	$(CARGO) test --workspace --no-fail-fast
 
 ## What CI checks before the tests.
 check: setup

@@ -80,7 +80,7 @@ fn the_resolved_config_reads_like_a_config() {
         loaded(
             "tiny",
             &[
-                "stage.stable.batch_ramp={from=\"4Ki\",over=\"1Mi\"}",
+                "stage.stable.batch_ramp={from=\"1Ki\",over=\"256Ki\"}",
                 "stage.stable.micro_batch=1",
                 "stage.longct.upcycle.layers=4"
             ]
@@ -105,7 +105,7 @@ fn the_readme_knows_every_key() {
     let sets = [
         "compute.threads=2",
         "checkpoint.keep_every_steps=5",
-        "stage.stable.batch_ramp={from=\"4Ki\",over=\"1Mi\"}",
+        "stage.stable.batch_ramp={from=\"1Ki\",over=\"256Ki\"}",
         "stage.stable.micro_batch=1",
         "stage.stable.lr_curve=wsd",
         "stage.longct.upcycle.layers=4",
