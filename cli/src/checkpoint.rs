@@ -113,7 +113,10 @@ fn verify(name: &CheckpointName, screen: &Screen) -> Outcome {
     if broken == 0 {
         return Ok(Exit::Done);
     }
-    screen.line(&format!("{broken} of {} checkpoints cannot be used; resuming passes over them", steps.len()))?;
+    screen.line(&format!(
+        "{broken} of {} checkpoints cannot be used; resuming passes over them",
+        steps.len()
+    ))?;
     Ok(Exit::No)
 }
 
@@ -121,7 +124,10 @@ fn diff(a: &CheckpointName, b: &CheckpointName, shown: usize, screen: &Screen) -
     let (in_a, in_b) = (a.open()?, b.open()?);
     let (config_a, config_b) = (read_config(&in_a.0)?, read_config(&in_b.0)?);
     if config_a.model != config_b.model {
-        return Err(Failure::Usage(format!("the models of {} and {} have other sizes; compare runs of one model", a.run, b.run)));
+        return Err(Failure::Usage(format!(
+            "the models of {} and {} have other sizes; compare runs of one model",
+            a.run, b.run
+        )));
     }
     let named = |(store, step): &(RunStore, u64)| format!("{}@{step}", store.place());
     let comparison = checkpoint::compare((&in_a.0, in_a.1), (&in_b.0, in_b.1), &config_a.model)?;
@@ -133,31 +139,44 @@ fn diff(a: &CheckpointName, b: &CheckpointName, shown: usize, screen: &Screen) -
 fn told(comparison: &Comparison, a: &str, b: &str, shown: usize) -> String {
     let Comparison { blocks, differences, facts } = comparison;
     let mut text = match (differences.len(), facts.len()) {
-        (0, 0) => format!("{a} and {b} are equal: all {} blocks and every fact beside them\n", grouped(*blocks as u64)),
-        (0, _) => format!("{a} and {b} have the same weights and moments, all {} blocks\n", grouped(*blocks as u64)),
-        (n, _) => format!("{a} and {b} differ in {} of {} blocks\n", grouped(n as u64), grouped(*blocks as u64)),
+        (0, 0) => format!(
+            "{a} and {b} are equal: all {} blocks and every fact beside them\n",
+            grouped(*blocks as u64)
+        ),
+        (0, _) => {
+            format!("{a} and {b} have the same weights and moments, all {} blocks\n", grouped(*blocks as u64))
+        }
+        (n, _) => {
+            format!("{a} and {b} differ in {} of {} blocks\n", grouped(n as u64), grouped(*blocks as u64))
+        }
     };
     if !differences.is_empty() {
-        let mut table = Table::new(1);
-        table.row(["", "block", "elements", "max |Δ|", "tensors"]);
+        let mut table = Table::new(2);
+        table.row(["", "tensors", "block", "elements", "max |Δ|"]);
         for difference in differences.iter().take(shown) {
             let names = difference.names.join(", ");
             table.row([
                 difference.buffer.to_owned(),
+                shortened(&names),
                 grouped(difference.block as u64),
                 grouped(difference.elements),
                 format!("{:.3e}", difference.max_abs),
-                shortened(&names),
             ]);
         }
         text.push_str(&table.render());
         if differences.len() > shown {
-            text.push_str(&format!("… and {} more; --all tells of each\n", grouped((differences.len() - shown) as u64)));
+            text.push_str(&format!(
+                "… and {} more; --all tells of each\n",
+                grouped((differences.len() - shown) as u64)
+            ));
         }
         for buffer in ["weights", "exp_avg", "exp_avg_sq"] {
             let of: Vec<f64> = differences.iter().filter(|d| d.buffer == buffer).map(|d| d.max_abs).collect();
             if let Some(largest) = of.iter().copied().reduce(f64::max) {
-                text.push_str(&format!("{buffer}: {} blocks, max |Δ| {largest:.3e}\n", grouped(of.len() as u64)));
+                text.push_str(&format!(
+                    "{buffer}: {} blocks, max |Δ| {largest:.3e}\n",
+                    grouped(of.len() as u64)
+                ));
             }
         }
     }
@@ -198,9 +217,9 @@ mod tests {
         assert_eq!(
             told(&comparison, "a@100", "b@200", 2),
             "a@100 and b@200 differ in 3 of 45 blocks
-         block  elements   max |Δ|        tensors
-weights      3     1 234  1.250e-3  lm_head, norm
-weights      4     1 234  1.250e-3  lm_head, norm
+         tensors        block  elements   max |Δ|
+weights  lm_head, norm      3     1 234  1.250e-3
+weights  lm_head, norm      4     1 234  1.250e-3
 … and 1 more; --all tells of each
 weights: 2 blocks, max |Δ| 1.250e-3
 exp_avg: 1 blocks, max |Δ| 1.250e-3
@@ -208,7 +227,10 @@ step: 100 -> 200
 "
         );
         let equal = Comparison { blocks: 45, differences: vec![], facts: vec![] };
-        assert_eq!(told(&equal, "a", "b", 2), "a and b are equal: all 45 blocks and every fact beside them\n");
+        assert_eq!(
+            told(&equal, "a", "b", 2),
+            "a and b are equal: all 45 blocks and every fact beside them\n"
+        );
         assert_eq!(shortened(&"x".repeat(99)).chars().count(), 60);
     }
 }

@@ -111,7 +111,8 @@ mod tests {
 
     #[test]
     fn every_key_tells_where_it_was_written() {
-        let options = LoadOptions { sets: vec!["stage.stable.lr=1e-4".to_owned()], ..LoadOptions::new("tiny") };
+        let options =
+            LoadOptions { sets: vec!["stage.stable.lr=1e-4".to_owned()], ..LoadOptions::new("tiny") };
         let loaded = RunConfig::load(&options).unwrap();
         let text = with_origins(&loaded.config.to_toml(), &loaded);
         assert!(text.contains("name = \"tiny\"  # preset:tiny:3:"), "{text}");

@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anello_dataloader::{
-    Dataset, Index, ManoOptions, Progress, ShardFormat, Store, TextInputs, TokenizeOptions, TrainOptions, mano_vocab,
-    synth_mano, tokenize, train_tokenizer,
+    Dataset, Index, ManoOptions, Progress, ShardFormat, Store, TextInputs, TokenizeOptions, TrainOptions,
+    mano_vocab, synth_mano, tokenize, train_tokenizer,
 };
 use indicatif::ProgressBar;
 
@@ -193,7 +193,8 @@ pub fn run(command: &Command, screen: &Screen) -> Outcome {
         Command::Index { set, no_checksums, threads } => {
             let watch = Watch::new(screen, &interrupt, "indexing", Unit::Shards);
             let store = Store::open(set)?;
-            let index = Index::build(&store, !no_checksums, threads.count(), &|progress| watch.report(progress))?;
+            let index =
+                Index::build(&store, !no_checksums, threads.count(), &|progress| watch.report(progress))?;
             index.save(&store)?;
             let (shards, rows, tokens) = (index.shards.len() as u64, index.rows(), index.tokens());
             format!(
@@ -250,7 +251,11 @@ fn tokenized(args: &TokenizeArgs, screen: &Screen, interrupt: &Interrupt) -> Res
     Ok(text)
 }
 
-fn tokenizer_trained(args: &TrainTokenizerArgs, screen: &Screen, interrupt: &Interrupt) -> Result<String, Failure> {
+fn tokenizer_trained(
+    args: &TrainTokenizerArgs,
+    screen: &Screen,
+    interrupt: &Interrupt,
+) -> Result<String, Failure> {
     if let Some(folder) = args.out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         let failed = |source| Failure::File { action: "making", path: folder.to_owned(), source };
         std::fs::create_dir_all(folder).map_err(failed)?;
@@ -264,9 +269,17 @@ fn tokenizer_trained(args: &TrainTokenizerArgs, screen: &Screen, interrupt: &Int
     };
     let watch = Watch::new(screen, interrupt, "reading", Unit::Bytes).then("training the vocabulary …");
     let report = train_tokenizer(&options, &|progress| watch.report(progress))?;
-    let mut text = format!("{}: {} tokens, from {} of text\n", args.out.display(), grouped(report.vocab.into()), bytes(report.bytes));
+    let mut text = format!(
+        "{}: {} tokens, from {} of text\n",
+        args.out.display(),
+        grouped(report.vocab.into()),
+        bytes(report.bytes)
+    );
     if report.vocab < args.vocab {
-        text.push_str(&format!("the text yields no more than that, not the {} asked for\n", grouped(args.vocab.into())));
+        text.push_str(&format!(
+            "the text yields no more than that, not the {} asked for\n",
+            grouped(args.vocab.into())
+        ));
     }
     Ok(text)
 }
@@ -295,7 +308,13 @@ fn mano_made(args: &ManoArgs, screen: &Screen, interrupt: &Interrupt) -> Result<
     ))
 }
 
-fn verified(set: &str, vocab: Option<u32>, threads: usize, screen: &Screen, interrupt: &Interrupt) -> Outcome {
+fn verified(
+    set: &str,
+    vocab: Option<u32>,
+    threads: usize,
+    screen: &Screen,
+    interrupt: &Interrupt,
+) -> Outcome {
     let dataset = Dataset::open(set)?;
     let watch = Watch::new(screen, interrupt, "verifying", Unit::RowGroups);
     let found = anello_dataloader::verify(&dataset, vocab, threads, &|progress| watch.report(progress))?;
@@ -314,7 +333,10 @@ fn verified(set: &str, vocab: Option<u32>, threads: usize, screen: &Screen, inte
         screen.line(&format!("{set}: whole; {sound}"))?;
         return Ok(Exit::Done);
     }
-    screen.line(&format!("{set}: {} row groups are broken; whole: {sound}", grouped(found.faults.len() as u64)))?;
+    screen.line(&format!(
+        "{set}: {} row groups are broken; whole: {sound}",
+        grouped(found.faults.len() as u64)
+    ))?;
     Ok(Exit::No)
 }
 

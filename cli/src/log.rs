@@ -2,8 +2,8 @@
 
 use std::io::{self, BufWriter, Write};
 
-use anello_worker::{events, metrics};
 use anello_worker::metrics::StepRecord;
+use anello_worker::{events, metrics};
 use serde_json::{Map, Value, json};
 
 use crate::failure::{Exit, Outcome};
@@ -22,7 +22,8 @@ pub struct EventsArgs {
 /// `anello events`
 pub fn events(args: &EventsArgs, screen: &Screen) -> Outcome {
     let records = events::read(&open_run(&args.run)?)?;
-    let line = |record: &events::Record| format!("{} UTC  {}\n", utc(record.unix_ms), describe(&record.event));
+    let line =
+        |record: &events::Record| format!("{} UTC  {}\n", utc(record.unix_ms), describe(&record.event));
     screen.print(&records.iter().map(line).collect::<String>())?;
     Ok(Exit::Done)
 }
@@ -44,7 +45,11 @@ pub struct MetricsArgs {
 pub fn metrics(args: &MetricsArgs) -> Outcome {
     let records = metrics::read(&open_run(&args.run)?)?;
     let mut out = BufWriter::new(io::stdout().lock());
-    if args.jsonl { write_jsonl(&mut out, &records)? } else { write_csv(&mut out, &records)? }
+    if args.jsonl {
+        write_jsonl(&mut out, &records)?
+    } else {
+        write_csv(&mut out, &records)?
+    }
     out.flush()?;
     Ok(Exit::Done)
 }
@@ -93,7 +98,9 @@ fn write_csv(out: &mut impl Write, records: &[StepRecord]) -> io::Result<()> {
 fn cell(value: &Value) -> String {
     match value {
         Value::Null => String::new(),
-        Value::String(text) if text.contains([',', '"', '\n', '\r']) => format!("\"{}\"", text.replace('"', "\"\"")),
+        Value::String(text) if text.contains([',', '"', '\n', '\r']) => {
+            format!("\"{}\"", text.replace('"', "\"\""))
+        }
         Value::String(text) => text.clone(),
         other => other.to_string(),
     }
@@ -124,7 +131,9 @@ mod tests {
         write_csv(&mut out, &records).unwrap();
         let text = String::from_utf8(out).unwrap();
         let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[0].starts_with("step,stage,tokens,") && lines[0].ends_with(",loss_1,exit_1,loss_2,exit_2"));
+        assert!(
+            lines[0].starts_with("step,stage,tokens,") && lines[0].ends_with(",loss_1,exit_1,loss_2,exit_2")
+        );
         assert!(lines[1].starts_with("0,\"a, \"\"b\"\"\",100,100,97,true,0.001,7.0,"), "{}", lines[1]);
         assert!(lines[2].ends_with(",6.9,1.0,,") && lines[2].contains(",1.0,,0.5,"), "{}", lines[2]);
         assert_eq!(lines[2].matches(',').count(), lines[0].matches(',').count());
@@ -136,6 +145,9 @@ mod tests {
         let mut out = Vec::new();
         write_jsonl(&mut out, &records).unwrap();
         let value: Value = serde_json::from_slice(&out).unwrap();
-        assert_eq!((&value["step"], &value["loss"], value["exit"].as_array().map(Vec::len)), (&json!(3), &Value::Null, Some(4)));
+        assert_eq!(
+            (&value["step"], &value["loss"], value["exit"].as_array().map(Vec::len)),
+            (&json!(3), &Value::Null, Some(4))
+        );
     }
 }

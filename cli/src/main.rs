@@ -5,6 +5,7 @@
 //!               config      config, plan               checkpoint   list, verify, diff
 //!               log         events, metrics            report       one HTML page
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
+//!               waiting     LibTorch's threads sleep
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
 //! pure          text        numbers, times, tables     words        events as sentences
 //!               stages      what became of each stage
@@ -22,6 +23,7 @@ mod run;
 mod screen;
 mod stages;
 mod text;
+mod waiting;
 mod words;
 
 use std::process::ExitCode;
@@ -66,8 +68,12 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if matches!(cli.command, Command::Run(_)) {
+        waiting::sleep_while_waiting();
+    }
     let screen = Screen::new();
-    let outcome = screen.log(cli.log.as_deref()).map(|()| Exit::Done).and_then(|_| command(cli.command, &screen));
+    let outcome =
+        screen.log(cli.log.as_deref()).map(|()| Exit::Done).and_then(|_| command(cli.command, &screen));
     let _ = screen.clear();
     match outcome {
         Ok(exit) => ExitCode::from(exit.code()),
@@ -87,7 +93,9 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Data(command) => data::run(&command, screen),
         Command::Checkpoint(command) => match checkpoint::run(&command, screen) {
             // As diff(1) and cmp(1) have it: 1 means that they differ, so trouble must be something else.
-            Err(failure) if matches!(command, checkpoint::Command::Diff { .. }) && !failure.is_closed_pipe() => {
+            Err(failure)
+                if matches!(command, checkpoint::Command::Diff { .. }) && !failure.is_closed_pipe() =>
+            {
                 Err(failure::Failure::Usage(failure.text()))
             }
             outcome => outcome,

@@ -39,10 +39,13 @@ impl Screen {
             (None, None) => ("", "warn"),
         };
         let wrong = |e| {
-            Failure::Usage(format!("{origin} {text} is no filter ({e}); write one as info or anello_worker=debug"))
+            Failure::Usage(format!(
+                "{origin} {text} is no filter ({e}); write one as info or anello_worker=debug"
+            ))
         };
         let filter = EnvFilter::builder().parse(text).map_err(wrong)?;
-        let color = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        let color =
+            io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(self.clone()).init();
         Ok(())
     }
@@ -128,6 +131,9 @@ mod tests {
 
     #[test]
     fn templates_lose_their_colours_and_nothing_else() {
-        assert_eq!(without_colors("a. {bar:30.cyan/dim} {msg:.bold} {pos}/{len}."), "a. {bar:30} {msg} {pos}/{len}.");
+        assert_eq!(
+            without_colors("a. {bar:30.cyan/dim} {msg:.bold} {pos}/{len}."),
+            "a. {bar:30} {msg} {pos}/{len}."
+        );
     }
 }

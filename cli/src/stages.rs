@@ -82,6 +82,22 @@ pub fn record_of(step: u64, stage: &str, loops: usize) -> StepRecord {
     }
 }
 
+/// A config for tests that no preset changes: 8 Ki tokens a step, 32 steps of warmup, 384 of stable.
+#[cfg(test)]
+pub fn config_of() -> anello_configs::RunConfig {
+    let stage = |name: &str, tokens: &str| {
+        format!(
+            "[stage.{name}]\ntokens = {tokens:?}\nsequence = 128\nbatch = \"8Ki\"\nmicro_batch = 16\nlr_curve = \"constant\"\n\
+             lr = 3e-3\nloops = 4\nbeta = 0.1\nrope_base = 10_000\nmixture = {{ docs = 1.0 }}\n"
+        )
+    };
+    let head = "name = \"small\"\nseed = 1\nlanes = 4\nstages = [\"warmup\", \"stable\"]\n\
+                data.sources.docs.url = \"docs\"\n\
+                [model]\nlayers = 2\nhidden = 128\nheads = 4\nffn = 352\nvocab = 2048\n";
+    let text = head.to_owned() + &stage("warmup", "256Ki") + &stage("stable", "3Mi");
+    anello_configs::RunConfig::parse("small.toml", &text).unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,7 +110,10 @@ mod tests {
         records[20].loss = f64::NAN;
         let [warmup, stable] = &summarise(&records)[..] else { panic!("two stages") };
         assert_eq!((warmup.steps, warmup.skipped, warmup.tokens), (4, 0, 400));
-        assert!((warmup.loss_first - 6.95).abs() < 1e-9 && (warmup.loss_last - 6.75).abs() < 1e-9, "{warmup:?}");
+        assert!(
+            (warmup.loss_first - 6.95).abs() < 1e-9 && (warmup.loss_last - 6.75).abs() < 1e-9,
+            "{warmup:?}"
+        );
         assert_eq!((stable.steps, stable.skipped, stable.loop_loss.len()), (20, 1, 4));
         assert!(stable.loss_last.is_finite() && (stable.depth - 2.5).abs() < 1e-9);
         assert!((stable.tokens_per_s - 200.0).abs() < 1e-9);

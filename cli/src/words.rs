@@ -13,11 +13,16 @@ pub fn describe(event: &Event) -> String {
                 0 => "begun".to_owned(),
                 step => format!("resumed after step {}", grouped(*step)),
             };
-            let changed = changed.iter().map(|(key, before, now)| format!("\n  changed: {key}: {before} -> {now}"));
+            let changed =
+                changed.iter().map(|(key, before, now)| format!("\n  changed: {key}: {before} -> {now}"));
             format!("{begun} on {}{}", where_it_runs(environment), changed.collect::<String>())
         }
         Event::PassedOver { step, reason } => {
-            format!("checkpoint {} cannot be used and was passed over: {}", grouped(*step), reason.replace('\n', " "))
+            format!(
+                "checkpoint {} cannot be used and was passed over: {}",
+                grouped(*step),
+                reason.replace('\n', " ")
+            )
         }
         Event::Stage { step, stage } => format!("stage {stage} begins, after {} steps", grouped(*step)),
         Event::Skipped { step, loss } => {
@@ -87,8 +92,14 @@ mod tests {
                 Event::Started { step: 1200, environment, changed },
                 "resumed after step 1 200 on A CPU, 1 thread, linux x86_64; anello 0.1.0 (abc), libtorch 2.11.0\n  changed: seed: 1 -> 2",
             ),
-            (Event::Epoch { step: 7, source: "docs".into(), epoch: 1 }, "source docs is in its 2nd epoch, from step 7"),
-            (Event::Skipped { step: 3, loss: "NaN".into() }, "step 3 was skipped: it was not finite (loss NaN)"),
+            (
+                Event::Epoch { step: 7, source: "docs".into(), epoch: 1 },
+                "source docs is in its 2nd epoch, from step 7",
+            ),
+            (
+                Event::Skipped { step: 3, loss: "NaN".into() },
+                "step 3 was skipped: it was not finite (loss NaN)",
+            ),
             (
                 Event::Finished { step: 640, weights: "0123456789abcdef".into() },
                 "finished after 640 steps, weights 0123456789ab",
@@ -97,6 +108,9 @@ mod tests {
         for (event, text) in cases {
             assert_eq!(describe(&event), text);
         }
-        assert_eq!([1, 2, 3, 4, 11, 12, 13, 21, 102, 111].map(ordinal).join(" "), "1st 2nd 3rd 4th 11th 12th 13th 21st 102nd 111th");
+        assert_eq!(
+            [1, 2, 3, 4, 11, 12, 13, 21, 102, 111].map(ordinal).join(" "),
+            "1st 2nd 3rd 4th 11th 12th 13th 21st 102nd 111th"
+        );
     }
 }

@@ -294,7 +294,9 @@ fn decode_chunks(
             Some(labels.into_iter().map(|label| u8::from(i64::from(label) != IGNORED)).collect())
         }
     };
-    if let Some(at) = tokens.iter().position(|id| *id < 0) {
+    // A minimum is a vector instruction, a search is not: look for the place only when there is one.
+    if tokens.iter().copied().min().is_some_and(|min| min < 0) {
+        let at = tokens.iter().position(|id| *id < 0).expect("the minimum is there");
         let id = if ids.unsigned { i64::from(tokens[at] as u32) } else { i64::from(tokens[at]) };
         return Err(Fault::Row(row_of(&starts, at), out_of_range("input_ids", id)));
     }
@@ -363,7 +365,7 @@ fn read_list<T: DataType>(
     let mut starts = Vec::with_capacity(rows + 1);
     if there == levels {
         // Every slot is a token: rows begin where the repetition level is 0.
-        starts.extend(reps.iter().enumerate().filter(|(_, rep)| **rep == 0).map(|(at, _)| at as u32));
+        row_starts(&reps, &mut starts);
     } else {
         let mut at = 0u32;
         for (def, rep) in defs.iter().zip(&reps) {
@@ -384,6 +386,17 @@ fn read_list<T: DataType>(
         return Err(Fault::Corrupt(format!("{rows} rows are told of, {} begin", starts.len() - 1)));
     }
     Ok((values, starts))
+}
+
+/// Where the repetition level is 0. Most stretches have none, and passing over those is what must be fast.
+fn row_starts(reps: &[i16], starts: &mut Vec<u32>) {
+    const STRETCH: usize = 64;
+    for (at, stretch) in reps.chunks(STRETCH).enumerate() {
+        if stretch.iter().fold(false, |found, rep| found | (*rep == 0)) {
+            let zeros = stretch.iter().enumerate().filter(|(_, rep)| **rep == 0);
+            starts.extend(zeros.map(|(i, _)| (at * STRETCH + i) as u32));
+        }
+    }
 }
 
 /// A column chunk in memory, addressed by its offsets in the file.

@@ -99,7 +99,7 @@ pub enum Error {
 impl Error {
     /// Whether the data itself is at fault, the same on every machine: what `on_corrupt = "skip"` leaves out.
     pub fn is_corrupt(&self) -> bool {
-        matches!(self, Self::Corrupt { .. } | Self::Row { .. })
+        matches!(self, Self::Corrupt { .. } | Self::Row { .. } | Self::Shard { .. })
     }
 
     pub(crate) fn file(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

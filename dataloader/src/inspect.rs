@@ -55,7 +55,7 @@ pub struct Sample {
 }
 
 /// Reads every row group. `samples` documents, spread over the set, come with their first `sample_tokens` tokens.
-/// Progress counts row groups. Errors: anything that cannot be read (see [`crate::verify`] to go on past it).
+/// Progress counts row groups. Errors: anything that cannot be read (see [`crate::verify()`] to go on past it).
 pub fn inspect(
     dataset: &Dataset,
     tokenizer: Option<&Tokenizer>,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
-use object_store::path::Path;
+use object_store::path::{Path, PathPart};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload};
 use tokio::runtime::Runtime;
 
@@ -46,7 +46,10 @@ impl Store {
             }
             Some((scheme, _)) => {
                 let parsed = url::Url::parse(url).map_err(|e| bad(e.to_string()))?;
-                let environment = std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value));
+                // Credentials and endpoints, under the names that the clouds' own tools use.
+                let environment = std::env::vars_os().filter_map(|(key, value)| {
+                    Some((key.into_string().ok()?.to_ascii_lowercase(), value.into_string().ok()?))
+                });
                 let (store, path) = object_store::parse_url_opts(&parsed, environment).map_err(|e| {
                     bad(format!("this build cannot open {scheme}:// ({e}); build with `--features cloud`, or copy the folder and give its path"))
                 })?;
@@ -122,7 +125,13 @@ impl Store {
     }
 
     fn at(&self, path: &str) -> Path {
-        path.split('/').filter(|part| !part.is_empty()).fold(self.prefix.clone(), |at, part| at.join(part))
+        // What a listing gave is taken as it is; `join` on a string would encode a `%` in it once more.
+        path.split('/').filter(|part| !part.is_empty()).fold(self.prefix.clone(), |at, part| {
+            match PathPart::parse(part) {
+                Ok(part) => at.join(part),
+                Err(_) => at.join(part),
+            }
+        })
     }
 
     fn error(&self, path: &str, source: object_store::Error) -> Error {

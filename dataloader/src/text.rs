@@ -269,8 +269,8 @@ pub(crate) fn read_strings(
 }
 
 /// Cuts a long document into parts of about `bytes` that tokenize as the whole does: each cut is before a line end
-/// that stands between two characters which are not white space, where byte-level pre-tokenizers cut anyway. Where
-/// there is no such place within four times `bytes`, it is cut between any two characters.
+/// that follows a letter or digit, where byte-level pre-tokenizers cut anyway. Where there is no such place within four
+/// times `bytes`, it is cut between any two characters.
 pub(crate) fn parts(text: &str, bytes: usize) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -289,9 +289,8 @@ fn part_end(text: &str, bytes: usize) -> usize {
     }
     let raw = text.as_bytes();
     let until = (bytes * 4).min(raw.len() - 1);
-    let plain = |byte: u8| byte.is_ascii_graphic();
     for at in bytes.max(1)..until {
-        if raw[at] == b'\n' && plain(raw[at - 1]) && plain(raw[at + 1]) {
+        if raw[at] == b'\n' && raw[at - 1].is_ascii_alphanumeric() {
             return at;
         }
     }
@@ -307,3 +306,6 @@ pub(crate) fn read_file(path: &Path) -> Result<Bytes> {
     File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(Error::file(path))?;
     Ok(bytes.into())
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,7 +30,7 @@ pub fn verify(
     let results = parallel(threads, groups as usize, |at| {
         let result = match dataset.read(at as u64, vocab) {
             Ok(documents) => Ok((documents.len() as u64, documents.tokens().len() as u64)),
-            Err(error @ (Error::Corrupt { .. } | Error::Row { .. } | Error::Shard { .. })) => Err(error),
+            Err(error) if error.is_corrupt() => Err(error),
             Err(error) => return Err(error),
         };
         meter.add(1, result.as_ref().map_or(0, |(_, tokens)| *tokens))?;

@@ -25,7 +25,7 @@ impl Default for ShardFormat {
     }
 }
 
-/// Writes one token shard into memory: `input_ids` list<int32 not null>, and `loss_mask` and `source` if wanted.
+/// Writes one token shard into memory: `input_ids` as `list<int32 not null>`, and `loss_mask` and `source` if wanted.
 pub struct ShardWriter {
     writer: ArrowWriter<Vec<u8>>,
     schema: Arc<Schema>,
@@ -64,6 +64,10 @@ impl ShardWriter {
         let properties = WriterProperties::builder()
             .set_compression(Compression::ZSTD(ZstdLevel::try_new(format.zstd_level)?))
             .set_statistics_enabled(EnabledStatistics::Chunk)
+            // Plain ids under zstd: 4 % smaller on real text than a dictionary, whose packed bits hide repeated
+            // phrases from zstd, as fast to decode, and read by everyone.
+            .set_dictionary_enabled(false)
+            .set_column_dictionary_enabled("source".into(), true)
             .set_created_by(concat!("anello ", env!("CARGO_PKG_VERSION")).to_owned())
             .set_max_row_group_row_count(None)
             .build();

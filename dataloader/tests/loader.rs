@@ -7,8 +7,10 @@ use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::Arc;
 
-use anello_configs::{Mask, OnCorrupt};
-use anello_dataloader::{Cursor, Dataset, Error, Index, LaneStep, Loader, LoaderOptions, StepData, Store};
+use anello_configs::{LoadOptions, Mask, OnCorrupt, RunConfig, Schedule, Source};
+use anello_dataloader::{
+    Cursor, Dataset, Error, Index, LaneStep, Loader, LoaderOptions, StepData, Store, plan_of,
+};
 use common::{documents, url, write_set};
 
 const LANES: u32 = 6;
@@ -252,4 +254,78 @@ fn many_epochs_and_more_lanes_than_row_groups_work() {
     let last: Vec<_> =
         steps[steps.len() - LANES as usize..].iter().map(|s| s.epochs_by_source["web"]).collect();
     assert!(last.windows(2).all(|w| w[1] == w[0] + 1) && last[0] >= 25 * u64::from(LANES), "{last:?}");
+}
+
+#[test]
+fn a_damaged_footer_is_an_error_or_skipped_and_told() {
+    let folder = tempfile::tempdir().unwrap();
+    for dataset in sets(folder.path()).values() {
+        let index = Index::build(dataset.store(), true, 2, &|_| ControlFlow::Continue(())).unwrap();
+        index.save(dataset.store()).unwrap();
+    }
+    let file = folder.path().join("web/001.parquet");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let length = bytes.len();
+    bytes[length - 8..length - 4].copy_from_slice(&[0xff; 4]);
+    std::fs::write(&file, bytes).unwrap();
+    let open =
+        |name: &str| (name.to_owned(), Arc::new(Dataset::open(&url(&folder.path().join(name))).unwrap()));
+    let sources = BTreeMap::from([open("web"), open("code")]);
+    let error = Loader::open(options(&sources, 0..LANES)).unwrap().find_map(Result::err).unwrap();
+    assert!(error.to_string().contains("web/001.parquet: its Parquet footer cannot be read"), "{error}");
+    let steps = all(LoaderOptions { on_corrupt: OnCorrupt::Skip, ..options(&sources, 0..LANES) });
+    assert!(steps.iter().any(|s| !s.skipped_row_groups.is_empty()));
+}
+
+#[test]
+fn a_run_config_gives_the_plan_of_its_schedule() {
+    let folder = tempfile::tempdir().unwrap();
+    let load = LoadOptions { config: "tiny".to_owned(), ..LoadOptions::default() };
+    let mut config = RunConfig::load(&load).unwrap().config;
+    let names: Vec<String> = config.data.sources.keys().cloned().collect();
+    for name in names {
+        write_set(&folder.path().join(&name), &documents(100), 1, 200);
+        config.data.sources.insert(name.clone(), Source { url: url(&folder.path().join(name)) });
+    }
+    let schedule = Schedule::new(&config);
+    let plan = plan_of(schedule.clone());
+    for step in 0..schedule.total_steps() {
+        let (plan, expected) = (plan(step).unwrap(), schedule.at(step).unwrap());
+        assert_eq!(plan.stage as usize, expected.stage_index);
+        assert_eq!((plan.sequence, plan.mask), (expected.stage.sequence, expected.stage.mask));
+        assert_eq!(*plan.mixture, expected.stage.mixture);
+        let tokens = u64::from(plan.sequence) * u64::from(plan.micro_batch) * u64::from(plan.micro_batches);
+        assert_eq!(tokens * u64::from(config.lanes), expected.batch_tokens);
+    }
+    assert!(plan(schedule.total_steps()).is_none());
+
+    let options = LoaderOptions { vocab: None, ..LoaderOptions::of(&config).unwrap() };
+    let lanes = config.lanes as usize;
+    let first: Vec<LaneStep> = Loader::open(options).unwrap().take(lanes).map(Result::unwrap).collect();
+    let tokens: usize = first.iter().flat_map(|s| &s.micro_batches).map(|b| b.tokens()).sum();
+    assert_eq!(tokens as u64, schedule.at(0).unwrap().batch_tokens);
+}
+
+#[test]
+fn odd_paths_and_file_urls_open_and_unknown_schemes_say_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("sp ace %41 é [x]");
+    write_set(&path, &documents(60), 2, 200);
+    std::fs::create_dir(path.join("lang=en")).unwrap();
+    std::fs::rename(path.join("001.parquet"), path.join("lang=en/100% ~.parquet")).unwrap();
+    std::fs::write(path.join("lang=en/.hidden.parquet"), "no shard").unwrap();
+    let tokens = |url: &str| {
+        let dataset = Dataset::open(url).unwrap();
+        (0..dataset.row_groups()).map(|at| dataset.read(at, None).unwrap().tokens().len()).sum::<usize>()
+    };
+    let expected = documents(60).concat().len();
+    assert_eq!(tokens(&url(&path)), expected);
+    let encoded = url(&path).replace('%', "%25").replace(' ', "%20").replace('[', "%5B").replace(']', "%5D");
+    assert_eq!(tokens(&format!("file://{encoded}/")), expected);
+
+    let fault = |url: &str| Store::open(url).unwrap_err().to_string();
+    assert!(fault("ftp://host/folder").contains("ftp://host/folder: this build cannot open ftp://"));
+    assert!(fault("file://host/folder").contains("not an absolute path"), "{}", fault("file://host/folder"));
+    let missing = Dataset::open(&url(&folder.path().join("nowhere"))).unwrap_err().to_string();
+    assert!(missing.contains("nowhere: holds no .parquet file"), "{missing}");
 }

@@ -401,3 +401,45 @@ fn verify_names_every_damaged_row_group() {
     assert!(bad.faults[0].to_string().contains("001.parquet: row group 0"), "{}", bad.faults[0]);
     assert_eq!(bad.rows + index.shards[1].row_groups[0].rows, index.rows());
 }
+
+/// The test binary runs itself as the process that is killed.
+#[test]
+fn a_killed_run_goes_on_and_ends_in_the_same_bytes() {
+    const FOLDER: &str = "ANELLO_TEST_TOKENIZE_IN";
+    const NAME: &str = "a_killed_run_goes_on_and_ends_in_the_same_bytes";
+    if let Ok(folder) = std::env::var(FOLDER) {
+        // Slow enough to be killed between two shards or within one.
+        let slow = |_: Progress| {
+            std::thread::sleep(std::time::Duration::from_millis(30));
+            ControlFlow::Continue(())
+        };
+        tokenize(&options(Path::new(&folder), 2), &slow).unwrap();
+        return;
+    }
+    let (folder, _) = ready();
+    let out = folder.path().join("out");
+    tokenize(&options(folder.path(), 2), &go).unwrap();
+    let expected = files(&out);
+    for kills in 1..=3 {
+        std::fs::remove_dir_all(&out).unwrap();
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([NAME, "--exact"])
+            .env(FOLDER, folder.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let finished = || std::fs::read_dir(out.join("_state")).map_or(0, |states| states.count());
+        let start = std::time::Instant::now();
+        while finished() < kills * 2 {
+            assert!(start.elapsed().as_secs() < 30, "the child makes no shards");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success(), "it was killed before its end");
+        let report = tokenize(&options(folder.path(), 1), &go).unwrap();
+        assert!(report.reused >= kills as u64 * 2 - 1 && report.reused < report.shards, "{report:?}");
+        let made: BTreeMap<_, _> =
+            files(&out).into_iter().filter(|(p, _)| !p.to_string_lossy().contains('#')).collect();
+        assert!(made == expected);
+    }
+}

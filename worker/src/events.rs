@@ -3,6 +3,7 @@
 //! A record is an object `events/N.json` made by put-if-absent: two processes that train the same run cannot both
 //! write N, so the one that comes second learns that it is not alone and leaves.
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::environment::Environment;
@@ -109,7 +110,10 @@ pub struct Record {
 #[derive(Debug)]
 pub struct EventLog {
     store: RunStore,
+    session: u64,
     next: u64,
+    /// The record that the store said it could not write: it may be there all the same.
+    unsure: Option<(Record, Bytes)>,
 }
 
 fn path_of(number: u64) -> String {
@@ -120,11 +124,46 @@ impl EventLog {
     /// The log of `store`, positioned after its last record.
     pub fn open(store: &RunStore) -> Result<Self> {
         let next = store.list("events")?.iter().filter_map(|path| number_of(path)).max().unwrap_or(0) + 1;
-        Ok(Self { store: store.clone(), next })
+        Ok(Self { store: store.clone(), session: next, next, unsure: None })
     }
 
-    /// Appends a record. [`Error::Fenced`] when another process has written it.
+    /// Number of the first record that this process writes: no other process that trains the run has the same.
+    pub fn session(&self) -> u64 {
+        self.session
+    }
+
+    /// Appends a record. [`Error::Fenced`] when another process has written it. After any other error the same event
+    /// comes next.
     pub fn append(&mut self, event: Event) -> Result<Record> {
+        let unsure = self.unsure.take().filter(|(record, _)| record.event == event);
+        let again = unsure.is_some();
+        let (record, bytes) = unsure.unwrap_or_else(|| self.record(event));
+        let path = path_of(self.next);
+        match self.store.create(&path, bytes.clone()) {
+            Ok(true) => {}
+            Ok(false) if again && self.store.get(&path)?.as_ref() == Some(&bytes) => {}
+            Ok(false) => return Err(self.fenced()),
+            Err(cause) => {
+                self.unsure = Some((record, bytes));
+                return Err(cause);
+            }
+        }
+        self.next += 1;
+        Ok(record)
+    }
+
+    /// [`Error::Fenced`] when another process has taken the run up.
+    pub fn check(&self) -> Result<()> {
+        let there = self.store.get(&path_of(self.next))?;
+        let ours = self.unsure.as_ref().map(|(_, bytes)| bytes);
+        if there.is_none() || there.as_ref() == ours { Ok(()) } else { Err(self.fenced()) }
+    }
+
+    fn fenced(&self) -> Error {
+        Error::Fenced { what: format!("{}/{}", self.store.place(), path_of(self.next)) }
+    }
+
+    fn record(&self, event: Event) -> (Record, Bytes) {
         #[expect(
             clippy::disallowed_methods,
             reason = "the time of a record is for people; nothing reads it back"
@@ -132,13 +171,8 @@ impl EventLog {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let unix_ms = now.map_or(0, |since| since.as_millis() as u64);
         let record = Record { number: self.next, unix_ms, event };
-        let path = path_of(self.next);
         let bytes = serde_json::to_vec(&record).expect("a record has no map with keys that are not strings");
-        if !self.store.create(&path, bytes)? {
-            return Err(Error::Fenced { what: format!("{}/{path}", self.store.place()) });
-        }
-        self.next += 1;
-        Ok(record)
+        (record, bytes.into())
     }
 }
 
@@ -174,6 +208,8 @@ mod tests {
         first.append(Event::Stopped { step: 1 }).unwrap();
         let refused = second.append(Event::Stopped { step: 2 });
         assert!(matches!(refused, Err(Error::Fenced { .. })), "{refused:?}");
+        assert!(first.check().is_ok() && matches!(second.check(), Err(Error::Fenced { .. })));
+        assert_eq!(first.session(), second.session());
         let again = EventLog::open(&store).unwrap().append(Event::Stopped { step: 3 }).unwrap();
         assert_eq!(again.number, 2);
         let steps: Vec<_> = read(&store).unwrap().into_iter().map(|r| (r.number, r.event)).collect();

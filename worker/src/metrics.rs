@@ -222,10 +222,19 @@ fn range_of(path: &str) -> Option<(u64, u64)> {
     Some((first.parse().ok()?, last.parse().ok()?))
 }
 
-/// Writes records of consecutive steps as one object.
+fn path_of(first: &StepRecord, last: &StepRecord) -> String {
+    format!("metrics/{:010}-{:010}.parquet", first.step, last.step)
+}
+
+/// Writes records of consecutive steps as one object. [`Error::Fenced`] when another process has written them.
 pub fn write(store: &RunStore, records: &[StepRecord]) -> Result<()> {
     let (Some(first), Some(last)) = (records.first(), records.last()) else { return Ok(()) };
-    store.put(&format!("metrics/{:010}-{:010}.parquet", first.step, last.step), encode(records))
+    let (path, bytes) = (path_of(first, last), Bytes::from(encode(records)));
+    // The same bytes, wall-clock figures included, are our own: written before, with an answer that was lost.
+    if store.create(&path, bytes.clone())? || store.get(&path)?.as_ref() == Some(&bytes) {
+        return Ok(());
+    }
+    Err(Error::Fenced { what: format!("{}/{path}", store.place()) })
 }
 
 /// All records of a run in order of their steps, each step once.
@@ -258,7 +267,9 @@ pub fn truncate(store: &RunStore, step: u64) -> Result<()> {
             let mut stay =
                 decode(bytes).map_err(|cause| Error::malformed(what, cause, "delete it, then resume"))?;
             stay.retain(|record| record.step < step);
-            write(store, &stay)?;
+            if let (Some(first), Some(last)) = (stay.first(), stay.last()) {
+                store.put(&path_of(first, last), encode(&stay))?;
+            }
         }
         store.delete(&path)?;
     }

@@ -44,7 +44,7 @@ pub struct Update {
     pub applied: bool,
 }
 
-/// Sums of squares of a flat gradient by block, f64: rows of [`ROW`] by LibTorch in fp32, rows of a block in order.
+/// Sums of squares of a flat gradient by block, f64: rows of 1024 by LibTorch in fp32, rows of a block in order.
 pub fn block_square_sums(gradient: &Tensor) -> Vec<f64> {
     let rows = gradient.view([-1, ROW]).square().sum_dim_intlist(1i64, false, Kind::Float);
     let rows = Vec::<f32>::try_from(&rows).expect("a vector of f32");

@@ -5,7 +5,7 @@
 //! environment.json                         where the run was started, written once
 //! events/00000001.json …                   what happened, one numbered record each, created and never changed
 //! metrics/0000000001-0000000050.parquet …  one row a step, for the steps in the name
-//! checkpoints/0000001200/part-00000.safetensors …, manifest.json (last)
+//! checkpoints/0000001200/part-00000-00000001.safetensors …, manifest.json (last)
 //! ```
 //!
 //! Calls block; they run on a small runtime of the store's own, so that any thread may call them.
@@ -29,6 +29,8 @@ pub struct RunStore {
     store: Arc<dyn ObjectStore>,
     runtime: Arc<Runtime>,
     place: String,
+    /// The folder, when that is where it is.
+    folder: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for RunStore {
@@ -53,7 +55,9 @@ impl RunStore {
             source,
         })?;
         // Durable before visible: a manifest must not outlive the power cut that its parts did not.
-        Self::new(Arc::new(local.with_fsync(true)), path.display().to_string())
+        let local = local.with_fsync(true).with_automatic_cleanup(true);
+        let store = Self::new(Arc::new(local), path.display().to_string())?;
+        Ok(Self { folder: Some(path), ..store })
     }
 
     /// A run in memory, gone with the process.
@@ -69,7 +73,7 @@ impl RunStore {
             .enable_all()
             .build()
             .map_err(|source| Error::System { action: "starting the store's runtime", source })?;
-        Ok(Self { store, runtime: Arc::new(runtime), place })
+        Ok(Self { store, runtime: Arc::new(runtime), place, folder: None })
     }
 
     /// Where it is, for people.
@@ -118,6 +122,24 @@ impl RunStore {
         }
     }
 
+    /// Removes what a killed process had not finished to write. In a folder an object is written as `NAME#N` and then
+    /// renamed, so a kill can leave such a file, which no list shows; other stores leave nothing.
+    pub fn sweep(&self) {
+        let mut open: Vec<PathBuf> = self.folder.iter().cloned().collect();
+        while let Some(folder) = open.pop() {
+            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+                let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+                if is_folder {
+                    open.push(entry.path());
+                } else if is_unfinished(&entry.file_name().to_string_lossy()) {
+                    // One that has gone meanwhile is as good, and one that cannot be removed costs only its space.
+                    // The folder goes with its last file, as when the store deletes.
+                    let _ = std::fs::remove_file(entry.path()).and_then(|()| std::fs::remove_dir(&folder));
+                }
+            }
+        }
+    }
+
     /// Paths of all objects under `prefix`, sorted.
     pub fn list(&self, prefix: &str) -> Result<Vec<String>> {
         let prefix_path = Path::from(prefix);
@@ -129,4 +151,9 @@ impl RunStore {
         paths.sort_unstable();
         Ok(paths)
     }
+}
+
+fn is_unfinished(name: &str) -> bool {
+    let number = name.rsplit_once('#').map(|(_, number)| number);
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }

@@ -32,7 +32,8 @@ pub struct Args {
 /// Reads the set, and what it holds in words.
 pub fn inspected(args: &Args, screen: &Screen, interrupt: &Interrupt) -> Result<String, Failure> {
     let read = |path: &PathBuf| {
-        let wrong = |e| Failure::Usage(format!("{} is no tokenizer ({e}); give a tokenizer.json", path.display()));
+        let wrong =
+            |e| Failure::Usage(format!("{} is no tokenizer ({e}); give a tokenizer.json", path.display()));
         Tokenizer::from_file(path).map_err(wrong)
     };
     let tokenizer = args.tokenizer.as_ref().map(read).transpose()?;
@@ -96,7 +97,8 @@ fn histogram(lengths: &[u64]) -> String {
     let most = lengths.iter().copied().max().unwrap_or(0).max(1);
     let mut table = Table::new(1);
     for (bucket, &rows) in lengths.iter().enumerate().skip_while(|(_, rows)| **rows == 0) {
-        let (from, to) = if bucket == 0 { (0, 0) } else { (1u64 << (bucket - 1), (1u64 << (bucket - 1)) * 2 - 1) };
+        let (from, to) =
+            if bucket == 0 { (0, 0) } else { (1u64 << (bucket - 1), (1u64 << (bucket - 1)) * 2 - 1) };
         let range = if from == to { grouped(from) } else { format!("{}–{}", grouped(from), grouped(to)) };
         let bar = "█".repeat((rows * WIDTH).div_ceil(most) as usize);
         table.row([format!("  {range}"), grouped(rows), format!("{bar:<width$}", width = WIDTH as usize)]);
@@ -124,14 +126,27 @@ mod tests {
             length_mean: 49.75,
             length_max: 7,
             rows_by_source: [("docs".to_owned(), 1005)].into(),
-            samples: vec![
-                Sample { place: "a.parquet, row group 0".into(), row: 0, length: 7, ids: vec![1, 2], text: None },
-            ],
+            samples: vec![Sample {
+                place: "a.parquet, row group 0".into(),
+                row: 0,
+                length: 7,
+                ids: vec![1, 2],
+                text: None,
+            }],
         };
         let text = told("data/docs", "abc", &found);
-        assert!(text.contains("documents   1 005\n") && text.contains("length      1 to 7 tokens, mean 49.8\n"), "{text}");
-        assert!(text.contains("\n  docs  1 005\n") && text.ends_with("a.parquet, row group 0, row 0: 7 tokens\n  | 1 2\n"));
+        assert!(
+            text.contains("documents   1 005\n") && text.contains("length      1 to 7 tokens, mean 49.8\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("\n  docs  1 005\n")
+                && text.ends_with("a.parquet, row group 0, row 0: 7 tokens\n  | 1 2\n")
+        );
         let bar = "█".repeat(40);
-        assert_eq!(histogram(&found.lengths), format!("  1        5  █\n  2–3      0\n  4–7  1 000  {bar}\n"));
+        assert_eq!(
+            histogram(&found.lengths),
+            format!("  1        5  █\n  2–3      0\n  4–7  1 000  {bar}\n")
+        );
     }
 }

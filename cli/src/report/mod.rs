@@ -1,5 +1,78 @@
-//! stub
-use crate::{failure::{Exit, Outcome}, screen::Screen};
+//! `anello report`: a run as one HTML page that needs nothing else.
+//!
+//! `series` turns the metrics into about two thousand points, `page` lays them and the rest out as HTML, and `page.js`
+//! draws them in the reader's browser.
+
+mod page;
+mod series;
+
+use std::path::PathBuf;
+
+use anello_configs::{RunConfig, Schedule};
+use anello_worker::events::Record;
+use anello_worker::metrics::StepRecord;
+use anello_worker::{RunStore, checkpoint, events, metrics, read_config};
+
+use crate::failure::{Exit, Failure, Outcome};
+use crate::place::open_run;
+use crate::screen::Screen;
+use crate::text::{bytes, grouped};
+
+/// Arguments of `anello report`.
 #[derive(Debug, clap::Args)]
-pub struct Args { run: String }
-pub fn run(_args: &Args, _screen: &Screen) -> Outcome { Ok(Exit::Done) }
+pub struct Args {
+    /// The folder of the run.
+    run: String,
+    /// The page to write (default: report.html in the folder of the run).
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+/// All that a report tells of.
+#[derive(Debug)]
+struct Story {
+    /// Where the run lives, for people.
+    place: String,
+    config: RunConfig,
+    schedule: Schedule,
+    records: Vec<StepRecord>,
+    events: Vec<Record>,
+    /// Steps of the checkpoints that exist.
+    kept: Vec<u64>,
+}
+
+impl Story {
+    fn read(store: &RunStore) -> Result<Self, Failure> {
+        let config = read_config(store)?;
+        Ok(Self {
+            place: store.place().to_owned(),
+            schedule: Schedule::new(&config),
+            config,
+            records: metrics::read(store)?,
+            events: events::read(store)?,
+            kept: checkpoint::steps(store)?,
+        })
+    }
+
+    /// Tokens trained on after `step` steps.
+    fn tokens_at(&self, step: u64) -> u64 {
+        self.schedule.at(step).map_or(self.schedule.total_tokens(), |plan| plan.tokens_before)
+    }
+}
+
+/// `anello report`
+pub fn run(args: &Args, screen: &Screen) -> Outcome {
+    let store = open_run(&args.run)?;
+    let story = Story::read(&store)?;
+    let folder = store.place().strip_prefix("file://").unwrap_or(store.place());
+    let path = args.out.clone().unwrap_or_else(|| PathBuf::from(folder).join("report.html"));
+    let text = page::render(&story);
+    let failed = |source| Failure::File { action: "writing", path: path.clone(), source };
+    std::fs::write(&path, &text).map_err(failed)?;
+    let (steps, size) = (grouped(story.records.len() as u64), bytes(text.len() as u64));
+    screen.line(&format!("{}: {steps} steps, {size}; open it in a browser", path.display()))?;
+    Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests;

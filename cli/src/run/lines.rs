@@ -24,7 +24,7 @@ pub fn heading(config: &RunConfig, schedule: &Schedule, place: &str) -> String {
     )
 }
 
-/// `stage stable (2 of 5): 384 steps, 3 145 728 tokens, sequence 128, T = 4`
+/// `stage stable (2 of 2): 384 steps, 3 145 728 tokens, sequence 128, T = 4`
 pub fn stage(tracker: &Tracker) -> String {
     let stages = tracker.schedule().stages();
     let of = stages.len();
@@ -74,9 +74,10 @@ pub fn news(notice: &Notice) -> Option<String> {
             Event::Started { step, changed, .. } if *step > 0 || !changed.is_empty() => {
                 Some(describe(&record.event))
             }
-            Event::PassedOver { .. } | Event::Skipped { .. } | Event::Epoch { .. } | Event::SkippedData { .. } => {
-                Some(describe(&record.event))
-            }
+            Event::PassedOver { .. }
+            | Event::Skipped { .. }
+            | Event::Epoch { .. }
+            | Event::SkippedData { .. } => Some(describe(&record.event)),
             // The others have a notice of their own, or are told at the end.
             Event::Started { .. }
             | Event::Stage { .. }
@@ -97,11 +98,10 @@ pub fn checkpoint(step: u64, seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stages::record_of;
-    use anello_configs::LoadOptions;
+    use crate::stages::{config_of, record_of};
 
     fn tracker() -> Tracker {
-        let config = RunConfig::load(&LoadOptions::new("tiny")).unwrap().config;
+        let config = config_of();
         Tracker::new(&config, None)
     }
 
@@ -114,8 +114,8 @@ mod tests {
         tracker.observe(&Notice::Step(record.clone()));
         assert_eq!(
             step(&tracker),
-            "step  40/640   6.2 %  stable  loss 3.100  loops 3.100 2.600 2.100 1.600  depth 2.50  lr 1.00e-3  \
-             norm 0.300  16 384 tok/s  ETA 5 min 0 s"
+            "step  40/416   9.6 %  stable  loss 3.100  loops 3.100 2.600 2.100 1.600  depth 2.50  lr 1.00e-3  \
+             norm 0.300  16 384 tok/s  ETA 3 min 8 s"
         );
         (record.applied, record.loss, record.grad_norm) = (false, f64::NAN, f64::INFINITY);
         tracker.observe(&Notice::Step(record));
@@ -124,15 +124,18 @@ mod tests {
 
     #[test]
     fn a_run_and_its_stages_introduce_themselves() {
-        let config = RunConfig::load(&LoadOptions::new("tiny")).unwrap().config;
+        let config = config_of();
         let mut tracker = tracker();
         assert_eq!(
-            heading(&config, tracker.schedule(), "runs/tiny"),
-            "tiny: 927 K parameters, 5 stages, 640 steps, 5 242 880 tokens; into runs/tiny\n\
+            heading(&config, tracker.schedule(), "runs/small"),
+            "small: 927 K parameters, 2 stages, 416 steps, 3 407 872 tokens; into runs/small\n\
              a model that knows nothing has a loss of ln 2048 = 7.625"
         );
         tracker.observe(&Notice::Stage { index: 1 });
-        assert_eq!(stage(&tracker), "stage stable (2 of 5): 384 steps, 3 145 728 tokens, sequence 128, T = 4");
+        assert_eq!(
+            stage(&tracker),
+            "stage stable (2 of 2): 384 steps, 3 145 728 tokens, sequence 128, T = 4"
+        );
         assert_eq!(checkpoint(1200, 0.042), "checkpoint 1 200, written in 42 ms");
     }
 }

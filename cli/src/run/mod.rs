@@ -1,6 +1,7 @@
 //! `anello run`: opens a run, trains it, and shows how it goes.
 
 mod lines;
+mod sample;
 mod summary;
 mod tracker;
 mod view;
@@ -8,7 +9,10 @@ mod view;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
+use anello_configs::{RunConfig, Schedule};
 use anello_worker::{Control, Ended, Resume, Run, RunStore, Training, checkpoint, metrics, read_config};
+
+use tokenizers::Tokenizer;
 
 use crate::config::load;
 use crate::failure::{Exit, Failure, Outcome};
@@ -40,6 +44,9 @@ pub struct Args {
     /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// Tokens of each sample of text at the end; 0 for none.
+    #[arg(long, value_name = "TOKENS", default_value_t = 48)]
+    sample: usize,
     /// Resume although the config or the data changes the mathematics of the run.
     #[arg(long, requires = "resume")]
     allow: bool,
@@ -66,7 +73,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
                 tracker.observe(&notice);
                 view.notice(&notice, &tracker)?;
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => view.refresh(&tracker),
             Err(RecvTimeoutError::Disconnected) => break,
         }
         if interrupt.raised() && !stopping {
@@ -78,7 +85,12 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let ended = training.join();
     view.close(&tracker)?;
     let ended = ended.inspect_err(|_| say_where_it_stands(&store))?;
-    conclude(&store, &ended, screen, stopping)
+    screen.print(&summary::table(&metrics::read(&store)?, &ended))?;
+    if args.sample > 0 && !stopping {
+        screen.print(&samples(&store, &config, &ended, args.sample))?;
+    }
+    screen.print(&summary::places(&ended, store.place(), &checkpoint::steps(&store)?))?;
+    Ok(if stopping && !ended.finished { Exit::Interrupted } else { Exit::Done })
 }
 
 /// A new run, or the one to resume.
@@ -104,7 +116,9 @@ fn open(args: &Args) -> Result<Run, Failure> {
             let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
             Ok(Run::create(RunStore::open(&out)?, config)?)
         }
-        (None, None) => Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned())),
+        (None, None) => {
+            Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned()))
+        }
     }
 }
 
@@ -112,14 +126,33 @@ fn open(args: &Args) -> Result<Run, Failure> {
 fn say_where_it_stands(store: &RunStore) {
     if let Some(step) = checkpoint::steps(store).ok().and_then(|steps| steps.last().copied()) {
         let place = store.place();
-        eprintln!("the newest checkpoint is that of step {}; `anello run --resume {place}` goes on from it", grouped(step));
+        eprintln!(
+            "the newest checkpoint is that of step {}; `anello run --resume {place}` goes on from it",
+            grouped(step)
+        );
     }
 }
 
-/// The last words of a run that ended well.
-fn conclude(store: &RunStore, ended: &Ended, screen: &Screen, stopping: bool) -> Outcome {
-    let records = metrics::read(store)?;
-    let kept = checkpoint::steps(store)?;
-    screen.print(&summary::render(&records, ended, store.place(), &kept))?;
-    Ok(if stopping && !ended.finished { Exit::Interrupted } else { Exit::Done })
+/// What the model writes. It trained well, so that whatever is wrong here is no failure of the run.
+fn samples(store: &RunStore, config: &RunConfig, ended: &Ended, tokens: usize) -> String {
+    let schedule = Schedule::new(config);
+    let Some(last) = ended.step.checked_sub(1).and_then(|step| schedule.at(step)) else {
+        return String::new();
+    };
+    let samples = match sample::take(store, config, last.stage, ended.step, tokens) {
+        Ok(samples) => samples,
+        Err(cause) => {
+            tracing::warn!(cause = cause.text(), "there is no sample of text");
+            return String::new();
+        }
+    };
+    let tokenizer = config.data.tokenizer.as_ref().and_then(|path| {
+        let path = path.strip_prefix("file://").unwrap_or(path);
+        let read = Tokenizer::from_file(path);
+        read.inspect_err(
+            |cause| tracing::warn!(%cause, path, "the tokenizer cannot be read; samples are ids"),
+        )
+        .ok()
+    });
+    sample::render(&samples, tokenizer.as_ref())
 }

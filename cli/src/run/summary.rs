@@ -6,22 +6,23 @@ use anello_worker::metrics::StepRecord;
 use crate::stages::{StageSummary, summarise};
 use crate::text::{Table, duration, grouped, nats, per_second};
 
-/// The end of a run: the stages, the weights, and where everything lies.
-pub fn render(records: &[StepRecord], ended: &Ended, place: &str, checkpoints: &[u64]) -> String {
+/// How the run ended, and what became of each stage.
+pub fn table(records: &[StepRecord], ended: &Ended) -> String {
     let stages = summarise(records);
     let seconds: f64 = stages.iter().map(|stage| stage.seconds).sum();
     let how = if ended.finished { "finished" } else { "stopped" };
-    let mut text = format!("\n{how} after {} steps and {} of training\n\n", grouped(ended.step), duration(seconds));
+    let mut text =
+        format!("\n{how} after {} steps and {} of training\n", grouped(ended.step), duration(seconds));
     if !stages.is_empty() {
-        text.push_str(&table(&stages).render());
-        text.push_str("(loss: the objective; first and last are means over a few steps, as are L(1), L(T) and depth)\n");
+        text.push_str(&format!("\n{}", rows(&stages).render()));
+        text.push_str(
+            "(loss: the objective; first and last are means over a few steps, as are L(1), L(T) and depth)\n",
+        );
     }
-    text.push('\n');
-    text.push_str(&places(ended, place, checkpoints).render());
     text
 }
 
-fn table(stages: &[StageSummary]) -> Table {
+fn rows(stages: &[StageSummary]) -> Table {
     let mut table = Table::new(1);
     table.row(["stage", "steps", "tokens", "loss first → last", "L(1)", "L(T)", "T", "depth", "tokens/s"]);
     for stage in stages {
@@ -45,7 +46,8 @@ fn table(stages: &[StageSummary]) -> Table {
     table
 }
 
-fn places(ended: &Ended, place: &str, checkpoints: &[u64]) -> Table {
+/// The weights, and where everything lies.
+pub fn places(ended: &Ended, place: &str, checkpoints: &[u64]) -> String {
     let steps: Vec<String> = checkpoints.iter().copied().map(grouped).collect();
     let mut table = Table::new(2);
     table
@@ -58,7 +60,7 @@ fn places(ended: &Ended, place: &str, checkpoints: &[u64]) -> Table {
     if !ended.finished {
         table.row(["go on", &format!("anello run --resume {place}")]);
     }
-    table
+    format!("\n{}", table.render())
 }
 
 #[cfg(test)]
@@ -72,13 +74,13 @@ mod tests {
             (0..24).map(|s| record_of(s, if s < 4 { "warmup" } else { "stable" }, 4)).collect();
         records[20].applied = false;
         let ended = Ended { step: 24, finished: false, weights: "0123abcd".into() };
-        let text = render(&records, &ended, "runs/x", &[10, 24]);
+        let text = table(&records, &ended) + &places(&ended, "runs/x", &[10, 24]);
         let expected = "
 stopped after 24 steps and 12 s of training
 
 stage            steps  tokens  loss first → last   L(1)   L(T)  T  depth  tokens/s
 warmup               4     400      6.950 → 6.750  6.750  5.250  4   2.50       200
-stable  20 (1 skipped)   2 000      6.200 → 5.111  5.111  3.611  4   2.50       200
+stable  20 (1 skipped)   2 000      6.200 → 5.167  5.167  3.667  4   2.50       200
 (loss: the objective; first and last are means over a few steps, as are L(1), L(T) and depth)
 
 weights      0123abcd
@@ -95,7 +97,7 @@ go on        anello run --resume runs/x
     #[test]
     fn a_run_without_a_step_has_no_table() {
         let ended = Ended { step: 0, finished: true, weights: "0".into() };
-        let text = render(&[], &ended, "runs/x", &[0]);
+        let text = table(&[], &ended) + &places(&ended, "runs/x", &[0]);
         assert!(!text.contains("L(1)") && !text.contains("go on"), "{text}");
     }
 }

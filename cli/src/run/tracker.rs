@@ -15,14 +15,14 @@ pub struct Tracker {
     schedule: Schedule,
     /// Steps and tokens at which this process ends.
     until: (u64, u64),
+    /// Whether the first step has begun.
+    ready: bool,
     /// Steps done.
     pub step: u64,
     /// Index of the stage.
     pub stage: usize,
     /// The last step.
     pub last: Option<StepRecord>,
-    /// Steps of the newest checkpoint of this process.
-    pub checkpoint: Option<u64>,
     /// How fast it is.
     pub speed: Speed,
 }
@@ -34,22 +34,26 @@ impl Tracker {
         let steps = until.map_or(schedule.total_steps(), |until| until.min(schedule.total_steps()));
         let tokens = schedule.at(steps).map_or(schedule.total_tokens(), |plan| plan.tokens_before);
         let until = (steps, tokens);
-        Self { schedule, until, step: 0, stage: 0, last: None, checkpoint: None, speed: Speed::default() }
+        Self { schedule, until, ready: false, step: 0, stage: 0, last: None, speed: Speed::default() }
     }
 
     /// Takes note.
     pub fn observe(&mut self, notice: &Notice) {
         match notice {
-            Notice::Ready { step } => self.step = *step,
+            Notice::Ready { step } => (self.ready, self.step) = (true, *step),
             Notice::Stage { index } => self.stage = *index,
             Notice::Step(record) => {
                 self.step = record.step + 1;
                 self.speed.push(record.batch_tokens, record.seconds.step);
                 self.last = Some(record.clone());
             }
-            Notice::Checkpoint { step, .. } => self.checkpoint = Some(*step),
-            Notice::CheckpointFailed { .. } | Notice::Logged(_) => {}
+            Notice::Checkpoint { .. } | Notice::CheckpointFailed { .. } | Notice::Logged(_) => {}
         }
+    }
+
+    /// Whether the first step has begun.
+    pub fn is_ready(&self) -> bool {
+        self.ready
     }
 
     /// The schedule.
@@ -114,8 +118,7 @@ impl Speed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::stages::record_of;
-    use anello_configs::LoadOptions;
+    use crate::stages::{config_of, record_of};
 
     #[test]
     fn the_speed_forgets_what_is_long_ago() {
@@ -133,17 +136,20 @@ mod tests {
 
     #[test]
     fn it_knows_where_the_run_is_and_when_it_ends() {
-        let config = RunConfig::load(&LoadOptions::new("tiny")).unwrap().config;
+        let config = config_of();
         let mut tracker = Tracker::new(&config, Some(100));
         assert_eq!((tracker.eta_s(), tracker.until_step()), (None, 100));
         tracker.observe(&Notice::Ready { step: 40 });
         tracker.observe(&Notice::Stage { index: 1 });
-        assert_eq!((tracker.stage_name(), tracker.stage_steps(), tracker.tokens()), ("stable", (8, 384), 40 * 8192));
+        assert_eq!(
+            (tracker.stage_name(), tracker.stage_steps(), tracker.tokens()),
+            ("stable", (8, 384), 40 * 8192)
+        );
         let mut record = record_of(49, "stable", 4);
         (record.batch_tokens, record.seconds.step) = (8192, 2.0);
         tracker.observe(&Notice::Step(record));
         assert_eq!((tracker.step, tracker.eta_s()), (50, Some(100.0)));
-        assert_eq!(Tracker::new(&config, None).until_step(), 640);
-        assert_eq!(Tracker::new(&config, Some(9_999)).until_step(), 640);
+        assert_eq!(Tracker::new(&config, None).until_step(), 416);
+        assert_eq!(Tracker::new(&config, Some(9_999)).until_step(), 416);
     }
 }

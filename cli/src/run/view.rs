@@ -14,6 +14,9 @@ use crate::text::{count, duration, grouped, lr, nats, per_second, short};
 /// Time between two step lines of a log.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
+/// Time after which the live display is drawn again though nothing happened.
+const REFRESH_EVERY: Duration = Duration::from_millis(500);
+
 /// The view of a run.
 pub struct View<'a> {
     screen: &'a Screen,
@@ -65,6 +68,15 @@ impl<'a> View<'a> {
         Ok(())
     }
 
+    /// Nothing has happened for a while: draws what was held back, since bars are drawn a few times a second at most.
+    pub fn refresh(&mut self, tracker: &Tracker) {
+        if let Kind::Live(live) = &mut self.kind
+            && live.drawn.elapsed() >= REFRESH_EVERY
+        {
+            live.draw(tracker, self.screen);
+        }
+    }
+
     /// The run is over: leaves the last step behind as a line.
     pub fn close(self, tracker: &Tracker) -> io::Result<()> {
         let shown = match &self.kind {
@@ -91,17 +103,19 @@ struct Live {
     loss: ProgressBar,
     pace: ProgressBar,
     checkpoint: Option<(Instant, u64)>,
+    drawn: Instant,
 }
 
 impl Live {
     fn new(screen: &Screen) -> Self {
         let bar = "{prefix:24} {bar:30.cyan/dim} {msg}";
         let live = Self {
-            stage: screen.add(0, bar),
-            run: screen.add(0, bar),
-            loss: screen.add(0, "{wide_msg}"),
-            pace: screen.add(0, "{wide_msg}"),
+            stage: screen.add(1, bar),
+            run: screen.add(1, bar),
+            loss: screen.add(1, "{wide_msg}"),
+            pace: screen.add(1, "{wide_msg}"),
             checkpoint: None,
+            drawn: Instant::now(),
         };
         live.run.set_prefix("run");
         live.loss.set_message("getting ready …");
@@ -114,7 +128,11 @@ impl Live {
         }
     }
 
-    fn draw(&self, tracker: &Tracker, screen: &Screen) {
+    fn draw(&mut self, tracker: &Tracker, screen: &Screen) {
+        if !tracker.is_ready() {
+            return;
+        }
+        self.drawn = Instant::now();
         let (done, of) = tracker.stage_steps();
         let stages = tracker.schedule().stages().len();
         self.stage.set_prefix(format!("{} ({} of {stages})", tracker.stage_name(), tracker.stage + 1));

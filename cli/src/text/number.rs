@@ -117,7 +117,10 @@ mod tests {
 
     #[test]
     fn it_is_done_only_when_it_is_done() {
-        assert_eq!(each(&[0, 1, 639, 9_999, 10_000], |d| percent(d, 10_000)), "0.0 % | 0.0 % | 6.4 % | 99.9 % | 100.0 %");
+        assert_eq!(
+            each(&[0, 1, 639, 9_999, 10_000], |d| percent(d, 10_000)),
+            "0.0 % | 0.0 % | 6.4 % | 99.9 % | 100.0 %"
+        );
         assert_eq!(percent(0, 0), "100.0 %");
     }
 }

@@ -30,12 +30,20 @@ mod tests {
 
     #[test]
     fn units_are_those_of_a_config() {
-        let cases =
-            [("3000", 3000), ("10_000", 10_000), ("256Ki", 262_144), ("64MiB", 64 << 20), ("1.5M", 1_500_000), ("2kB", 2000)];
+        let cases = [
+            ("3000", 3000),
+            ("10_000", 10_000),
+            ("256Ki", 262_144),
+            ("64MiB", 64 << 20),
+            ("1.5M", 1_500_000),
+            ("2kB", 2000),
+        ];
         for (text, value) in cases {
             assert_eq!(quantity(text), Ok(value), "{text}");
         }
-        for text in ["", "Ki", "-3", "1.5", "3 apples", "1e30", "99999999999999999999", "18446744073709551615Ki"] {
+        for text in
+            ["", "Ki", "-3", "1.5", "3 apples", "1e30", "99999999999999999999", "18446744073709551615Ki"]
+        {
             assert!(quantity(text).is_err(), "{text}");
         }
     }

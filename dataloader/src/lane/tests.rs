@@ -212,3 +212,22 @@ fn cursors_and_mixtures_that_do_not_fit_are_errors() {
         assert!(lane(&Cursor::default()).unwrap().step(0, &data, &mut sets).is_err(), "{weights:?}");
     }
 }
+
+#[test]
+fn token_shares_of_a_lane_converge_to_the_weights() {
+    // Short and long documents; token ids stay unique, epochs repeat.
+    let short = (0..8).map(|g| (0..40).map(|d| 3 + (g * 7 + d * 5) % 11).collect()).collect();
+    let long = (0..6).map(|g| (0..9).map(|d| 100 + (g * 31 + d * 57) % 300).collect()).collect();
+    let mut sets = Sets::new(&[short, long]);
+    let order = sets.order(17, 3);
+    let mut lane = Lane::new(order, 1, OnCorrupt::Fail, &Cursor::default()).unwrap();
+    let data = stage(0, 512, 4, &[0.35, 0.65]);
+    let mut tokens = BTreeMap::<String, u64>::new();
+    for step in 0..200 {
+        for (source, more) in lane.step(step, &data, &mut sets).unwrap().tokens_by_source {
+            *tokens.entry(source).or_default() += more;
+        }
+    }
+    let share = tokens["s0"] as f64 / (tokens["s0"] + tokens["s1"]) as f64;
+    assert!((share - 0.35).abs() < 0.01, "share {share} of 819200 tokens");
+}

@@ -48,15 +48,16 @@ pub fn read_manifest(store: &RunStore, step: u64) -> Result<Manifest> {
     let version: Version =
         serde_json::from_slice(&bytes).map_err(|cause| damaged(step, format!("manifest.json: {cause}")))?;
     if version.format > FORMAT {
-        let fact = format!("it has format {}, this build reads up to {FORMAT}", version.format);
-        return Err(Error::Checkpoint {
-            step,
-            fact,
-            remedy: "use the build that wrote it or a newer one".to_owned(),
-        });
+        // Not damage: it must not be passed over.
+        let cause = format!("it has format {}, this build reads up to {FORMAT}", version.format);
+        let what = format!("{}/{path}", store.place());
+        return Err(Error::malformed(what, cause, "use the build that wrote it or a newer one"));
     }
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|cause| damaged(step, format!("manifest.json: {cause}")))?;
+    if manifest.blake3 != manifest.digest() {
+        return Err(damaged(step, "manifest.json has changed since it was written"));
+    }
     check_manifest(&manifest, step)?;
     Ok(manifest)
 }
@@ -73,7 +74,7 @@ fn check_manifest(manifest: &Manifest, step: u64) -> Result<()> {
     let counts = [0, 1, 2].map(|buffer| manifest.blocks.of(buffer).len() as u64);
     let consistent = manifest.step == step
         && manifest.block == BLOCK as u64
-        && manifest.elements % BLOCK as u64 == 0
+        && manifest.elements.is_multiple_of(BLOCK as u64)
         && covered == blocks
         && counts == [blocks; 3]
         && manifest.weights == digest_of_blocks(&manifest.blocks.weights);

@@ -1,9 +1,12 @@
 //! Checkpoints: parts cut by block, and the manifest whose creation makes a checkpoint exist.
 //!
 //! ```text
-//! checkpoints/0000001200/part-00000.safetensors    weights, exp_avg, exp_avg_sq of blocks a..b, each [n] F32
-//! checkpoints/0000001200/manifest.json             created last, with put-if-absent
+//! checkpoints/0000001200/part-00000-00000001.safetensors    weights, exp_avg, exp_avg_sq of blocks a..b, each [n] F32
+//! checkpoints/0000001200/manifest.json                      created last, with put-if-absent
 //! ```
+//!
+//! The second number in a part's name is its writer's: that of the event with which the writer took the run up. A
+//! process that slept while another took over can therefore never write over a part of the other's.
 //!
 //! Parts are cut by block, not by worker or tensor, so that any number of workers can write and load them. What is
 //! not there: a schedule position (it is the step), generator states (they are counters that follow from the step
@@ -70,6 +73,16 @@ pub struct Manifest {
     pub weights: String,
     /// BLAKE3 of each block of each buffer.
     pub blocks: BlockDigests,
+    /// BLAKE3 of all of the above: of this manifest as compact JSON with this field empty.
+    pub blake3: String,
+}
+
+impl Manifest {
+    fn digest(&self) -> String {
+        let bare = Self { blake3: String::new(), ..self.clone() };
+        let bytes = serde_json::to_vec(&bare).expect("every map of a manifest has string keys");
+        blake3::hash(&bytes).to_hex().to_string()
+    }
 }
 
 /// One part of a checkpoint.
@@ -138,10 +151,47 @@ pub fn delete(store: &RunStore, step: u64) -> Result<()> {
     store.list(&folder(step))?.iter().try_for_each(|path| store.delete(path))
 }
 
+/// Removes the parts that no checkpoint names, up to `newest`, the newest checkpoint: what was written by a process
+/// that was killed before its manifest, and what was left when one was killed in [`delete`]. Parts of a checkpoint that
+/// was set aside stay until it is written again.
+pub fn tidy(store: &RunStore, newest: u64) -> Result<()> {
+    let mut named: std::collections::BTreeMap<u64, Option<Vec<String>>> = Default::default();
+    for path in store.list("checkpoints")? {
+        let Some((step, name)) = path.strip_prefix("checkpoints/").and_then(|rest| rest.split_once('/'))
+        else {
+            continue;
+        };
+        let Some(step) = step.parse::<u64>().ok().filter(|&step| step <= newest) else { continue };
+        if !name.starts_with("part-") {
+            continue;
+        }
+        if let std::collections::btree_map::Entry::Vacant(entry) = named.entry(step) {
+            let whole = store.get(&manifest_path(step))?.is_some();
+            let aside = store.get(&set_aside_path(step))?.is_some();
+            entry.insert(match (whole, aside) {
+                // One that cannot be read is left for `verify` to explain.
+                (true, _) => load::read_manifest(store, step)
+                    .ok()
+                    .map(|m| m.parts.into_iter().map(|p| p.name).collect()),
+                (false, true) => None,
+                (false, false) => Some(Vec::new()),
+            });
+        }
+        if named[&step].as_ref().is_some_and(|names| !names.iter().any(|other| other == name)) {
+            store.delete(&path)?;
+        }
+    }
+    Ok(())
+}
+
+fn set_aside_path(step: u64) -> String {
+    format!("{}/manifest.set-aside.json", folder(step))
+}
+
 /// Makes a checkpoint that cannot be used no longer one, keeping its objects for whoever wants to look.
 pub fn set_aside(store: &RunStore, step: u64) -> Result<()> {
     if let Some(bytes) = store.get(&manifest_path(step))? {
-        store.put(&format!("{}/manifest.set-aside.json", folder(step)), bytes)?;
+        store.put(&set_aside_path(step), bytes)?;
     }
     store.delete(&manifest_path(step))
 }

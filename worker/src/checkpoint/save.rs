@@ -73,11 +73,12 @@ impl Snapshot {
     }
 }
 
-/// Writes `snapshot` in parts of about `part_bytes`, and then its manifest.
+/// Writes `snapshot` in parts of about `part_bytes`, and then its manifest. `session` is the number of the writer
+/// ([`crate::events::EventLog::session`]).
 ///
-/// Parts of an attempt that never got its manifest are overwritten. A manifest that is already there is left alone:
-/// with the same weights that is a success, with others it is [`Error::Fenced`].
-pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64) -> Result<Manifest> {
+/// A manifest that is already there is left alone: with the same weights that is a success, with others it is
+/// [`Error::Fenced`].
+pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64, session: u64) -> Result<Manifest> {
     let elements = snapshot.buffers[0].len() / 4;
     let blocks = elements / BLOCK;
     let blocks_a_part = (part_bytes as usize / (BLOCK_BYTES * BUFFERS.len())).clamp(1, blocks.max(1));
@@ -93,7 +94,8 @@ pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64) -> Result<Ma
                 loop {
                     let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     let Some(&(first, count)) = ranges.get(index) else { break };
-                    let part = write_part(store, snapshot, index, first, count);
+                    let name = format!("part-{index:05}-{session:08}.safetensors");
+                    let part = write_part(store, snapshot, name, first, count);
                     let failed = part.is_err();
                     written.lock().expect("no holder panics").push(part);
                     if failed {
@@ -117,7 +119,7 @@ pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64) -> Result<Ma
         of_part.into_iter().enumerate().for_each(|(buffer, mut of)| blocks.of_mut(buffer).append(&mut of));
     }
 
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         format: FORMAT,
         step: snapshot.step,
         stage: snapshot.stage.clone(),
@@ -134,7 +136,9 @@ pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64) -> Result<Ma
         parts,
         weights: digest_of_blocks(&blocks.weights),
         blocks,
+        blake3: String::new(),
     };
+    manifest.blake3 = manifest.digest();
     let path = manifest_path(snapshot.step);
     let bytes = serde_json::to_vec_pretty(&manifest).expect("every map of a manifest has string keys");
     if !store.create(&path, bytes)? {
@@ -144,13 +148,21 @@ pub fn save(store: &RunStore, snapshot: &Snapshot, part_bytes: u64) -> Result<Ma
         }
         return Ok(there);
     }
+    // A process that took the run over removes parts without a manifest (`tidy`). If it has seen ours like that, this
+    // is no checkpoint.
+    let there = store.list(&folder(snapshot.step))?;
+    let is_there = |part: &Part| there.contains(&format!("{}/{}", folder(snapshot.step), part.name));
+    if !manifest.parts.iter().all(is_there) {
+        store.delete(&path)?;
+        return Err(Error::Fenced { what: format!("{}/{path}", store.place()) });
+    }
     Ok(manifest)
 }
 
 fn write_part(
     store: &RunStore,
     snapshot: &Snapshot,
-    index: usize,
+    name: String,
     first: usize,
     count: usize,
 ) -> Result<(Part, [Vec<String>; 3])> {
@@ -162,11 +174,12 @@ fn write_part(
         let view = TensorView::new(Dtype::F32, vec![slice.len() / 4], slice);
         (name, view.expect("the shape is the slice's own length"))
     });
-    let metadata =
-        [("first_block".to_owned(), first.to_string()), ("step".to_owned(), snapshot.step.to_string())];
+    // One entry: safetensors would write several in the random order of a hash map, and the same part would not be
+    // the same bytes when it is written again.
+    let place = format!("step {}, blocks {first}..{}", snapshot.step, first + count);
+    let metadata = [("anello".to_owned(), place)];
     let bytes = safetensors::serialize(views, Some(metadata.into_iter().collect()))
         .expect("three F32 slices always serialise");
-    let name = format!("part-{index:05}.safetensors");
     let part = Part {
         name,
         first_block: first as u64,

@@ -24,7 +24,7 @@ use anello_dataloader::{Cursor, LaneStep, Loader};
 use crate::checkpoint::{Position, Snapshot};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::events::{Event, Record};
+use crate::events::{Event, EventLog, Record};
 use crate::metrics::{Seconds, StepRecord};
 use crate::store::RunStore;
 
@@ -122,14 +122,13 @@ impl Training {
     }
 }
 
-/// Time between two attempts at a checkpoint that could not be written.
-const RETRY: Duration = Duration::from_secs(5);
-/// Attempts at the last checkpoint of a process before it gives up.
+/// Attempts at what a process writes last before it gives up.
 const LAST_ATTEMPTS: u32 = 6;
 
 struct Trainer {
     config: RunConfig,
     store: RunStore,
+    retry: Duration,
     schedule: Schedule,
     engine: Engine,
     loader: Loader,
@@ -152,12 +151,16 @@ impl Trainer {
         }
         let schedule = Schedule::new(&run.config);
         let last_step = until.map_or(schedule.total_steps(), |until| until.min(schedule.total_steps()));
-        let writer = Writer::start(run.store.clone(), run.config.checkpoint.clone(), notices.clone())?;
-        let open::Started { engine, loader, cursors, step, stamp, events } = run.start()?;
-        events.into_iter().try_for_each(|event| writer.send(Job::Event(event)))?;
+        let mut log = EventLog::open(&run.store)?;
+        let open::Started { engine, loader, cursors, step, stamp, records } = run.start(&mut log)?;
+        for record in records {
+            let _ = notices.send(Notice::Logged(record));
+        }
+        let writer = Writer::start(&run, log, notices.clone())?;
         Ok(Self {
             config: run.config,
             store: run.store,
+            retry: run.retry,
             schedule,
             engine,
             loader,
@@ -231,6 +234,7 @@ impl Trainer {
         if due || again {
             let stalled = Instant::now();
             self.wait_for_checkpoint()?;
+            self.retry_at = None;
             snapshot = Some(self.snapshot());
             seconds.checkpoint = stalled.elapsed().as_secs_f64();
         }
@@ -312,7 +316,7 @@ impl Trainer {
         match result {
             Ok(_) => Ok(None),
             Err(fenced @ Error::Fenced { .. }) => Err(fenced),
-            Err(_) => Ok(Some(Instant::now() + RETRY)),
+            Err(_) => Ok(Some(Instant::now() + self.retry)),
         }
     }
 
@@ -329,7 +333,7 @@ impl Trainer {
             match result.take() {
                 Some(Ok(weights)) => return Ok(weights),
                 Some(Err(fenced @ Error::Fenced { .. })) => return Err(fenced),
-                Some(Err(_)) if attempt > 0 => std::thread::sleep(RETRY),
+                Some(Err(_)) if attempt > 0 => std::thread::sleep(self.retry),
                 Some(Err(_)) | None => {}
             }
             self.writer.checkpoint(self.snapshot())?;

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anello_configs::{Loss, RunConfig, Trains};
 use anello_dataloader::{Cursor, Loader, LoaderOptions};
@@ -11,7 +12,7 @@ use crate::checkpoint::{self, Loaded};
 use crate::engine::Engine;
 use crate::environment::Environment;
 use crate::error::{Error, Result};
-use crate::events::Event;
+use crate::events::{self, Event, EventLog, Record};
 use crate::metrics;
 use crate::store::RunStore;
 
@@ -21,9 +22,13 @@ pub struct Run {
     pub config: RunConfig,
     /// Where it lives.
     pub store: RunStore,
+    /// Time between two attempts at what could not be written.
+    pub retry: Duration,
     data: LoaderOptions,
     resumed: bool,
     allow: bool,
+    /// Whether the run folder has another config still.
+    new_config: bool,
     /// Keys that differ from the config it was begun with: (key, before, now).
     changed: Vec<(String, String, String)>,
 }
@@ -63,10 +68,13 @@ pub(super) struct Started {
     pub cursors: Vec<Cursor>,
     pub step: u64,
     pub stamp: Stamp,
-    pub events: Vec<Event>,
+    /// What was logged: the claim.
+    pub records: Vec<Record>,
 }
 
 const CONFIG: &str = "config.toml";
+/// Time between two attempts at what could not be written.
+const RETRY: Duration = Duration::from_secs(5);
 
 impl Run {
     /// A new run of `config` in `store`, which must hold none yet.
@@ -80,10 +88,13 @@ impl Run {
         if !store.create(CONFIG, config.to_toml())? {
             return Err(Error::Fenced { what: format!("{}/{CONFIG}", store.place()) });
         }
-        let environment =
-            serde_json::to_vec_pretty(&Environment::of_cpu()).expect("plain strings and a number");
+        let here = Environment::of_cpu();
+        // The model thread will have as many.
+        let environment = Environment { threads: config.compute.threads.unwrap_or(here.threads), ..here };
+        let environment = serde_json::to_vec_pretty(&environment).expect("plain strings and a number");
         store.put("environment.json", environment)?;
-        Ok(Self { config, store, data, resumed: false, allow: false, changed: Vec::new() })
+        let (retry, changed) = (RETRY, Vec::new());
+        Ok(Self { config, store, retry, data, resumed: false, allow: false, new_config: false, changed })
     }
 
     /// The run in `store`, to go on from its newest usable checkpoint.
@@ -119,14 +130,13 @@ impl Run {
             return Err(Error::config(fact, "begin a new run; lanes are fixed for the life of one"));
         }
         let data = LoaderOptions::of(&config)?;
-        if config != begun_with {
-            store.put(CONFIG, config.to_toml())?;
-        }
-        Ok(Self { config, store, data, resumed: true, allow: resume.allow, changed })
+        let (new_config, allow) = (config != begun_with, resume.allow);
+        Ok(Self { config, store, retry: RETRY, data, resumed: true, allow, new_config, changed })
     }
 
-    /// Builds engine and loader at the first step to train.
-    pub(super) fn start(&self) -> Result<Started> {
+    /// Builds engine and loader at the first step to train, and claims the run: of two processes one gets through
+    /// the first record here, the other is fenced. Before that nothing in the run folder is changed.
+    pub(super) fn start(&self, log: &mut EventLog) -> Result<Started> {
         let environment = Environment::of_cpu();
         let data: BTreeMap<String, String> = self
             .data
@@ -134,8 +144,8 @@ impl Run {
             .iter()
             .map(|(name, dataset)| (name.clone(), dataset.index().digest()))
             .collect();
-        let mut events = Vec::new();
-        let loaded = if self.resumed { self.newest_usable(&mut events)? } else { None };
+        let mut passed_over = Vec::new();
+        let loaded = if self.resumed { self.newest_usable(&mut passed_over)? } else { None };
         let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
         if let Some(loaded) = &loaded {
             self.check_data(&loaded.manifest.data, &data)?;
@@ -149,10 +159,21 @@ impl Run {
                 );
             }
         }
+        let epochs = if self.resumed { self.known_epochs(step) } else { BTreeMap::new() };
+        let mut records = Vec::new();
+        for (step, reason) in &passed_over {
+            records.push(log.append(Event::PassedOver { step: *step, reason: reason.clone() })?);
+        }
+        let (here, changed) = (environment.clone(), self.changed.clone());
+        records.push(log.append(Event::Started { step, environment: here, changed })?);
+        passed_over.iter().try_for_each(|(step, _)| checkpoint::set_aside(&self.store, *step))?;
+        if self.new_config {
+            self.store.put(CONFIG, self.config.to_toml())?;
+        }
         if self.resumed {
+            self.store.sweep();
             metrics::truncate(&self.store, step)?;
         }
-        events.push(Event::Started { step, environment: environment.clone(), changed: self.changed.clone() });
 
         let (engine, cursors) = match loaded {
             Some(Loaded { manifest, state }) => {
@@ -163,25 +184,21 @@ impl Run {
         let loader =
             Loader::open(LoaderOptions { start_step: step, cursors: cursors.clone(), ..self.data.clone() })?;
         let cursors = cursors.unwrap_or_else(|| vec![Cursor::default(); self.config.lanes as usize]);
-        let stamp = Stamp { config: self.config.digest(), data, environment, epochs: RefCell::default() };
-        Ok(Started { engine, loader, cursors, step, stamp, events })
+        let stamp = Stamp { config: self.config.digest(), data, environment, epochs: epochs.into() };
+        Ok(Started { engine, loader, cursors, step, stamp, records })
     }
 
-    /// The newest checkpoint that is whole. Newer ones that are not are set aside: their manifests are renamed, so
-    /// that the run can write those steps again.
-    fn newest_usable(&self, events: &mut Vec<Event>) -> Result<Option<Loaded>> {
+    /// The newest checkpoint that is whole. The newer ones that are not (step and reason) go into `passed_over`: they
+    /// are to be set aside so that the run can write those steps again.
+    fn newest_usable(&self, passed_over: &mut Vec<(u64, String)>) -> Result<Option<Loaded>> {
         let steps = checkpoint::steps(&self.store)?;
         for &step in steps.iter().rev() {
             match checkpoint::load(&self.store, step, &self.config.model, Device::Cpu) {
-                Ok(loaded) => {
-                    let passed_over = steps.iter().filter(|&&other| other > step);
-                    passed_over.copied().try_for_each(|other| checkpoint::set_aside(&self.store, other))?;
-                    return Ok(Some(loaded));
-                }
+                Ok(loaded) => return Ok(Some(loaded)),
                 Err(damaged @ Error::Checkpoint { .. }) => {
                     let reason = damaged.to_string();
                     tracing::warn!(step, reason, "a checkpoint cannot be used; trying the one before it");
-                    events.push(Event::PassedOver { step, reason });
+                    passed_over.push((step, reason));
                 }
                 Err(other) => return Err(other),
             }
@@ -191,6 +208,20 @@ impl Run {
         }
         let fact = format!("none of the {} checkpoints of {} is whole", steps.len(), self.store.place());
         Err(Error::config(fact, "`anello checkpoint verify` says what is wrong with each; begin a new run"))
+    }
+
+    /// The epochs that the log has told of before `step`. A log that cannot be read tells of none: they are told again.
+    fn known_epochs(&self, step: u64) -> BTreeMap<String, u64> {
+        let mut known = BTreeMap::new();
+        for record in events::read(&self.store).unwrap_or_default() {
+            if let Event::Epoch { step: at, source, epoch } = record.event
+                && at < step
+            {
+                let highest = known.entry(source).or_insert(0);
+                *highest = epoch.max(*highest);
+            }
+        }
+        known
     }
 
     fn check_data(&self, before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Result<()> {
@@ -210,7 +241,7 @@ pub fn read_config(store: &RunStore) -> Result<RunConfig> {
     let Some(bytes) = store.get(CONFIG)? else {
         return Err(Error::config(format!("{} holds no run", store.place()), "give the folder of a run"));
     };
-    let remedy = "restore it from the run's first event or a copy";
+    let remedy = "restore it from a copy";
     let text = std::str::from_utf8(&bytes).map_err(|cause| Error::malformed(&place, cause, remedy))?;
     RunConfig::parse(&place, text).map_err(|cause| Error::malformed(&place, cause, remedy))
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anello_configs::Checkpoint;
 
-use super::Notice;
+use super::{LAST_ATTEMPTS, Notice, Run};
 use crate::checkpoint::{self, Snapshot};
 use crate::error::{Error, Result};
 use crate::events::{Event, EventLog};
@@ -37,11 +37,20 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub fn start(store: RunStore, policy: Checkpoint, notices: Sender<Notice>) -> Result<Self> {
+    /// A writer of `run`, which `log` has claimed.
+    pub fn start(run: &Run, log: EventLog, notices: Sender<Notice>) -> Result<Self> {
         let (jobs, inbox) = sync_channel(JOBS_MAX);
         let (answers, results) = channel();
-        let log = EventLog::open(&store)?;
-        let desk = Desk { store, policy, notices, log, answers, events: Vec::new(), rows: Vec::new() };
+        let desk = Desk {
+            store: run.store.clone(),
+            policy: run.config.checkpoint.clone(),
+            retry: run.retry,
+            notices,
+            log,
+            answers,
+            events: Vec::new(),
+            rows: Vec::new(),
+        };
         let thread = std::thread::Builder::new()
             .name("run-writer".to_owned())
             .spawn(move || desk.run(inbox))
@@ -104,6 +113,7 @@ impl Drop for Writer {
 struct Desk {
     store: RunStore,
     policy: Checkpoint,
+    retry: Duration,
     notices: Sender<Notice>,
     log: EventLog,
     answers: Sender<Result<String>>,
@@ -118,7 +128,8 @@ impl Desk {
             match inbox.recv_timeout(ROWS_AGE_MAX) {
                 Ok(Job::Event(event)) => {
                     self.events.push(event);
-                    self.flush_events()?;
+                    let flushed = self.flush_events();
+                    tolerate(flushed, "the event log")?;
                 }
                 Ok(Job::Metrics(row)) => self.rows.push(row),
                 Ok(Job::Checkpoint(snapshot)) => self.checkpoint(&snapshot)?,
@@ -127,33 +138,45 @@ impl Desk {
             }
             if self.rows.len() >= ROWS_MAX || flushed.elapsed() >= ROWS_AGE_MAX {
                 flushed = Instant::now();
-                // What fails here stays in `rows` and is tried again.
-                let _ = self.flush_rows();
+                let (events, rows) = (self.flush_events(), self.flush_rows());
+                tolerate(events, "the event log")?;
+                tolerate(rows, "the metrics")?;
             }
         }
-        self.flush_events()?;
-        self.flush_rows()
-    }
-
-    /// Writes the events that wait. Only a fence is an error: anything else leaves them waiting.
-    fn flush_events(&mut self) -> Result<()> {
-        while let Some(event) = self.events.first() {
-            match self.log.append(event.clone()) {
-                Ok(record) => {
-                    self.events.remove(0);
-                    let _ = self.notices.send(Notice::Logged(record));
-                }
-                Err(fenced @ Error::Fenced { .. }) => return Err(fenced),
-                Err(cause) => {
-                    tracing::warn!(%cause, "the event log cannot be written; it is tried again");
-                    return Ok(());
-                }
-            }
+        self.flush_last()?;
+        // Once more, for a process that found the run finished: the one before it may have been killed before this.
+        if self.log.check().is_ok() {
+            self.prune();
         }
         Ok(())
     }
 
+    /// Writes the events that wait, up to the first that cannot be written.
+    fn flush_events(&mut self) -> Result<()> {
+        while let Some(event) = self.events.first() {
+            let record = self.log.append(event.clone())?;
+            self.events.remove(0);
+            let _ = self.notices.send(Notice::Logged(record));
+        }
+        Ok(())
+    }
+
+    /// Writes what still waits when there is no later time for it.
+    fn flush_last(&mut self) -> Result<()> {
+        for _ in 1..LAST_ATTEMPTS {
+            match self.flush_rows().and_then(|()| self.flush_events()) {
+                Err(Error::Store { .. }) => std::thread::sleep(self.retry),
+                result => return result,
+            }
+        }
+        self.flush_rows().and_then(|()| self.flush_events())
+    }
+
     fn flush_rows(&mut self) -> Result<()> {
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        self.log.check()?;
         metrics::write(&self.store, &self.rows)?;
         self.rows.clear();
         Ok(())
@@ -163,18 +186,17 @@ impl Desk {
     /// only then is an old checkpoint let go. Only a fence ends the writer.
     fn checkpoint(&mut self, snapshot: &Snapshot) -> Result<()> {
         let began = Instant::now();
-        let saved =
-            self.flush_rows().and_then(|()| checkpoint::save(&self.store, snapshot, self.policy.part_bytes));
-        let step = snapshot.step;
+        let (step, part_bytes) = (snapshot.step, self.policy.part_bytes);
+        let saved = self
+            .flush_rows()
+            .and_then(|()| self.log.check())
+            .and_then(|()| checkpoint::save(&self.store, snapshot, part_bytes, self.log.session()));
         match saved {
             Ok(manifest) => {
                 self.events.push(Event::Checkpoint { step, weights: manifest.weights.clone() });
                 let seconds = began.elapsed().as_secs_f64();
                 let _ = self.notices.send(Notice::Checkpoint { step, seconds });
                 let _ = self.answers.send(Ok(manifest.weights));
-                if let Err(cause) = self.prune() {
-                    tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
-                }
             }
             Err(Error::Fenced { what }) => {
                 let _ = self.answers.send(Err(Error::Fenced { what: what.clone() }));
@@ -187,10 +209,23 @@ impl Desk {
                 let _ = self.answers.send(Err(cause));
             }
         }
-        self.flush_events()
+        let flushed = self.flush_events();
+        // Nothing is let go before the log has said that the run is still ours.
+        let ours = flushed.is_ok();
+        tolerate(flushed, "the event log")?;
+        if ours {
+            self.prune();
+        }
+        Ok(())
     }
 
-    fn prune(&self) -> Result<()> {
+    fn prune(&self) {
+        if let Err(cause) = self.try_prune() {
+            tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
+        }
+    }
+
+    fn try_prune(&self) -> Result<()> {
         let mut kept = Vec::new();
         for step in checkpoint::steps(&self.store)? {
             // One that cannot be read is left for `verify` to explain.
@@ -200,7 +235,20 @@ impl Desk {
         }
         checkpoint::superseded(&self.policy, &kept)
             .into_iter()
-            .try_for_each(|s| checkpoint::delete(&self.store, s))
+            .try_for_each(|s| checkpoint::delete(&self.store, s))?;
+        kept.last().map_or(Ok(()), |&(newest, _)| checkpoint::tidy(&self.store, newest))
+    }
+}
+
+/// What was not written is kept and tried again. Only a fence is an error.
+fn tolerate(result: Result<()>, what: &'static str) -> Result<()> {
+    match result {
+        Err(fenced @ Error::Fenced { .. }) => Err(fenced),
+        Err(cause) => {
+            tracing::warn!(what, %cause, "cannot be written now; it is tried again");
+            Ok(())
+        }
+        Ok(()) => Ok(()),
     }
 }
 

@@ -105,7 +105,7 @@ impl Fixture {
         all
     }
 
-    pub fn of<'a>(&self, flat: &'a Tensor, name: &str) -> Tensor {
+    pub fn of(&self, flat: &Tensor, name: &str) -> Tensor {
         let entry = self.layout.find(name).unwrap();
         flat.narrow(0, entry.offset as i64, entry.len() as i64).view(entry.shape.as_slice())
     }

@@ -1,0 +1,148 @@
+//! The command as a user meets it: help, exit codes, messages. Nothing here trains.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// `anello ARGUMENTS` in `directory`, with nothing of ours in the environment.
+fn anello(directory: &Path, arguments: &[&str]) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_anello"));
+    command.current_dir(directory).args(arguments).env_remove("RUST_LOG");
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("ANELLO_SET__") {
+            command.env_remove(name);
+        }
+    }
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// Names of the subcommands in a help text.
+fn subcommands(help: &str) -> Vec<String> {
+    let Some((_, list)) = help.split_once("\nCommands:\n") else { return Vec::new() };
+    let names = list
+        .lines()
+        .take_while(|line| !line.is_empty())
+        .filter(|line| line.starts_with("  ") && !line.starts_with("   "));
+    names
+        .filter_map(|line| line.split_whitespace().next())
+        .filter(|name| *name != "help")
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn every_subcommand_has_help() {
+    let directory = folder();
+    let (mut open, mut leaves) = (vec![Vec::<String>::new()], 0);
+    while let Some(path) = open.pop() {
+        let arguments: Vec<&str> = path.iter().map(String::as_str).chain(["--help"]).collect();
+        let (code, help, complaint) = anello(directory.path(), &arguments);
+        assert_eq!((code, complaint.as_str()), (0, ""), "{path:?}");
+        assert!(help.contains("Usage: anello"), "{path:?}: {help}");
+        let below = subcommands(&help);
+        leaves += usize::from(below.is_empty());
+        open.extend(below.into_iter().map(|name| path.iter().cloned().chain([name]).collect()));
+    }
+    assert!(leaves >= 14, "only {leaves} commands were found");
+}
+
+#[test]
+fn help_tells_the_exit_codes() {
+    let (_, help, _) = anello(folder().path(), &["--help"]);
+    for code in ["\n  0    ", "\n  1    ", "\n  2    ", "\n  130  ", "\n  131  "] {
+        assert!(help.contains(code), "{help}");
+    }
+}
+
+#[test]
+fn wrong_arguments_and_configs_are_told_in_full_with_exit_code_2() {
+    let directory = folder();
+    let cases: [(&[&str], &[&str]); 8] = [
+        (&["run"], &["<CONFIG>"]),
+        (&["run", "tiny", "--allow"], &["--resume <RUN>"]),
+        (&["run", "tiny", "--out", "x", "--resume", "y"], &["cannot be used with"]),
+        (
+            &["plan", "tinny"],
+            &["tinny cannot be read; give the path of a TOML file, or one of the presets tiny, "],
+        ),
+        (
+            &["config", "tiny", "--set", "lanes=3", "--set", "stage.stable.lrr=1"],
+            &["2 problems", "--set lanes=3: lanes is 3", "did you mean `lr`?"],
+        ),
+        (&["run", "tiny"], &["data.sources.docs.url is", "which does not exist", "anello data"]),
+        (&["run", "--resume", "nowhere"], &["nowhere holds no run; give the folder of one"]),
+        (&["plan", "tiny", "--log", "a=b=c"], &["--log a=b=c is no filter"]),
+    ];
+    for (arguments, told) in cases {
+        let (code, output, complaint) = anello(directory.path(), arguments);
+        assert_eq!((code, output.as_str()), (2, ""), "{arguments:?}: {complaint}");
+        told.iter().for_each(|text| assert!(complaint.contains(text), "{arguments:?}: {complaint}"));
+    }
+    // Looking at what is not there makes nothing.
+    for command in
+        [vec!["checkpoint", "list", "nowhere"], vec!["events", "nowhere"], vec!["report", "nowhere"]]
+    {
+        assert_eq!(anello(directory.path(), &command).0, 2, "{command:?}");
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_config_that_was_printed_is_one_that_loads() {
+    let directory = folder();
+    let (code, toml, _) = anello(directory.path(), &["config", "tiny", "--set", "seed=7"]);
+    assert_eq!(code, 0);
+    std::fs::write(directory.path().join("mine.toml"), &toml).unwrap();
+    let (code, again, complaint) = anello(directory.path(), &["config", "mine.toml"]);
+    assert_eq!((code, again, complaint.as_str()), (0, toml, ""));
+    let (code, plan, _) = anello(directory.path(), &["plan", "mine.toml", "--gpu", "h200", "--count", "4"]);
+    assert!(code == 0 && plan.contains("tiny on 4 × h200"), "{plan}");
+}
+
+#[test]
+fn data_is_made_looked_at_and_found_broken() {
+    let directory = folder();
+    let make = [
+        "data",
+        "synth",
+        "mano",
+        "--out",
+        "mano",
+        "--documents",
+        "2K",
+        "--eval-documents",
+        "10",
+        "--length",
+        "4",
+    ];
+    let (code, told, complaint) = anello(directory.path(), &make);
+    assert_eq!((code, complaint.as_str()), (0, ""));
+    assert_eq!(
+        told,
+        "mano: 2 000 expressions of up to 4 operations to train on, 10 of 4 to test on; vocabulary 33\n"
+    );
+
+    let (code, told, _) =
+        anello(directory.path(), &["data", "inspect", "mano/train", "--tokenizer", "mano/tokenizer.json"]);
+    assert!(code == 0 && told.contains("documents   2 000\n") && told.contains("<ans>"), "{told}");
+
+    let (code, told, _) = anello(directory.path(), &["data", "verify", "mano/train", "--vocab", "33"]);
+    assert!(code == 0 && told.starts_with("mano/train: whole; 2 000 documents"), "{told}");
+    let (code, told, _) = anello(directory.path(), &["data", "verify", "mano/train", "--vocab", "10"]);
+    assert!(code == 1 && told.contains("the vocabulary has 10"), "{told}");
+
+    std::fs::write(directory.path().join("text.txt"), "one two three ".repeat(500)).unwrap();
+    let train = ["data", "train-tokenizer", "text.txt", "--out", "new/tokenizer.json", "--vocab", "300"];
+    let (code, told, _) = anello(directory.path(), &train);
+    assert!(code == 0 && told.contains("not the 300 asked for"), "{told}");
+    let tokenize = ["data", "tokenize", "text.txt", "--tokenizer", "new/tokenizer.json", "--out", "set"];
+    let (code, told, _) = anello(directory.path(), &tokenize);
+    assert!(code == 0 && told.contains("set: 1 documents") && told.contains("in 1 shards\n"), "{told}");
+    let (_, told, _) = anello(directory.path(), &tokenize);
+    assert!(told.contains("of which 1 were there already"), "{told}");
+}

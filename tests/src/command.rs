@@ -1,0 +1,160 @@
+//! The `anello` command as a process.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Longest that anything here may take, on a machine that others use too.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// The `anello` of this build.
+///
+/// Cargo builds a binary only for the tests of its own package, so it is built here, once, in the profile and target
+/// folder of this test: at once when it is fresh, as after `cargo test --workspace`.
+pub fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let test = std::env::current_exe().expect("a test knows its own file");
+        let profile_folder = test.ancestors().nth(2).expect("a test is in target/PROFILE/deps").to_owned();
+        let target = profile_folder.parent().expect("target/PROFILE is in target");
+        let profile = match profile_folder.file_name().and_then(OsStr::to_str) {
+            Some("debug") | None => "dev",
+            Some(name) => name,
+        };
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let built = Command::new(cargo)
+            .args(["build", "--quiet", "--package", "anello", "--bin", "anello", "--profile", profile])
+            .arg("--target-dir")
+            .arg(target)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .expect("cargo runs");
+        assert!(built.status.success(), "anello does not build:\n{}", String::from_utf8_lossy(&built.stderr));
+        profile_folder.join("anello")
+    })
+}
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+/// When it does not within the deadline.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(began.elapsed() < DEADLINE, "waited {DEADLINE:?} in vain until {what}");
+        std::thread::sleep(Duration::from_millis(3));
+    }
+}
+
+/// Runs `anello ARGUMENTS` in `folder` to its end.
+pub fn anello(folder: &Path, arguments: &[&str]) -> Done {
+    Process::start(folder, arguments).wait()
+}
+
+/// `anello` under way. It is killed when it is dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    shown: String,
+    out: PathBuf,
+    log: PathBuf,
+}
+
+/// `anello` that has ended.
+#[derive(Debug)]
+pub struct Done {
+    /// The command line.
+    pub shown: String,
+    /// How it ended.
+    pub status: ExitStatus,
+    /// What it wrote to standard output.
+    pub out: String,
+    /// What it wrote to standard error: its log.
+    pub log: String,
+}
+
+impl Process {
+    /// Starts `anello ARGUMENTS` in `folder`.
+    pub fn start(folder: &Path, arguments: &[&str]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let logs = folder.join("logs");
+        std::fs::create_dir_all(&logs).expect("the test's folder can be written");
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let file = |kind: &str| logs.join(format!("{number:03}.{kind}"));
+        let (out, log) = (file("out"), file("log"));
+        let create = |path: &Path| File::create(path).expect("the test's folder can be written");
+        let child = Command::new(binary())
+            .args(arguments)
+            .args(["--log", "info"])
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .stdout(create(&out))
+            .stderr(create(&log))
+            .spawn()
+            .expect("anello starts");
+        Self { child, shown: format!("anello {}", arguments.join(" ")), out, log }
+    }
+
+    /// What it has written to standard output so far.
+    pub fn out(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.out).unwrap_or_default()).into_owned()
+    }
+
+    /// What it has written to standard error so far.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Whether it has ended.
+    pub fn ended(&mut self) -> bool {
+        self.child.try_wait().expect("it is our child").is_some()
+    }
+
+    /// SIGKILL. Returns whether it was still under way.
+    pub fn kill(mut self) -> bool {
+        let running = !self.ended();
+        let _ = self.child.kill();
+        self.wait();
+        running
+    }
+
+    /// Sends `signal` (a name, as `INT`), `times` times as fast as a shell can.
+    pub fn signal(&self, signal: &str, times: u32) {
+        let script = "i=0; while [ $i -lt $2 ]; do kill -$1 $0 || exit; i=$((i+1)); done";
+        let id = self.child.id().to_string();
+        let sent = Command::new("sh").args(["-c", script, &id, signal, &times.to_string()]).status();
+        assert!(sent.expect("there is a shell").success(), "kill -{signal} {id}");
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Done {
+        let began = Instant::now();
+        while !self.ended() {
+            let late = began.elapsed() >= DEADLINE;
+            assert!(!late, "{} hangs\nout: {}\nlog: {}", self.shown, self.out(), self.log());
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        let status = self.child.wait().expect("it is our child");
+        Done { shown: self.shown.clone(), status, out: self.out(), log: self.log() }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Done {
+    /// Asserts its exit code, and returns what it wrote to standard output.
+    pub fn expect(self, code: i32) -> String {
+        let Self { shown, status, out, log } = self;
+        assert!(status.code() == Some(code), "{shown}: {status}, not {code}\nout: {out}\nlog: {log}");
+        out
+    }
+}

@@ -1,0 +1,12 @@
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk.
+
+mod disk;
+mod kill;
+mod links;
+mod signals;
+mod twice;
+
+/// The world of these tests.
+fn world() -> &'static anello_tests::World {
+    anello_tests::world(env!("CARGO_TARGET_TMPDIR"))
+}
