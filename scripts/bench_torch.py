@@ -7,6 +7,9 @@ RECOMPUTE is `none` (autograd keeps everything) or `layer` (`torch.utils.checkpo
 step), as in Anello. The model is what a good PyTorch user writes: fused qkv and gate/up projections, native SiLU and
 RMSNorm, scaled_dot_product_attention over rows with a block-diagonal mask or document by document (whichever is faster
 for the shape, see ATTENTION), all logits of a micro-batch at once, fused AdamW, foreach clip.
+
+Both sides call the same libtorch_cpu.so with the same number of threads, which wait without spinning unless
+OMP_WAIT_POLICY says otherwise. The ratio that counts is of CPU seconds, since other programs disturb it least.
 """
 
 import json
@@ -178,7 +181,7 @@ class Server:
 
     def __init__(self, command, env=None):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                                        env={**os.environ, **(env or {})})
+                                        env={"OMP_WAIT_POLICY": "passive", **os.environ, **(env or {})})
         self.answer()
 
     def answer(self):

@@ -157,7 +157,14 @@ fn again(wrapper: &[&str], arguments: &[&str]) -> Option<String> {
     let program = std::env::current_exe().unwrap_or_else(|e| fail(&e.to_string()));
     let program = program.to_str().unwrap_or_else(|| fail("this program's path is not text"));
     let line: Vec<&str> = wrapper.iter().copied().chain([program]).chain(arguments.iter().copied()).collect();
-    let done = Command::new(line[0]).args(&line[1..]).stderr(Stdio::piped()).output().ok()?;
+    // Threads that wait without spinning: on a shared machine the spinning takes the time of the thread waited for.
+    let policy = std::env::var("OMP_WAIT_POLICY").unwrap_or_else(|_| "passive".into());
+    let done = Command::new(line[0])
+        .args(&line[1..])
+        .env("OMP_WAIT_POLICY", policy)
+        .stderr(Stdio::piped())
+        .output()
+        .ok()?;
     if !done.status.success() {
         eprintln!("{}: {}", line.join(" "), String::from_utf8_lossy(&done.stderr));
         return None;
@@ -283,13 +290,14 @@ fn threads() -> u32 {
 
 // The profile.
 
-/// `perf record` over whole steps of `make run`'s model: which library each sample was in.
+/// `perf record` over steps of `make run`'s model, on one thread: which library each sample was in. Recording starts
+/// after 3 seconds, when weights and the first step are behind.
 fn profile() {
     let data = std::env::temp_dir().join(format!("anello-bench-{}.perf", std::process::id()));
     let data = data.to_str().unwrap_or_else(|| fail("the temporary folder's path is not text"));
-    let record = ["perf", "record", "--quiet", "-F", "997", "-o", data, "--"];
+    let record = ["perf", "record", "--quiet", "-D", "3000", "-F", "997", "-o", data, "--"];
     for recompute in ["none", "layer"] {
-        if again(&record, &["steps", "tiny-128", recompute, &threads().to_string(), "12"]).is_none() {
+        if again(&record, &["steps", "tiny-128", recompute, "1", "15"]).is_none() {
             eprintln!("profile: not measured, since `perf record` does not work here (Debian: linux-perf)");
             return;
         }
