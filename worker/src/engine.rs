@@ -55,7 +55,7 @@ pub fn forward_backward(
     let chunk = i64::from(pass.compute.loss_chunk_tokens);
     let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.beta, chunk, gradient);
     drop(hidden);
-    let of_embedded_nd = tape.backward(of_hidden, gradient, |_layer| ()).to_kind(model.wide());
+    let of_embedded_nd = tape.backward(of_hidden, gradient).to_kind(model.wide());
     let vocab = model.embed.value.size()[0];
     let of_table = Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, vocab, -1, false);
     model.embed.accumulate(gradient, &of_table);
@@ -163,23 +163,5 @@ impl Engine {
         let update = self.state.update(&self.config.optimizer, plan.lr, &gradient, sums.counted, finite);
         self.spare.push(gradient);
         Outcome { sums, update }
-    }
-
-    /// Loss sums of a micro-batch under the current weights, without gradients.
-    pub fn evaluate(&mut self, stage: &Stage, batch: &MicroBatch) -> LossSums {
-        self.prepare_rotary(stage);
-        let (context, ids_n, targets_n) = self.on_device(stage, batch);
-        let chunk = i64::from(self.config.compute.loss_chunk_tokens);
-        let hidden = tch::no_grad(|| {
-            let mut h = self.model.embed_nd(&ids_n);
-            (0..stage.loops)
-                .map(|_| {
-                    h = (0..self.model.layers.len())
-                        .fold(h.shallow_clone(), |h, layer| self.model.layer_nd(layer, &h, &context));
-                    h.shallow_clone()
-                })
-                .collect::<Vec<_>>()
-        });
-        objective::evaluate(&self.model, &hidden, &targets_n, stage.beta, chunk)
     }
 }

@@ -84,7 +84,7 @@ pub struct TokenLosses {
     pub counts_c: Tensor,
 }
 
-/// The plain objective on the hidden states of some tokens.
+/// The plain objective on the hidden states of some tokens: what [`backward`] is checked and measured against.
 pub fn token_losses(model: &Model, h_tcd: &Tensor, targets_c: &Tensor, beta: f64) -> TokenLosses {
     let [t, c, _] = h_tcd.size()[..] else { unreachable!("hidden states are [t, c, d]") };
     let logits = model.logits(h_tcd).view([t * c, -1]);
@@ -120,18 +120,6 @@ fn sums(losses: &TokenLosses, counted: u64) -> LossSums {
         exit: host(&losses.exit_tc),
         entropy: host(&losses.entropy_c)[0],
     }
-}
-
-/// Loss sums of the hidden states `h(1..=T)` (each `[n, d]`), without gradients.
-pub fn evaluate(model: &Model, hidden: &[Tensor], targets_n: &Tensor, beta: f64, chunk: i64) -> LossSums {
-    let mut total = LossSums::zero(hidden.len());
-    tch::no_grad(|| {
-        for_chunks(hidden, targets_n, chunk, |h_tcd, targets_c| {
-            let losses = token_losses(model, &h_tcd, &targets_c, beta);
-            total.add(&sums(&losses, counted(&targets_c)));
-        });
-    });
-    total
 }
 
 /// Loss sums, and their gradient: that of lm_head and gate is added to the flat `gradient`, that of the hidden

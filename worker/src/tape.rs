@@ -84,15 +84,10 @@ impl<'a> Tape<'a> {
     }
 
     /// Backward from the gradients of h(1..=T): adds the gradient of the stack's weights to the flat `gradient` and
-    /// returns that of `embedded`. `done(layer)` is called when the last gradient of a layer's weights is in.
-    pub fn backward(
-        mut self,
-        of_hidden: Vec<Tensor>,
-        gradient: &Tensor,
-        mut done: impl FnMut(usize),
-    ) -> Tensor {
+    /// returns that of `embedded`.
+    pub fn backward(mut self, of_hidden: Vec<Tensor>, gradient: &Tensor) -> Tensor {
         let mut upstream: Option<Tensor> = None;
-        for (loop_step, of_h) in of_hidden.into_iter().enumerate().rev() {
+        for of_h in of_hidden.into_iter().rev() {
             let mut g = match upstream {
                 Some(upstream) => upstream + of_h,
                 None => of_h,
@@ -108,9 +103,6 @@ impl<'a> Tape<'a> {
                     Kept::Nothing => unreachable!("a loop step's segments are replayed before they are used"),
                 };
                 g = self.segment_backward(layer, segment, &g, gradient);
-                if loop_step == 0 {
-                    done(layer);
-                }
             }
             upstream = Some(g);
         }
