@@ -84,11 +84,7 @@ impl Failure {
 
     /// The message, with the causes that it does not tell itself.
     pub fn text(&self) -> String {
-        let error: &dyn std::error::Error = self;
-        std::iter::successors(error.source(), |e| e.source()).fold(self.to_string(), |text, cause| {
-            let cause = cause.to_string();
-            if text.contains(&cause) { text } else { format!("{text}: {cause}") }
-        })
+        anello_worker::with_causes(self)
     }
 }
 

@@ -82,3 +82,11 @@ impl Error {
 
 /// A result of the worker.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// An error with the causes that it does not tell itself, in one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |e| e.source()).fold(error.to_string(), |text, cause| {
+        let cause = cause.to_string();
+        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
+    })
+}

@@ -30,7 +30,7 @@ mod trainer;
 
 pub use engine::{Engine, Outcome, Pass, forward_backward};
 pub use environment::Environment;
-pub use error::{Error, Result};
+pub use error::{Error, Result, with_causes};
 pub use fold::Fold;
 pub use generate::{Greedy, Sampled, greedy};
 pub use model::{Context, Model, Rotary};

@@ -8,7 +8,7 @@ use anello_configs::Checkpoint;
 
 use super::{LAST_ATTEMPTS, Notice, Run};
 use crate::checkpoint::{self, Snapshot};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, with_causes};
 use crate::events::{Event, EventLog};
 use crate::metrics::{self, StepRecord};
 use crate::store::RunStore;
@@ -203,7 +203,7 @@ impl Desk {
                 return Err(Error::Fenced { what });
             }
             Err(cause) => {
-                let text = chain(&cause);
+                let text = with_causes(&cause);
                 self.events.push(Event::CheckpointFailed { step, cause: text.clone() });
                 let _ = self.notices.send(Notice::CheckpointFailed { step, cause: text });
                 let _ = self.answers.send(Err(cause));
@@ -250,13 +250,4 @@ fn tolerate(result: Result<()>, what: &'static str) -> Result<()> {
         }
         Ok(()) => Ok(()),
     }
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |e| e.source());
-    causes.fold(error.to_string(), |text, cause| {
-        let cause = cause.to_string();
-        if text.contains(&cause) { text } else { format!("{text}: {cause}") }
-    })
 }
