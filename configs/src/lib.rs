@@ -20,6 +20,7 @@ pub mod random;
 mod resolved;
 mod run;
 mod schedule;
+pub mod text;
 mod tree;
 
 pub use load::*;

@@ -2,10 +2,9 @@
 
 mod number;
 mod quantity;
-mod table;
 mod time;
 
-pub use number::{bytes, count, grouped, lr, nats, per_second, percent, short};
+pub use anello_configs::text::{Table, bytes, count, grouped};
+pub use number::{lr, nats, per_second, percent, short};
 pub use quantity::quantity;
-pub use table::Table;
 pub use time::{duration, utc};

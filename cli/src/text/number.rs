@@ -1,46 +1,6 @@
-//! Figures for people: three digits and a unit.
+//! Figures for people that only the command line shows.
 
-/// Three significant digits with the units given for 1, 10³, 10⁶, …
-fn scaled(value: f64, units: &[&str]) -> String {
-    if !value.is_finite() {
-        return value.to_string();
-    }
-    let (mut value, mut unit) = (value, 0);
-    // 999.5 would print as 1000.
-    while value >= 999.5 && unit + 1 < units.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    let digits = match value {
-        _ if value >= 99.95 || (unit == 0 && value.fract() == 0.0) => 0,
-        _ if value >= 9.995 => 1,
-        _ => 2,
-    };
-    format!("{value:.digits$} {}", units[unit]).trim_end().to_owned()
-}
-
-/// A count of tokens or parameters: `1.43 M`.
-pub fn count(value: u64) -> String {
-    scaled(value as f64, &["", "K", "M", "B", "T"])
-}
-
-/// A size: `64.2 MB`.
-pub fn bytes(value: u64) -> String {
-    scaled(value as f64, &["B", "kB", "MB", "GB", "TB", "PB"])
-}
-
-/// An exact count, in groups of three digits: `1 430 552`.
-pub fn grouped(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(' ');
-        }
-        text.push(digit);
-    }
-    text
-}
+use anello_configs::text::{count, grouped};
 
 /// A speed without its unit: `9 820`, `82.0 K` from a hundred thousand on.
 pub fn per_second(value: f64) -> String {
@@ -92,13 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_have_three_digits_and_a_unit() {
-        assert_eq!(
-            each(&[0, 7, 999, 1_000, 999_499, 999_500, 1_433_000_000], count),
-            "0 | 7 | 999 | 1.00 K | 999 K | 1.00 M | 1.43 B"
-        );
-        assert_eq!(each(&[0, 1_024, 12_884_901_888], bytes), "0 B | 1.02 kB | 12.9 GB");
-        assert_eq!(each(&[0, 12, 1_234, 5_242_880], grouped), "0 | 12 | 1 234 | 5 242 880");
+    fn speeds_are_whole_and_large_ones_short() {
         assert_eq!(
             each(&[0.0, 9_820.4, 99_999.0, 99_999.6, 1.6e6, f64::NAN, f64::INFINITY], per_second),
             "0 | 9 820 | 99 999 | 100 K | 1.60 M | – | –"

@@ -1,8 +1,9 @@
 //! The plan as text.
 
-use super::units::{binary, bytes, count, duration, flops, grouped, number};
+use super::units::{binary, duration, number};
 use super::{Plan, StageEstimate};
 use crate::run::{LrCurve, Recompute};
+use crate::text::{Table, bytes, count, flops, grouped};
 
 pub(super) fn render(plan: &Plan) -> String {
     let sections =
@@ -205,44 +206,24 @@ fn notes(plan: &Plan) -> String {
     notes.into_iter().map(|note| format!("note: {note}\n")).collect()
 }
 
-/// A table: the first column to the left, the others to the right.
+/// A table under a title: the first column to the left, the others to the right.
 struct Grid {
     title: String,
-    rows: Vec<Vec<String>>,
+    table: Table,
 }
 
 impl Grid {
     fn new(title: &str) -> Self {
-        Self { title: title.to_owned(), rows: Vec::new() }
+        Self { title: title.to_owned(), table: Table::new(1) }
     }
 
     fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().collect());
+        self.table.row(cells);
     }
 
     fn text(&self) -> String {
-        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
-        let width = |column: usize| {
-            self.rows
-                .iter()
-                .filter_map(|row| row.get(column))
-                .map(|cell| cell.chars().count())
-                .max()
-                .unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..columns).map(width).collect();
-        let mut text = format!("{}\n", self.title);
-        for row in &self.rows {
-            let mut line = String::from("  ");
-            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-                match column {
-                    0 => line.push_str(&format!("{cell:<width$}")),
-                    _ => line.push_str(&format!("  {cell:>width$}")),
-                }
-            }
-            text.push_str(line.trim_end());
-            text.push('\n');
-        }
-        text
+        let lines = self.table.render();
+        let indented = lines.lines().map(|line| format!("  {line}").trim_end().to_owned() + "\n");
+        format!("{}\n{}", self.title, indented.collect::<String>())
     }
 }

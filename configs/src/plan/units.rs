@@ -1,35 +1,6 @@
-//! Figures for people: three digits and a unit.
+//! Figures for people that only the plan shows.
 
-/// `1.43 B`, `36.8 G…`: three significant digits with the units given for 1, 10³, 10⁶, …
-fn scaled(value: f64, units: &[&str]) -> String {
-    let (mut value, mut unit) = (value, 0);
-    // 999.5 would print as 1000.
-    while value >= 999.5 && unit + 1 < units.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    let digits = if value >= 99.95 || value.fract() == 0.0 && unit == 0 {
-        0
-    } else if value >= 9.995 {
-        1
-    } else {
-        2
-    };
-    format!("{value:.digits$} {}", units[unit]).trim_end().to_owned()
-}
-
-/// A count of parameters or tokens.
-pub(super) fn count(value: u64) -> String {
-    scaled(value as f64, &["", "K", "M", "B", "T"])
-}
-
-pub(super) fn bytes(value: u64) -> String {
-    scaled(value as f64, &["B", "kB", "MB", "GB", "TB", "PB"])
-}
-
-pub(super) fn flops(value: f64) -> String {
-    scaled(value, &["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP", "YFLOP"])
-}
+use crate::text::grouped;
 
 /// `4 Mi`, `64 Ki`, or the plain count when it is no round power of 1024.
 pub(super) fn binary(value: u64) -> String {
@@ -38,19 +9,6 @@ pub(super) fn binary(value: u64) -> String {
         Some((unit, name)) => format!("{} {name}", value / unit),
         None => grouped(value),
     }
-}
-
-/// `1 430 552`.
-pub(super) fn grouped(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::new();
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(' ');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// The two largest units of a time: `72 d 4 h`, `3 min 20 s`.
@@ -77,13 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_have_three_digits() {
-        assert_eq!(
-            [0, 7, 999, 1_000, 999_499, 999_500, 1_433_000_000].map(count).join(" | "),
-            "0 | 7 | 999 | 1.00 K | 999 K | 1.00 M | 1.43 B"
-        );
-        assert_eq!([12_884_901_888, 80_000_000_000].map(bytes).join(" | "), "12.9 GB | 80.0 GB");
-        assert_eq!(flops(36.8e9), "36.8 GFLOP");
+    fn figures_are_as_a_person_writes_them() {
         assert_eq!(
             [4 << 20, 65_536, 128, 8_388_607].map(binary).join(" | "),
             "4 Mi | 64 Ki | 128 | 8 388 607"
