@@ -84,7 +84,7 @@ pub struct TokenLosses {
     pub counts_c: Tensor,
 }
 
-/// The plain objective on the hidden states of some tokens: what [`backward`] is checked and measured against.
+/// The plain objective on the hidden states of some tokens: what the chunked backward is checked and measured against.
 pub fn token_losses(model: &Model, h_tcd: &Tensor, targets_c: &Tensor, beta: f64) -> TokenLosses {
     let [t, c, _] = h_tcd.size()[..] else { unreachable!("hidden states are [t, c, d]") };
     let logits = model.logits(h_tcd).view([t * c, -1]);
