@@ -14,7 +14,7 @@ use indicatif::ProgressBar;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::screen::Screen;
-use crate::text::{bytes, grouped, quantity};
+use crate::text::{bytes, grouped, read_bytes, read_count};
 
 /// Subcommands of `anello data`.
 #[derive(Debug, clap::Subcommand)]
@@ -95,7 +95,7 @@ impl TextArgs {
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct FormatArgs {
     /// Aimed tokens of a row group: what a lane reads at once, and the window in which documents are shuffled.
-    #[arg(long, value_name = "TOKENS", default_value = "256Ki", value_parser = quantity)]
+    #[arg(long, value_name = "TOKENS", default_value = "256Ki", value_parser = read_count)]
     row_group: u64,
     /// zstd level.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
@@ -129,7 +129,7 @@ pub struct TokenizeArgs {
     #[arg(long, value_name = "NAME")]
     source: Option<String>,
     /// Text of one shard: the unit of work and of continuing.
-    #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = quantity)]
+    #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = read_bytes)]
     shard: u64,
     #[command(flatten)]
     format: FormatArgs,
@@ -149,7 +149,7 @@ pub struct TrainTokenizerArgs {
     #[arg(long, value_name = "SIZE", default_value_t = 2048)]
     vocab: u32,
     /// Train on so much text; of more, documents are drawn.
-    #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = quantity)]
+    #[arg(long, value_name = "BYTES", default_value = "64MiB", value_parser = read_bytes)]
     bytes_max: u64,
     /// Seed of that draw.
     #[arg(long, default_value_t = 0)]
@@ -166,10 +166,10 @@ pub struct ManoArgs {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     length: u32,
     /// Expressions to train on.
-    #[arg(long, value_name = "COUNT", default_value = "1M", value_parser = quantity)]
+    #[arg(long, value_name = "COUNT", default_value = "1M", value_parser = read_count)]
     documents: u64,
     /// Expressions to test on, all of the full length.
-    #[arg(long, value_name = "COUNT", default_value = "1000", value_parser = quantity)]
+    #[arg(long, value_name = "COUNT", default_value = "1000", value_parser = read_count)]
     eval_documents: u64,
     /// Only the answer is a training target.
     #[arg(long)]

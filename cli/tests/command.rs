@@ -83,6 +83,8 @@ fn wrong_arguments_and_configs_are_told_in_full_with_exit_code_2() {
         assert_eq!((code, output.as_str()), (2, ""), "{arguments:?}: {complaint}");
         told.iter().for_each(|text| assert!(complaint.contains(text), "{arguments:?}: {complaint}"));
     }
+    let (code, _, complaint) = anello(directory.path(), &["plan", "tinny"]);
+    assert!(code == 2 && complaint.contains("did you mean the preset `tiny`?"), "{complaint}");
     // Looking at what is not there makes nothing.
     for command in
         [vec!["checkpoint", "list", "nowhere"], vec!["events", "nowhere"], vec!["report", "nowhere"]]

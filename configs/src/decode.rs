@@ -33,7 +33,18 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
         if !top.has("model") {
             top.missing("model", "a [model] table with layers, hidden, heads, ffn and vocab");
         }
-        Model { layers: 1, hidden: 2, heads: 1, kv_heads: 1, ffn: 1, vocab: 2, rms_eps: 1e-6, init_std: 0.02 }
+        Model {
+            layers: 1,
+            hidden: 2,
+            heads: 1,
+            kv_heads: 1,
+            ffn: 1,
+            vocab: 2,
+            rms_eps: 1e-6,
+            init_std: 0.02,
+            embed_std: 0.02,
+            post_norm: 1.0,
+        }
     });
     let optimizer = top.section_or_empty("optimizer", optimizer);
     let compute = top.section_or_empty("compute", compute);
@@ -46,6 +57,8 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
 
 fn model(s: &mut Section<'_, '_>) -> Model {
     let heads = s.count("heads", 1..=4096, None) as u32;
+    let std = "a number above 0, up to 1";
+    let init_std = s.number("init_std", std, |v| v > 0.0 && v <= 1.0, Some(0.02));
     Model {
         layers: s.count("layers", 1..=LAYERS_MAX, None) as u32,
         hidden: s.count("hidden", 2..=1 << 20, None) as u32,
@@ -54,7 +67,9 @@ fn model(s: &mut Section<'_, '_>) -> Model {
         ffn: s.count("ffn", 1..=1 << 24, None) as u32,
         vocab: s.count("vocab", 2..=1 << 24, None) as u32,
         rms_eps: s.number("rms_eps", "a number above 0, up to 0.01", |v| v > 0.0 && v <= 0.01, Some(1e-6)),
-        init_std: s.number("init_std", "a number above 0, up to 1", |v| v > 0.0 && v <= 1.0, Some(0.02)),
+        init_std,
+        embed_std: s.number("embed_std", std, |v| v > 0.0 && v <= 1.0, Some(init_std)),
+        post_norm: s.number("post_norm", "a number from 0 to 1", |v| (0.0..=1.0).contains(&v), Some(1.0)),
     }
 }
 

@@ -386,8 +386,9 @@ fn anchor_path(node: &mut Node, directory: &Path) {
 
 fn unreadable(path: &Path, from: Option<&Origin>, source: std::io::Error) -> ConfigError {
     let presets: Vec<&str> = presets().collect();
-    let shown = path.display().to_string();
-    let remedy = match closest(&shown, presets.iter().copied()) {
+    // A path that names no file may be a preset's name with a slip, made absolute by now.
+    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let remedy = match closest(&name, presets.iter().copied()) {
         Some(close) if from.is_none() => format!("did you mean the preset `{close}`?"),
         _ => format!("give the path of a TOML file, or one of the presets {}", presets.join(", ")),
     };

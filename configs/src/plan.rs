@@ -154,7 +154,8 @@ pub struct Memory {
     pub activations: u64,
     /// h(T), and the gradients of h(1..T).
     pub hidden: u64,
-    /// fp32 logits of one chunk at all loop steps, their log-softmax and their gradient.
+    /// Logits of one chunk at one loop step and their log-softmax, which becomes the gradient in place: 8 bytes each,
+    /// in bf16 as well (2 for the logits, 4 for the log-softmax, 2 for the gradient's copy). Other loop steps wait.
     pub logits: u64,
 }
 
@@ -180,7 +181,6 @@ impl Memory {
             (Trains::All, Recompute::Loop) => (product([t, hidden_state]), product([l, in_layer])),
         };
         let chunk = u64::from(config.compute.loss_chunk_tokens).min(tokens);
-        let logits_loops = if stage.loss == Loss::Sft { 1 } else { t };
         Self {
             weights: if config.compute.dtype == Dtype::Bf16 { 2 * parameters } else { 0 },
             master: 4 * parameters,
@@ -190,7 +190,7 @@ impl Memory {
             inputs,
             activations,
             hidden: product([1 + t, hidden_state]),
-            logits: product([3, logits_bytes(chunk * logits_loops, model.vocab)]),
+            logits: product([2, logits_bytes(chunk, model.vocab)]),
         }
     }
 

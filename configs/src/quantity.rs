@@ -96,6 +96,20 @@ pub(crate) fn parse(text: &str, unit: Unit) -> Option<u64> {
     u64::try_from(value).ok()
 }
 
+/// Reads a count as a config has it: `3000`, `256Ki`, `1.5M`. For command lines.
+pub fn read_count(text: &str) -> Result<u64, String> {
+    read(text, Unit::Tokens, "write a whole number as 3000, 256Ki, 1.5M or 20B")
+}
+
+/// Reads a size as a config has it: `1048576`, `64MiB`, `1GB`. For command lines.
+pub fn read_bytes(text: &str) -> Result<u64, String> {
+    read(text, Unit::Bytes, "write a size as 1048576, 64MiB or 1GB")
+}
+
+fn read(text: &str, unit: Unit, remedy: &str) -> Result<u64, String> {
+    parse(text, unit).ok_or_else(|| remedy.to_owned())
+}
+
 /// Length of the leading number: digits, `_`, one `.`, and an exponent only when digits follow its `e`.
 fn number_len(text: &str) -> usize {
     let bytes = text.as_bytes();

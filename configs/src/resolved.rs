@@ -127,9 +127,11 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         s.put("stages", format!("[{}]", names.join(", ")), true);
     });
     section("model", &|s| {
-        let Model { layers, hidden, heads, kv_heads, ffn, vocab, rms_eps, init_std } = model;
+        let Model { layers, hidden, heads, kv_heads, ffn, vocab, rms_eps, init_std, embed_std, post_norm } =
+            model;
         s.bits("layers", *layers).bits("hidden", *hidden).bits("heads", *heads).bits("kv_heads", *kv_heads);
         s.bits("ffn", *ffn).bits("vocab", *vocab).bits("rms_eps", *rms_eps).bits("init_std", *init_std);
+        s.bits("embed_std", *embed_std).bits("post_norm", *post_norm);
     });
     section("optimizer", &|s| {
         let Optimizer { beta1, beta2, eps, weight_decay, clip } = optimizer;

@@ -46,6 +46,12 @@ pub struct Model {
     pub rms_eps: f64,
     /// Standard deviation of the initial matrices.
     pub init_std: f64,
+    /// Standard deviation of the initial embedding; `init_std` in the published models.
+    pub embed_std: f64,
+    /// Initial weight of the norms after attention and after the MLP; 1 in the published models. With 1 and an embedding
+    /// far below it, a token's own identity is lost in the residual until the norms have shrunk, which takes more steps
+    /// than a small run has.
+    pub post_norm: f64,
 }
 
 /// AdamW with decoupled weight decay on matrices, and the global gradient clip.
@@ -92,7 +98,7 @@ pub struct Compute {
     pub dtype: Dtype,
     /// What the forward keeps.
     pub recompute: Recompute,
-    /// Tokens that go through lm_head and cross-entropy at a time, for all loop steps together.
+    /// Tokens that go through lm_head and cross-entropy at a time, of one loop step.
     pub loss_chunk_tokens: u32,
     /// CPU threads of LibTorch; absent = all cores. The bits do not depend on it.
     pub threads: Option<u32>,

@@ -218,7 +218,7 @@ fn child(mode: &str) -> Value {
     let config = case.config(recompute, threads());
     tch::set_num_threads(threads() as i32);
     let layout = Layout::new(&config.model, config.model.layers);
-    let flat = layout.initial(config.seed, config.model.init_std, Device::Cpu);
+    let flat = layout.initial(config.seed, Device::Cpu);
     let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
     let gradient = layout.zeros(Device::Cpu);
     let rotary = Rotary::new(10_000.0, i64::from(case.hidden / 4), i64::from(case.sequence), Device::Cpu);

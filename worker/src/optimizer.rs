@@ -132,9 +132,11 @@ mod tests {
             vocab: 100,
             rms_eps: 1e-6,
             init_std: 0.02,
+            embed_std: 0.02,
+            post_norm: 1.0,
         };
         let layout = Layout::new(&sizes, 1);
-        let weights = layout.initial(1, 0.02, Device::Cpu);
+        let weights = layout.initial(1, Device::Cpu);
         State::new(layout, weights)
     }
 

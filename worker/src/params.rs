@@ -18,15 +18,15 @@ use tch::{Device, Kind, Tensor};
 pub const BLOCK: usize = 1 << 16;
 
 /// How a tensor starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Init {
-    Normal,
-    Ones,
-    Zeros,
+    /// Normal around 0 with this standard deviation.
+    Normal(f64),
+    Constant(f64),
 }
 
 /// A named tensor's place in the flat buffer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// Name in the published layout.
     pub name: String,
@@ -55,7 +55,7 @@ impl Entry {
 }
 
 /// Where every tensor of a model lies in the flat buffer: a function of the sizes alone.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Layout {
     entries: Vec<Entry>,
     decayed_len: usize,
@@ -68,8 +68,9 @@ impl Layout {
     pub fn new(model: &Model, layers: u32) -> Self {
         let (d, f, v) = (i64::from(model.hidden), i64::from(model.ffn), i64::from(model.vocab));
         let kv = d / i64::from(model.heads) * i64::from(model.kv_heads);
+        let matrix = Init::Normal(model.init_std);
         let mut layout = Self { entries: Vec::new(), decayed_len: 0, len: 0, layers: layers as usize };
-        layout.push("model.embed_tokens.weight", &[v, d], Init::Normal);
+        layout.push("model.embed_tokens.weight", &[v, d], Init::Normal(model.embed_std));
         for l in 0..layers {
             for (part, shape) in [
                 ("self_attn.q_proj", [d, d]),
@@ -80,20 +81,20 @@ impl Layout {
                 ("mlp.up_proj", [f, d]),
                 ("mlp.down_proj", [d, f]),
             ] {
-                layout.push(&format!("model.layers.{l}.{part}.weight"), &shape, Init::Normal);
+                layout.push(&format!("model.layers.{l}.{part}.weight"), &shape, matrix);
             }
         }
-        layout.push("lm_head.weight", &[v, d], Init::Normal);
+        layout.push("lm_head.weight", &[v, d], matrix);
         layout.pad();
         layout.decayed_len = layout.len;
         for l in 0..layers {
-            for norm in NORMS {
-                layout.push(&format!("model.layers.{l}.{norm}.weight"), &[d], Init::Ones);
+            for (norm, weight) in NORMS.into_iter().zip([1.0, model.post_norm, 1.0, model.post_norm]) {
+                layout.push(&format!("model.layers.{l}.{norm}.weight"), &[d], Init::Constant(weight));
             }
         }
-        layout.push("model.norm.weight", &[d], Init::Ones);
-        layout.push("model.early_exit_gate.weight", &[1, d], Init::Normal);
-        layout.push("model.early_exit_gate.bias", &[1], Init::Zeros);
+        layout.push("model.norm.weight", &[d], Init::Constant(1.0));
+        layout.push("model.early_exit_gate.weight", &[1, d], matrix);
+        layout.push("model.early_exit_gate.bias", &[1], Init::Constant(0.0));
         layout.pad();
         layout
     }
@@ -156,20 +157,20 @@ impl Layout {
 
     /// A new flat buffer with the initial weights: each a function of (seed, its name, its shape) alone.
     ///
-    /// Matrices and the embedding are normal with `init_std`, norms one, the gate's bias zero (LOOPLM §1).
-    pub fn initial(&self, seed: u64, init_std: f64, device: Device) -> Tensor {
+    /// Matrices are normal with `init_std`, the embedding with `embed_std`; the norms after a sub-layer start at
+    /// `post_norm`, the other norms at one, the gate's bias at zero (LOOPLM §1 where those keys have their defaults).
+    pub fn initial(&self, seed: u64, device: Device) -> Tensor {
         let mut values = vec![0f32; self.len];
         for entry in &self.entries {
             let out = &mut values[entry.range()];
             match entry.init {
-                Init::Zeros => {}
-                Init::Ones => out.fill(1.0),
-                Init::Normal => {
+                Init::Constant(value) => out.fill(value as f32),
+                Init::Normal(std) => {
                     let stream = Stream::new(seed, &format!("init/{}", entry.name), &[]);
                     for (index, four) in out.chunks_mut(4).enumerate() {
                         let drawn = stream.normals_at(index as u64);
                         for (value, normal) in four.iter_mut().zip(drawn) {
-                            *value = normal * init_std as f32;
+                            *value = normal * std as f32;
                         }
                     }
                 }
@@ -223,6 +224,8 @@ mod tests {
             vocab: 200,
             rms_eps: 1e-6,
             init_std: 0.02,
+            embed_std: 0.5,
+            post_norm: 0.25,
         }
     }
 
@@ -247,7 +250,7 @@ mod tests {
     #[test]
     fn initial_weights_depend_on_seed_name_and_shape_alone() {
         let (two, three) = (Layout::new(&model(), 2), Layout::new(&model(), 3));
-        let (a, b) = (two.initial(5, 0.02, Device::Cpu), three.initial(5, 0.02, Device::Cpu));
+        let (a, b) = (two.initial(5, Device::Cpu), three.initial(5, Device::Cpu));
         let take = |layout: &Layout, flat: &Tensor, name: &str| {
             let entry = layout.find(name).unwrap();
             flat.narrow(0, entry.offset as i64, entry.len() as i64)
@@ -258,16 +261,20 @@ mod tests {
                 "{name} moved with the number of layers"
             );
         }
-        assert!(!a.equal(&two.initial(6, 0.02, Device::Cpu)));
-        let std = take(&two, &a, "lm_head.weight").std(false).double_value(&[]);
-        assert!((std - 0.02).abs() < 0.001, "std {std}");
-        assert_eq!(take(&two, &a, "model.norm.weight").min().double_value(&[]), 1.0);
+        assert!(!a.equal(&two.initial(6, Device::Cpu)));
+        let std = |name: &str| take(&two, &a, name).std(false).double_value(&[]);
+        assert!((std("lm_head.weight") - 0.02).abs() < 0.001);
+        assert!((std("model.embed_tokens.weight") - 0.5).abs() < 0.01);
+        for (norm, weight) in NORMS.into_iter().zip([1.0, 0.25, 1.0, 0.25]) {
+            let values = take(&two, &a, &format!("model.layers.1.{norm}.weight"));
+            assert!(values.equal(&values.full_like(weight)), "{norm}");
+        }
     }
 
     #[test]
     fn upcycling_repeats_the_stack() {
         let (small, large) = (Layout::new(&model(), 2), Layout::new(&model(), 6));
-        let flat = small.initial(1, 0.02, Device::Cpu);
+        let flat = small.initial(1, Device::Cpu);
         let grown = large.upcycled(&small, &flat);
         for entry in large.entries() {
             let source = match layer_of(&entry.name) {

@@ -5,3 +5,5 @@ mod table;
 
 pub use number::{bytes, count, flops, grouped};
 pub use table::Table;
+
+pub use crate::quantity::{read_bytes, read_count};

@@ -6,7 +6,18 @@ use anello_worker::{Context, Layout, LossSums, Model, Pass, Rotary, forward_back
 use tch::{Device, Kind, Tensor};
 
 pub fn sizes() -> Sizes {
-    Sizes { layers: 2, hidden: 32, heads: 4, kv_heads: 4, ffn: 48, vocab: 61, rms_eps: 1e-6, init_std: 0.3 }
+    Sizes {
+        layers: 2,
+        hidden: 32,
+        heads: 4,
+        kv_heads: 4,
+        ffn: 48,
+        vocab: 61,
+        rms_eps: 1e-6,
+        init_std: 0.3,
+        embed_std: 0.3,
+        post_norm: 1.0,
+    }
 }
 
 pub fn compute(recompute: Recompute, loss_chunk_tokens: u32) -> Compute {
@@ -62,7 +73,7 @@ pub struct Fixture {
 impl Fixture {
     pub fn new(sizes: Sizes, kind: Kind, dtype: Dtype) -> Self {
         let layout = Layout::new(&sizes, sizes.layers);
-        let flat = layout.initial(3, sizes.init_std, Device::Cpu).to_kind(kind);
+        let flat = layout.initial(3, Device::Cpu).to_kind(kind);
         // Norms that are not one and a gate bias that is not zero, so that nothing is hidden by a neutral value.
         for (at, entry) in layout.entries().iter().enumerate() {
             if entry.name.contains("norm") || entry.name.ends_with("bias") {
