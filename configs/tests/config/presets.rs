@@ -193,12 +193,7 @@ fn tiny_goes_through_the_five_stages_of_ouro() {
     assert_eq!(names(&tiny), names(&ouro));
     for (small, large) in tiny.stages.iter().zip(&ouro.stages) {
         assert_eq!((small.loops, small.rope_base), (large.loops, large.rope_base));
-        assert_eq!(
-            small.beta,
-            3.0 * if small.name.as_str() == "stable" { 0.1 } else { large.beta },
-            "{}",
-            small.name
-        );
+        assert!(small.beta > large.beta, "{}: so few tokens must teach all loop steps", small.name);
         assert_eq!(std::mem::discriminant(&small.lr), std::mem::discriminant(&large.lr));
     }
     assert_eq!(tiny.data.tokenizer.as_deref(), Some("data/tiny/tokenizer.json"));
