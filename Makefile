@@ -4,7 +4,7 @@ CARGO ?= cargo
 RUN ?= runs/tiny
 TINY := data/tiny
 
-.PHONY: run test check bench fmt clean setup build data
+.PHONY: run test check bench soak fmt clean setup build data
 
 ## Train the tiny model through all stages, with live output. A second call goes on where the first stopped.
 run: build data
@@ -47,3 +47,7 @@ data: build
 clean:
 	$(CARGO) clean
 	rm -rf libtorch data/tiny .venv-bench
+
+## Simulated histories of the ring and whole runs with random faults, new ones until stopped.
+soak: setup
+	$(CARGO) test -p anello-coordinator --lib -- --ignored soak --nocapture

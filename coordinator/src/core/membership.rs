@@ -1,0 +1,477 @@
+//! Who trains: the coordinator's half of the ring's life, for one job. No I/O, no clock, no randomness.
+//!
+//! ```text
+//!             enough workers          recorded                 a member is lost, holds, or a change is due
+//!   Gathering ──────────────▶ Recording ───────▶ Alive(g) ─────────────────────────────────▶ Breaking(g)
+//!       ▲                                     members form,                                      │
+//!       │                                     then run                                           │
+//!       └────────────────────────────────────────────────────────────────────────────────────────┘
+//!                                 every member of g holds, or is gone
+//!   Gathering ──▶ Over   all steps applied and committed · paused · cancelled · failed
+//! ```
+//!
+//! A generation is recorded in the job's log before anyone hears of it, so that a coordinator that takes over takes up
+//! the last recorded generation as if it had formed it itself: members that never heard of it are told again.
+//!
+//! What is said to a worker follows from where it stands and what the core wants ([`Membership::owed`]): nothing here
+//! remembers a conversation, only what was last said on the present connection.
+
+mod alive;
+mod gather;
+mod orders;
+mod status;
+
+pub use gather::lane_ranges;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use anello_proto::ring::*;
+
+use super::checkpoints::Checkpoints;
+#[cfg(test)]
+use super::simulation::Bug;
+use super::{Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
+
+/// A worker that the coordinator knows.
+#[derive(Clone, Debug, PartialEq)]
+struct Worker {
+    addresses: Vec<String>,
+    /// Where it runs, for people and for quarantine.
+    machine: String,
+    /// Its connection is open.
+    linked: bool,
+    /// When it last said something.
+    heard: Millis,
+    /// Rank among the arrivals.
+    arrival: u64,
+    stance: Stance,
+    /// What it was told last over the present connection.
+    told: Option<Order>,
+    told_committed: Option<Step>,
+}
+
+/// The ring's state.
+#[derive(Clone, Debug, PartialEq)]
+enum Ring {
+    /// There is none; one is formed when enough workers are here. `since` starts the wait for latecomers.
+    Gathering { since: Millis, listing: Listing },
+    /// A generation is being written to the job's log.
+    Recording(Arc<Formation>),
+    /// Members get state, connect and train. `changing`: they were asked to hold at a boundary.
+    Alive { formation: Arc<Formation>, changing: Option<Change> },
+    /// The generation is over; some members have not said yet that they hold. `abort`: why they are told to break it
+    /// off; absent while all hold by agreement. `blameless`: only deaths explain it.
+    Breaking { formation: Arc<Formation>, abort: Option<String>, blameless: bool },
+    /// Nothing more will be formed.
+    Over(Outcome),
+}
+
+/// Whether the list of checkpoints is fresh. It must be before a generation starts from the store: a coordinator before
+/// this one may have committed more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Listing {
+    Old,
+    Asked,
+    Fresh,
+}
+
+/// Why a ring that runs well is asked to hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Change {
+    save: bool,
+    why: String,
+}
+
+/// The membership of one job's ring.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Membership {
+    options: Options,
+    epoch: Epoch,
+    goal: Goal,
+    /// The newest generation that was ever recorded.
+    generation: Generation,
+    ring: Ring,
+    workers: BTreeMap<WorkerId, Worker>,
+    checkpoints: Checkpoints,
+    arrivals: u64,
+    /// Ranks in the newest generation, which the next one keeps in order.
+    ranks: BTreeMap<WorkerId, usize>,
+    /// Rings that failed for reasons of their own at this step, one after the other.
+    faults: Faults,
+    deadline: Option<Millis>,
+    /// Members of the living generation that run.
+    running: usize,
+    #[cfg(test)]
+    planted: Option<Bug>,
+    /// Time of the last event.
+    now: Millis,
+}
+
+/// Failures that no death explains, since the last step that was applied.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Faults {
+    at: Step,
+    count: u32,
+    /// State held by workers is not to be used: the checkpoint is.
+    distrust: bool,
+}
+
+/// What a coordinator finds in the job's prefix when it takes the job up.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The newest generation in the log.
+    pub formation: Option<Formation>,
+    /// Steps of the committed checkpoints, ascending.
+    pub checkpoints: Vec<Step>,
+}
+
+impl Membership {
+    /// Takes up a job at `now`: fresh, or where another coordinator left it.
+    pub fn new(options: Options, epoch: Epoch, found: Found, now: Millis) -> Self {
+        let generation = found.formation.as_ref().map_or(Generation(0), |formation| formation.generation);
+        let ranks = found.formation.as_ref().map(ranks_of).unwrap_or_default();
+        let mut workers = BTreeMap::new();
+        let mut checkpoints = Checkpoints::new(found.checkpoints);
+        let ring = match found.formation {
+            None => Ring::Gathering { since: now, listing: Listing::Fresh },
+            Some(formation) => {
+                // Nobody has reported in yet: the members have a lease's time to do so.
+                for (arrival, member) in formation.members.iter().enumerate() {
+                    let stance = Stance {
+                        holds: None,
+                        activity: Activity::Outside,
+                        leaving: false,
+                        written: Vec::new(),
+                    };
+                    let worker = Worker {
+                        addresses: member.addresses.clone(),
+                        machine: String::new(),
+                        linked: false,
+                        heard: now,
+                        arrival: arrival as u64,
+                        stance,
+                        told: None,
+                        told_committed: None,
+                    };
+                    workers.insert(member.worker, worker);
+                }
+                checkpoints.expect(&formation);
+                Ring::Alive { formation: Arc::new(formation), changing: None }
+            }
+        };
+        let arrivals = workers.len() as u64;
+        Self {
+            options,
+            epoch,
+            goal: Goal::Run,
+            generation,
+            ring,
+            workers,
+            checkpoints,
+            arrivals,
+            ranks,
+            faults: Faults::default(),
+            deadline: Some(now),
+            running: 0,
+            #[cfg(test)]
+            planted: None,
+            now,
+        }
+    }
+
+    /// Puts a mistake in, for the simulator to find.
+    #[cfg(test)]
+    pub(super) fn plant(&mut self, bug: Option<Bug>) {
+        self.planted = bug;
+        self.checkpoints.early = bug == Some(Bug::EarlyManifest);
+    }
+
+    /// Takes in one event and appends what is to be done, in that order.
+    pub fn handle(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
+        self.pass_time(now);
+        if self.is_quiet(&event) {
+            return;
+        }
+        match event {
+            Event::Tick => {}
+            Event::Linked { worker, addresses, machine, stance } => {
+                self.linked(worker, addresses, machine, stance, out);
+            }
+            Event::Unlinked { worker } => {
+                if let Some(known) = self.workers.get_mut(&worker) {
+                    known.linked = false;
+                    known.told = None;
+                    known.told_committed = None;
+                }
+            }
+            Event::Stands { worker, stance } => self.stands(worker, stance, out),
+            Event::Recorded { generation } => self.recorded(generation),
+            Event::Committed { step } => self.checkpoints.committed(step),
+            Event::Listed { steps } => {
+                steps.into_iter().for_each(|step| self.checkpoints.exists(step));
+                if let Ring::Gathering { listing, .. } = &mut self.ring {
+                    *listing = Listing::Fresh;
+                }
+            }
+            Event::CommitFailed { step, reason } => {
+                self.checkpoints.failed(step);
+                out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
+            }
+            Event::Fenced { by } => self.over(Outcome::Fenced { by }, out),
+            Event::Goal(goal) => self.goal = goal,
+            Event::Desired(workers) => self.options.desired = workers.max(1),
+        }
+        self.expire(out);
+        self.advance(out);
+        self.tell(out);
+        self.deadline = self.next_deadline();
+        self.running = self.count_running();
+    }
+
+    /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
+    /// are: it stands where it stood, at most some steps further, or it is one of many members that begin to run. All
+    /// that a ring in good health ever says. The deadline may then be early, never late.
+    fn is_quiet(&mut self, event: &Event) -> bool {
+        let Event::Stands { worker, stance } = event else { return false };
+        let Some(known) = self.workers.get_mut(worker).filter(|known| known.linked) else { return false };
+        if self.faults.count > 0
+            || stance.leaving != known.stance.leaving
+            || stance.written != known.stance.written
+        {
+            return false;
+        }
+        let running = matches!(stance.activity, Activity::Running { .. });
+        if stance.activity != known.stance.activity {
+            let Ring::Alive { formation, .. } = &self.ring else { return false };
+            let ours = |activity: &Activity| activity.is_in(formation.generation);
+            let told = known
+                .told
+                .as_ref()
+                .is_some_and(|order| matches!(order, Order::Form(f) if Arc::ptr_eq(f, formation)));
+            let begins =
+                told && ours(&stance.activity) && !(running && self.running + 1 >= formation.members.len());
+            if !begins {
+                return false;
+            }
+            self.running += usize::from(running);
+        } else if !running && known.stance.holds != stance.holds {
+            return false;
+        }
+        known.heard = self.now;
+        known.stance.holds = stance.holds;
+        known.stance.activity = stance.activity.clone();
+        true
+    }
+
+    /// The time at which a [`Event::Tick`] is owed; absent: nothing waits for time.
+    pub fn deadline(&self) -> Option<Millis> {
+        self.deadline
+    }
+
+    fn count_running(&self) -> usize {
+        let Ring::Alive { formation, .. } = &self.ring else { return 0 };
+        let runs = Activity::Running { generation: formation.generation };
+        self.workers.values().filter(|worker| worker.stance.activity == runs).count()
+    }
+
+    fn next_deadline(&self) -> Option<Millis> {
+        if matches!(self.ring, Ring::Over(_)) {
+            return None;
+        }
+        let leases = self.workers.values().map(|worker| worker.heard + self.options.lease);
+        let gathering = match self.ring {
+            Ring::Gathering { since, .. } => Some(since + self.options.gather),
+            _ => None,
+        };
+        leases.chain(gathering.filter(|at| *at > self.now)).min()
+    }
+
+    /// The generation that is alive or breaking.
+    pub fn formation(&self) -> Option<&Formation> {
+        match &self.ring {
+            Ring::Alive { formation, .. } | Ring::Breaking { formation, .. } | Ring::Recording(formation) => {
+                Some(formation)
+            }
+            Ring::Gathering { .. } | Ring::Over(_) => None,
+        }
+    }
+
+    /// A process that slept through its deadline must not take its own silence for that of others.
+    fn pass_time(&mut self, now: Millis) {
+        let late = self.deadline.map_or(Millis(0), |deadline| now.since(deadline));
+        if late > self.options.lease / 2 {
+            self.workers.values_mut().for_each(|worker| {
+                worker.heard = (worker.heard + late).max(Millis(now.0 - self.options.lease.0 / 2)).min(now)
+            });
+        }
+        self.now = self.now.max(now);
+    }
+
+    fn linked(
+        &mut self,
+        id: WorkerId,
+        addresses: Vec<String>,
+        machine: String,
+        stance: Stance,
+        out: &mut Vec<Effect>,
+    ) {
+        let arrival = self.workers.get(&id).map_or(self.arrivals, |known| known.arrival);
+        if !self.workers.contains_key(&id) {
+            self.arrivals += 1;
+            out.push(Effect::Record(Entry::Joined { worker: id, machine: machine.clone() }));
+        }
+        let heard = self.now;
+        let worker = Worker {
+            addresses,
+            machine,
+            linked: true,
+            heard,
+            arrival,
+            stance,
+            told: None,
+            told_committed: None,
+        };
+        let stance = worker.stance.clone();
+        self.workers.insert(id, worker);
+        self.stands(id, stance, out);
+    }
+
+    fn stands(&mut self, id: WorkerId, stance: Stance, out: &mut Vec<Effect>) {
+        let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.linked) else { return };
+        worker.heard = self.now;
+        for written in &stance.written {
+            if let Some(commit) = self.checkpoints.written(id, written) {
+                out.push(commit);
+            }
+        }
+        if self.faults.count > 0 && stance.holds > Some(self.faults.at) {
+            self.faults = Faults::default();
+        }
+        let worker = self.workers.get_mut(&id).expect("just seen");
+        worker.stance = stance;
+    }
+
+    fn recorded(&mut self, generation: Generation) {
+        if let Ring::Recording(formation) = &self.ring
+            && formation.generation == generation
+        {
+            self.checkpoints.expect(formation);
+            self.ranks = ranks_of(formation);
+            self.ring = Ring::Alive { formation: formation.clone(), changing: None };
+        }
+    }
+
+    /// Removes those that were silent for a lease, and those that left no trace worth waiting for.
+    fn expire(&mut self, out: &mut Vec<Effect>) {
+        let (now, lease) = (self.now, self.options.lease);
+        let generation = self.formation().map(|formation| formation.generation);
+        let in_ring = |id| generation.is_some() && self.ranks.contains_key(id);
+        // A member whose connection is closed and whom a peer names as lost is dead: no time-out is needed.
+        let named: BTreeSet<WorkerId> = self
+            .workers
+            .values()
+            .filter_map(|worker| match &worker.stance.activity {
+                Activity::Holding { cause: Cause::Broken { lost, .. }, generation: of }
+                    if Some(*of) == generation =>
+                {
+                    *lost
+                }
+                _ => None,
+            })
+            .collect();
+        let mut gone = Vec::new();
+        for (id, worker) in &self.workers {
+            let silent = now.since(worker.heard) >= lease;
+            let reason = match (worker.linked, silent, in_ring(id)) {
+                (_, true, _) => format!("silent for {lease}"),
+                (false, false, false) => "it closed its connection".to_owned(),
+                (false, false, true) if named.contains(id) => {
+                    "it closed its connections to the coordinator and to its peers".to_owned()
+                }
+                _ => continue,
+            };
+            gone.push((*id, reason));
+        }
+        for (id, reason) in gone {
+            let worker = self.workers.remove(&id).expect("just seen");
+            if worker.linked {
+                out.push(Effect::Drop { worker: id, reason: reason.clone() });
+            }
+            out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
+        }
+    }
+
+    /// Goes as far as it goes without news.
+    fn advance(&mut self, out: &mut Vec<Effect>) {
+        loop {
+            let ring = match &self.ring {
+                Ring::Gathering { .. } => self.gather(out),
+                Ring::Recording(_) | Ring::Over(_) => None,
+                Ring::Alive { formation, changing } => self.watch(formation, changing.as_ref()),
+                Ring::Breaking { formation, abort, blameless } => {
+                    self.settle(formation, abort.as_ref(), *blameless)
+                }
+            };
+            let Some(ring) = ring else { return };
+            if let (Ring::Breaking { formation, blameless, .. }, Ring::Gathering { .. }) = (&self.ring, &ring)
+            {
+                let (formation, blameless) = (formation.clone(), *blameless);
+                self.judge(&formation, blameless, out);
+                if matches!(self.ring, Ring::Over(_)) {
+                    return;
+                }
+            }
+            if let Ring::Recording(formation) = &ring {
+                self.generation = formation.generation;
+            }
+            self.ring = ring;
+        }
+    }
+
+    fn over(&mut self, outcome: Outcome, out: &mut Vec<Effect>) {
+        if !matches!(self.ring, Ring::Over(_)) {
+            if !matches!(outcome, Outcome::Fenced { .. }) {
+                out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
+            }
+            self.ring = Ring::Over(outcome);
+        }
+    }
+
+    /// Says to every worker what it is owed and was not told yet.
+    fn tell(&mut self, out: &mut Vec<Effect>) {
+        if matches!(self.ring, Ring::Over(Outcome::Fenced { .. })) {
+            return;
+        }
+        let committed = self.checkpoints.newest();
+        let mut workers = std::mem::take(&mut self.workers);
+        for (&id, worker) in workers.iter_mut().filter(|(_, worker)| worker.linked) {
+            if let Some(step) = committed
+                && worker.told_committed < committed
+                && worker.stance.written.iter().any(|written| written.step <= step)
+            {
+                worker.told_committed = committed;
+                out.push(Effect::Send { worker: id, epoch: self.epoch, order: Order::Committed { step } });
+            }
+            if let Some(order) = self.owed(id, worker)
+                && worker.told.as_ref() != Some(&order)
+            {
+                worker.told = Some(order.clone());
+                out.push(Effect::Send { worker: id, epoch: self.epoch, order });
+            }
+        }
+        self.workers = workers;
+    }
+}
+
+fn in_a_ring(stance: &Stance) -> bool {
+    matches!(stance.activity, Activity::Forming { .. } | Activity::Running { .. })
+}
+
+fn ranks_of(formation: &Formation) -> BTreeMap<WorkerId, usize> {
+    formation.members.iter().enumerate().map(|(rank, member)| (member.worker, rank)).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,150 @@
+//! A generation that lives, and one that ends.
+
+use super::*;
+
+impl Membership {
+    /// A living generation: does it break, or is a change due?
+    pub(super) fn watch(&self, formation: &Arc<Formation>, changing: Option<&Change>) -> Option<Ring> {
+        let generation = formation.generation;
+        let stance = |member: &Member| self.workers.get(&member.worker).map(|worker| &worker.stance);
+        let held = |member: &Member| match stance(member).map(|stance| &stance.activity) {
+            Some(Activity::Holding { generation: of, cause }) if *of == generation => Some(cause.clone()),
+            _ => None,
+        };
+        let gone: Vec<WorkerId> =
+            formation.members.iter().map(|m| m.worker).filter(|id| !self.workers.contains_key(id)).collect();
+        let causes: Vec<Cause> = formation.members.iter().filter_map(held).collect();
+        // A member that has not taken it up holds more than this generation starts from: it must start later.
+        let ahead = causes.is_empty()
+            && !self.faults.distrust
+            && formation
+                .members
+                .iter()
+                .filter_map(stance)
+                .any(|stance| !stance.activity.is_in(generation) && stance.holds > Some(formation.start));
+        if gone.is_empty() && causes.is_empty() && !ahead && self.goal != Goal::Cancel {
+            let all_run = formation
+                .members
+                .iter()
+                .all(|m| stance(m).is_some_and(|s| s.activity == Activity::Running { generation }));
+            let change = self.change(formation).filter(|change| all_run && changing != Some(change))?;
+            // Once asked for, a checkpoint stays asked for.
+            let save = change.save || changing.is_some_and(|before| before.save);
+            let change = Change { save, ..change };
+            let change = Some(change).filter(|change| changing != Some(change))?;
+            return Some(Ring::Alive { formation: formation.clone(), changing: Some(change) });
+        }
+        let told = |member| stance(member).is_some_and(|s| s.activity.generation() >= Some(generation));
+        let planned = gone.is_empty()
+            && !ahead
+            && self.goal != Goal::Cancel
+            && formation.members.iter().all(told)
+            && causes.iter().all(|cause| matches!(cause, Cause::Ordered | Cause::Ended));
+        let reason = match (gone.first(), &self.goal) {
+            (Some(worker), _) => format!("worker {worker} is lost"),
+            (None, Goal::Cancel) => "the job is cancelled".to_owned(),
+            (None, _) => "a member has left the ring".to_owned(),
+        };
+        let faulty = causes.iter().any(|cause| matches!(cause, Cause::NoState { .. } | Cause::Fault { .. }));
+        let abort = (!planned).then_some(reason);
+        Some(Ring::Breaking { formation: formation.clone(), abort, blameless: !faulty || !gone.is_empty() })
+    }
+
+    /// Members of a generation that may still take part in one of its steps, as far as this coordinator knows.
+    pub(super) fn still_in(&self, formation: &Formation) -> impl Iterator<Item = WorkerId> {
+        let generation = formation.generation;
+        formation.members.iter().map(|member| member.worker).filter(move |id| {
+            self.workers.get(id).is_some_and(|worker| {
+                // One that is not connected may be in it whatever it last said, and to one that has not answered yet
+                // the order to form may be on its way.
+                let activity = &worker.stance.activity;
+                !worker.linked || activity.generation() < Some(generation) || activity.is_in(generation)
+            })
+        })
+    }
+
+    /// A generation that is over: is a word still missing?
+    pub(super) fn settle(
+        &self,
+        formation: &Arc<Formation>,
+        abort: Option<&String>,
+        blameless: bool,
+    ) -> Option<Ring> {
+        let generation = formation.generation;
+        let missing = self.still_in(formation).count();
+        #[cfg(test)]
+        let missing = if self.planted == Some(Bug::LostVote) { missing.saturating_sub(1) } else { missing };
+        if missing == 0 {
+            return Some(Ring::Gathering { since: self.now, listing: Listing::Old });
+        }
+        let causes = || {
+            self.workers.values().filter_map(|worker| match &worker.stance.activity {
+                Activity::Holding { generation: of, cause } if *of == generation => Some(cause),
+                _ => None,
+            })
+        };
+        // A hold that was planned and broke after all: the others must be told.
+        let broke = causes().any(|cause| !matches!(cause, Cause::Ordered | Cause::Ended));
+        let lost = formation.members.iter().any(|member| !self.workers.contains_key(&member.worker));
+        let abort =
+            abort.cloned().or_else(|| (broke || lost).then(|| "a member has left the ring".to_owned()));
+        let faulty = causes().any(|cause| matches!(cause, Cause::NoState { .. } | Cause::Fault { .. }));
+        let blameless = (blameless && !faulty) || lost;
+        let now = Ring::Breaking { formation: formation.clone(), abort, blameless };
+        (now != self.ring).then_some(now)
+    }
+
+    /// After a generation's end: a failure that no death explains is counted, and the second distrusts held state.
+    pub(super) fn judge(&mut self, formation: &Formation, blameless: bool, out: &mut Vec<Effect>) {
+        let reason = self.workers.values().find_map(|worker| match &worker.stance.activity {
+            Activity::Holding { generation, cause: Cause::NoState { reason } | Cause::Fault { reason } }
+                if *generation == formation.generation =>
+            {
+                Some(reason.clone())
+            }
+            _ => None,
+        });
+        let Some(reason) = reason.filter(|_| !blameless) else { return };
+        if let Source::Checkpoint { step } = formation.source
+            && self.workers.values().any(|worker| {
+                let Activity::Holding { generation, cause } = &worker.stance.activity else { return false };
+                *generation == formation.generation && matches!(cause, Cause::NoState { .. })
+            })
+        {
+            // It is the checkpoint's fault, and the one before it comes next.
+            self.checkpoints.distrust(step);
+            out.push(Effect::Record(Entry::PassedOver { step, reason }));
+            return;
+        }
+        let at = self.newest_held().unwrap_or(formation.start);
+        let count = if self.faults.at == at { self.faults.count + 1 } else { 1 };
+        self.faults = Faults { at, count, distrust: count >= 2 };
+        if count > self.options.faults_max {
+            let reason = format!("step {at} has failed {count} times: {reason}");
+            self.over(Outcome::Failed { reason }, out);
+        }
+    }
+
+    /// What a ring that runs well should hold for.
+    pub(super) fn change(&self, formation: &Formation) -> Option<Change> {
+        let leaving = formation
+            .members
+            .iter()
+            .find(|member| self.workers.get(&member.worker).is_some_and(|worker| worker.stance.leaving));
+        let room = self.options.desired.min(self.options.lanes) as usize;
+        let joiners = self.candidates().iter().filter(|id| !self.ranks.contains_key(id)).count();
+        let members = formation.members.len();
+        let (save, why) = if self.goal == Goal::Pause {
+            (true, "take a checkpoint and pause".to_owned())
+        } else if let Some(member) = leaving {
+            (false, format!("let worker {} go", member.worker))
+        } else if joiners > 0 && members < room {
+            (false, format!("take in {} more", joiners.min(room - members)))
+        } else if members > room {
+            (false, format!("scale down to {room}"))
+        } else {
+            return None;
+        };
+        Some(Change { save, why })
+    }
+}

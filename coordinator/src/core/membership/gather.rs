@@ -1,0 +1,125 @@
+//! No ring: who could be in the next one, and from where it goes on.
+
+use super::*;
+
+impl Membership {
+    /// No ring: is it over, or can one be formed?
+    pub(super) fn gather(&self, out: &mut Vec<Effect>) -> Option<Ring> {
+        let Ring::Gathering { since, listing } = self.ring else { return None };
+        let committed = self.checkpoints.newest();
+        let held = self.newest_held();
+        let saved = held <= committed;
+        let total = self.options.total;
+        let outcome = match self.goal {
+            _ if committed == Some(total) => Some(Outcome::Completed),
+            Goal::Cancel => Some(Outcome::Cancelled),
+            Goal::Pause if saved => Some(Outcome::Paused),
+            Goal::Run | Goal::Pause => None,
+        };
+        if let Some(outcome) = outcome {
+            out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
+            return Some(Ring::Over(outcome));
+        }
+        // At the end, or before a pause, a worker holds only after its parts are durable: if all are there, the manifest
+        // is on its way; if not, a new generation must write them.
+        if (held == Some(total) || self.goal == Goal::Pause)
+            && held.is_some_and(|step| self.checkpoints.is_complete(step))
+        {
+            return None;
+        }
+        // One that was given up and has come back may be in its old ring still, and may hold the newest state: it is told
+        // to leave that ring, and is waited for.
+        if self.workers.values().any(|worker| worker.linked && in_a_ring(&worker.stance)) {
+            return None;
+        }
+        let late = self.now >= since + self.options.gather;
+        let enough = if late { self.options.min } else { self.needed() };
+        if (self.workers.len() as u32) < enough {
+            return None;
+        }
+        let mut candidates = self.candidates();
+        if (candidates.len() as u32) < enough.max(1) {
+            return None;
+        }
+        candidates.truncate(self.options.desired.min(self.options.lanes).max(1) as usize);
+
+        let stored = self.checkpoints.newest_trusted();
+        let survive =
+            candidates.iter().any(|id| self.workers[id].stance.holds.is_some()) && !self.faults.distrust;
+        if !survive && listing != Listing::Fresh {
+            if listing == Listing::Old {
+                out.push(Effect::List);
+            }
+            return (listing == Listing::Old).then_some(Ring::Gathering { since, listing: Listing::Asked });
+        }
+        if self.checkpoints.all_distrusted()
+            && !candidates.iter().any(|id| self.workers[id].stance.holds.is_some())
+        {
+            let outcome = Outcome::Failed { reason: "none of the checkpoints can be read".to_owned() };
+            out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
+            return Some(Ring::Over(outcome));
+        }
+        let held = candidates.iter().filter_map(|id| self.workers[id].stance.holds).max();
+        let use_held = !self.faults.distrust || stored.is_none();
+        let (start, source) = match (held.filter(|_| use_held), stored) {
+            (Some(held), stored) if Some(held) >= stored => {
+                let holders = candidates.iter().filter(|id| self.workers[id].stance.holds == Some(held));
+                (held, Source::Peers { holders: holders.copied().collect() })
+            }
+            (_, Some(step)) => (step, Source::Checkpoint { step }),
+            (_, None) => (Step(0), Source::Seed),
+        };
+        let lanes = lane_ranges(self.options.lanes, candidates.len() as u32);
+        let member = |(worker, lanes): (WorkerId, Range<u32>)| Member {
+            worker,
+            addresses: self.workers[&worker].addresses.clone(),
+            lanes,
+        };
+        let formation = Formation {
+            generation: Generation(self.generation.0 + 1),
+            start,
+            source,
+            members: candidates.into_iter().zip(lanes).map(member).collect(),
+            save_first: committed < Some(start) && start == total,
+        };
+        let formation = Arc::new(formation);
+        out.push(Effect::Record(Entry::Formed(Arc::clone(&formation))));
+        Some(Ring::Recording(formation))
+    }
+
+    /// Workers that a generation needs now: survivors go on at once, but where nobody holds state there is nothing to
+    /// lose by waiting for all that are wanted.
+    pub(super) fn needed(&self) -> u32 {
+        let survivors = self.workers.values().any(|worker| worker.linked && worker.stance.holds.is_some());
+        match survivors {
+            true => self.options.min,
+            false => self.options.min.max(self.options.desired.min(self.options.lanes)),
+        }
+    }
+
+    /// Workers that can be members now, in the order in which they would be.
+    pub(super) fn candidates(&self) -> Vec<WorkerId> {
+        let mut all: Vec<(usize, u64, WorkerId)> = self
+            .workers
+            .iter()
+            .filter(|(_, worker)| worker.linked && !worker.stance.leaving && !in_a_ring(&worker.stance))
+            .map(|(id, worker)| {
+                let rank = self.ranks.get(id).copied().unwrap_or(usize::MAX);
+                (rank, worker.arrival, *id)
+            })
+            .collect();
+        all.sort_unstable();
+        all.into_iter().map(|(_, _, id)| id).collect()
+    }
+
+    /// The newest step after which a worker holds state.
+    pub(super) fn newest_held(&self) -> Option<Step> {
+        self.workers.values().filter_map(|worker| worker.stance.holds).max()
+    }
+}
+
+/// Contiguous ranges of `lanes` lanes for `members` members, in rank order, sizes at most one apart.
+pub fn lane_ranges(lanes: u32, members: u32) -> Vec<Range<u32>> {
+    let bound = |rank: u32| (u64::from(lanes) * u64::from(rank) / u64::from(members.max(1))) as u32;
+    (0..members).map(|rank| bound(rank)..bound(rank + 1)).collect()
+}

@@ -1,0 +1,49 @@
+//! For people.
+
+use super::*;
+
+impl Membership {
+    /// For people.
+    pub fn status(&self) -> Status {
+        let members = |formation: &Formation, wanted: fn(&Activity, Generation) -> bool| {
+            let stands = |member: &&Member| {
+                self.workers
+                    .get(&member.worker)
+                    .is_some_and(|w| wanted(&w.stance.activity, formation.generation))
+            };
+            formation.members.iter().filter(stands).count()
+        };
+        let running = |activity: &Activity, generation| *activity == Activity::Running { generation };
+        let waits_for = match &self.ring {
+            Ring::Gathering { .. } if self.goal != Goal::Run => Some("its last checkpoint".to_owned()),
+            Ring::Gathering { .. } if self.workers.values().any(|w| w.linked && in_a_ring(&w.stance)) => {
+                Some("workers of an older ring to leave it".to_owned())
+            }
+            Ring::Gathering { .. } => {
+                let (have, need) = (self.candidates().len(), self.needed());
+                Some(format!("workers: {have} of {need} are here"))
+            }
+            Ring::Recording(_) => Some("the job's log to take the new generation".to_owned()),
+            Ring::Alive { formation, changing } => {
+                let (have, all) = (members(formation, running), formation.members.len());
+                match changing {
+                    _ if have < all => Some(format!("members to form: {have} of {all} run")),
+                    Some(change) => Some(format!("the next step boundary, to {}", change.why)),
+                    None => None,
+                }
+            }
+            Ring::Breaking { formation, .. } => {
+                let names: Vec<String> = self.still_in(formation).map(|id| id.to_string()).collect();
+                Some(format!("word from {}", names.join(", ")))
+            }
+            Ring::Over(_) => None,
+        };
+        let (generation, formation) = (self.generation, self.formation().cloned());
+        let outcome = match &self.ring {
+            Ring::Over(outcome) => Some(outcome.clone()),
+            _ => None,
+        };
+        let step = self.newest_held().max(self.checkpoints.newest());
+        Status { generation, formation, step, committed: self.checkpoints.newest(), waits_for, outcome }
+    }
+}

@@ -1,0 +1,374 @@
+//! Tables: what is said, and nothing else, for one situation each. Histories are the simulator's business.
+
+use std::time::Instant;
+
+use super::*;
+
+const TOTAL: Step = Step(100);
+
+fn options(desired: u32) -> Options {
+    Options {
+        lanes: 8,
+        total: TOTAL,
+        min: 1,
+        desired,
+        lease: Millis(1000),
+        gather: Millis(500),
+        faults_max: 3,
+    }
+}
+
+fn stance(holds: Option<u64>, activity: Activity) -> Stance {
+    Stance { holds: holds.map(Step), activity, leaving: false, written: Vec::new() }
+}
+
+fn running(generation: u64) -> Activity {
+    Activity::Running { generation: Generation(generation) }
+}
+
+fn holding(generation: u64, cause: Cause) -> Activity {
+    Activity::Holding { generation: Generation(generation), cause }
+}
+
+fn lost(worker: u64) -> Cause {
+    Cause::Broken { lost: Some(WorkerId(worker)), reason: "connection reset".to_owned() }
+}
+
+/// A core and its clock, for tests that tell a story.
+struct Story {
+    core: Membership,
+    now: u64,
+}
+
+impl Story {
+    fn new(desired: u32) -> Self {
+        Self { core: Membership::new(options(desired), Epoch(1), Found::default(), Millis(0)), now: 0 }
+    }
+
+    /// With `members` workers that run generation 1 after step 10, of which 10 is committed.
+    fn running(members: u64) -> Self {
+        let mut story = Self::new(members as u32);
+        (1..=members).for_each(|id| drop(story.link(id, stance(None, Activity::Outside))));
+        story.event(Event::Recorded { generation: Generation(1) });
+        (1..=members).for_each(|id| drop(story.stands(id, stance(Some(10), running(1)))));
+        story.event(Event::Committed { step: Step(10) });
+        story
+    }
+
+    fn event(&mut self, event: Event) -> Vec<Effect> {
+        let mut out = Vec::new();
+        self.core.handle(Millis(self.now), event, &mut out);
+        out
+    }
+
+    fn link(&mut self, id: u64, stance: Stance) -> Vec<Effect> {
+        let (addresses, machine) = (vec![format!("w{id}:1")], "m".to_owned());
+        self.event(Event::Linked { worker: WorkerId(id), addresses, machine, stance })
+    }
+
+    fn stands(&mut self, id: u64, stance: Stance) -> Vec<Effect> {
+        self.event(Event::Stands { worker: WorkerId(id), stance })
+    }
+}
+
+fn joined(id: u64) -> Effect {
+    Effect::Record(Entry::Joined { worker: WorkerId(id), machine: "m".to_owned() })
+}
+
+fn send(id: u64, order: Order) -> Effect {
+    Effect::Send { worker: WorkerId(id), epoch: Epoch(1), order }
+}
+
+fn formation(generation: u64, start: u64, source: Source, members: &[(u64, Range<u32>)]) -> Arc<Formation> {
+    let member = |(id, lanes): &(u64, Range<u32>)| Member {
+        worker: WorkerId(*id),
+        addresses: vec![format!("w{id}:1")],
+        lanes: lanes.clone(),
+    };
+    Arc::new(Formation {
+        generation: Generation(generation),
+        start: Step(start),
+        source,
+        members: members.iter().map(member).collect(),
+        save_first: false,
+    })
+}
+
+fn formed(formation: &Arc<Formation>) -> Effect {
+    Effect::Record(Entry::Formed(Arc::clone(formation)))
+}
+
+fn peers(ids: &[u64]) -> Source {
+    Source::Peers { holders: ids.iter().copied().map(WorkerId).collect() }
+}
+
+#[test]
+fn a_first_ring_waits_for_all_that_are_wanted_and_is_recorded_before_anyone_hears() {
+    let mut story = Story::new(2);
+    let outside = stance(None, Activity::Outside);
+    assert_eq!(story.link(7, outside.clone()), [joined(7)]);
+    assert_eq!(story.core.status().waits_for.as_deref(), Some("workers: 1 of 2 are here"));
+    let first = formation(1, 0, Source::Seed, &[(7, 0..4), (3, 4..8)]);
+    assert_eq!(story.link(3, outside), [joined(3), formed(&first)]);
+    assert_eq!(story.core.status().waits_for.as_deref(), Some("the job's log to take the new generation"));
+    let told = story.event(Event::Recorded { generation: Generation(1) });
+    assert_eq!(told, [send(3, Order::Form(Arc::clone(&first))), send(7, Order::Form(first))]);
+}
+
+#[test]
+fn a_first_ring_starts_with_fewer_once_it_has_waited() {
+    let mut story = Story::new(3);
+    story.link(1, stance(None, Activity::Outside));
+    assert_eq!(story.core.deadline(), Some(Millis(500)));
+    story.now = 500;
+    story.stands(1, stance(None, Activity::Outside));
+    let out = story.event(Event::Tick);
+    assert_eq!(out, [formed(&formation(1, 0, Source::Seed, &[(1, 0..8)]))]);
+}
+
+#[test]
+fn a_death_is_answered_when_every_survivor_holds_without_waiting_for_the_lease() {
+    let mut story = Story::running(3);
+    assert_eq!(story.event(Event::Unlinked { worker: WorkerId(2) }), []);
+    // Survivor 1 has applied step 41, survivor 3 has not; the dead one is named by a peer and its connection is closed.
+    let abort =
+        Order::Abort { generation: Generation(1), reason: "worker 0000000000000002 is lost".to_owned() };
+    let gone = Effect::Record(Entry::Lost {
+        worker: WorkerId(2),
+        step: Some(Step(10)),
+        reason: "it closed its connections to the coordinator and to its peers".to_owned(),
+    });
+    assert_eq!(story.stands(1, stance(Some(41), holding(1, lost(2)))), [gone, send(3, abort)]);
+    assert_eq!(story.core.status().waits_for.as_deref(), Some("word from 0000000000000003"));
+    let next = formation(2, 41, peers(&[1]), &[(1, 0..4), (3, 4..8)]);
+    assert_eq!(story.stands(3, stance(Some(40), holding(1, lost(2)))), [formed(&next)]);
+}
+
+#[test]
+fn a_worker_that_lost_only_its_coordinator_is_waited_for() {
+    let mut story = Story::running(2);
+    assert_eq!(story.event(Event::Unlinked { worker: WorkerId(2) }), []);
+    story.now = 900;
+    assert_eq!(story.link(2, stance(Some(50), running(1))), []);
+    assert_eq!(story.core.status().waits_for, None);
+}
+
+#[test]
+fn a_silent_worker_is_dropped_after_its_lease_and_may_come_back_as_another_member() {
+    let mut story = Story::running(2);
+    story.now = 400;
+    story.stands(1, stance(Some(11), running(1)));
+    assert_eq!(story.core.deadline(), Some(Millis(1000)));
+    story.now = 1001;
+    let reason = "silent for 1.000 s".to_owned();
+    let abort =
+        Order::Abort { generation: Generation(1), reason: "worker 0000000000000002 is lost".to_owned() };
+    assert_eq!(
+        story.event(Event::Tick),
+        [
+            Effect::Drop { worker: WorkerId(2), reason: reason.clone() },
+            Effect::Record(Entry::Lost { worker: WorkerId(2), step: Some(Step(10)), reason }),
+            send(1, abort),
+        ]
+    );
+    let aborted = Cause::Broken { lost: None, reason: "aborted".to_owned() };
+    story.stands(1, stance(Some(11), holding(1, aborted)));
+    story.event(Event::Recorded { generation: Generation(2) });
+    story.stands(1, stance(Some(11), running(2)));
+    // It thaws, and says that it still runs generation 1: it is told to stop, and becomes a member at a boundary.
+    let back = story.link(2, stance(Some(12), running(1)));
+    let over = Order::Abort { generation: Generation(1), reason: "generation 1 is over".to_owned() };
+    assert_eq!(back, [joined(2), send(2, over)]);
+    let hold = story.stands(2, stance(Some(12), holding(1, Cause::Ordered)));
+    assert_eq!(hold, [send(1, Order::Hold { generation: Generation(2), save: false })]);
+    story.stands(1, stance(Some(14), holding(2, Cause::Ordered)));
+    assert_eq!(
+        story.core.formation(),
+        Some(&*formation(3, 14, peers(&[1]), &[(1, 0..4), (2, 4..8)])),
+        "state after step 12 is older than that after 14"
+    );
+}
+
+#[test]
+fn a_coordinator_that_slept_blames_nobody() {
+    let mut story = Story::running(2);
+    story.now = 60_000;
+    assert_eq!(story.event(Event::Tick), []);
+    assert_eq!(story.core.status().waits_for, None);
+}
+
+#[test]
+fn a_joiner_a_leaver_and_another_size_are_agreed_at_a_boundary() {
+    let hold = |id| send(id, Order::Hold { generation: Generation(1), save: false });
+    let mut story = Story::running(2);
+    story.event(Event::Desired(3));
+    assert_eq!(story.link(3, stance(None, Activity::Outside)), [joined(3), hold(1), hold(2)]);
+
+    let mut story = Story::running(2);
+    let leaving = Stance { leaving: true, ..stance(Some(20), running(1)) };
+    assert_eq!(story.stands(2, leaving), [hold(1), hold(2)]);
+    story.stands(1, stance(Some(21), holding(1, Cause::Ordered)));
+    let gone = Stance { leaving: true, ..stance(Some(21), holding(1, Cause::Ordered)) };
+    let reason = "the worker asked to go".to_owned();
+    let next = formation(2, 21, peers(&[1]), &[(1, 0..8)]);
+    let leave = send(2, Order::Leave { why: Leave::Dismissed { reason } });
+    assert_eq!(story.stands(2, gone), [formed(&next), leave]);
+
+    let mut story = Story::running(3);
+    assert_eq!(story.event(Event::Desired(2)), [hold(1), hold(2), hold(3)]);
+}
+
+#[test]
+fn a_checkpoint_exists_once_every_writer_has_written_the_same_state() {
+    let mut story = Story::running(2);
+    let written = |weights: &str| Written {
+        step: Step(20),
+        generation: Generation(1),
+        parts: "[]".to_owned(),
+        weights: weights.to_owned(),
+    };
+    let with = |weights: &str| Stance { written: vec![written(weights)], ..stance(Some(20), running(1)) };
+    assert_eq!(story.stands(1, with("a")), []);
+    assert_eq!(story.stands(2, with("b")), [], "replicas that differ make no checkpoint");
+    let parts = vec![written("a"), written("a")];
+    let commit = Effect::Commit { step: Step(20), generation: Generation(1), parts };
+    assert_eq!(story.stands(2, with("a")), [commit]);
+    let told = |id| send(id, Order::Committed { step: Step(20) });
+    assert_eq!(story.event(Event::Committed { step: Step(20) }), [told(1), told(2)]);
+    // Said again, by a worker that has not heard of the commit yet.
+    assert_eq!(story.stands(1, with("a")), []);
+}
+
+#[test]
+fn a_new_coordinator_takes_up_the_ring_that_runs_and_repeats_what_was_not_heard() {
+    let alive = formation(4, 30, peers(&[1, 2]), &[(1, 0..4), (2, 4..8)]);
+    let found = Found { formation: Some(Formation::clone(&alive)), checkpoints: vec![Step(20)] };
+    let core = Membership::new(options(2), Epoch(2), found, Millis(0));
+    let mut story = Story { core, now: 0 };
+    assert_eq!(story.link(1, stance(Some(33), running(4))), []);
+    // Worker 2 never heard of generation 4: the coordinator before this one died between the log and the message.
+    let told = story.link(2, stance(Some(30), holding(3, Cause::Ordered)));
+    assert_eq!(told, [Effect::Send { worker: WorkerId(2), epoch: Epoch(2), order: Order::Form(alive) }]);
+}
+
+#[test]
+fn a_step_that_fails_again_goes_back_to_the_checkpoint_and_then_fails_the_job() {
+    let mut story = Story::running(1);
+    let fault = Cause::Fault { reason: "row group 3 cannot be read".to_owned() };
+    let mut sources = Vec::new();
+    for generation in 1..=4 {
+        story.stands(1, stance(Some(15), holding(generation, fault.clone())));
+        if let Some(formation) = story.core.formation() {
+            sources.push(formation.source.clone());
+        }
+        story.event(Event::Listed { steps: vec![Step(10)] });
+        if sources.len() < generation as usize
+            && let Some(formation) = story.core.formation()
+        {
+            sources.push(formation.source.clone());
+        }
+        story.event(Event::Recorded { generation: Generation(generation + 1) });
+        story.stands(1, stance(Some(15), running(generation + 1)));
+    }
+    let checkpoint = Source::Checkpoint { step: Step(10) };
+    assert_eq!(sources, [peers(&[1]), checkpoint.clone(), checkpoint]);
+    let reason = "step 15 has failed 4 times: row group 3 cannot be read".to_owned();
+    assert_eq!(story.core.status().outcome, Some(Outcome::Failed { reason }));
+}
+
+#[test]
+fn with_no_checkpoint_that_can_be_read_the_job_fails_instead_of_starting_over() {
+    let found = Found { formation: None, checkpoints: vec![Step(10)] };
+    let core = Membership::new(options(1), Epoch(1), found, Millis(0));
+    let mut story = Story { core, now: 0 };
+    story.link(1, stance(None, Activity::Outside));
+    story.event(Event::Recorded { generation: Generation(1) });
+    let damaged = Cause::NoState { reason: "part 3 of checkpoint 10 has another digest".to_owned() };
+    let out = story.stands(1, stance(None, holding(1, damaged)));
+    assert!(out.contains(&Effect::List), "{out:?}");
+    let out = story.event(Event::Listed { steps: vec![Step(10)] });
+    let outcome = Outcome::Failed { reason: "none of the checkpoints can be read".to_owned() };
+    assert_eq!(out.first(), Some(&Effect::Record(Entry::Ended { outcome })));
+}
+
+#[test]
+fn the_end_needs_the_last_checkpoint() {
+    let mut story = Story::running(1);
+    let ended = stance(Some(100), holding(1, Cause::Ended));
+    let save =
+        Formation { save_first: true, ..Formation::clone(&formation(2, 100, peers(&[1]), &[(1, 0..8)])) };
+    assert_eq!(story.stands(1, ended), [formed(&Arc::new(save))]);
+    story.event(Event::Recorded { generation: Generation(2) });
+    let parts =
+        Written { step: TOTAL, generation: Generation(2), parts: "[]".to_owned(), weights: "a".to_owned() };
+    let ended = Stance { written: vec![parts], ..stance(Some(100), holding(2, Cause::Ended)) };
+    assert!(matches!(story.stands(1, ended)[..], [Effect::Commit { .. }]));
+    let out = story.event(Event::Committed { step: TOTAL });
+    let done = send(1, Order::Leave { why: Leave::Done });
+    assert_eq!(out.first(), Some(&Effect::Record(Entry::Ended { outcome: Outcome::Completed })));
+    assert_eq!(out.last(), Some(&done));
+}
+
+#[test]
+fn a_pause_takes_a_checkpoint_and_a_cancel_does_not() {
+    let mut story = Story::running(1);
+    assert_eq!(
+        story.event(Event::Goal(Goal::Pause)),
+        [send(1, Order::Hold { generation: Generation(1), save: true })]
+    );
+    let mut story = Story::running(1);
+    let reason = "the job is cancelled".to_owned();
+    assert_eq!(
+        story.event(Event::Goal(Goal::Cancel)),
+        [send(1, Order::Abort { generation: Generation(1), reason })]
+    );
+}
+
+#[test]
+fn one_that_is_fenced_says_nothing_more() {
+    let mut story = Story::running(2);
+    assert_eq!(story.event(Event::Fenced { by: "epoch 2".to_owned() }), []);
+    assert_eq!(story.stands(1, stance(Some(12), holding(1, lost(2)))), []);
+    assert_eq!(story.core.deadline(), None);
+}
+
+/// 10 000 workers make a ring in under 100 ms of this thread's time, and a heartbeat costs one look-up.
+#[test]
+fn ten_thousand_workers_form_a_ring() {
+    let count = 10_000u32;
+    let mut big = options(count);
+    big.lanes = 1 << 14;
+    let mut core = Membership::new(big, Epoch(1), Found::default(), Millis(0));
+    let mut out = Vec::new();
+    let link = |id: u32| Event::Linked {
+        worker: WorkerId(id.into()),
+        addresses: vec!["w:1".to_owned()],
+        machine: "m".to_owned(),
+        stance: stance(None, Activity::Outside),
+    };
+    (1..count).for_each(|id| core.handle(Millis(0), link(id), &mut out));
+    out.clear();
+    let began = Instant::now();
+    core.handle(Millis(0), link(count), &mut out);
+    core.handle(Millis(0), Event::Recorded { generation: Generation(1) }, &mut out);
+    let took = began.elapsed();
+    let told =
+        out.iter().filter(|effect| matches!(effect, Effect::Send { order: Order::Form(_), .. })).count();
+    assert_eq!(told, count as usize);
+    assert!(took.as_millis() < 100, "forming took {took:?}");
+
+    for id in 1..=count {
+        let event = Event::Stands { worker: WorkerId(id.into()), stance: stance(Some(0), running(1)) };
+        core.handle(Millis(0), event, &mut out);
+    }
+    out.clear();
+    let began = Instant::now();
+    for step in 1..=10 {
+        for id in 1..=count {
+            let event = Event::Stands { worker: WorkerId(id.into()), stance: stance(Some(step), running(1)) };
+            core.handle(Millis(step), event, &mut out);
+        }
+    }
+    assert_eq!(out, []);
+    assert!(began.elapsed().as_millis() < 500, "100 000 heartbeats took {:?}", began.elapsed());
+}

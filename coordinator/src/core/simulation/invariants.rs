@@ -1,0 +1,81 @@
+//! What must always be true: one predicate each, by name.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anello_proto::ring::{Formation, Generation, Step, WorkerId};
+
+/// **Every step is applied with one global batch**: the lanes of a generation's members are all lanes, each once.
+pub fn lanes_are_covered_once(formation: &Formation, lanes: u32) -> Result<(), String> {
+    let mut next = 0;
+    for member in &formation.members {
+        if member.lanes.start != next || member.lanes.end < next {
+            return Err(format!(
+                "generation {}: lanes {:?} follow lane {next}",
+                formation.generation, member.lanes
+            ));
+        }
+        next = member.lanes.end;
+    }
+    let names: BTreeSet<WorkerId> = formation.members.iter().map(|member| member.worker).collect();
+    if names.len() != formation.members.len() {
+        return Err(format!("generation {}: a worker is in it twice", formation.generation));
+    }
+    match next == lanes {
+        true => Ok(()),
+        false => Err(format!("generation {}: {next} of {lanes} lanes are served", formation.generation)),
+    }
+}
+
+/// **Same bits**: the state after a step is one value, whoever holds it and whatever happened on the way.
+pub fn state_is_the_reference(step: Step, state: u64, reference: &[u64]) -> Result<(), String> {
+    match reference.get(step.0 as usize) == Some(&state) {
+        true => Ok(()),
+        false => Err(format!("the state after step {step} is not that of an undisturbed run")),
+    }
+}
+
+/// **One ring**: a generation is formed only when no worker that its coordinator is connected to, and that was in the
+/// generation before, may still take part in a step of that one.
+pub fn former_members_hold(
+    before: &Formation,
+    running: impl Fn(WorkerId) -> bool,
+    known: impl Fn(WorkerId) -> bool,
+) -> Result<(), String> {
+    match before.members.iter().find(|member| known(member.worker) && running(member.worker)) {
+        None => Ok(()),
+        Some(member) => Err(format!(
+            "a generation was formed while worker {} was in the ring of generation {}",
+            member.worker, before.generation
+        )),
+    }
+}
+
+/// **Generations rise**: in the log each is one more than the one before, and no start is before a committed checkpoint
+/// unless that was found unreadable.
+pub fn generations_rise(before: Option<Generation>, now: Generation) -> Result<(), String> {
+    match now.0 == before.map_or(0, |generation| generation.0) + 1 {
+        true => Ok(()),
+        false => Err(format!("generation {now} follows {before:?}")),
+    }
+}
+
+/// **A manifest is visible if and only if every part it names is durable** and of one state.
+pub fn manifest_is_whole(
+    step: Step,
+    formation: &Formation,
+    parts: &BTreeMap<(Step, Generation, WorkerId), u64>,
+    reference: &[u64],
+) -> Result<(), String> {
+    for member in &formation.members {
+        match parts.get(&(step, formation.generation, member.worker)) {
+            None => {
+                return Err(format!(
+                    "checkpoint {step} is committed and worker {} has not written its part",
+                    member.worker
+                ));
+            }
+            Some(state) => state_is_the_reference(step, *state, reference)?,
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,104 @@
+//! One seed, one history: the membership core and the workers' own machine over a fake network, clock and store.
+//!
+//! Phase 1 injects deaths, freezes, cuts, delays, preemptions, coordinator crashes, stale coordinators, store errors and
+//! failures of steps; the invariants hold after every event. In phase 2 faults stop, and the run must finish.
+//! A failure prints the seed: `ANELLO_SEED=n cargo test -p anello-coordinator --lib one_seed -- --nocapture` replays it.
+
+mod invariants;
+mod world;
+
+pub(super) use world::Bug;
+use world::{Report, World};
+
+fn run(seed: u64, bug: Option<Bug>) -> Result<Report, String> {
+    World::new(seed, bug, false).run()
+}
+
+/// Runs `seeds`; the first failure ends the test with the command that replays it.
+fn run_all(seeds: std::ops::Range<u64>) -> Report {
+    let mut total = Report::default();
+    for seed in seeds {
+        match run(seed, None) {
+            Ok(report) => total.add(&report),
+            Err(failure) => panic!(
+                "seed {seed}: {failure}\nreplay: ANELLO_SEED={seed} cargo test -p anello-coordinator --lib one_seed -- --nocapture"
+            ),
+        }
+    }
+    total
+}
+
+/// Schedules in each of the four tests below, which the test runner spreads over the cores.
+const SCHEDULES: u64 = 25_000;
+
+#[test]
+fn schedules_first_quarter() {
+    let total = run_all(0..SCHEDULES);
+    println!("{total:?}");
+    // A simulation in which nothing happens proves nothing.
+    for (what, count) in total.counts() {
+        assert!(count > SCHEDULES / 100, "{what} happened {count} times in {SCHEDULES} schedules");
+    }
+}
+
+#[test]
+fn schedules_second_quarter() {
+    run_all(SCHEDULES..2 * SCHEDULES);
+}
+
+#[test]
+fn schedules_third_quarter() {
+    run_all(2 * SCHEDULES..3 * SCHEDULES);
+}
+
+#[test]
+fn schedules_fourth_quarter() {
+    run_all(3 * SCHEDULES..4 * SCHEDULES);
+}
+
+#[test]
+fn the_same_seed_is_the_same_history() {
+    for seed in 0..50 {
+        let (one, two) = (run(seed, None).unwrap(), run(seed, None).unwrap());
+        assert_eq!(one, two, "seed {seed}");
+    }
+    let hashes: std::collections::BTreeSet<u64> =
+        (0..50).map(|seed| run(seed, None).unwrap().trace).collect();
+    assert!(hashes.len() > 45, "histories are alike: {}", hashes.len());
+}
+
+/// Each classic mistake, put in by hand, is found.
+#[test]
+fn planted_bugs_are_found() {
+    for bug in [Bug::LostVote, Bug::StaleGradient, Bug::EarlyManifest] {
+        let found = (0..10_000).find_map(|seed| run(seed, Some(bug)).err().map(|failure| (seed, failure)));
+        let (seed, failure) = found.unwrap_or_else(|| panic!("{bug:?} was not found within 10 000 seeds"));
+        println!("{bug:?}: seed {seed}: {failure}");
+    }
+}
+
+/// Replays `ANELLO_SEED` with its trace; without it, a few seeds.
+#[test]
+fn one_seed() {
+    let seed =
+        std::env::var("ANELLO_SEED").ok().map(|seed| seed.parse::<u64>().expect("ANELLO_SEED is a number"));
+    for at in seed.map_or(0..3, |seed| seed..seed + 1) {
+        let outcome = World::new(at, None, seed.is_some()).run();
+        assert!(outcome.is_ok(), "seed {at}: {outcome:?}");
+    }
+}
+
+/// `make soak`: new seeds until stopped, or for `ANELLO_SOAK_SCHEDULES`.
+#[test]
+#[ignore = "runs until it is stopped; see `make soak`"]
+fn soak() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let first = number("ANELLO_SEED").unwrap_or(1 << 32);
+    let last = number("ANELLO_SOAK_SCHEDULES").map_or(u64::MAX, |count| first + count);
+    let mut at = first;
+    while at < last {
+        let next = (at + 100_000).min(last);
+        println!("seeds {at}..{next}: {:?}", run_all(at..next));
+        at = next;
+    }
+}

@@ -1,0 +1,3 @@
+//! Jobs and their rings: which workers train, from which step, and when a checkpoint exists.
+
+pub mod core;

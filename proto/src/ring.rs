@@ -1,0 +1,263 @@
+//! The words of the ring: what a coordinator and its workers say to one another, as values that are already checked.
+//!
+//! Both sides speak in levels, not edges. A worker says where it stands, whole, each time that changes; the coordinator
+//! says what it wants now. A message that was lost, came twice or came late is mended by the next one.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Steps of the run that are applied: 0 before the first. State after the same step is the same bits, wherever it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Step(pub u64);
+
+/// Number of a membership, from 1 and only ever rising within a job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Generation(pub u64);
+
+/// Number of a coordinator's reign over a job, from 1 and only ever rising: the fence between an old one and a new one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Epoch(pub u64);
+
+/// One worker process, from its start to its end. Drawn at random by the process; another process is another worker.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WorkerId(pub u64);
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl fmt::Debug for WorkerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Where a worker stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stance {
+    /// The step after which it holds weights and moments; absent: it holds none.
+    pub holds: Option<Step>,
+    /// What it is doing.
+    pub activity: Activity,
+    /// It was asked to go (SIGTERM), and goes once it is in no ring.
+    pub leaving: bool,
+    /// Part lists of checkpoints that it has written and that are not known to be committed, by step.
+    pub written: Vec<Written>,
+}
+
+/// What a worker is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// In no ring: it waits to be told.
+    Outside,
+    /// Getting state and connecting to the members of a generation.
+    Forming {
+        /// Which.
+        generation: Generation,
+    },
+    /// Training.
+    Running {
+        /// In which generation.
+        generation: Generation,
+    },
+    /// It has left its ring, applies nothing and waits to be told.
+    Holding {
+        /// The generation that it was in.
+        generation: Generation,
+        /// Why it left.
+        cause: Cause,
+    },
+}
+
+impl Activity {
+    /// The generation that it speaks of.
+    pub fn generation(&self) -> Option<Generation> {
+        match self {
+            Self::Outside => None,
+            Self::Forming { generation }
+            | Self::Running { generation }
+            | Self::Holding { generation, .. } => Some(*generation),
+        }
+    }
+
+    /// Whether it may still take part in a step of `generation`.
+    pub fn is_in(&self, generation: Generation) -> bool {
+        match self {
+            Self::Forming { generation: of } | Self::Running { generation: of } => *of == generation,
+            Self::Outside | Self::Holding { .. } => false,
+        }
+    }
+}
+
+/// Why a worker holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The ring agreed to, at a step boundary.
+    Ordered,
+    /// All steps of the run are applied.
+    Ended,
+    /// The ring broke: a peer was lost, or the coordinator said so.
+    Broken {
+        /// The peer that was lost, when it is known which.
+        lost: Option<WorkerId>,
+        /// What happened, for people.
+        reason: String,
+    },
+    /// State could not be had: from the peers, or from the checkpoint that was named.
+    NoState {
+        /// What happened, for people.
+        reason: String,
+    },
+    /// Something that will happen again: data that cannot be read, replicas that differ.
+    Fault {
+        /// What happened, for people.
+        reason: String,
+    },
+}
+
+/// What a worker wrote of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The checkpoint's step.
+    pub step: Step,
+    /// The generation in which the state was copied, which fixes who writes what.
+    pub generation: Generation,
+    /// What the manifest says of the parts (JSON), which the core only carries.
+    pub parts: String,
+    /// Digest of all weights at that step: every writer must have the same.
+    pub weights: String,
+}
+
+/// A generation: who is in it, and from where it goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Formation {
+    /// Its number.
+    pub generation: Generation,
+    /// Steps applied when it starts.
+    pub start: Step,
+    /// Where those that do not hold the state after `start` get it.
+    pub source: Source,
+    /// The members, in rank order.
+    pub members: Vec<Member>,
+    /// Take a checkpoint before the first step: one is due there and none is committed.
+    pub save_first: bool,
+}
+
+impl Formation {
+    /// Rank of a worker.
+    pub fn rank(&self, worker: WorkerId) -> Option<usize> {
+        self.members.iter().position(|member| member.worker == worker)
+    }
+
+    /// The member that is a worker.
+    pub fn member(&self, worker: WorkerId) -> Option<&Member> {
+        self.members.iter().find(|member| member.worker == worker)
+    }
+}
+
+/// A member of a generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Who.
+    pub worker: WorkerId,
+    /// Where its peers reach it, best first: `host:port`.
+    pub addresses: Vec<String>,
+    /// The lanes that it serves; may be empty.
+    pub lanes: Range<u32>,
+}
+
+/// Where state comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The run's seed: `start` is 0 and nothing is stored.
+    Seed,
+    /// The checkpoint of this step.
+    Checkpoint {
+        /// Its step: that of `start`.
+        step: Step,
+    },
+    /// Members that hold it, in rank order.
+    Peers {
+        /// Who.
+        holders: Vec<WorkerId>,
+    },
+}
+
+/// What the coordinator wants of a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Be a member of this generation.
+    Form(Arc<Formation>),
+    /// Put `hold` into the control word: the ring then holds after the step that carries it.
+    Hold {
+        /// For this generation only.
+        generation: Generation,
+        /// Take a checkpoint at that boundary.
+        save: bool,
+    },
+    /// Break the ring of this generation now.
+    Abort {
+        /// Which; also any before it.
+        generation: Generation,
+        /// For people.
+        reason: String,
+    },
+    /// Checkpoints up to this step are committed.
+    Committed {
+        /// The newest.
+        step: Step,
+    },
+    /// Go, and do not come back unless started again.
+    Leave {
+        /// Why, which decides the exit code.
+        why: Leave,
+    },
+}
+
+/// Why a worker is sent away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// The run is complete.
+    Done,
+    /// The job is paused, scaled down or cancelled, or the worker asked to go.
+    Dismissed {
+        /// For people.
+        reason: String,
+    },
+    /// Its state differs from that of all others, or it was silent for too long.
+    Evicted {
+        /// For people.
+        reason: String,
+    },
+    /// It does not fit the job: another config, build or kind of device.
+    Refused {
+        /// What differs.
+        reason: String,
+    },
+    /// The job has failed.
+    Failed {
+        /// For people.
+        reason: String,
+    },
+}

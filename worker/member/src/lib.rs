@@ -1,0 +1,272 @@
+//! A worker's half of the ring's life: what it does on which order. No I/O, no clock, no randomness.
+//!
+//! ```text
+//!            Order::Form(g)            Ready(g)
+//!   Outside ───────────────▶ Forming(g) ───────▶ Running(g)
+//!      ▲ start                   │  ▲                │  applied a step, again and again
+//!      │                 Left(g) │  │ Order::Form    │  Left(g): agreed to hold, the ring broke, the run ended
+//!                                ▼  │ (g' > g)       ▼
+//!                              Holding(g)  ◀─────────┘
+//!   any ──▶ Gone   Order::Leave, or asked to go (SIGTERM) with no coordinator to ask
+//! ```
+//!
+//! The shell does what the effects say and reports back: every ring that was begun ends in one [`Event::Left`], after
+//! which nothing of that generation can be applied any more. A worker that is told nothing does nothing new.
+
+use std::sync::Arc;
+
+use anello_proto::ring::*;
+
+/// What happens to a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The connection to a coordinator is open.
+    Linked,
+    /// It is closed.
+    Unlinked,
+    /// The coordinator of this epoch wants something.
+    Ordered {
+        /// Whose right.
+        epoch: Epoch,
+        /// What.
+        order: Order,
+    },
+    /// State is there, verified, and all members are connected: the first step begins.
+    Ready {
+        /// Of this generation.
+        generation: Generation,
+        /// The step after which the state is.
+        holds: Step,
+    },
+    /// A step is applied, so that this many are.
+    Applied {
+        /// Steps applied.
+        holds: Step,
+    },
+    /// This process is in the ring no more.
+    Left {
+        /// Which ring.
+        generation: Generation,
+        /// The step after which it holds whole state now.
+        holds: Option<Step>,
+        /// Why.
+        cause: Cause,
+    },
+    /// The worker's parts of a checkpoint are durable.
+    Wrote(Written),
+    /// The process was asked to go.
+    Terminate,
+}
+
+/// What a worker is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Tell the coordinator where the worker stands.
+    Say(Stance),
+    /// Get state, connect to the members, then train. [`Event::Left`] is owed.
+    Form(Arc<Formation>),
+    /// Put `hold` (and `save`) into the control word from the next step on.
+    Hold {
+        /// Take a checkpoint at that boundary.
+        save: bool,
+    },
+    /// Break the ring that was begun last, if it still lives.
+    Abort {
+        /// For people.
+        reason: String,
+    },
+    /// End the process.
+    Exit(Leave),
+}
+
+/// Checkpoints whose parts are written and not known to be committed: at most so many are told.
+const WRITTEN_MAX: usize = 4;
+
+/// A worker's membership.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    linked: bool,
+    /// The highest epoch that was heard: orders of a lower one are those of a coordinator that was replaced.
+    epoch: Epoch,
+    /// No generation up to this one is joined: it was aborted, or a later one was.
+    floor: Generation,
+    stance: Stance,
+    /// A formation to take up once the present ring is left.
+    next: Option<Arc<Formation>>,
+    leave: Option<Leave>,
+    gone: bool,
+}
+
+impl Default for Member {
+    fn default() -> Self {
+        Self::new(None)
+    }
+}
+
+impl Member {
+    /// A worker that has just started and holds the state after `holds`, if any.
+    pub fn new(holds: Option<Step>) -> Self {
+        let stance = Stance { holds, activity: Activity::Outside, leaving: false, written: Vec::new() };
+        Self {
+            linked: false,
+            epoch: Epoch(0),
+            floor: Generation(0),
+            stance,
+            next: None,
+            leave: None,
+            gone: false,
+        }
+    }
+
+    /// Where it stands: what is said when a connection opens, and with every heartbeat.
+    pub fn stance(&self) -> &Stance {
+        &self.stance
+    }
+
+    /// The highest epoch that was heard.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Whether the process is to end.
+    pub fn is_gone(&self) -> bool {
+        self.gone
+    }
+
+    /// Takes in one event and appends what is to be done, in that order.
+    pub fn handle(&mut self, event: Event, out: &mut Vec<Effect>) {
+        if self.gone {
+            return;
+        }
+        let before = self.stance.clone();
+        match event {
+            Event::Linked => self.linked = true,
+            Event::Unlinked => self.linked = false,
+            Event::Ordered { epoch, order } if epoch >= self.epoch => {
+                self.epoch = epoch;
+                self.ordered(order, out);
+            }
+            Event::Ordered { .. } => {}
+            Event::Ready { generation, holds } => {
+                if self.stance.activity == (Activity::Forming { generation }) {
+                    self.stance.activity = Activity::Running { generation };
+                    self.stance.holds = Some(holds);
+                }
+            }
+            Event::Applied { holds } => self.stance.holds = Some(holds),
+            Event::Left { generation, holds, cause } if self.in_ring() == Some(generation) => {
+                self.stance.holds = holds;
+                self.left(generation, cause, out);
+            }
+            Event::Left { .. } => {}
+            Event::Wrote(written) => {
+                self.stance.written.retain(|other| other.step != written.step);
+                self.stance.written.push(written);
+                if self.stance.written.len() > WRITTEN_MAX {
+                    self.stance.written.remove(0);
+                }
+            }
+            Event::Terminate => {
+                self.stance.leaving = true;
+                if !self.linked {
+                    let reason = "asked to go, with no coordinator to ask".to_owned();
+                    self.leave(Leave::Dismissed { reason }, out);
+                }
+            }
+        }
+        // A step applied is no news that anyone waits for: heartbeats carry it.
+        let quiet = Stance { holds: before.holds, ..self.stance.clone() } == before
+            && !matches!(self.stance.activity, Activity::Holding { .. });
+        if self.linked && !self.gone && !quiet && self.stance != before {
+            out.push(Effect::Say(self.stance.clone()));
+        }
+    }
+
+    fn in_ring(&self) -> Option<Generation> {
+        match self.stance.activity {
+            Activity::Forming { generation } | Activity::Running { generation } => Some(generation),
+            Activity::Outside | Activity::Holding { .. } => None,
+        }
+    }
+
+    fn ordered(&mut self, order: Order, out: &mut Vec<Effect>) {
+        match order {
+            Order::Form(formation) => {
+                let known = self.stance.activity.generation().max(Some(self.floor));
+                let waiting = self.next.as_ref().map(|next| next.generation);
+                if Some(formation.generation) <= known.max(waiting) {
+                    return;
+                }
+                if let Some(old) = self.in_ring() {
+                    let reason = format!("generation {} follows {old}", formation.generation);
+                    self.next = Some(formation);
+                    out.push(Effect::Abort { reason });
+                } else {
+                    self.form(formation, out);
+                }
+            }
+            Order::Hold { generation, save } => {
+                if self.in_ring() == Some(generation) {
+                    out.push(Effect::Hold { save });
+                }
+            }
+            Order::Abort { generation, reason } => {
+                self.floor = self.floor.max(generation);
+                if self.next.as_ref().is_some_and(|next| next.generation <= generation) {
+                    self.next = None;
+                }
+                match self.in_ring() {
+                    Some(of) if of <= generation => out.push(Effect::Abort { reason }),
+                    Some(_) => {}
+                    None => {
+                        // It never was in that ring and will not be: that is all there is to say.
+                        if self.stance.activity.generation() < Some(generation) {
+                            let cause = Cause::Broken { lost: None, reason };
+                            self.stance.activity = Activity::Holding { generation, cause };
+                        }
+                    }
+                }
+            }
+            Order::Committed { step } => self.stance.written.retain(|written| written.step > step),
+            Order::Leave { why } => self.leave(why, out),
+        }
+    }
+
+    fn form(&mut self, formation: Arc<Formation>, out: &mut Vec<Effect>) {
+        let generation = formation.generation;
+        let stored = matches!(formation.source, Source::Checkpoint { .. });
+        if let Some(holds) = self.stance.holds.filter(|holds| *holds > formation.start && !stored) {
+            // Applied after this worker was last heard. Steps are not taken back: the ring is formed anew from here.
+            let reason =
+                format!("this worker holds step {holds}, the generation starts at {}", formation.start);
+            let cause = Cause::Broken { lost: None, reason };
+            self.stance.activity = Activity::Holding { generation, cause };
+            return;
+        }
+        self.stance.activity = Activity::Forming { generation };
+        out.push(Effect::Form(formation));
+    }
+
+    fn left(&mut self, generation: Generation, cause: Cause, out: &mut Vec<Effect>) {
+        self.stance.activity = Activity::Holding { generation, cause };
+        if let Some(why) = self.leave.take() {
+            self.gone = true;
+            out.push(Effect::Exit(why));
+        } else if let Some(next) = self.next.take() {
+            self.form(next, out);
+        }
+    }
+
+    fn leave(&mut self, why: Leave, out: &mut Vec<Effect>) {
+        if self.in_ring().is_some() {
+            out.push(Effect::Abort { reason: "the worker leaves".to_owned() });
+            self.leave = Some(why);
+        } else {
+            self.gone = true;
+            out.push(Effect::Exit(why));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

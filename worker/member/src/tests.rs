@@ -1,0 +1,148 @@
+//! Tables: what a worker does on one event, and that it does nothing else.
+
+use super::*;
+
+fn formation(generation: u64, start: u64) -> Arc<Formation> {
+    let source = Source::Peers { holders: vec![WorkerId(1)] };
+    let (generation, start) = (Generation(generation), Step(start));
+    Arc::new(Formation { generation, start, source, members: Vec::new(), save_first: false })
+}
+
+fn form(epoch: u64, generation: u64, start: u64) -> Event {
+    Event::Ordered { epoch: Epoch(epoch), order: Order::Form(formation(generation, start)) }
+}
+
+fn abort(generation: u64) -> Event {
+    let order = Order::Abort { generation: Generation(generation), reason: "a member is lost".to_owned() };
+    Event::Ordered { epoch: Epoch(1), order }
+}
+
+fn left(generation: u64, holds: u64) -> Event {
+    Event::Left { generation: Generation(generation), holds: Some(Step(holds)), cause: Cause::Ordered }
+}
+
+fn after(member: &mut Member, event: Event) -> Vec<Effect> {
+    let mut out = Vec::new();
+    member.handle(event, &mut out);
+    out
+}
+
+/// A worker that runs generation 3, in the reign of coordinator 1.
+fn running() -> Member {
+    let mut member = Member::new(None);
+    let begins = [Event::Linked, form(1, 3, 10), Event::Ready { generation: Generation(3), holds: Step(10) }];
+    begins.into_iter().for_each(|event| drop(after(&mut member, event)));
+    assert_eq!(member.stance().activity, Activity::Running { generation: Generation(3) });
+    member
+}
+
+#[test]
+fn a_ring_is_formed_and_said_to_be() {
+    let mut member = Member::new(None);
+    assert_eq!(after(&mut member, Event::Linked), []);
+    let forming =
+        Stance { activity: Activity::Forming { generation: Generation(3) }, ..member.stance().clone() };
+    let out = after(&mut member, form(1, 3, 10));
+    assert_eq!(out, [Effect::Form(formation(3, 10)), Effect::Say(forming.clone())]);
+    let running = Stance {
+        activity: Activity::Running { generation: Generation(3) },
+        holds: Some(Step(10)),
+        ..forming
+    };
+    let out = after(&mut member, Event::Ready { generation: Generation(3), holds: Step(10) });
+    assert_eq!(out, [Effect::Say(running)]);
+    // Steps are told with the heartbeats.
+    assert_eq!(after(&mut member, Event::Applied { holds: Step(11) }), []);
+    assert_eq!(member.stance().holds, Some(Step(11)));
+}
+
+#[test]
+fn what_is_old_is_not_obeyed() {
+    let mut member = running();
+    assert_eq!(after(&mut member, form(1, 3, 10)), [], "said twice");
+    assert_eq!(after(&mut member, form(1, 2, 5)), [], "an older generation");
+    assert_eq!(after(&mut member, abort(2)), [], "the end of an older one");
+    let hold = Order::Hold { generation: Generation(2), save: false };
+    assert_eq!(after(&mut member, Event::Ordered { epoch: Epoch(1), order: hold.clone() }), []);
+    assert_eq!(after(&mut member, left(2, 5)), [], "it left that one before");
+    // A coordinator that was replaced has no say.
+    let committed = Order::Committed { step: Step(0) };
+    after(&mut member, Event::Ordered { epoch: Epoch(2), order: committed });
+    assert_eq!(after(&mut member, form(1, 9, 10)), []);
+    assert_eq!(after(&mut member, abort(3)), []);
+}
+
+#[test]
+fn a_later_ring_waits_until_the_present_one_is_left() {
+    let mut member = running();
+    assert!(matches!(after(&mut member, form(1, 4, 12))[..], [Effect::Abort { .. }]));
+    assert!(matches!(after(&mut member, left(3, 12))[..], [Effect::Form(_), Effect::Say(_)]));
+    assert_eq!(member.stance().activity, Activity::Forming { generation: Generation(4) });
+    assert_eq!(member.stance().holds, Some(Step(12)));
+}
+
+#[test]
+fn a_ring_that_is_over_is_never_joined() {
+    let mut member = Member::new(None);
+    after(&mut member, Event::Linked);
+    let out = after(&mut member, abort(5));
+    assert!(matches!(&out[..], [Effect::Say(Stance { activity: Activity::Holding { .. }, .. })]), "{out:?}");
+    assert_eq!(after(&mut member, form(1, 5, 0)), []);
+}
+
+#[test]
+fn a_step_is_not_taken_back() {
+    let mut member = running();
+    after(&mut member, left(3, 12));
+    let out = after(&mut member, form(1, 4, 11));
+    let [Effect::Say(Stance { activity: Activity::Holding { generation, cause }, .. })] = &out[..] else {
+        panic!("{out:?}")
+    };
+    assert_eq!(*generation, Generation(4));
+    assert!(matches!(cause, Cause::Broken { lost: None, .. }));
+    // From a checkpoint it is: the coordinator has given up what workers hold.
+    let stored =
+        Formation { source: Source::Checkpoint { step: Step(5) }, ..Formation::clone(&formation(5, 5)) };
+    let order = Order::Form(Arc::new(stored.clone()));
+    let out = after(&mut member, Event::Ordered { epoch: Epoch(1), order });
+    assert_eq!(out[0], Effect::Form(Arc::new(stored)));
+}
+
+#[test]
+fn a_worker_that_is_asked_to_go_says_so_and_goes_when_it_may() {
+    let mut member = running();
+    let out = after(&mut member, Event::Terminate);
+    assert!(matches!(&out[..], [Effect::Say(Stance { leaving: true, .. })]), "{out:?}");
+    after(&mut member, left(3, 20));
+    let why = Leave::Dismissed { reason: "the worker asked to go".to_owned() };
+    let order = Order::Leave { why: why.clone() };
+    assert_eq!(after(&mut member, Event::Ordered { epoch: Epoch(1), order }), [Effect::Exit(why)]);
+    assert!(member.is_gone());
+    assert_eq!(after(&mut member, form(1, 9, 20)), []);
+}
+
+#[test]
+fn with_no_coordinator_to_ask_it_leaves_its_ring_and_goes() {
+    let mut member = running();
+    after(&mut member, Event::Unlinked);
+    assert!(matches!(after(&mut member, Event::Terminate)[..], [Effect::Abort { .. }]));
+    assert!(matches!(after(&mut member, left(3, 20))[..], [Effect::Exit(Leave::Dismissed { .. })]));
+}
+
+#[test]
+fn parts_are_told_until_their_checkpoint_is_known_to_be_committed() {
+    let mut member = running();
+    let written = |step| Written {
+        step: Step(step),
+        generation: Generation(3),
+        parts: "[]".to_owned(),
+        weights: "a".to_owned(),
+    };
+    for step in [20, 30, 40, 50, 60] {
+        after(&mut member, Event::Wrote(written(step)));
+    }
+    assert_eq!(member.stance().written, [30, 40, 50, 60].map(written), "at most four are kept");
+    let order = Order::Committed { step: Step(50) };
+    after(&mut member, Event::Ordered { epoch: Epoch(1), order });
+    assert_eq!(member.stance().written, [60].map(written));
+}
