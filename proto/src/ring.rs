@@ -145,8 +145,8 @@ pub struct Written {
     pub generation: Generation,
     /// What the manifest says of the parts (JSON), which the core only carries.
     pub parts: String,
-    /// Digest of all weights at that step: every writer must have the same.
-    pub weights: String,
+    /// Digest of what every writer of the checkpoint must agree on.
+    pub facts: String,
 }
 
 /// A generation: who is in it, and from where it goes on.
@@ -176,13 +176,22 @@ impl Formation {
     }
 }
 
+/// Where peers reach a worker.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Endpoints {
+    /// Addresses of the collective, best first: `ip:port`.
+    pub ring: Vec<String>,
+    /// Address of the service that hands out state: `ip:port`.
+    pub peers: String,
+}
+
 /// A member of a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
     /// Who.
     pub worker: WorkerId,
-    /// Where its peers reach it, best first: `host:port`.
-    pub addresses: Vec<String>,
+    /// Where its peers reach it.
+    pub endpoints: Endpoints,
     /// The lanes that it serves; may be empty.
     pub lanes: Range<u32>,
 }

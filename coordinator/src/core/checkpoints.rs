@@ -83,8 +83,8 @@ impl Checkpoints {
         let complete = writers.iter().all(|writer| pending.written.contains_key(writer));
         #[cfg(test)]
         let complete = complete || self.early;
-        let first = &pending.written.first_key_value().expect("just inserted").1.weights;
-        let agreed = pending.written.values().all(|other| other.weights == *first);
+        let first = &pending.written.first_key_value().expect("just inserted").1.facts;
+        let agreed = pending.written.values().all(|other| other.facts == *first);
         let commit = complete && agreed && !pending.committing;
         pending.committing |= commit;
         let parts = commit

@@ -37,7 +37,7 @@ use super::{Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
 /// A worker that the coordinator knows.
 #[derive(Clone, Debug, PartialEq)]
 struct Worker {
-    addresses: Vec<String>,
+    endpoints: Endpoints,
     /// Where it runs, for people and for quarantine.
     machine: String,
     /// Its connection is open.
@@ -146,7 +146,7 @@ impl Membership {
                         written: Vec::new(),
                     };
                     let worker = Worker {
-                        addresses: member.addresses.clone(),
+                        endpoints: member.endpoints.clone(),
                         machine: String::new(),
                         linked: false,
                         heard: now,
@@ -196,8 +196,8 @@ impl Membership {
         }
         match event {
             Event::Tick => {}
-            Event::Linked { worker, addresses, machine, stance } => {
-                self.linked(worker, addresses, machine, stance, out);
+            Event::Linked { worker, endpoints, machine, stance } => {
+                self.linked(worker, endpoints, machine, stance, out);
             }
             Event::Unlinked { worker } => {
                 if let Some(known) = self.workers.get_mut(&worker) {
@@ -312,7 +312,7 @@ impl Membership {
     fn linked(
         &mut self,
         id: WorkerId,
-        addresses: Vec<String>,
+        endpoints: Endpoints,
         machine: String,
         stance: Stance,
         out: &mut Vec<Effect>,
@@ -324,7 +324,7 @@ impl Membership {
         }
         let heard = self.now;
         let worker = Worker {
-            addresses,
+            endpoints,
             machine,
             linked: true,
             heard,

@@ -106,7 +106,7 @@ pub enum Event {
         /// Who.
         worker: WorkerId,
         /// Where its peers reach it.
-        addresses: Vec<String>,
+        endpoints: Endpoints,
         /// Where it runs.
         machine: String,
         /// Where it stands.

@@ -136,7 +136,7 @@ fn parts_are_told_until_their_checkpoint_is_known_to_be_committed() {
         step: Step(step),
         generation: Generation(3),
         parts: "[]".to_owned(),
-        weights: "a".to_owned(),
+        facts: "a".to_owned(),
     };
     for step in [20, 30, 40, 50, 60] {
         after(&mut member, Event::Wrote(written(step)));

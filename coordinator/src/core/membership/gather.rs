@@ -72,7 +72,7 @@ impl Membership {
         let lanes = lane_ranges(self.options.lanes, candidates.len() as u32);
         let member = |(worker, lanes): (WorkerId, Range<u32>)| Member {
             worker,
-            addresses: self.workers[&worker].addresses.clone(),
+            endpoints: self.workers[&worker].endpoints.clone(),
             lanes,
         };
         let formation = Formation {

@@ -22,6 +22,10 @@ fn stance(holds: Option<u64>, activity: Activity) -> Stance {
     Stance { holds: holds.map(Step), activity, leaving: false, written: Vec::new() }
 }
 
+fn endpoints(id: u64) -> Endpoints {
+    Endpoints { ring: vec![format!("w{id}:1")], peers: format!("w{id}:2") }
+}
+
 fn running(generation: u64) -> Activity {
     Activity::Running { generation: Generation(generation) }
 }
@@ -62,8 +66,8 @@ impl Story {
     }
 
     fn link(&mut self, id: u64, stance: Stance) -> Vec<Effect> {
-        let (addresses, machine) = (vec![format!("w{id}:1")], "m".to_owned());
-        self.event(Event::Linked { worker: WorkerId(id), addresses, machine, stance })
+        let (endpoints, machine) = (endpoints(id), "m".to_owned());
+        self.event(Event::Linked { worker: WorkerId(id), endpoints, machine, stance })
     }
 
     fn stands(&mut self, id: u64, stance: Stance) -> Vec<Effect> {
@@ -82,7 +86,7 @@ fn send(id: u64, order: Order) -> Effect {
 fn formation(generation: u64, start: u64, source: Source, members: &[(u64, Range<u32>)]) -> Arc<Formation> {
     let member = |(id, lanes): &(u64, Range<u32>)| Member {
         worker: WorkerId(*id),
-        addresses: vec![format!("w{id}:1")],
+        endpoints: endpoints(*id),
         lanes: lanes.clone(),
     };
     Arc::new(Formation {
@@ -225,7 +229,7 @@ fn a_checkpoint_exists_once_every_writer_has_written_the_same_state() {
         step: Step(20),
         generation: Generation(1),
         parts: "[]".to_owned(),
-        weights: weights.to_owned(),
+        facts: weights.to_owned(),
     };
     let with = |weights: &str| Stance { written: vec![written(weights)], ..stance(Some(20), running(1)) };
     assert_eq!(story.stands(1, with("a")), []);
@@ -342,7 +346,7 @@ fn ten_thousand_workers_form_a_ring() {
     let mut out = Vec::new();
     let link = |id: u32| Event::Linked {
         worker: WorkerId(id.into()),
-        addresses: vec!["w:1".to_owned()],
+        endpoints: Endpoints::default(),
         machine: "m".to_owned(),
         stance: stance(None, Activity::Outside),
     };

@@ -345,8 +345,8 @@ impl World {
                         return Ok(());
                     }
                     known.links.insert(worker, link);
-                    let (addresses, machine) = (vec![format!("{worker}:1")], "machine".to_owned());
-                    return self.tell_core(coordinator, Event::Linked { worker, addresses, machine, stance });
+                    let (endpoints, machine) = (Endpoints::default(), "machine".to_owned());
+                    return self.tell_core(coordinator, Event::Linked { worker, endpoints, machine, stance });
                 }
                 if known.links.get(&worker) == Some(&link) {
                     return self.tell_core(coordinator, Event::Stands { worker, stance });
@@ -766,8 +766,8 @@ impl World {
     /// Copies the state and writes this worker's parts, in the background.
     fn save(&mut self, worker: WorkerId, generation: Generation, leave: Option<Cause>) {
         let Some((step, state)) = self.workers[&worker].state else { return };
-        let weights = format!("{state:016x}");
-        let written = Written { step, generation, parts: String::new(), weights };
+        let facts = format!("{state:016x}");
+        let written = Written { step, generation, parts: String::new(), facts };
         let delay = 5 + self.below(60);
         self.after(delay, Happening::Wrote { worker, written, state, leave });
     }

@@ -1,0 +1,267 @@
+//! Between the words and the messages that carry them. What comes in is checked here and nowhere else.
+
+use std::sync::Arc;
+
+use crate::ring::*;
+use crate::v1;
+
+/// A message that is not what its sender may say.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what}; {remedy}")]
+pub struct Malformed {
+    /// What is wrong, and where.
+    pub what: String,
+    /// What to do about it.
+    pub remedy: &'static str,
+}
+
+fn malformed(what: impl Into<String>) -> Malformed {
+    Malformed { what: what.into(), remedy: "start all parts of a job from one build of Anello" }
+}
+
+/// Checkpoints that a stance may name: as many as a worker keeps.
+const WRITTEN_MAX: usize = 4;
+/// Bytes of text that people read.
+const REASON_BYTES_MAX: usize = 16 << 10;
+/// Members of a generation.
+const MEMBERS_MAX: usize = 1 << 12;
+
+fn reason(text: String) -> Result<String, Malformed> {
+    if text.len() > REASON_BYTES_MAX {
+        return Err(malformed(format!("a reason of {} bytes, of at most {REASON_BYTES_MAX}", text.len())));
+    }
+    Ok(text)
+}
+
+impl From<&Stance> for v1::Stance {
+    fn from(stance: &Stance) -> Self {
+        use v1::stance::Activity as Word;
+        let activity = match &stance.activity {
+            Activity::Outside => Word::Outside(v1::Outside {}),
+            Activity::Forming { generation } => Word::Forming(generation.0),
+            Activity::Running { generation } => Word::Running(generation.0),
+            Activity::Holding { generation, cause } => {
+                Word::Holding(v1::Holding { generation: generation.0, cause: Some(cause.into()) })
+            }
+        };
+        Self {
+            holds: stance.holds.map(|step| step.0),
+            activity: Some(activity),
+            leaving: stance.leaving,
+            written: stance.written.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl TryFrom<v1::Stance> for Stance {
+    type Error = Malformed;
+    fn try_from(message: v1::Stance) -> Result<Self, Malformed> {
+        use v1::stance::Activity as Word;
+        let activity = match message.activity.ok_or_else(|| malformed("a stance says no activity"))? {
+            Word::Outside(_) => Activity::Outside,
+            Word::Forming(generation) => Activity::Forming { generation: Generation(generation) },
+            Word::Running(generation) => Activity::Running { generation: Generation(generation) },
+            Word::Holding(holding) => {
+                let cause = holding.cause.ok_or_else(|| malformed("a worker holds for no cause"))?;
+                Activity::Holding { generation: Generation(holding.generation), cause: cause.try_into()? }
+            }
+        };
+        if message.written.len() > WRITTEN_MAX {
+            let count = message.written.len();
+            return Err(malformed(format!("{count} checkpoints in a stance, of at most {WRITTEN_MAX}")));
+        }
+        Ok(Self {
+            holds: message.holds.map(Step),
+            activity,
+            leaving: message.leaving,
+            written: message.written.into_iter().map(Into::into).collect(),
+        })
+    }
+}
+
+impl From<&Cause> for v1::holding::Cause {
+    fn from(cause: &Cause) -> Self {
+        match cause.clone() {
+            Cause::Ordered => Self::Ordered(v1::Ordered {}),
+            Cause::Ended => Self::Ended(v1::Ended {}),
+            Cause::Broken { lost, reason } => {
+                Self::Broken(v1::Broken { lost: lost.map(|worker| worker.0), reason })
+            }
+            Cause::NoState { reason } => Self::NoState(reason),
+            Cause::Fault { reason } => Self::Fault(reason),
+        }
+    }
+}
+
+impl TryFrom<v1::holding::Cause> for Cause {
+    type Error = Malformed;
+    fn try_from(cause: v1::holding::Cause) -> Result<Self, Malformed> {
+        use v1::holding::Cause as Word;
+        Ok(match cause {
+            Word::Ordered(_) => Self::Ordered,
+            Word::Ended(_) => Self::Ended,
+            Word::Broken(v1::Broken { lost, reason: text }) => {
+                Self::Broken { lost: lost.map(WorkerId), reason: reason(text)? }
+            }
+            Word::NoState(text) => Self::NoState { reason: reason(text)? },
+            Word::Fault(text) => Self::Fault { reason: reason(text)? },
+        })
+    }
+}
+
+impl From<&Written> for v1::Written {
+    fn from(written: &Written) -> Self {
+        let Written { step, generation, parts, facts } = written.clone();
+        Self { step: step.0, generation: generation.0, parts, facts }
+    }
+}
+
+impl From<v1::Written> for Written {
+    fn from(message: v1::Written) -> Self {
+        let v1::Written { step, generation, parts, facts } = message;
+        Self { step: Step(step), generation: Generation(generation), parts, facts }
+    }
+}
+
+impl From<&Endpoints> for v1::Endpoints {
+    fn from(endpoints: &Endpoints) -> Self {
+        Self { ring: endpoints.ring.clone(), peers: endpoints.peers.clone() }
+    }
+}
+
+impl From<v1::Endpoints> for Endpoints {
+    fn from(message: v1::Endpoints) -> Self {
+        Self { ring: message.ring, peers: message.peers }
+    }
+}
+
+impl From<&Formation> for v1::Formation {
+    fn from(formation: &Formation) -> Self {
+        use v1::formation::Source as Word;
+        let member = |member: &Member| v1::Member {
+            worker: member.worker.0,
+            endpoints: Some((&member.endpoints).into()),
+            first_lane: member.lanes.start,
+            end_lane: member.lanes.end,
+        };
+        let source = match &formation.source {
+            Source::Seed => Word::Seed(v1::FromSeed {}),
+            Source::Checkpoint { step } => Word::Checkpoint(step.0),
+            Source::Peers { holders } => {
+                Word::Holders(v1::Holders { workers: holders.iter().map(|worker| worker.0).collect() })
+            }
+        };
+        Self {
+            generation: formation.generation.0,
+            start: formation.start.0,
+            members: formation.members.iter().map(member).collect(),
+            source: Some(source),
+            save_first: formation.save_first,
+        }
+    }
+}
+
+impl TryFrom<v1::Formation> for Formation {
+    type Error = Malformed;
+    fn try_from(message: v1::Formation) -> Result<Self, Malformed> {
+        use v1::formation::Source as Word;
+        let count = message.members.len();
+        if count == 0 || count > MEMBERS_MAX {
+            return Err(malformed(format!("a generation of {count} members, of 1 to {MEMBERS_MAX}")));
+        }
+        let member = |member: v1::Member| {
+            let endpoints = member.endpoints.ok_or_else(|| malformed("a member without endpoints"))?;
+            if member.first_lane > member.end_lane {
+                let (first, end) = (member.first_lane, member.end_lane);
+                return Err(malformed(format!("a member serves lanes {first} to {end}")));
+            }
+            let lanes = member.first_lane..member.end_lane;
+            Ok(Member { worker: WorkerId(member.worker), endpoints: endpoints.into(), lanes })
+        };
+        let source =
+            match message.source.ok_or_else(|| malformed("a generation without a source of state"))? {
+                Word::Seed(_) => Source::Seed,
+                Word::Checkpoint(step) => Source::Checkpoint { step: Step(step) },
+                Word::Holders(v1::Holders { workers }) => {
+                    Source::Peers { holders: workers.into_iter().map(WorkerId).collect() }
+                }
+            };
+        Ok(Self {
+            generation: Generation(message.generation),
+            start: Step(message.start),
+            source,
+            members: message.members.into_iter().map(member).collect::<Result<_, _>>()?,
+            save_first: message.save_first,
+        })
+    }
+}
+
+impl From<&Order> for v1::to_worker::Order {
+    fn from(order: &Order) -> Self {
+        match order {
+            Order::Form(formation) => Self::Form((&**formation).into()),
+            Order::Hold { generation, save } => {
+                Self::Hold(v1::Hold { generation: generation.0, save: *save })
+            }
+            Order::Abort { generation, reason } => {
+                Self::Abort(v1::Abort { generation: generation.0, reason: reason.clone() })
+            }
+            Order::Committed { step } => Self::Committed(step.0),
+            Order::Leave { why } => {
+                use v1::leave::Why;
+                let (why, reason) = match why.clone() {
+                    Leave::Done => (Why::Done, String::new()),
+                    Leave::Dismissed { reason } => (Why::Dismissed, reason),
+                    Leave::Evicted { reason } => (Why::Evicted, reason),
+                    Leave::Refused { reason } => (Why::Refused, reason),
+                    Leave::Failed { reason } => (Why::Failed, reason),
+                };
+                Self::Leave(v1::Leave { why: why.into(), reason })
+            }
+        }
+    }
+}
+
+/// What a coordinator says, as a worker takes it in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// The answer to the hello.
+    Welcome(v1::Welcome),
+    /// An order.
+    Order(Order),
+}
+
+impl TryFrom<v1::ToWorker> for (Epoch, Word) {
+    type Error = Malformed;
+    fn try_from(message: v1::ToWorker) -> Result<Self, Malformed> {
+        use v1::to_worker::Order as Said;
+        let order = match message.order.ok_or_else(|| malformed("the coordinator says nothing"))? {
+            Said::Welcome(welcome) => return Ok((Epoch(message.epoch), Word::Welcome(welcome))),
+            Said::Form(formation) => Order::Form(Arc::new(formation.try_into()?)),
+            Said::Hold(v1::Hold { generation, save }) => {
+                Order::Hold { generation: Generation(generation), save }
+            }
+            Said::Abort(v1::Abort { generation, reason: text }) => {
+                Order::Abort { generation: Generation(generation), reason: reason(text)? }
+            }
+            Said::Committed(step) => Order::Committed { step: Step(step) },
+            Said::Leave(leave) => {
+                use v1::leave::Why;
+                let (why, reason) = (leave.why(), reason(leave.reason)?);
+                Order::Leave {
+                    why: match why {
+                        Why::Done => Leave::Done,
+                        Why::Dismissed => Leave::Dismissed { reason },
+                        Why::Evicted => Leave::Evicted { reason },
+                        Why::Refused => Leave::Refused { reason },
+                        Why::Failed => Leave::Failed { reason },
+                        Why::Unspecified => {
+                            return Err(malformed("the worker is to leave, and not told why"));
+                        }
+                    },
+                }
+            }
+        };
+        Ok((Epoch(message.epoch), Word::Order(order)))
+    }
+}
