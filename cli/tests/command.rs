@@ -62,7 +62,7 @@ fn help_tells_the_exit_codes() {
 #[test]
 fn wrong_arguments_and_configs_are_told_in_full_with_exit_code_2() {
     let directory = folder();
-    let cases: [(&[&str], &[&str]); 9] = [
+    let cases: [(&[&str], &[&str]); 10] = [
         (&["run"], &["<CONFIG>"]),
         (&["run", "tiny", "--allow"], &["--resume <RUN>"]),
         (&["run", "tiny", "--out", "x", "--resume", "y"], &["cannot be used with"]),
@@ -77,6 +77,7 @@ fn wrong_arguments_and_configs_are_told_in_full_with_exit_code_2() {
         ),
         (&["run", "tiny"], &["data.sources.docs.url is", "which does not exist", "anello data"]),
         (&["run", "--resume", "nowhere"], &["nowhere holds no run; give the folder of one"]),
+        (&["events", "ftp://host/run"], &["ftp://host/run: this build cannot open ftp://"]),
         (&["plan", "tiny", "--log", "a=b=c"], &["--log a=b=c is no filter"]),
     ];
     for (arguments, told) in cases {
