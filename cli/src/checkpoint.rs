@@ -1,7 +1,8 @@
 //! `anello checkpoint list | verify | diff`.
 
-use anello_worker::checkpoint::{self, Comparison, Manifest};
-use anello_worker::{Error, RunStore, read_config};
+use anello_store::checkpoint::{self, Manifest};
+use anello_store::{Error, Store, read_config};
+use anello_worker::checkpoint::{Comparison, compare};
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::place::{CheckpointName, none_yet, open_run};
@@ -129,8 +130,8 @@ fn diff(a: &CheckpointName, b: &CheckpointName, shown: usize, screen: &Screen) -
             a.run, b.run
         )));
     }
-    let named = |(store, step): &(RunStore, u64)| format!("{}@{step}", store.place());
-    let comparison = checkpoint::compare((&in_a.0, in_a.1), (&in_b.0, in_b.1), &config_a.model)?;
+    let named = |(store, step): &(Store, u64)| format!("{}@{step}", store.place());
+    let comparison = compare((&in_a.0, in_a.1), (&in_b.0, in_b.1), &config_a.model)?;
     screen.print(&told(&comparison, &named(&in_a), &named(&in_b), shown))?;
     Ok(if comparison.differences.is_empty() && comparison.facts.is_empty() { Exit::Done } else { Exit::No })
 }

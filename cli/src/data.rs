@@ -6,9 +6,10 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anello_dataloader::{
-    Dataset, Index, ManoOptions, Progress, ShardFormat, Store, TextInputs, TokenizeOptions, TrainOptions,
+    Dataset, Index, ManoOptions, Progress, ShardFormat, TextInputs, TokenizeOptions, TrainOptions,
     mano_vocab, synth_mano, tokenize, train_tokenizer,
 };
+use anello_store::Store;
 use indicatif::ProgressBar;
 
 use crate::failure::{Exit, Failure, Outcome};

@@ -46,9 +46,12 @@ pub enum Failure {
     /// The config is wrong.
     #[error(transparent)]
     Config(#[from] anello_configs::ConfigError),
-    /// Training, or the run folder.
+    /// Training.
     #[error(transparent)]
     Worker(#[from] anello_worker::Error),
+    /// The run folder, or a store of data.
+    #[error(transparent)]
+    Store(#[from] anello_store::Error),
     /// The data tools.
     #[error(transparent)]
     Data(#[from] anello_dataloader::Error),
@@ -72,8 +75,15 @@ impl Failure {
     pub fn code(&self) -> u8 {
         match self {
             Self::Usage(_) | Self::Config(_) | Self::Worker(anello_worker::Error::Config { .. }) => 2,
+            Self::Store(source)
+            | Self::Worker(anello_worker::Error::Store(source))
+            | Self::Data(anello_dataloader::Error::Store(source))
+                if source.is_wrong_place() =>
+            {
+                2
+            }
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
-            Self::Worker(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,
+            Self::Worker(_) | Self::Store(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,
         }
     }
 

@@ -2,8 +2,8 @@
 
 use std::io::{self, BufWriter, Write};
 
-use anello_worker::metrics::StepRecord;
-use anello_worker::{events, metrics};
+use anello_store::events;
+use anello_worker::metrics::{self, StepRecord};
 use serde_json::{Map, Value, json};
 
 use crate::failure::{Exit, Outcome};

@@ -2,10 +2,9 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::path::Path;
 use std::str::FromStr;
 
-use anello_worker::{RunStore, checkpoint};
+use anello_store::{CONFIG, Store, checkpoint};
 
 use crate::failure::Failure;
 
@@ -43,7 +42,7 @@ impl fmt::Display for CheckpointName {
 
 impl CheckpointName {
     /// The run's store and the step that is meant.
-    pub fn open(&self) -> Result<(RunStore, u64), Failure> {
+    pub fn open(&self) -> Result<(Store, u64), Failure> {
         let store = open_run(&self.run)?;
         let step = match self.step {
             Some(step) => step,
@@ -54,24 +53,24 @@ impl CheckpointName {
 }
 
 /// There is no checkpoint.
-pub fn none_yet(store: &RunStore) -> Failure {
+pub fn none_yet(store: &Store) -> Failure {
     Failure::Usage(format!(
         "{} has no checkpoint yet; let it train until `checkpoint.every_steps`, or stop it with Ctrl-C",
         store.place()
     ))
 }
 
-/// The store of a run that exists. Unlike [`RunStore::open`] it makes nothing.
-pub fn open_run(place: &str) -> Result<RunStore, Failure> {
-    let local = match place.split_once("://") {
-        Some(("file", path)) => Some(path),
-        Some(_) => None,
-        None => Some(place),
+/// The store of a run that exists, to read it.
+pub fn open_run(place: &str) -> Result<Store, Failure> {
+    let store = Store::open(place)?;
+    let is_run = match store.folder() {
+        Some(folder) => folder.join(CONFIG).is_file(),
+        None => store.get(CONFIG)?.is_some(),
     };
-    if local.is_some_and(|path| !Path::new(path).join("config.toml").is_file()) {
+    if !is_run {
         return Err(Failure::Usage(format!("{place} holds no run; give the folder of one, as runs/tiny")));
     }
-    Ok(RunStore::open(place)?)
+    Ok(store)
 }
 
 #[cfg(test)]

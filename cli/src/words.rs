@@ -1,7 +1,7 @@
 //! The event log in plain words.
 
-use anello_worker::Environment;
-use anello_worker::events::Event;
+use anello_store::Environment;
+use anello_store::events::Event;
 
 use crate::text::grouped;
 

@@ -16,9 +16,8 @@ use std::time::Instant;
 
 use anello_configs::random::Stream;
 use anello_configs::{Mask, OnCorrupt};
-use anello_dataloader::{
-    Dataset, Index, Loader, LoaderOptions, Packer, ShardFormat, ShardWriter, StepData, Store,
-};
+use anello_dataloader::{Dataset, Index, Loader, LoaderOptions, Packer, ShardFormat, ShardWriter, StepData};
+use anello_store::Store;
 
 const VOCAB: u32 = 49152;
 const SEQUENCE: u32 = 4096;

@@ -1,12 +1,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use anello_store::Store;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
 use crate::decode::{Columns, Documents, Fault, decode};
 use crate::index::{Index, RowGroupEntry, ShardEntry};
-use crate::store::Store;
 use crate::{Error, Result};
 
 /// Bytes from a file's end that nearly always hold its whole footer.
@@ -45,7 +45,7 @@ impl Dataset {
         }
         if row_groups.is_empty() {
             return Err(Error::Index {
-                url: store.url().to_owned(),
+                url: store.place().to_owned(),
                 detail: "its shards hold no document; take the source out of the mixture".to_owned(),
             });
         }
@@ -105,7 +105,7 @@ pub(crate) struct Footer {
 
 impl Footer {
     pub(crate) fn read(store: &Store, path: &str, bytes: u64) -> Result<Self> {
-        let fault = |detail: String| Error::Shard { file: store.place(path), detail };
+        let fault = |detail: String| Error::Shard { file: store.place_of(path), detail };
         let mut reader = ParquetMetaDataReader::new();
         let mut want = FOOTER_BYTES.min(bytes);
         loop {
@@ -187,11 +187,11 @@ impl Footer {
             .columns
             .ranges(&self.metadata, group)
             .map_err(|fault| self.fault(store, path, group, fault))?;
-        store.ranges(path, &ranges)
+        Ok(store.ranges(path, &ranges)?)
     }
 
     fn fault(&self, store: &Store, path: &str, row_group: usize, fault: Fault) -> Error {
-        let file = store.place(path);
+        let file = store.place_of(path);
         match fault {
             Fault::Row(row, detail) => Error::Row { file, row_group, row, detail },
             Fault::Corrupt(detail) => {

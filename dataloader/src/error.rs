@@ -6,14 +6,9 @@ use std::path::PathBuf;
 /// going on would make the run depend on the machine (a disk, a network) instead of on the data.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// An object could not be listed, read or written.
-    #[error("{place}: {source}")]
-    Store {
-        /// The URL or path.
-        place: String,
-        /// What the store said.
-        source: object_store::Error,
-    },
+    /// No store serves the place, or an object there could not be listed, read or written.
+    #[error(transparent)]
+    Store(#[from] anello_store::Error),
     /// A local file could not be read or written.
     #[error("{}: {source}", path.display())]
     File {
@@ -21,14 +16,6 @@ pub enum Error {
         path: PathBuf,
         /// What the system said.
         source: std::io::Error,
-    },
-    /// A place that no store serves.
-    #[error("{url}: {detail}")]
-    Url {
-        /// As the user gave it.
-        url: String,
-        /// What is wrong, and what to do.
-        detail: String,
     },
     /// Bytes that are not what was written there.
     #[error(

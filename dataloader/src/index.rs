@@ -1,11 +1,11 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
+use anello_store::{Object, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::Footer;
 use crate::progress::{Meter, OnProgress, parallel};
-use crate::store::{Object, Store};
 use crate::{Error, Result};
 
 /// Name of the stored index, beside the shards.
@@ -52,10 +52,10 @@ impl Index {
     ///
     /// Progress counts shards. Errors: no shard, a shard whose footer or columns are not those of a token set.
     pub fn build(store: &Store, checksums: bool, threads: usize, progress: OnProgress<'_>) -> Result<Self> {
-        let objects = shards_of(store.list()?);
+        let objects = shards_of(store.list("")?);
         if objects.is_empty() {
             return Err(Error::Index {
-                url: store.url().to_owned(),
+                url: store.place().to_owned(),
                 detail:
                     "holds no .parquet file; check the address, or make shards with `anello data tokenize`"
                         .to_owned(),
@@ -86,8 +86,8 @@ impl Index {
     pub fn load(store: &Store) -> Result<Option<Self>> {
         let Some(bytes) = store.get(INDEX_FILE)? else { return Ok(None) };
         let fault = |detail: String| Error::Index {
-            url: store.url().to_owned(),
-            detail: format!("{INDEX_FILE} {detail}; run `anello data index {}`", store.url()),
+            url: store.place().to_owned(),
+            detail: format!("{INDEX_FILE} {detail}; run `anello data index {}`", store.place()),
         };
         let index: Self =
             serde_json::from_slice(&bytes).map_err(|e| fault(format!("cannot be read ({e})")))?;
@@ -95,7 +95,7 @@ impl Index {
             return Err(fault(format!("has version {}, this build reads {VERSION}", index.version)));
         }
         let listed: BTreeMap<_, _> =
-            shards_of(store.list()?).into_iter().map(|o| (o.path, o.bytes)).collect();
+            shards_of(store.list("")?).into_iter().map(|o| (o.path, o.bytes)).collect();
         let known: BTreeMap<_, _> = index.shards.iter().map(|s| (s.path.clone(), s.bytes)).collect();
         for (path, bytes) in &known {
             match listed.get(path) {
@@ -116,7 +116,7 @@ impl Index {
     pub fn save(&self, store: &Store) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(self).expect("an index is numbers and strings");
         text.push(b'\n');
-        store.put(INDEX_FILE, text)
+        Ok(store.put(INDEX_FILE, text)?)
     }
 
     /// BLAKE3 of what determines the order of documents: paths, sizes, rows and tokens. It is the same for a stored

@@ -85,7 +85,7 @@ pub fn inspect(
             let ids: Vec<i32> = document.tokens.iter().take(sample_tokens).copied().collect();
             let wide: Vec<u32> = ids.iter().map(|id| *id as u32).collect();
             let text = tokenizer.map(|t| t.decode(&wide, false)).transpose().map_err(|e| {
-                Error::tool(dataset.store().place(path), format!("ids cannot be decoded: {e}"))
+                Error::tool(dataset.store().place_of(path), format!("ids cannot be decoded: {e}"))
             })?;
             let place = format!("{path}, row group {group}");
             part.samples.push(Sample { place, row: 0, length: document.tokens.len(), ids, text });
@@ -139,7 +139,7 @@ impl Inspection {
 }
 
 fn count_sources(dataset: &Dataset, path: &str, rows: &mut BTreeMap<String, u64>) -> Result<()> {
-    let fault = |detail: String| Error::Shard { file: dataset.store().place(path), detail };
+    let fault = |detail: String| Error::Shard { file: dataset.store().place_of(path), detail };
     let Some(bytes) = dataset.store().get(path)? else {
         return Err(fault("is gone; restore the file".to_owned()));
     };

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use anello_configs::random::Permutation;
 use anello_configs::{Mask, OnCorrupt};
+use anello_store::{Cursor, OpenDocument, SourceCursor};
 
-use crate::cursor::{Cursor, OpenDocument, SourceCursor};
 use crate::decode::Documents;
 use crate::order::{Draws, Order};
 use crate::pack::{MicroBatch, Packer};

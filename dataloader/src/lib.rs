@@ -1,8 +1,7 @@
 //! Tokenized Parquet in, packed token batches out. Knows nothing of models or rings.
 //!
 //! ```text
-//! pure     order   which document, when             shells   store     objects behind a URL
-//!          cursor  where a lane is                           dataset   a folder of shards: footers, row groups
+//! pure     order   which document, when             shells   dataset   a folder of shards: footers, row groups
 //!          pack    documents to sequences                    index     what the shards hold, stored beside them
 //!          decode  a row group's bytes to documents          loader    threads that prefetch lane steps
 //!          lane    one lane's walk
@@ -10,7 +9,6 @@
 //! A [`Loader`] yields what each lane trains on in each step. It is a function of (seed, sources, plan, lane, cursor)
 //! alone: which lanes are served together, how many threads there are and what was prefetched changes nothing.
 
-mod cursor;
 mod dataset;
 mod decode;
 mod error;
@@ -22,14 +20,13 @@ mod mano;
 mod order;
 mod pack;
 mod progress;
-mod store;
 mod text;
 mod tokenize;
 mod train;
 mod verify;
 mod write;
 
-pub use cursor::{Cursor, OpenDocument, SourceCursor};
+pub use anello_store::{Cursor, OpenDocument, SourceCursor};
 pub use dataset::Dataset;
 pub use decode::{Document, Documents};
 pub use error::{Error, Result};
@@ -41,7 +38,6 @@ pub use mano::{MODULUS, ManoOptions, mano_token, mano_vocab, synth_mano};
 pub use order::{Draws, Order, Slot, SourceShape};
 pub use pack::{MicroBatch, Packer};
 pub use progress::{OnProgress, Progress};
-pub use store::{Object, Store};
 pub use text::TextInputs;
 pub use tokenize::{TokenizeOptions, TokenizeReport, tokenize};
 pub use train::{SPECIAL_TOKENS, TrainOptions, TrainReport, VOCAB_MIN, train_tokenizer};

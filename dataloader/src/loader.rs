@@ -5,8 +5,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anello_configs::{OnCorrupt, RunConfig, Schedule};
+use anello_store::Cursor;
 
-use crate::cursor::Cursor;
 use crate::dataset::Dataset;
 use crate::decode::Documents;
 use crate::lane::{Fetch, Lane, LaneStep, StepData};

@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 
 use anello_configs::random::Stream;
+use anello_store::Store;
 
 use crate::index::Index;
 use crate::progress::{Meter, OnProgress, parallel};
-use crate::store::Store;
 use crate::write::{ShardFormat, ShardWriter};
 use crate::{Error, Result};
 
@@ -91,14 +91,14 @@ fn write(
     let shards = documents.div_ceil(SHARD_DOCUMENTS);
     let names: Vec<_> = (0..shards).map(|at| format!("shard-{at:05}-of-{shards:05}.parquet")).collect();
     if let Some(other) =
-        store.list()?.iter().find(|o| o.path.ends_with(".parquet") && !names.contains(&o.path))
+        store.list("")?.iter().find(|o| o.path.ends_with(".parquet") && !names.contains(&o.path))
     {
         let detail =
             format!("holds {}, which is not of this set; remove the folder or name another one", other.path);
-        return Err(Error::tool(store.url(), detail));
+        return Err(Error::tool(store.place(), detail));
     }
     parallel(options.threads, names.len(), |at| {
-        let fault = |e: parquet::errors::ParquetError| Error::tool(store.place(&names[at]), e);
+        let fault = |e: parquet::errors::ParquetError| Error::tool(store.place_of(&names[at]), e);
         let mut writer = ShardWriter::new(options.format, masked, None).map_err(fault)?;
         let first = at as u64 * SHARD_DOCUMENTS;
         let range = first..(first + SHARD_DOCUMENTS).min(documents);

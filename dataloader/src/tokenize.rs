@@ -1,11 +1,11 @@
 use std::path::PathBuf;
 
+use anello_store::Store;
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
 use crate::index::Index;
 use crate::progress::{Meter, OnProgress, parallel};
-use crate::store::Store;
 use crate::text::{Kind, Piece, TextInputs, parts, read_file};
 use crate::write::{ShardFormat, ShardWriter};
 use crate::{Error, Result};
@@ -93,7 +93,7 @@ pub fn tokenize(options: &TokenizeOptions, progress: OnProgress<'_>) -> Result<T
     let names: Vec<String> =
         (0..shards.len()).map(|at| format!("shard-{at:05}-of-{:05}.parquet", shards.len())).collect();
     if let Some(other) =
-        store.list()?.iter().find(|o| o.path.ends_with(".parquet") && !names.contains(&o.path))
+        store.list("")?.iter().find(|o| o.path.ends_with(".parquet") && !names.contains(&o.path))
     {
         return Err(Error::tool(
             &options.output,
@@ -167,7 +167,7 @@ impl Job<'_> {
             self.meter.add(bytes, state.tokens)?;
             return Ok((state, true));
         }
-        let fault = |e: parquet::errors::ParquetError| Error::tool(self.store.place(name), e);
+        let fault = |e: parquet::errors::ParquetError| Error::tool(self.store.place_of(name), e);
         let mut writer =
             ShardWriter::new(self.options.format, false, self.options.source.as_deref()).map_err(fault)?;
         let mut input = self.hasher();

@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use anello_dataloader::{Dataset, Documents, Error, Index, Store};
+use anello_dataloader::{Dataset, Documents, Error, Index};
+use anello_store::Store;
 use arrow::array::{
     Array, ArrayRef, BooleanArray, FixedSizeListArray, Int32Array, Int64Array, LargeListArray, ListArray,
     RecordBatch, StringArray, UInt8Array, UInt16Array, UInt32Array,

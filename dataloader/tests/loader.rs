@@ -8,9 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anello_configs::{LoadOptions, Mask, OnCorrupt, RunConfig, Schedule, Source};
-use anello_dataloader::{
-    Cursor, Dataset, Error, Index, LaneStep, Loader, LoaderOptions, StepData, Store, plan_of,
-};
+use anello_dataloader::{Cursor, Dataset, Error, Index, LaneStep, Loader, LoaderOptions, StepData, plan_of};
+use anello_store::Store;
 use common::{documents, url, write_set};
 
 const LANES: u32 = 6;
@@ -124,7 +123,7 @@ fn a_stored_index_changes_nothing_but_what_it_can_check() {
     }
     let stored = sources
         .iter()
-        .map(|(name, d)| (name.clone(), Arc::new(Dataset::open(d.store().url()).unwrap())))
+        .map(|(name, d)| (name.clone(), Arc::new(Dataset::open(d.store().place()).unwrap())))
         .collect();
     assert_eq!(all(options(&stored, 0..LANES)), expected);
 }

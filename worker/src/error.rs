@@ -11,46 +11,13 @@ pub enum Error {
         /// What to do.
         remedy: String,
     },
-    /// A checkpoint, or a part of it, is not what its manifest says: go back to an earlier one.
-    #[error("checkpoint {step}: {fact}; {remedy}")]
-    Checkpoint {
-        /// Step of the checkpoint.
-        step: u64,
-        /// What does not fit, with the part and block.
-        fact: String,
-        /// What to do.
-        remedy: String,
-    },
-    /// Another process writes to the same run: leave.
-    #[error("{what} was written by another process; only one may train a run: stop the other, then resume")]
-    Fenced {
-        /// The object that was already there.
-        what: String,
-    },
-    /// The run folder could not be read or written: retry when the cause is gone.
-    #[error("{action} {what}: {source}")]
-    Store {
-        /// What was tried: `reading`, `writing`, …
-        action: &'static str,
-        /// The object.
-        what: String,
-        /// The cause.
-        source: object_store::Error,
-    },
-    /// An object of the run folder does not parse.
-    #[error("{what} does not parse: {cause}; {remedy}")]
-    Malformed {
-        /// The object.
-        what: String,
-        /// What the parser said.
-        cause: String,
-        /// What to do.
-        remedy: String,
-    },
+    /// The run folder: what to do is in its variants.
+    #[error(transparent)]
+    Store(#[from] anello_store::Error),
     /// The data could not be read.
     #[error(transparent)]
     Data(#[from] anello_dataloader::Error),
-    /// A local resource (thread, runtime) could not be had.
+    /// A thread could not be had.
     #[error("{action}: {source}")]
     System {
         /// What was tried.
@@ -71,12 +38,9 @@ impl Error {
         Self::Config { fact: fact.into(), remedy: remedy.into() }
     }
 
-    pub(crate) fn malformed(
-        what: impl Into<String>,
-        cause: impl ToString,
-        remedy: impl Into<String>,
-    ) -> Self {
-        Self::Malformed { what: what.into(), cause: cause.to_string(), remedy: remedy.into() }
+    /// Whether another process writes to the same run, so that this one must leave.
+    pub fn is_fenced(&self) -> bool {
+        matches!(self, Self::Store(anello_store::Error::Fenced { .. }))
     }
 }
 

@@ -6,8 +6,7 @@
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   generate   a sample of text
-//! durable state     store      the run folder                     events     what happened
-//!                   metrics    one row a step                     checkpoint parts, manifest, retention
+//! durable state     metrics    one row a step                     checkpoint a state to parts and back
 //! the shell         trainer    one thread that owns the model, one that writes; commands in, notices out
 //! ```
 
@@ -15,7 +14,6 @@ pub mod checkpoint;
 mod engine;
 mod environment;
 mod error;
-pub mod events;
 mod ffi;
 mod fold;
 mod generate;
@@ -24,12 +22,10 @@ mod model;
 mod objective;
 mod optimizer;
 mod params;
-mod store;
 mod tape;
 mod trainer;
 
 pub use engine::{Engine, Outcome, Pass, forward_backward};
-pub use environment::Environment;
 pub use error::{Error, Result, with_causes};
 pub use fold::Fold;
 pub use generate::{Greedy, Sampled, greedy};
@@ -37,6 +33,5 @@ pub use model::{Context, Model, Rotary};
 pub use objective::{LossSums, TokenLosses, log_exit, token_losses};
 pub use optimizer::{State, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};
-pub use store::RunStore;
 pub use tape::Tape;
-pub use trainer::{Control, Ended, Notice, Resume, Run, Training, read_config};
+pub use trainer::{Control, Ended, Notice, Resume, Run, Training};

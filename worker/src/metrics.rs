@@ -12,10 +12,9 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use anello_configs::StepPlan;
+use anello_store::{Error, Object, Result, Store};
 
 use crate::engine::Outcome;
-use crate::error::{Error, Result};
-use crate::store::RunStore;
 
 /// What is logged of a step.
 #[derive(Clone, Debug, PartialEq)]
@@ -227,27 +226,24 @@ fn path_of(first: &StepRecord, last: &StepRecord) -> String {
 }
 
 /// Writes records of consecutive steps as one object. [`Error::Fenced`] when another process has written them.
-pub fn write(store: &RunStore, records: &[StepRecord]) -> Result<()> {
+pub fn write(store: &Store, records: &[StepRecord]) -> Result<()> {
     let (Some(first), Some(last)) = (records.first(), records.last()) else { return Ok(()) };
     let (path, bytes) = (path_of(first, last), Bytes::from(encode(records)));
     // The same bytes, wall-clock figures included, are our own: written before, with an answer that was lost.
     if store.create(&path, bytes.clone())? || store.get(&path)?.as_ref() == Some(&bytes) {
         return Ok(());
     }
-    Err(Error::Fenced { what: format!("{}/{path}", store.place()) })
+    Err(Error::Fenced { place: store.place_of(&path) })
 }
 
 /// All records of a run in order of their steps, each step once.
-pub fn read(store: &RunStore) -> Result<Vec<StepRecord>> {
+pub fn read(store: &Store) -> Result<Vec<StepRecord>> {
     let mut by_step = std::collections::BTreeMap::new();
-    for path in store.list("metrics")?.iter().filter(|path| range_of(path).is_some()) {
+    for Object { path, .. } in store.list("metrics")?.iter().filter(|object| range_of(&object.path).is_some())
+    {
         let Some(bytes) = store.get(path)? else { continue };
         let records = decode(bytes).map_err(|cause| {
-            Error::malformed(
-                format!("{}/{path}", store.place()),
-                cause,
-                "delete it; resuming writes later steps anew",
-            )
+            Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew")
         })?;
         by_step.extend(records.into_iter().map(|record| (record.step, record)));
     }
@@ -255,17 +251,17 @@ pub fn read(store: &RunStore) -> Result<Vec<StepRecord>> {
 }
 
 /// Removes what was logged from `step` on: a run that goes on from there logs it again.
-pub fn truncate(store: &RunStore, step: u64) -> Result<()> {
-    for path in store.list("metrics")? {
+pub fn truncate(store: &Store, step: u64) -> Result<()> {
+    for Object { path, .. } in store.list("metrics")? {
         let Some((first, last)) = range_of(&path) else { continue };
         if last < step {
             continue;
         }
         if first < step {
             let Some(bytes) = store.get(&path)? else { continue };
-            let what = format!("{}/{path}", store.place());
+            let place = store.place_of(&path);
             let mut stay =
-                decode(bytes).map_err(|cause| Error::malformed(what, cause, "delete it, then resume"))?;
+                decode(bytes).map_err(|cause| Error::malformed(place, cause, "delete it, then resume"))?;
             stay.retain(|record| record.step < step);
             if let (Some(first), Some(last)) = (stay.first(), stay.last()) {
                 store.put(&path_of(first, last), encode(&stay))?;
@@ -305,7 +301,7 @@ mod tests {
 
     #[test]
     fn records_survive_parquet_also_when_t_changes() {
-        let store = RunStore::memory().unwrap();
+        let store = Store::memory().unwrap();
         let records: Vec<StepRecord> = (0..6).map(|s| record(s, if s < 4 { 8 } else { 4 })).collect();
         write(&store, &records[..5]).unwrap();
         write(&store, &records[5..]).unwrap();
@@ -315,7 +311,7 @@ mod tests {
 
     #[test]
     fn truncation_keeps_exactly_what_is_before_the_step() {
-        let store = RunStore::memory().unwrap();
+        let store = Store::memory().unwrap();
         let records: Vec<StepRecord> = (0..10).map(|s| record(s, 4)).collect();
         write(&store, &records[..4]).unwrap();
         write(&store, &records[4..8]).unwrap();

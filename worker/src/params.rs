@@ -12,10 +12,8 @@
 use std::ops::Range;
 
 use anello_configs::{Model, random::Stream};
+pub use anello_store::checkpoint::BLOCK;
 use tch::{Device, Kind, Tensor};
-
-/// Elements of a block.
-pub const BLOCK: usize = 1 << 16;
 
 /// How a tensor starts.
 #[derive(Clone, Copy, Debug, PartialEq)]

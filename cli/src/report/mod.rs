@@ -9,9 +9,9 @@ mod series;
 use std::path::PathBuf;
 
 use anello_configs::{RunConfig, Schedule};
-use anello_worker::events::Record;
-use anello_worker::metrics::StepRecord;
-use anello_worker::{RunStore, checkpoint, events, metrics, read_config};
+use anello_store::events::{self, Record};
+use anello_store::{Store, checkpoint, read_config};
+use anello_worker::metrics::{self, StepRecord};
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::place::open_run;
@@ -42,7 +42,7 @@ struct Story {
 }
 
 impl Story {
-    fn read(store: &RunStore) -> Result<Self, Failure> {
+    fn read(store: &Store) -> Result<Self, Failure> {
         let config = read_config(store)?;
         Ok(Self {
             place: store.place().to_owned(),
@@ -64,8 +64,13 @@ impl Story {
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let store = open_run(&args.run)?;
     let story = Story::read(&store)?;
-    let folder = store.place().strip_prefix("file://").unwrap_or(store.place());
-    let path = args.out.clone().unwrap_or_else(|| PathBuf::from(folder).join("report.html"));
+    let path = match (&args.out, store.folder()) {
+        (Some(path), _) => path.clone(),
+        (None, Some(_)) => PathBuf::from(store.place_of("report.html")),
+        (None, None) => {
+            return Err(Failure::Usage(format!("{} is no folder; say where with --out FILE", store.place())));
+        }
+    };
     let text = page::render(&story);
     let failed = |source| Failure::File { action: "writing", path: path.clone(), source };
     std::fs::write(&path, &text).map_err(failed)?;

@@ -1,6 +1,6 @@
 //! The page: a template, filled. Pure.
 
-use anello_worker::events::{Event, Record};
+use anello_store::events::{Event, Record};
 
 use super::{Story, series};
 use crate::stages::{StageSummary, summarise};

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anello_worker::events::Event;
+use anello_store::events::Event;
 use anello_worker::metrics::StepRecord;
 use serde_json::{Value, json};
 

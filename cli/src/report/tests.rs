@@ -1,4 +1,4 @@
-use anello_worker::events::{Event, Record};
+use anello_store::events::{Event, Record};
 
 use super::page::escape;
 use super::*;

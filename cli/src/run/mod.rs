@@ -10,7 +10,8 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use anello_configs::{RunConfig, Schedule};
-use anello_worker::{Control, Ended, Resume, Run, RunStore, Training, checkpoint, metrics, read_config};
+use anello_store::{CONFIG, Store, checkpoint, read_config};
+use anello_worker::{Control, Ended, Resume, Run, Training, metrics};
 
 use tokenizers::Tokenizer;
 
@@ -104,17 +105,18 @@ fn open(args: &Args) -> Result<Run, Failure> {
     };
     match (&args.resume, &args.config) {
         (Some(place), given) => {
-            let store = open_run(place)?;
+            open_run(place)?;
+            let store = Store::durable(place)?;
             // First by itself: a damaged config is the run's fault, not that of what is set over it.
             read_config(&store)?;
-            let own = format!("{}/config.toml", store.place());
+            let own = store.place_of(CONFIG);
             let config = config(given.as_deref().unwrap_or(&own))?;
             Ok(Run::resume(store, Resume { config: Some(config), allow: args.allow })?)
         }
         (None, Some(name)) => {
             let config = config(name)?;
             let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
-            Ok(Run::create(RunStore::open(&out)?, config)?)
+            Ok(Run::create(Store::durable(&out)?, config)?)
         }
         (None, None) => {
             Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned()))
@@ -123,7 +125,7 @@ fn open(args: &Args) -> Result<Run, Failure> {
 }
 
 /// After a failure: what is safe.
-fn say_where_it_stands(store: &RunStore) {
+fn say_where_it_stands(store: &Store) {
     if let Some(step) = checkpoint::steps(store).ok().and_then(|steps| steps.last().copied()) {
         let place = store.place();
         eprintln!(
@@ -134,7 +136,7 @@ fn say_where_it_stands(store: &RunStore) {
 }
 
 /// What the model writes. It trained well, so that whatever is wrong here is no failure of the run.
-fn samples(store: &RunStore, config: &RunConfig, ended: &Ended, tokens: usize) -> String {
+fn samples(store: &Store, config: &RunConfig, ended: &Ended, tokens: usize) -> String {
     let schedule = Schedule::new(config);
     let Some(last) = ended.step.checked_sub(1).and_then(|step| schedule.at(step)) else {
         return String::new();

@@ -2,7 +2,8 @@
 
 use anello_configs::{RunConfig, Stage};
 use anello_dataloader::Dataset;
-use anello_worker::{Greedy, RunStore, Sampled, checkpoint, greedy};
+use anello_store::Store;
+use anello_worker::{Greedy, Sampled, checkpoint, greedy};
 use tokenizers::Tokenizer;
 
 use crate::failure::Failure;
@@ -30,7 +31,7 @@ pub struct Sample {
 /// Continues the beginning of a document of each of the heaviest sources of `stage` by `tokens` tokens, with the
 /// weights after `step` steps.
 pub fn take(
-    store: &RunStore,
+    store: &Store,
     config: &RunConfig,
     stage: &Stage,
     step: u64,

@@ -9,7 +9,7 @@ use std::fmt;
 use std::ops::{Add, Div};
 use std::sync::Arc;
 
-use anello_proto::ring::{Formation, Generation, Order, Stance, Step, WorkerId, Written};
+use anello_proto::ring::{Endpoints, Formation, Generation, Order, Stance, Step, WorkerId, Written};
 
 pub use membership::{Found, Membership, lane_ranges};
 

@@ -28,7 +28,7 @@ pub fn write_set(folder: &Path, documents: &[Vec<i32>], shards: usize, row_group
     }
 }
 
-/// `path` as a URL that [`anello_dataloader::Store`] opens.
+/// `path` as a URL that [`anello_store::Store`] opens.
 pub fn url(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }

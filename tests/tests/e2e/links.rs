@@ -15,11 +15,12 @@ fn tree(package: &str) -> String {
 }
 
 #[test]
-fn configs_and_dataloader_build_without_libtorch() {
+fn all_below_the_worker_builds_without_libtorch() {
     let links = |package: &str| {
         tree(package).lines().any(|line| line.starts_with("tch ") || line.starts_with("torch-sys "))
     };
-    assert!(!links("anello-configs"));
-    assert!(!links("anello-dataloader"));
+    for package in ["anello-configs", "anello-store", "anello-dataloader"] {
+        assert!(!links(package), "{package}");
+    }
     assert!(links("anello-worker"), "the test knows LibTorch when it sees it");
 }

@@ -1,12 +1,13 @@
 //! Two checkpoints side by side: which blocks differ, and by how much.
 
 use anello_configs::Model;
+use anello_store::checkpoint::{BLOCK, BUFFERS, read_manifest};
+use anello_store::{Error as StoreError, Store};
 use tch::Device;
 
-use super::{BUFFERS, load, read_manifest};
-use crate::error::{Error, Result};
-use crate::params::{BLOCK, Layout};
-use crate::store::RunStore;
+use super::load;
+use crate::error::Result;
+use crate::params::Layout;
 
 /// A block that differs.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,11 +37,12 @@ pub struct Comparison {
 
 /// Compares checkpoint `a` with `b` (store and step each), of runs of the same `model`. Equal ones are told by their
 /// digests; parts are read only when some differ.
-pub fn compare(a: (&RunStore, u64), b: (&RunStore, u64), model: &Model) -> Result<Comparison> {
+pub fn compare(a: (&Store, u64), b: (&Store, u64), model: &Model) -> Result<Comparison> {
     let (in_a, in_b) = (read_manifest(a.0, a.1)?, read_manifest(b.0, b.1)?);
     if in_a.elements != in_b.elements {
         let fact = format!("it holds {} elements, checkpoint {} holds {}", in_a.elements, b.1, in_b.elements);
-        return Err(Error::Checkpoint { step: a.1, fact, remedy: "compare runs of one model".to_owned() });
+        let remedy = "compare runs of one model".to_owned();
+        return Err(StoreError::Checkpoint { step: a.1, fact, remedy }.into());
     }
     let facts = [
         ("step", in_a.step.to_string(), in_b.step.to_string()),

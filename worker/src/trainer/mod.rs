@@ -19,16 +19,17 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anello_configs::{RunConfig, Schedule, StepPlan};
-use anello_dataloader::{Cursor, LaneStep, Loader};
+use anello_dataloader::{LaneStep, Loader};
+use anello_store::checkpoint::{Position, read_manifest, steps};
+use anello_store::events::{Event, EventLog, Record};
+use anello_store::{Cursor, Store};
 
-use crate::checkpoint::{Position, Snapshot};
+use crate::checkpoint::Snapshot;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::events::{Event, EventLog, Record};
 use crate::metrics::{Seconds, StepRecord};
-use crate::store::RunStore;
 
-pub use open::{Resume, Run, read_config};
+pub use open::{Resume, Run};
 use writer::{Job, Writer};
 
 /// What a person may want to see of a run.
@@ -127,7 +128,7 @@ const LAST_ATTEMPTS: u32 = 6;
 
 struct Trainer {
     config: RunConfig,
-    store: RunStore,
+    store: Store,
     retry: Duration,
     schedule: Schedule,
     engine: Engine,
@@ -315,7 +316,7 @@ impl Trainer {
     fn after(&self, result: Result<String>) -> Result<Option<Instant>> {
         match result {
             Ok(_) => Ok(None),
-            Err(fenced @ Error::Fenced { .. }) => Err(fenced),
+            Err(fenced) if fenced.is_fenced() => Err(fenced),
             Err(_) => Ok(Some(Instant::now() + self.retry)),
         }
     }
@@ -332,7 +333,7 @@ impl Trainer {
         for attempt in 0..LAST_ATTEMPTS {
             match result.take() {
                 Some(Ok(weights)) => return Ok(weights),
-                Some(Err(fenced @ Error::Fenced { .. })) => return Err(fenced),
+                Some(Err(fenced)) if fenced.is_fenced() => return Err(fenced),
                 Some(Err(_)) if attempt > 0 => std::thread::sleep(self.retry),
                 Some(Err(_)) | None => {}
             }
@@ -344,9 +345,9 @@ impl Trainer {
 
     /// The digest of the checkpoint at this very step, when it exists: nothing was trained since.
     fn already_saved(&self) -> Result<Option<String>> {
-        if !crate::checkpoint::steps(&self.store)?.contains(&self.next_step) {
+        if !steps(&self.store)?.contains(&self.next_step) {
             return Ok(None);
         }
-        Ok(Some(crate::checkpoint::read_manifest(&self.store, self.next_step)?.weights))
+        Ok(Some(read_manifest(&self.store, self.next_step)?.weights))
     }
 }

@@ -5,23 +5,24 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anello_configs::{Loss, RunConfig, Trains};
-use anello_dataloader::{Cursor, Loader, LoaderOptions};
+use anello_dataloader::{Loader, LoaderOptions};
+use anello_store::checkpoint::{set_aside, steps};
+use anello_store::events::{self, Event, EventLog, Record};
+use anello_store::{CONFIG, Cursor, Environment, Error as StoreError, Store, read_config};
 use tch::Device;
 
 use crate::checkpoint::{self, Loaded};
 use crate::engine::Engine;
-use crate::environment::Environment;
+use crate::environment;
 use crate::error::{Error, Result};
-use crate::events::{self, Event, EventLog, Record};
 use crate::metrics;
-use crate::store::RunStore;
 
 /// A run that is ready to be trained.
 pub struct Run {
     /// What it trains.
     pub config: RunConfig,
     /// Where it lives.
-    pub store: RunStore,
+    pub store: Store,
     /// Time between two attempts at what could not be written.
     pub retry: Duration,
     data: LoaderOptions,
@@ -72,13 +73,12 @@ pub(super) struct Started {
     pub records: Vec<Record>,
 }
 
-const CONFIG: &str = "config.toml";
 /// Time between two attempts at what could not be written.
 const RETRY: Duration = Duration::from_secs(5);
 
 impl Run {
-    /// A new run of `config` in `store`, which must hold none yet.
-    pub fn create(store: RunStore, config: RunConfig) -> Result<Self> {
+    /// A new run of `config` in `store`, which must hold none yet; a folder is to be a [`Store::durable`] one.
+    pub fn create(store: Store, config: RunConfig) -> Result<Self> {
         check_supported(&config)?;
         if store.get(CONFIG)?.is_some() {
             let fact = format!("{} holds a run already", store.place());
@@ -86,9 +86,9 @@ impl Run {
         }
         let data = LoaderOptions::of(&config)?;
         if !store.create(CONFIG, config.to_toml())? {
-            return Err(Error::Fenced { what: format!("{}/{CONFIG}", store.place()) });
+            return Err(StoreError::Fenced { place: store.place_of(CONFIG) }.into());
         }
-        let here = Environment::of_cpu();
+        let here = environment::of_cpu();
         // The model thread will have as many.
         let environment = Environment { threads: config.compute.threads.unwrap_or(here.threads), ..here };
         let environment = serde_json::to_vec_pretty(&environment).expect("plain strings and a number");
@@ -97,8 +97,8 @@ impl Run {
         Ok(Self { config, store, retry, data, resumed: false, allow: false, new_config: false, changed })
     }
 
-    /// The run in `store`, to go on from its newest usable checkpoint.
-    pub fn resume(store: RunStore, resume: Resume) -> Result<Self> {
+    /// The run in `store` (as for [`Run::create`]), to go on from its newest usable checkpoint.
+    pub fn resume(store: Store, resume: Resume) -> Result<Self> {
         let begun_with = read_config(&store)?;
         let config = resume.config.unwrap_or_else(|| begun_with.clone());
         check_supported(&config)?;
@@ -137,7 +137,7 @@ impl Run {
     /// Builds engine and loader at the first step to train, and claims the run: of two processes one gets through
     /// the first record here, the other is fenced. Before that nothing in the run folder is changed.
     pub(super) fn start(&self, log: &mut EventLog) -> Result<Started> {
-        let environment = Environment::of_cpu();
+        let environment = environment::of_cpu();
         let data: BTreeMap<String, String> = self
             .data
             .sources
@@ -166,7 +166,7 @@ impl Run {
         }
         let (here, changed) = (environment.clone(), self.changed.clone());
         records.push(log.append(Event::Started { step, environment: here, changed })?);
-        passed_over.iter().try_for_each(|(step, _)| checkpoint::set_aside(&self.store, *step))?;
+        passed_over.iter().try_for_each(|(step, _)| set_aside(&self.store, *step))?;
         if self.new_config {
             self.store.put(CONFIG, self.config.to_toml())?;
         }
@@ -191,11 +191,11 @@ impl Run {
     /// The newest checkpoint that is whole. The newer ones that are not (step and reason) go into `passed_over`: they
     /// are to be set aside so that the run can write those steps again.
     fn newest_usable(&self, passed_over: &mut Vec<(u64, String)>) -> Result<Option<Loaded>> {
-        let steps = checkpoint::steps(&self.store)?;
+        let steps = steps(&self.store)?;
         for &step in steps.iter().rev() {
             match checkpoint::load(&self.store, step, &self.config.model, Device::Cpu) {
                 Ok(loaded) => return Ok(Some(loaded)),
-                Err(damaged @ Error::Checkpoint { .. }) => {
+                Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => {
                     let reason = damaged.to_string();
                     tracing::warn!(step, reason, "a checkpoint cannot be used; trying the one before it");
                     passed_over.push((step, reason));
@@ -233,17 +233,6 @@ impl Run {
         let fact = format!("the data of {} has changed since the run began", names.join(", "));
         Err(Error::config(fact, "bring the old data back, or accept that the run changes with --allow"))
     }
-}
-
-/// The config of the run in `store`.
-pub fn read_config(store: &RunStore) -> Result<RunConfig> {
-    let place = format!("{}/{CONFIG}", store.place());
-    let Some(bytes) = store.get(CONFIG)? else {
-        return Err(Error::config(format!("{} holds no run", store.place()), "give the folder of a run"));
-    };
-    let remedy = "restore it from a copy";
-    let text = std::str::from_utf8(&bytes).map_err(|cause| Error::malformed(&place, cause, remedy))?;
-    RunConfig::parse(&place, text).map_err(|cause| Error::malformed(&place, cause, remedy))
 }
 
 fn check_supported(config: &RunConfig) -> Result<()> {

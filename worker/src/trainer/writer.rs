@@ -5,13 +5,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anello_configs::Checkpoint;
+use anello_store::checkpoint::prune;
+use anello_store::events::{Event, EventLog};
+use anello_store::{Error as StoreError, Store};
 
 use super::{LAST_ATTEMPTS, Notice, Run};
 use crate::checkpoint::{self, Snapshot};
 use crate::error::{Error, Result, with_causes};
-use crate::events::{Event, EventLog};
 use crate::metrics::{self, StepRecord};
-use crate::store::RunStore;
 
 /// Jobs that may wait. Metrics of so many steps are a few hundred KiB; past it training waits for the store.
 const JOBS_MAX: usize = 1024;
@@ -62,7 +63,7 @@ impl Writer {
     pub fn send(&self, job: Job) -> Result<()> {
         let jobs = self.jobs.as_ref().expect("nothing is sent after finish()");
         // A writer that is gone was fenced: finish() has the details, this is enough to stop the step loop.
-        jobs.send(job).map_err(|_| Error::Fenced { what: "the event log".to_owned() })
+        jobs.send(job).map_err(|_| StoreError::Fenced { place: "the event log".to_owned() }.into())
     }
 
     /// Hands over a checkpoint. The one before must have been waited for.
@@ -111,7 +112,7 @@ impl Drop for Writer {
 
 /// The writer thread's state: what could not be written yet is kept, in order.
 struct Desk {
-    store: RunStore,
+    store: Store,
     policy: Checkpoint,
     retry: Duration,
     notices: Sender<Notice>,
@@ -165,7 +166,7 @@ impl Desk {
     fn flush_last(&mut self) -> Result<()> {
         for _ in 1..LAST_ATTEMPTS {
             match self.flush_rows().and_then(|()| self.flush_events()) {
-                Err(Error::Store { .. }) => std::thread::sleep(self.retry),
+                Err(Error::Store(StoreError::Object { .. })) => std::thread::sleep(self.retry),
                 result => return result,
             }
         }
@@ -186,11 +187,11 @@ impl Desk {
     /// only then is an old checkpoint let go. Only a fence ends the writer.
     fn checkpoint(&mut self, snapshot: &Snapshot) -> Result<()> {
         let began = Instant::now();
-        let (step, part_bytes) = (snapshot.step, self.policy.part_bytes);
+        let (step, part_bytes) = (snapshot.facts.position.step, self.policy.part_bytes);
         let saved = self
             .flush_rows()
-            .and_then(|()| self.log.check())
-            .and_then(|()| checkpoint::save(&self.store, snapshot, part_bytes, self.log.session()));
+            .and_then(|()| Ok(self.log.check()?))
+            .and_then(|()| Ok(checkpoint::save(&self.store, snapshot, part_bytes, self.log.session())?));
         match saved {
             Ok(manifest) => {
                 self.events.push(Event::Checkpoint { step, weights: manifest.weights.clone() });
@@ -198,9 +199,9 @@ impl Desk {
                 let _ = self.notices.send(Notice::Checkpoint { step, seconds });
                 let _ = self.answers.send(Ok(manifest.weights));
             }
-            Err(Error::Fenced { what }) => {
-                let _ = self.answers.send(Err(Error::Fenced { what: what.clone() }));
-                return Err(Error::Fenced { what });
+            Err(Error::Store(StoreError::Fenced { place })) => {
+                let _ = self.answers.send(Err(StoreError::Fenced { place: place.clone() }.into()));
+                return Err(StoreError::Fenced { place }.into());
             }
             Err(cause) => {
                 let text = with_causes(&cause);
@@ -220,30 +221,16 @@ impl Desk {
     }
 
     fn prune(&self) {
-        if let Err(cause) = self.try_prune() {
+        if let Err(cause) = prune(&self.store, &self.policy) {
             tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
         }
-    }
-
-    fn try_prune(&self) -> Result<()> {
-        let mut kept = Vec::new();
-        for step in checkpoint::steps(&self.store)? {
-            // One that cannot be read is left for `verify` to explain.
-            if let Ok(manifest) = checkpoint::read_manifest(&self.store, step) {
-                kept.push((step, manifest.stage_end));
-            }
-        }
-        checkpoint::superseded(&self.policy, &kept)
-            .into_iter()
-            .try_for_each(|s| checkpoint::delete(&self.store, s))?;
-        kept.last().map_or(Ok(()), |&(newest, _)| checkpoint::tidy(&self.store, newest))
     }
 }
 
 /// What was not written is kept and tried again. Only a fence is an error.
 fn tolerate(result: Result<()>, what: &'static str) -> Result<()> {
     match result {
-        Err(fenced @ Error::Fenced { .. }) => Err(fenced),
+        Err(fenced) if fenced.is_fenced() => Err(fenced),
         Err(cause) => {
             tracing::warn!(what, %cause, "cannot be written now; it is tried again");
             Ok(())

@@ -17,10 +17,12 @@ use std::sync::OnceLock;
 
 use anello_configs::{RunConfig, Schedule, random::Stream};
 use anello_dataloader::{ShardFormat, ShardWriter};
-use anello_worker::checkpoint::{self, Manifest};
-use anello_worker::events::Event;
+use anello_store::checkpoint::{self, Manifest};
+use anello_store::events::{self, Event};
+use anello_store::{Error as StoreError, Store};
+use anello_worker::checkpoint::{Loaded, load, save};
 use anello_worker::metrics::StepRecord;
-use anello_worker::{Control, Ended, Error, Notice, Resume, Run, RunStore, Training, events, metrics};
+use anello_worker::{Control, Ended, Error, Notice, Resume, Run, Training, metrics};
 use tempfile::TempDir;
 
 const CONFIG: &str = r#"
@@ -172,22 +174,22 @@ pub fn drive(run: Run, until: Option<u64>) -> (Result<Ended, Error>, Vec<Notice>
 }
 
 /// Trains a new run of `config` in `store`.
-pub fn begin(store: &RunStore, config: &RunConfig, until: Option<u64>) -> Ended {
+pub fn begin(store: &Store, config: &RunConfig, until: Option<u64>) -> Ended {
     let run = Run::create(store.clone(), config.clone()).unwrap();
     drive(run, until).0.unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// Goes on with the run in `store` as it is.
-pub fn resume(store: &RunStore, until: Option<u64>) -> Ended {
+pub fn resume(store: &Store, until: Option<u64>) -> Ended {
     resume_with(store, Resume::default(), until)
 }
 
-pub fn resume_with(store: &RunStore, options: Resume, until: Option<u64>) -> Ended {
+pub fn resume_with(store: &Store, options: Resume, until: Option<u64>) -> Ended {
     let run = Run::resume(store.clone(), options).unwrap_or_else(|e| panic!("{e}"));
     drive(run, until).0.unwrap_or_else(|e| panic!("{e}"))
 }
 
-pub fn events_of(store: &RunStore) -> Vec<Event> {
+pub fn events_of(store: &Store) -> Vec<Event> {
     events::read(store).unwrap().into_iter().map(|record| record.event).collect()
 }
 
@@ -203,7 +205,7 @@ pub struct Reference {
 pub fn reference() -> &'static Reference {
     static REFERENCE: OnceLock<Reference> = OnceLock::new();
     REFERENCE.get_or_init(|| {
-        let (data, store) = (Data::new(), RunStore::memory().unwrap());
+        let (data, store) = (Data::new(), Store::memory().unwrap());
         let mut config = data.config();
         config.checkpoint.every_steps = 1;
         let ended = begin(&store, &config, None);
@@ -228,7 +230,7 @@ fn bits(manifest: &Manifest) -> String {
 
 /// Asserts that the run in `store` stands after `step` steps and is, in every checkpoint and every metric, the
 /// undisturbed one.
-pub fn assert_undisturbed(store: &RunStore, step: u64, what: &str) {
+pub fn assert_undisturbed(store: &Store, step: u64, what: &str) {
     let reference = reference();
     let steps = checkpoint::steps(store).unwrap();
     assert_eq!(steps.last(), Some(&step), "{what}: the newest checkpoint");
@@ -244,7 +246,7 @@ pub fn assert_undisturbed(store: &RunStore, step: u64, what: &str) {
 }
 
 /// Asserts that the run in `store` is complete and is the undisturbed one.
-pub fn assert_finished(store: &RunStore, what: &str) {
+pub fn assert_finished(store: &Store, what: &str) {
     let reference = reference();
     assert_undisturbed(store, reference.ended.step, what);
     let last = events_of(store).pop();

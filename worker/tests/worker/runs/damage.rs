@@ -1,7 +1,7 @@
 //! Damaged checkpoints: found, named, passed over; never used, never deleted.
 
-use anello_worker::events::Event;
-use anello_worker::{RunStore, checkpoint};
+use anello_store::events::Event;
+use anello_store::{Store, checkpoint};
 use safetensors::SafeTensors;
 
 use super::store::TestStore;
@@ -18,7 +18,7 @@ fn stopped(data: &Data) -> TestStore {
     store
 }
 
-fn part_of(store: &RunStore, step: u64, part: usize) -> String {
+fn part_of(store: &Store, step: u64, part: usize) -> String {
     let manifest = checkpoint::read_manifest(store, step).unwrap();
     format!("{}/{}", checkpoint::folder(step), manifest.parts[part].name)
 }
@@ -27,7 +27,7 @@ fn manifest_of(step: u64) -> String {
     format!("{}/manifest.json", checkpoint::folder(step))
 }
 
-fn change(store: &RunStore, path: &str, change: impl FnOnce(&mut Vec<u8>)) {
+fn change(store: &Store, path: &str, change: impl FnOnce(&mut Vec<u8>)) {
     let mut bytes = store.get(path).unwrap().unwrap().to_vec();
     change(&mut bytes);
     store.put(path, bytes).unwrap();
@@ -40,7 +40,7 @@ fn place_of(bytes: &[u8], buffer: &str) -> usize {
 }
 
 /// A kind of damage to the newest checkpoint, and what the error must say of it.
-type Damage = (&'static str, fn(&RunStore), &'static [&'static str]);
+type Damage = (&'static str, fn(&Store), &'static [&'static str]);
 
 const DAMAGES: &[Damage] = &[
     (
@@ -152,10 +152,11 @@ fn damage_is_found_named_and_passed_over() {
         let store = TestStore::after(&whole).run();
         damage(&store);
         let damaged_manifest = store.get(&manifest_of(NEWEST)).unwrap().unwrap();
-        let loaded = checkpoint::load(&store, NEWEST, &data.config().model, tch::Device::Cpu);
+        let loaded = load(&store, NEWEST, &data.config().model, tch::Device::Cpu);
         let verified = checkpoint::verify(&store, NEWEST);
-        for error in [loaded.map(|_| ()).unwrap_err(), verified.map(|_| ()).unwrap_err()] {
-            assert!(matches!(error, Error::Checkpoint { step: NEWEST, .. }), "{what}: {error:?}");
+        let Err(Error::Store(loaded)) = loaded else { panic!("{what}: {loaded:?}") };
+        for error in [&loaded, &verified.unwrap_err()] {
+            assert!(matches!(error, StoreError::Checkpoint { step: NEWEST, .. }), "{what}: {error:?}");
             let text = error.to_string();
             assert!(text.starts_with("checkpoint 12: "), "{what}: {text}");
             assert!(text.ends_with("; use the checkpoint before it"), "{what}: {text}");
@@ -165,7 +166,6 @@ fn damage_is_found_named_and_passed_over() {
                 assert!(text.contains(word), "{what}: {text:?} does not say {word:?}");
             }
         }
-        let loaded = checkpoint::load(&store, NEWEST, &data.config().model, tch::Device::Cpu).unwrap_err();
         assert!(said.iter().all(|word| loaded.to_string().contains(word)), "{what}: {loaded}");
 
         resume(&store, None);
@@ -236,7 +236,7 @@ fn no_flipped_byte_of_a_manifest_is_believed() {
             store.put(&path, flipped).unwrap();
             match checkpoint::read_manifest(&store, NEWEST) {
                 Ok(manifest) => assert_eq!(manifest, whole, "bit {bit} of byte {at} was believed"),
-                Err(Error::Checkpoint { .. } | Error::Malformed { .. }) => found += 1,
+                Err(StoreError::Checkpoint { .. } | StoreError::Malformed { .. }) => found += 1,
                 Err(other) => panic!("bit {bit} of byte {at}: {other}"),
             }
         }
@@ -258,7 +258,7 @@ fn no_flipped_byte_of_a_part_is_believed() {
         flipped[at] ^= 0x10;
         store.put(&path, flipped).unwrap();
         let found = checkpoint::verify(&store, NEWEST);
-        assert!(matches!(found, Err(Error::Checkpoint { .. })), "byte {at} was believed");
+        assert!(matches!(found, Err(StoreError::Checkpoint { .. })), "byte {at} was believed");
     }
 }
 

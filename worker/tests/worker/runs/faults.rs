@@ -3,14 +3,15 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use anello_worker::events::Event;
-use anello_worker::{Control, Ended, Notice, Resume, Run, RunStore, Training};
+use anello_store::Store;
+use anello_store::events::Event;
+use anello_worker::{Control, Ended, Notice, Resume, Run, Training};
 
 use super::store::{Fate, TestStore};
 use super::*;
 
 /// A new run that tries a failed checkpoint again at once.
-fn create(store: &RunStore, data: &Data) -> Run {
+fn create(store: &Store, data: &Data) -> Run {
     let mut run = Run::create(store.clone(), data.config()).unwrap();
     run.retry = Duration::ZERO;
     run
@@ -196,7 +197,7 @@ fn stalled(store: &TestStore, run: Run, stands_at: Place) -> Stalled {
 
 fn assert_fenced(ended: Result<Ended, Error>, what: &str) {
     let error = ended.expect_err("one of the two must leave");
-    assert!(matches!(error, Error::Fenced { .. }), "{what}: {error:?}");
+    assert!(error.is_fenced(), "{what}: {error:?}");
     let text = error.to_string();
     assert!(text.contains("only one may train a run: stop the other, then resume"), "{what}: {text}");
 }
@@ -302,7 +303,7 @@ fn a_newcomer_that_comes_too_late_changes_nothing() {
 #[test]
 fn of_two_processes_at_once_one_leaves() {
     let data = Data::new();
-    let store = RunStore::memory().unwrap();
+    let store = Store::memory().unwrap();
     let first = Training::start(Run::create(store.clone(), data.config()).unwrap(), Control::default(), None)
         .unwrap();
     let mut second = None;

@@ -1,6 +1,6 @@
 //! A run learns.
 
-use anello_worker::RunStore;
+use anello_store::Store;
 
 use super::*;
 
@@ -55,7 +55,7 @@ fn a_run_learns_and_its_last_loop_step_most() {
     write_source(&data.folder.path().join("patterns"), &documents);
     let text = CONFIG.replace("DATA", data.folder.path().to_str().unwrap());
     let config = RunConfig::parse("learns.toml", &text).unwrap_or_else(|e| panic!("{e}"));
-    let store = RunStore::memory().unwrap();
+    let store = Store::memory().unwrap();
     begin(&store, &config, None);
     let records = metrics::read(&store).unwrap();
     let uniform = 64f64.ln();

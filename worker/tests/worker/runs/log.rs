@@ -1,9 +1,11 @@
 //! What a run leaves behind for people: events in order, environment, retention, differences, skipped steps.
 
 use anello_configs::Checkpoint;
-use anello_worker::checkpoint::{BlockDifference, Position, Snapshot, compare};
-use anello_worker::events::Event;
-use anello_worker::{Environment, Notice, RunStore};
+use anello_store::checkpoint::Position;
+use anello_store::events::Event;
+use anello_store::{Environment, Store};
+use anello_worker::Notice;
+use anello_worker::checkpoint::{BlockDifference, Snapshot, compare};
 
 use super::*;
 
@@ -23,7 +25,7 @@ fn words(events: &[Event]) -> Vec<String> {
 #[test]
 fn events_tell_the_run_in_order() {
     let data = Data::new();
-    let store = RunStore::memory().unwrap();
+    let store = Store::memory().unwrap();
     let run = Run::create(store.clone(), data.config()).unwrap();
     let (ended, notices) = drive(run, Some(13));
     ended.unwrap();
@@ -79,7 +81,7 @@ fn events_tell_the_run_in_order() {
 #[test]
 fn the_environment_is_recorded() {
     let data = Data::new();
-    let store = RunStore::memory().unwrap();
+    let store = Store::memory().unwrap();
     let mut config = data.config();
     config.compute.threads = Some(2);
     begin(&store, &config, Some(3));
@@ -107,7 +109,7 @@ fn retention_keeps_what_it_says() {
         (4, Some(8), true, vec![3, 7, 8, 9, 10, 12, 15]),
     ];
     for (keep_last, keep_every_steps, keep_stage_ends, expected) in policies {
-        let store = RunStore::memory().unwrap();
+        let store = Store::memory().unwrap();
         let mut config = data.config();
         let Checkpoint { every_steps, part_bytes, .. } = config.checkpoint;
         config.checkpoint =
@@ -122,7 +124,7 @@ fn retention_keeps_what_it_says() {
             .list("checkpoints")
             .unwrap()
             .iter()
-            .map(|path| path.rsplit_once('/').unwrap().0.to_owned())
+            .map(|object| object.path.rsplit_once('/').unwrap().0.to_owned())
             .collect();
         assert!(
             folders.into_iter().eq(expected.into_iter().map(checkpoint::folder)),
@@ -134,7 +136,7 @@ fn retention_keeps_what_it_says() {
 #[test]
 fn compare_says_which_blocks_differ() {
     let data = Data::new();
-    let stores = [RunStore::memory().unwrap(), RunStore::memory().unwrap()];
+    let stores = [Store::memory().unwrap(), Store::memory().unwrap()];
     let config = data.config();
     begin(&stores[0], &config, Some(6));
     let mut other = data.config();
@@ -153,8 +155,7 @@ fn compare_says_which_blocks_differ() {
     assert!(later.differences.iter().all(|d| d.max_abs > 0.0 && d.elements > 0));
 
     // One element, by a known amount.
-    let checkpoint::Loaded { manifest, state } =
-        checkpoint::load(b, 6, &config.model, tch::Device::Cpu).unwrap();
+    let Loaded { manifest, state } = load(b, 6, &config.model, tch::Device::Cpu).unwrap();
     let _ = state.exp_avg.narrow(0, 70_000, 1).g_add_scalar_(0.5);
     save_again(b, &manifest, &state);
     let changed = compare((a, 6), (b, 6), &config.model).unwrap();
@@ -171,13 +172,13 @@ fn compare_says_which_blocks_differ() {
 }
 
 /// Writes a checkpoint anew with another state.
-fn save_again(store: &RunStore, manifest: &Manifest, state: &anello_worker::State) {
+fn save_again(store: &Store, manifest: &Manifest, state: &anello_worker::State) {
     let Manifest { step, stage, stage_end, tokens, cursors, config, data, environment, .. } =
         manifest.clone();
     let position = Position { step, stage, stage_end, tokens };
     let snapshot = Snapshot::take(state, position, cursors, config, data, environment);
     checkpoint::delete(store, step).unwrap();
-    checkpoint::save(store, &snapshot, 1 << 20, 0).unwrap();
+    save(store, &snapshot, 1 << 20, 0).unwrap();
 }
 
 /// A token whose embedding is infinite: the steps whose batch holds it are not finite, the others are.
@@ -201,10 +202,9 @@ fn a_step_that_is_not_finite_is_left_out_and_the_run_goes_on() {
     for stage in &mut config.stages {
         stage.mixture = [("words".to_owned(), 1.0)].into();
     }
-    let store = RunStore::memory().unwrap();
+    let store = Store::memory().unwrap();
     begin(&store, &config, Some(2));
-    let checkpoint::Loaded { manifest, state } =
-        checkpoint::load(&store, 2, &config.model, tch::Device::Cpu).unwrap();
+    let Loaded { manifest, state } = load(&store, 2, &config.model, tch::Device::Cpu).unwrap();
     let hidden = i64::from(config.model.hidden);
     let _ = state.weights.narrow(0, i64::from(rare) * hidden, 1).fill_(f64::INFINITY);
     save_again(&store, &manifest, &state);

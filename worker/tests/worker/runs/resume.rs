@@ -1,12 +1,13 @@
 //! What a resume refuses, and what `allow` lets through.
 
-use anello_worker::events::Event;
-use anello_worker::{Resume, RunStore};
+use anello_store::Store;
+use anello_store::events::Event;
+use anello_worker::Resume;
 
 use super::store::TestStore;
 use super::*;
 
-fn refused(store: &RunStore, options: Resume) -> String {
+fn refused(store: &Store, options: Resume) -> String {
     match Run::resume(store.clone(), options) {
         Ok(run) => drive(run, None).0.expect_err("it must be refused").to_string(),
         Err(error) => error.to_string(),
@@ -46,7 +47,7 @@ fn a_changed_learning_rate_is_refused_by_its_key_and_can_be_allowed() {
     let changed = vec![of("optimizer.clip", "1.0", "0.5"), of("stage.stable.lr", "0.003", "0.001")];
     let started: Vec<_> = events_of(&run).into_iter().filter_map(changes).collect();
     assert_eq!(started, [(0, Vec::new()), (5, changed)], "the log names the change and its step");
-    assert_eq!(anello_worker::read_config(&run).unwrap(), config);
+    assert_eq!(anello_store::read_config(&run).unwrap(), config);
     assert_eq!(resume(&run, None).weights, ended.weights, "the folder's own config needs no permission");
 
     let records = metrics::read(&run).unwrap();

@@ -1,8 +1,9 @@
 //! Run twice, stopped anywhere, killed anywhere: the same bits.
 
 use anello_configs::Recompute;
-use anello_worker::events::Event;
-use anello_worker::{Control, Ended, Notice, Resume, Run, RunStore, Training};
+use anello_store::events::Event;
+use anello_store::{Object, Store};
+use anello_worker::{Control, Ended, Notice, Resume, Run, Training};
 
 use super::store::TestStore;
 use super::*;
@@ -23,7 +24,7 @@ fn the_small_run_has_everything_that_a_real_one_has() {
     assert_eq!(reference.manifests[&8].updates, 1, "the optimizer starts anew");
     assert!(reference.manifests[&15].parts.len() > 1);
     let epochs = |e: &Event| matches!(e, Event::Epoch { source, .. } if source == "code");
-    let store = RunStore::memory().unwrap();
+    let store = Store::memory().unwrap();
     begin(&store, &config, None);
     assert!(events_of(&store).iter().any(epochs), "a source runs out and starts anew");
 }
@@ -32,20 +33,20 @@ fn the_small_run_has_everything_that_a_real_one_has() {
 fn a_run_twice_is_the_same_run() {
     let data = Data::new();
     let folder = tempfile::tempdir().unwrap();
-    let store = RunStore::open(folder.path().join("run").to_str().unwrap()).unwrap();
+    let store = Store::durable(folder.path().join("run").to_str().unwrap()).unwrap();
     let ended = begin(&store, &data.config(), None);
     assert_eq!(ended, reference().ended);
     assert_finished(&store, "a second run, in a folder");
 
-    let again = RunStore::memory().unwrap();
+    let again = Store::memory().unwrap();
     begin(&again, &data.config(), None);
     let objects = store.list("checkpoints").unwrap();
     assert_eq!(objects, again.list("checkpoints").unwrap());
-    for path in objects {
+    for Object { path, .. } in objects {
         assert!(store.get(&path).unwrap() == again.get(&path).unwrap(), "{path} is the same bytes");
     }
 
-    let (other, mut config) = (RunStore::memory().unwrap(), data.config());
+    let (other, mut config) = (Store::memory().unwrap(), data.config());
     config.seed += 1;
     assert_ne!(begin(&other, &config, None).weights, ended.weights, "another seed is another run");
 }
@@ -55,7 +56,7 @@ fn a_run_stopped_after_any_step_goes_on_as_if_nothing_had_been() {
     let data = Data::new();
     for stop in 0..=total_steps(&data.config()) {
         let what = format!("stopped after {stop} steps");
-        let store = RunStore::memory().unwrap();
+        let store = Store::memory().unwrap();
         let stopped = begin(&store, &data.config(), Some(stop));
         assert_eq!(stopped.step, stop);
         assert_eq!(stopped.finished, stop == reference().ended.step);
@@ -73,14 +74,14 @@ fn a_run_stopped_after_any_step_goes_on_as_if_nothing_had_been() {
 }
 
 /// [`assert_finished`], past a checkpoint of the very beginning, which the undisturbed run does not take.
-fn assert_finished_at_zero(store: &RunStore, stop: u64, what: &str) {
+fn assert_finished_at_zero(store: &Store, stop: u64, what: &str) {
     if stop == 0 {
         checkpoint::delete(store, 0).unwrap();
     }
     assert_finished(store, what);
 }
 
-fn assert_resumed_from(store: &RunStore, stop: u64, what: &str) {
+fn assert_resumed_from(store: &Store, stop: u64, what: &str) {
     let started = events_of(store).into_iter().filter_map(|event| match event {
         Event::Started { step, .. } => Some(step),
         _ => None,
@@ -90,7 +91,7 @@ fn assert_resumed_from(store: &RunStore, stop: u64, what: &str) {
 
 #[test]
 fn a_run_stopped_after_every_step_is_the_same_run() {
-    let (data, store) = (Data::new(), RunStore::memory().unwrap());
+    let (data, store) = (Data::new(), Store::memory().unwrap());
     begin(&store, &data.config(), Some(1));
     for until in 2..=total_steps(&data.config()) {
         resume(&store, Some(until));
@@ -102,7 +103,7 @@ fn a_run_stopped_after_every_step_is_the_same_run() {
 fn stop_finishes_the_step_and_saves_it() {
     let data = Data::new();
     for after in [0, 1, 3, 4, 8, 11] {
-        let store = RunStore::memory().unwrap();
+        let store = Store::memory().unwrap();
         let (control, run) = (Control::default(), Run::create(store.clone(), data.config()).unwrap());
         if after == 0 {
             control.stop();
@@ -131,7 +132,7 @@ fn stop_finishes_the_step_and_saves_it() {
 #[test]
 fn what_is_no_mathematics_may_change_at_any_resume() {
     let (data, moved) = (Data::new(), Data::new());
-    let store = RunStore::memory().unwrap();
+    let store = Store::memory().unwrap();
     begin(&store, &data.config(), Some(2));
     let changes: [fn(&mut RunConfig); 8] = [
         |c| c.compute.threads = Some(1),
@@ -148,7 +149,7 @@ fn what_is_no_mathematics_may_change_at_any_resume() {
         change(&mut config);
         let options = Resume { config: Some(config.clone()), allow: false };
         assert_eq!(resume_with(&store, options, Some(until)).step, until);
-        assert_eq!(anello_worker::read_config(&store).unwrap(), config, "the folder has the new config");
+        assert_eq!(anello_store::read_config(&store).unwrap(), config, "the folder has the new config");
     }
     assert_finished(&store, "changed on the way");
 }
@@ -177,8 +178,10 @@ fn a_run_killed_between_any_two_writes_is_the_same_run() {
         let kept = checkpoints.len();
         assert!(kept <= 2, "{what}: {kept} checkpoints are kept");
         let objects = left.run().list("checkpoints").unwrap();
-        let stray = objects.iter().find(|path| {
-            !checkpoints.iter().any(|step| path.starts_with(&format!("{}/", checkpoint::folder(*step))))
+        let stray = objects.iter().find(|object| {
+            !checkpoints
+                .iter()
+                .any(|step| object.path.starts_with(&format!("{}/", checkpoint::folder(*step))))
         });
         assert_eq!(stray, None, "{what}: an object without a checkpoint stays for ever");
     }
@@ -191,7 +194,7 @@ fn a_folder_copied_in_mid_run_goes_on_to_the_same_bits() {
     let data = Data::new();
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path().join("run");
-    let store = RunStore::open(place.to_str().unwrap()).unwrap();
+    let store = Store::durable(place.to_str().unwrap()).unwrap();
     let run = Run::create(store, data.config()).unwrap();
     let training = Training::start(run, Control::default(), None).unwrap();
     let mut copies = Vec::new();
@@ -211,7 +214,7 @@ fn a_folder_copied_in_mid_run_goes_on_to_the_same_bits() {
         std::fs::create_dir_all(&torn).unwrap();
         std::fs::write(torn.join("part-00000.safetensors#1"), [7; 100]).unwrap();
         std::fs::write(torn.join("manifest.json#1"), b"{\"format\":").unwrap();
-        let store = RunStore::open(copy.to_str().unwrap()).unwrap();
+        let store = Store::durable(copy.to_str().unwrap()).unwrap();
         resume(&store, None);
         assert_finished(&store, &copy.display().to_string());
         assert!(!torn.join("manifest.json#1").exists() && !torn.exists(), "what was torn is gone");

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use anello_worker::RunStore;
+use anello_store::Store;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
@@ -56,8 +56,8 @@ impl TestStore {
         store
     }
 
-    pub fn run(&self) -> RunStore {
-        RunStore::new(Arc::new(self.clone()), "memory".to_owned()).unwrap()
+    pub fn run(&self) -> Store {
+        Store::new(Arc::new(self.clone()), "memory").unwrap()
     }
 
     /// The same objects behind another handle, with a rule of its own: another process.
@@ -79,8 +79,8 @@ impl TestStore {
     /// All objects.
     pub fn objects(&self) -> BTreeMap<String, Bytes> {
         let run = self.run();
-        let paths = run.list("").unwrap();
-        paths.into_iter().map(|path| (path.clone(), run.get(&path).unwrap().unwrap())).collect()
+        let objects = run.list("").unwrap();
+        objects.into_iter().map(|o| (o.path.clone(), run.get(&o.path).unwrap().unwrap())).collect()
     }
 }
 

@@ -6,9 +6,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use crate::environment::Environment;
-use crate::error::{Error, Result};
-use crate::store::RunStore;
+use crate::{Environment, Error, Object, Result, Store};
 
 /// Something that happened in a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -109,7 +107,7 @@ pub struct Record {
 /// The writing end of the log: one for each process that trains.
 #[derive(Debug)]
 pub struct EventLog {
-    store: RunStore,
+    store: Store,
     session: u64,
     next: u64,
     /// The record that the store said it could not write: it may be there all the same.
@@ -122,8 +120,8 @@ fn path_of(number: u64) -> String {
 
 impl EventLog {
     /// The log of `store`, positioned after its last record.
-    pub fn open(store: &RunStore) -> Result<Self> {
-        let next = store.list("events")?.iter().filter_map(|path| number_of(path)).max().unwrap_or(0) + 1;
+    pub fn open(store: &Store) -> Result<Self> {
+        let next = store.list("events")?.iter().filter_map(number_of).max().unwrap_or(0) + 1;
         Ok(Self { store: store.clone(), session: next, next, unsure: None })
     }
 
@@ -160,7 +158,7 @@ impl EventLog {
     }
 
     fn fenced(&self) -> Error {
-        Error::Fenced { what: format!("{}/{}", self.store.place(), path_of(self.next)) }
+        Error::Fenced { place: self.store.place_of(&path_of(self.next)) }
     }
 
     fn record(&self, event: Event) -> (Record, Bytes) {
@@ -177,24 +175,20 @@ impl EventLog {
 }
 
 /// All records of a run, in order.
-pub fn read(store: &RunStore) -> Result<Vec<Record>> {
+pub fn read(store: &Store) -> Result<Vec<Record>> {
     let mut records = Vec::new();
-    for path in store.list("events")?.iter().filter(|path| number_of(path).is_some()) {
+    for Object { path, .. } in store.list("events")?.iter().filter(|object| number_of(object).is_some()) {
         let Some(bytes) = store.get(path)? else { continue };
         let record = serde_json::from_slice(&bytes).map_err(|cause| {
-            Error::malformed(
-                format!("{}/{path}", store.place()),
-                cause,
-                "restore it, or use a build that wrote it",
-            )
+            Error::malformed(store.place_of(path), cause, "restore it, or use a build that wrote it")
         })?;
         records.push(record);
     }
     Ok(records)
 }
 
-fn number_of(path: &str) -> Option<u64> {
-    path.strip_prefix("events/")?.strip_suffix(".json")?.parse().ok()
+fn number_of(object: &Object) -> Option<u64> {
+    object.path.strip_prefix("events/")?.strip_suffix(".json")?.parse().ok()
 }
 
 #[cfg(test)]
@@ -203,7 +197,7 @@ mod tests {
 
     #[test]
     fn the_second_writer_is_fenced_and_nothing_is_overwritten() {
-        let store = RunStore::memory().unwrap();
+        let store = Store::memory().unwrap();
         let (mut first, mut second) = (EventLog::open(&store).unwrap(), EventLog::open(&store).unwrap());
         first.append(Event::Stopped { step: 1 }).unwrap();
         let refused = second.append(Event::Stopped { step: 2 });

@@ -1,3 +1,5 @@
+//! A lane's place in its data, as a checkpoint keeps it.
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};

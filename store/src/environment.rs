@@ -1,0 +1,38 @@
+//! Where a run runs: recorded with every start and every checkpoint, since the same-bits contract holds for one
+//! kind of device and one build.
+
+use serde::{Deserialize, Serialize};
+
+/// Device, build and threads of a process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Environment {
+    /// Version of Anello.
+    pub anello: String,
+    /// Git revision of the build; absent when it was built outside a checkout.
+    pub revision: Option<String>,
+    /// Version of LibTorch.
+    pub libtorch: String,
+    /// Kind of device: the model of the CPU or GPU.
+    pub device: String,
+    /// CPU threads of LibTorch. The bits do not depend on it; it is here for the day when they seem to.
+    pub threads: u32,
+    /// Operating system and architecture.
+    pub system: String,
+}
+
+impl Environment {
+    /// What differs between two environments in ways that can change bits: (what, there, here).
+    pub fn differences<'a>(&'a self, here: &'a Self) -> Vec<(&'static str, &'a str, &'a str)> {
+        let revision = |e: &'a Self| e.revision.as_deref().unwrap_or("unknown");
+        [
+            ("anello version", self.anello.as_str(), here.anello.as_str()),
+            ("git revision", revision(self), revision(here)),
+            ("libtorch", &self.libtorch, &here.libtorch),
+            ("device", &self.device, &here.device),
+            ("system", &self.system, &here.system),
+        ]
+        .into_iter()
+        .filter(|(_, there, here)| there != here)
+        .collect()
+    }
+}

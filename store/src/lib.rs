@@ -1,0 +1,32 @@
+//! Object stores for plain threads, and the run folder kept in one. Builds without LibTorch.
+//!
+//! ```text
+//! any prefix      store        objects at a path or URL, read and written from plain threads
+//! the run folder  config       the config that a run was begun with
+//!                 events       what happened: numbered records; who writes the next one owns the run
+//!                 environment  where it ran
+//!                 checkpoint   manifests and their parts, their commit, and which of them stay
+//!                 cursor       where a lane is in its data
+//! ```
+//! A run folder is one prefix and the whole truth of a run:
+//! ```text
+//! config.toml                              the resolved config, written once
+//! environment.json                         where the run was started, written once
+//! events/00000001.json …                   what happened, one numbered record each, created and never changed
+//! metrics/0000000001-0000000050.parquet …  one row a step, for the steps in the name
+//! checkpoints/0000001200/part-00000-00000001.safetensors …, manifest.json (last)
+//! ```
+
+pub mod checkpoint;
+mod config;
+mod cursor;
+mod environment;
+mod error;
+pub mod events;
+mod store;
+
+pub use config::{CONFIG, read_config};
+pub use cursor::{Cursor, OpenDocument, SourceCursor};
+pub use environment::Environment;
+pub use error::{Error, Result};
+pub use store::{Object, Store};

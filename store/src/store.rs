@@ -1,0 +1,261 @@
+//! A prefix of an object store, for plain threads.
+
+use std::ops::Range;
+use std::path::{Path as FilePath, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::path::{Path, PathPart};
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use tokio::runtime::Runtime;
+
+use crate::{Error, Result};
+
+/// A folder or bucket prefix, read and written from plain threads. Clones are the same store.
+///
+/// Every method blocks the calling thread; none may be called on a thread of an async runtime. Paths are those below
+/// the prefix, `/` between their parts. An object is written whole or not at all.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    prefix: Path,
+    place: String,
+    folder: Option<PathBuf>,
+    runtime: Arc<Runtime>,
+}
+
+/// An object of a [`Store`].
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Object {
+    /// Path below the prefix.
+    pub path: String,
+    /// Size, bytes.
+    pub bytes: u64,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Store").field(&self.place).finish()
+    }
+}
+
+impl Store {
+    /// The store at `place`: a path, `file:///…`, or any scheme that `object_store` serves in this build. Makes
+    /// nothing: where there is no folder there are no objects, until one is put there.
+    pub fn open(place: &str) -> Result<Self> {
+        let Some(folder) = local_folder(place)? else { return Self::remote(place) };
+        let wrong = |e: &dyn std::fmt::Display| wrong_place(place, e);
+        let absolute = std::path::absolute(&folder).map_err(|e| wrong(&e))?;
+        let prefix = Path::from_absolute_path(&absolute).map_err(|e| wrong(&e))?;
+        Self::with_prefix(Arc::new(LocalFileSystem::new()), prefix, shown(&folder), Some(absolute))
+    }
+
+    /// The store at `place`, as a run folder wants it. A folder is made when it is missing, what is written to it
+    /// outlives a power cut once it is visible, and a folder below it goes with its last object.
+    pub fn durable(place: &str) -> Result<Self> {
+        let Some(folder) = local_folder(place)? else { return Self::remote(place) };
+        let failed = |source| Error::System { action: "making the folder", place: place.to_owned(), source };
+        let absolute = std::path::absolute(&folder).map_err(|e| wrong_place(place, &e))?;
+        std::fs::create_dir_all(&absolute).map_err(failed)?;
+        let local = LocalFileSystem::new_with_prefix(&absolute).map_err(|source| Error::Object {
+            action: "opening",
+            place: place.to_owned(),
+            source,
+        })?;
+        // Durable before visible: a manifest must not outlive the power cut that its parts did not.
+        let local = local.with_fsync(true).with_automatic_cleanup(true);
+        Self::with_prefix(Arc::new(local), Path::default(), shown(&folder), Some(absolute))
+    }
+
+    /// A store in memory, gone with the process.
+    pub fn memory() -> Result<Self> {
+        Self::new(Arc::new(InMemory::new()), "memory")
+    }
+
+    /// All of any store; `place` is its name for people.
+    pub fn new(store: Arc<dyn ObjectStore>, place: &str) -> Result<Self> {
+        Self::with_prefix(store, Path::default(), place.to_owned(), None)
+    }
+
+    fn remote(url: &str) -> Result<Self> {
+        let parsed = url::Url::parse(url).map_err(|e| wrong_place(url, &e))?;
+        // Credentials and endpoints, under the names that the clouds' own tools use.
+        let environment = std::env::vars_os().filter_map(|(key, value)| {
+            Some((key.into_string().ok()?.to_ascii_lowercase(), value.into_string().ok()?))
+        });
+        let (store, prefix) = object_store::parse_url_opts(&parsed, environment).map_err(|e| {
+            let scheme = parsed.scheme();
+            wrong_place(url, &format!("this build cannot open {scheme}:// ({e}); build with `--features cloud`, or copy the folder and give its path"))
+        })?;
+        Self::with_prefix(Arc::from(store), prefix, url.trim_end_matches('/').to_owned(), None)
+    }
+
+    fn with_prefix(
+        inner: Arc<dyn ObjectStore>,
+        prefix: Path,
+        place: String,
+        folder: Option<PathBuf>,
+    ) -> Result<Self> {
+        // Calls run on the thread that makes them; these threads carry what a remote store does beside them.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("anello-store")
+            .enable_all()
+            .build()
+            .map_err(|source| Error::System {
+                action: "starting the I/O thread of",
+                place: place.clone(),
+                source,
+            })?;
+        Ok(Self { inner, prefix, place, folder, runtime: Arc::new(runtime) })
+    }
+
+    /// Where it is, for people: the path of a folder, else the URL. [`Store::open`] takes it.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Where the object at `path` is, for people.
+    pub fn place_of(&self, path: &str) -> String {
+        format!("{}/{path}", self.place)
+    }
+
+    /// The folder, when that is what it is.
+    pub fn folder(&self) -> Option<&FilePath> {
+        self.folder.as_deref()
+    }
+
+    /// Everything below `folder` (`""`: everything), ordered by path.
+    pub fn list(&self, folder: &str) -> Result<Vec<Object>> {
+        let at = self.at(folder);
+        let found = self.runtime.block_on(self.inner.list(Some(&at)).try_collect::<Vec<_>>());
+        let found = found.map_err(|e| self.failed("listing", folder, e))?;
+        let mut objects: Vec<Object> = found
+            .into_iter()
+            .filter_map(|meta| {
+                let parts = meta.location.prefix_match(&self.prefix)?;
+                let path = parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
+                (!path.is_empty()).then_some(Object { path, bytes: meta.size })
+            })
+            .collect();
+        objects.sort_unstable();
+        Ok(objects)
+    }
+
+    /// The object's bytes; `None` where there is none.
+    pub fn get(&self, path: &str) -> Result<Option<Bytes>> {
+        let at = self.at(path);
+        match self.runtime.block_on(async { self.inner.get(&at).await?.bytes().await }) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.failed("reading", path, e)),
+        }
+    }
+
+    /// The last `length` bytes of the object, or all of it if it is shorter.
+    pub fn tail(&self, path: &str, length: u64) -> Result<Bytes> {
+        let at = self.at(path);
+        let options = GetOptions { range: Some(GetRange::Suffix(length)), ..Default::default() };
+        let read = async { self.inner.get_opts(&at, options).await?.bytes().await };
+        self.runtime.block_on(read).map_err(|e| self.failed("reading", path, e))
+    }
+
+    /// The bytes of each range of the object.
+    pub fn ranges(&self, path: &str, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
+        let at = self.at(path);
+        let read = self.inner.get_ranges(&at, ranges);
+        self.runtime.block_on(read).map_err(|e| self.failed("reading", path, e))
+    }
+
+    /// Writes the object, over an old one if there is one.
+    pub fn put(&self, path: &str, bytes: impl Into<Bytes>) -> Result<()> {
+        let at = self.at(path);
+        let put = self.inner.put(&at, PutPayload::from(bytes.into()));
+        self.runtime.block_on(put).map_err(|e| self.failed("writing", path, e))?;
+        Ok(())
+    }
+
+    /// Creates the object. `false`: it was there, and is as it was.
+    pub fn create(&self, path: &str, bytes: impl Into<Bytes>) -> Result<bool> {
+        let at = self.at(path);
+        let put = self.inner.put_opts(&at, PutPayload::from(bytes.into()), PutMode::Create.into());
+        match self.runtime.block_on(put) {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
+            Err(e) => Err(self.failed("creating", path, e)),
+        }
+    }
+
+    /// Deletes the object; one that is not there is fine.
+    pub fn delete(&self, path: &str) -> Result<()> {
+        match self.runtime.block_on(self.inner.delete(&self.at(path))) {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(e) => Err(self.failed("deleting", path, e)),
+        }
+    }
+
+    /// Removes what a killed process had not finished to write. In a folder an object is written as `NAME#N` and then
+    /// renamed, so a kill can leave such a file, which no list shows; other stores leave nothing.
+    pub fn sweep(&self) {
+        let mut open: Vec<PathBuf> = self.folder.iter().cloned().collect();
+        while let Some(folder) = open.pop() {
+            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+                let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+                if is_folder {
+                    open.push(entry.path());
+                } else if is_unfinished(&entry.file_name().to_string_lossy()) {
+                    // One that has gone meanwhile is as good, and one that cannot be removed costs only its space.
+                    // The folder goes with its last file, as when the store deletes.
+                    let _ = std::fs::remove_file(entry.path()).and_then(|()| std::fs::remove_dir(&folder));
+                }
+            }
+        }
+    }
+
+    fn at(&self, path: &str) -> Path {
+        // What a listing gave is taken as it is; `join` on a string would encode a `%` in it once more.
+        path.split('/').filter(|part| !part.is_empty()).fold(self.prefix.clone(), |at, part| {
+            match PathPart::parse(part) {
+                Ok(part) => at.join(part),
+                Err(_) => at.join(part),
+            }
+        })
+    }
+
+    fn failed(&self, action: &'static str, path: &str, source: object_store::Error) -> Error {
+        let place = if path.is_empty() { self.place.clone() } else { self.place_of(path) };
+        Error::Object { action, place, source }
+    }
+}
+
+fn wrong_place(place: &str, detail: &dyn std::fmt::Display) -> Error {
+    Error::Place { place: place.to_owned(), detail: detail.to_string() }
+}
+
+/// The folder at `place`, a path or a `file:///…` URL; `None` for another scheme.
+fn local_folder(place: &str) -> Result<Option<PathBuf>> {
+    match place.split_once("://") {
+        None => Ok(Some(PathBuf::from(place))),
+        Some(("file", _)) => {
+            let parsed = url::Url::parse(place).map_err(|e| wrong_place(place, &e))?;
+            let path = parsed.to_file_path();
+            path.map(Some).map_err(|()| wrong_place(place, &"not an absolute path; write file:///folder"))
+        }
+        Some(_) => Ok(None),
+    }
+}
+
+fn shown(folder: &FilePath) -> String {
+    folder.display().to_string().trim_end_matches('/').to_owned()
+}
+
+fn is_unfinished(name: &str) -> bool {
+    let number = name.rsplit_once('#').map(|(_, number)| number);
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+#[cfg(test)]
+mod tests;
