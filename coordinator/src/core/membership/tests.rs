@@ -304,7 +304,7 @@ fn the_end_needs_the_last_checkpoint() {
     assert_eq!(story.stands(1, ended), [formed(&Arc::new(save))]);
     story.event(Event::Recorded { generation: Generation(2) });
     let parts =
-        Written { step: TOTAL, generation: Generation(2), parts: "[]".to_owned(), weights: "a".to_owned() };
+        Written { step: TOTAL, generation: Generation(2), parts: "[]".to_owned(), facts: "a".to_owned() };
     let ended = Stance { written: vec![parts], ..stance(Some(100), holding(2, Cause::Ended)) };
     assert!(matches!(story.stands(1, ended)[..], [Effect::Commit { .. }]));
     let out = story.event(Event::Committed { step: TOTAL });
