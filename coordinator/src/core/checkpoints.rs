@@ -37,28 +37,26 @@ impl Checkpoints {
         Self { committed: committed.into_iter().collect(), ..Self::default() }
     }
 
-    /// The newest that is committed.
+    /// The newest that is committed and was not found unreadable.
     pub fn newest(&self) -> Option<Step> {
         self.committed.last().copied()
     }
 
-    /// The newest that is committed and was not found unreadable.
-    pub fn newest_trusted(&self) -> Option<Step> {
-        self.committed.iter().rev().find(|step| !self.distrusted.contains(step)).copied()
-    }
-
-    /// Whether there are some, and none can be read.
+    /// Whether there were some, and none can be read.
     pub fn all_distrusted(&self) -> bool {
-        !self.committed.is_empty() && self.newest_trusted().is_none()
+        self.committed.is_empty() && !self.distrusted.is_empty()
     }
 
     /// One exists, whoever committed it.
     pub fn exists(&mut self, step: Step) {
-        self.committed.insert(step);
+        if !self.distrusted.contains(&step) {
+            self.committed.insert(step);
+        }
     }
 
-    /// A checkpoint cannot be read.
+    /// A checkpoint cannot be read: it is set aside, and may be written again.
     pub fn distrust(&mut self, step: Step) {
+        self.committed.remove(&step);
         self.distrusted.insert(step);
     }
 

@@ -125,12 +125,16 @@ pub struct Found {
     pub formation: Option<Formation>,
     /// Steps of the committed checkpoints, ascending.
     pub checkpoints: Vec<Step>,
+    /// Every generation to come is later than this: the number of the coordinator's own first record, so that no other
+    /// writer of the run's folder ever stamped its objects with it.
+    pub floor: Generation,
 }
 
 impl Membership {
     /// Takes up a job at `now`: fresh, or where another coordinator left it.
     pub fn new(options: Options, epoch: Epoch, found: Found, now: Millis) -> Self {
-        let generation = found.formation.as_ref().map_or(Generation(0), |formation| formation.generation);
+        let generation =
+            found.formation.as_ref().map_or(Generation(0), |formation| formation.generation).max(found.floor);
         let ranks = found.formation.as_ref().map(ranks_of).unwrap_or_default();
         let mut workers = BTreeMap::new();
         let mut checkpoints = Checkpoints::new(found.checkpoints);

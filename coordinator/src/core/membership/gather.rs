@@ -43,7 +43,7 @@ impl Membership {
         }
         candidates.truncate(self.options.desired.min(self.options.lanes).max(1) as usize);
 
-        let stored = self.checkpoints.newest_trusted();
+        let stored = self.checkpoints.newest();
         let survive =
             candidates.iter().any(|id| self.workers[id].stance.holds.is_some()) && !self.faults.distrust;
         if !survive && listing != Listing::Fresh {

@@ -595,7 +595,7 @@ impl World {
             (_, Some((step, state))) if step == start => Some(state),
             (Source::Seed, _) => Some(self.reference[0]),
             (Source::Checkpoint { step }, _) => {
-                if self.unreadable.contains(step) {
+                if self.unreadable.contains(step) || !self.manifests.contains_key(step) {
                     let cause = Cause::NoState { reason: format!("checkpoint {step} is damaged") };
                     self.workers.get_mut(&worker).expect("known").state = None;
                     return self.leave_ring(worker, cause);
@@ -791,6 +791,7 @@ impl World {
         let found = Found {
             formation: self.formations.last_key_value().map(|(_, formation)| Formation::clone(formation)),
             checkpoints: self.manifests.keys().copied().collect(),
+            floor: Generation(0),
         };
         let mut core = Membership::new(self.options.clone(), self.epoch, found, Millis(self.now));
         core.plant(self.bug);
@@ -955,6 +956,11 @@ impl World {
                     }
                     other => Err(format!("the run ended as {other:?}")),
                 }
+            }
+            Entry::PassedOver { step, .. } => {
+                self.manifests.remove(&step);
+                self.unreadable.remove(&step);
+                Ok(())
             }
             _ => Ok(()),
         }
