@@ -9,6 +9,8 @@ Exit codes:
   0    done (also: `--until` was reached)
   1    failed; of `checkpoint verify` and `data verify`: something is broken; of `checkpoint diff`: they differ
   2    the arguments or the config are wrong; of `checkpoint diff`: they could not be compared
+  3    of `worker`: refused, since it does not fit the job: starting it again changes nothing
+  4    of `worker --until-eof`: the process that started it is gone
   130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` command, goes on
   131  interrupted a second time: left at once, what was not saved is lost";
 
@@ -34,6 +36,9 @@ impl Exit {
     }
 }
 
+/// The exit code of a worker whose parent is gone.
+pub const ORPHANED: i32 = 4;
+
 /// The exit code of a second interrupt.
 pub const LEFT_AT_ONCE: i32 = 131;
 
@@ -46,6 +51,15 @@ pub enum Failure {
     /// The config is wrong.
     #[error(transparent)]
     Config(#[from] anello_configs::ConfigError),
+    /// A worker that the coordinator refused.
+    #[error("the coordinator refuses this worker: {0}")]
+    Refused(String),
+    /// A ring that ended.
+    #[error("{0}")]
+    Ring(String),
+    /// The coordinator.
+    #[error(transparent)]
+    Coordinator(#[from] anello_coordinator::Error),
     /// Training.
     #[error(transparent)]
     Worker(#[from] anello_worker::Error),
@@ -82,7 +96,9 @@ impl Failure {
             {
                 2
             }
+            Self::Refused(_) => 3,
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
+            Self::Ring(_) | Self::Coordinator(_) => 1,
             Self::Worker(_) | Self::Store(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,
         }
     }

@@ -25,6 +25,11 @@ impl Interrupt {
         Ok(Self(flag))
     }
 
+    /// What is raised, for others to look at.
+    pub fn flag(&self) -> Arc<AtomicBool> {
+        self.0.clone()
+    }
+
     /// Whether one came.
     pub fn raised(&self) -> bool {
         self.0.load(Ordering::Relaxed)

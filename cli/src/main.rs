@@ -4,6 +4,7 @@
 //! thin shells   run         train or resume            data         tokenize, index, inspect, …
 //!               config      config, plan               checkpoint   list, verify, diff
 //!               log         events, metrics            report       one HTML page
+//!               worker      a worker process of a ring
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -25,6 +26,7 @@ mod stages;
 mod text;
 mod waiting;
 mod words;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -48,6 +50,8 @@ struct Cli {
 enum Command {
     /// Train a run, or go on with one.
     Run(run::Args),
+    /// Serve some lanes of a run under a coordinator. `anello run --workers` starts these.
+    Worker(worker::Args),
     /// Say what a run would take: steps, parameters, memory, time.
     Plan(config::PlanArgs),
     /// Print the config with all its layers and defaults resolved.
@@ -68,7 +72,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if matches!(cli.command, Command::Run(_)) {
+    if matches!(cli.command, Command::Run(_) | Command::Worker(_)) {
         waiting::sleep_while_waiting();
     }
     let screen = Screen::new();
@@ -88,6 +92,7 @@ fn main() -> ExitCode {
 fn command(command: Command, screen: &Screen) -> Outcome {
     match command {
         Command::Run(args) => run::run(&args, screen),
+        Command::Worker(args) => worker::run(&args),
         Command::Plan(args) => config::plan(&args, screen),
         Command::Config(args) => config::show(&args, screen),
         Command::Data(command) => data::run(&command, screen),

@@ -241,6 +241,8 @@ pub struct Status {
     pub generation: Generation,
     /// The one that is alive or breaking up.
     pub formation: Option<Formation>,
+    /// Workers that are connected.
+    pub workers: u32,
     /// The newest step that is held or stored.
     pub step: Option<Step>,
     /// The newest checkpoint.

@@ -5,6 +5,24 @@ use super::*;
 impl Membership {
     /// For people.
     pub fn status(&self) -> Status {
+        let (generation, formation) = (self.generation, self.formation().cloned());
+        let outcome = self.outcome().cloned();
+        let waits_for = self.waits_for();
+        let step = self.newest_held().max(self.checkpoints.newest());
+        let workers = self.workers.values().filter(|worker| worker.linked).count() as u32;
+        Status { workers, generation, formation, step, committed: self.checkpoints.newest(), waits_for, outcome }
+    }
+
+    /// How it ended; absent while it goes on.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        match &self.ring {
+            Ring::Over(outcome) => Some(outcome),
+            _ => None,
+        }
+    }
+
+    /// What it waits for, in words; absent while it trains.
+    pub fn waits_for(&self) -> Option<String> {
         let members = |formation: &Formation, wanted: fn(&Activity, Generation) -> bool| {
             let stands = |member: &&Member| {
                 self.workers
@@ -14,7 +32,7 @@ impl Membership {
             formation.members.iter().filter(stands).count()
         };
         let running = |activity: &Activity, generation| *activity == Activity::Running { generation };
-        let waits_for = match &self.ring {
+        match &self.ring {
             Ring::Gathering { .. } if self.goal != Goal::Run => Some("its last checkpoint".to_owned()),
             Ring::Gathering { .. } if self.workers.values().any(|w| w.linked && in_a_ring(&w.stance)) => {
                 Some("workers of an older ring to leave it".to_owned())
@@ -37,13 +55,6 @@ impl Membership {
                 Some(format!("word from {}", names.join(", ")))
             }
             Ring::Over(_) => None,
-        };
-        let (generation, formation) = (self.generation, self.formation().cloned());
-        let outcome = match &self.ring {
-            Ring::Over(outcome) => Some(outcome.clone()),
-            _ => None,
-        };
-        let step = self.newest_held().max(self.checkpoints.newest());
-        Status { generation, formation, step, committed: self.checkpoints.newest(), waits_for, outcome }
+        }
     }
 }

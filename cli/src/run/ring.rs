@@ -1,0 +1,165 @@
+//! `anello run --workers N`: a coordinator in this process, and N worker processes under it.
+
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use anello_coordinator::core::{Goal, Outcome as RingOutcome};
+use anello_coordinator::launch::{Crew, Local};
+use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
+use anello_configs::RunConfig;
+use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
+use anello_worker::Ended;
+
+use super::tracker::Tracker;
+use super::view::View;
+use super::{Args, POLL, lines, samples, say_where_it_stands, summary};
+use crate::config::load;
+use crate::failure::{Exit, Failure, Outcome};
+use crate::interrupt::Interrupt;
+use crate::place::open_run;
+use crate::screen::Screen;
+
+/// Deaths that are replaced before a run is given up.
+const BUDGET: u32 = 1000;
+
+/// Trains with `workers` worker processes.
+pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
+    let interrupt = Interrupt::watch()?;
+    let (store, config) = open(args)?;
+    let mut tracker = Tracker::new(&config, None);
+    let mut view = View::new(screen);
+    view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let timings = Timings::new(Duration::from_secs_f64(args.detection));
+    let jobs = Jobs::default();
+    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port);
+    let server = runtime.block_on(Server::start(address, jobs.clone()))?;
+    let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
+    let (sender, notices) = channel();
+    let opened = Opened::take_up(store.clone(), options)?;
+    let (job, task) = runtime.block_on(async { opened.start(sender) })?;
+    jobs.add(job.clone());
+    view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
+    let mut crew = Crew::start(local(server.address, &config, workers, args)?, workers, BUDGET)?;
+
+    let mut stopping = false;
+    loop {
+        match notices.recv_timeout(POLL) {
+            Ok(notice) => {
+                tracker.observe(&notice);
+                view.notice(&notice, &tracker)?;
+            }
+            Err(RecvTimeoutError::Timeout) => view.refresh(&tracker),
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        for said in crew.tend() {
+            view.line(&said)?;
+        }
+        if crew.is_over() && !task.is_finished() && !stopping && runtime.block_on(is_deserted(&job)) {
+            view.close(&tracker)?;
+            say_where_it_stands(&store);
+            return Err(Failure::Ring("all workers have ended, and none is started again".to_owned()));
+        }
+        if interrupt.raised() && !stopping {
+            stopping = true;
+            runtime.block_on(job.set_goal(Goal::Pause));
+            view.line("stopping: this step is finished and a checkpoint taken; Ctrl-C again leaves at once")?;
+        }
+    }
+    let outcome = runtime.block_on(task).map_err(|cause| Failure::Ring(format!("the coordinator ended: {cause}")))?;
+    crew.dismiss(timings.grace);
+    view.close(&tracker)?;
+    let ended = match outcome {
+        RingOutcome::Completed | RingOutcome::Paused | RingOutcome::Cancelled => ended(&store, &config)?,
+        RingOutcome::Failed { reason } => {
+            say_where_it_stands(&store);
+            return Err(Failure::Ring(reason));
+        }
+        RingOutcome::Fenced { by } => return Err(Failure::Ring(by)),
+    };
+    screen.print(&summary::table(&metrics::read(&store)?, &ended))?;
+    if args.sample > 0 && !stopping {
+        screen.print(&samples(&store, &config, &ended, args.sample))?;
+    }
+    screen.print(&summary::places(&ended, store.place(), &checkpoint::steps(&store)?))?;
+    Ok(if stopping && !ended.finished { Exit::Interrupted } else { Exit::Done })
+}
+
+/// Whether no worker is connected.
+async fn is_deserted(job: &anello_coordinator::Job) -> bool {
+    job.status().await.is_some_and(|status| status.workers == 0)
+}
+
+/// The run folder: a new one with the config in it, or the one to go on with.
+fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
+    let config = |name: &str| -> Result<_, Failure> {
+        let loaded = load(name, &args.sets)?;
+        loaded.check_sources()?;
+        Ok(loaded.config)
+    };
+    match (&args.resume, &args.config) {
+        (Some(place), given) => {
+            open_run(place)?;
+            let store = Store::durable(place)?;
+            let ours = read_config(&store)?;
+            if let Some(name) = given {
+                let theirs = config(name)?;
+                if let Some(differs) = ours.diff_mathematics(&theirs).first() {
+                    return Err(Failure::Usage(format!(
+                        "the config changes {} of {}; resume without it, or without --workers",
+                        differs.key,
+                        store.place_of(CONFIG)
+                    )));
+                }
+            }
+            Ok((store, ours))
+        }
+        (None, Some(name)) => {
+            let config = config(name)?;
+            let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
+            let store = Store::durable(&out)?;
+            if store.get(CONFIG)?.is_some() {
+                return Err(Failure::Usage(format!("{out} holds a run already; resume it, or give another folder")));
+            }
+            create(&store, &config)?;
+            Ok((store, config))
+        }
+        (None, None) => {
+            Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned()))
+        }
+    }
+}
+
+/// This program as a worker. Each gets its share of the cores.
+fn local(coordinator: SocketAddr, config: &RunConfig, workers: u32, args: &Args) -> Result<Local, Failure> {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+    let threads = args.threads.or(config.compute.threads).unwrap_or((cores / workers).max(1));
+    let arguments = [
+        "worker",
+        "--coordinator",
+        &coordinator.to_string(),
+        "--job",
+        &config.name.to_string(),
+        "--threads",
+        &threads.to_string(),
+        "--until-eof",
+    ];
+    Ok(Local {
+        program: std::env::current_exe()?,
+        arguments: arguments.into_iter().map(OsString::from).collect(),
+        environment: Vec::new(),
+    })
+}
+
+/// Where the run stands, by its newest checkpoint.
+fn ended(store: &Store, config: &RunConfig) -> Result<Ended, Failure> {
+    let Some(step) = checkpoint::steps(store)?.last().copied() else {
+        return Ok(Ended { step: 0, finished: false, weights: "none yet".to_owned() });
+    };
+    let weights = checkpoint::read_manifest(store, step)?.weights;
+    let finished = step >= anello_configs::Schedule::new(config).total_steps();
+    Ok(Ended { step, finished, weights })
+}

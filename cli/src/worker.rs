@@ -1,0 +1,62 @@
+//! `anello worker`: one worker process of a ring.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anello_proto::ring::Leave;
+use anello_worker::ring::{WorkerOptions, serve};
+
+use crate::failure::{Exit, Failure, Outcome};
+use crate::interrupt::Interrupt;
+
+/// Arguments of `anello worker`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The coordinator: host:port.
+    #[arg(long, value_name = "ADDRESS")]
+    coordinator: String,
+    /// The job to work for.
+    #[arg(long, value_name = "NAME")]
+    job: String,
+    /// Address of this machine that the other workers reach.
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    address: IpAddr,
+    /// Name of this machine, for people.
+    #[arg(long, value_name = "NAME", env = "HOSTNAME", default_value = "localhost")]
+    machine: String,
+    /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+    /// End when standard input ends: so a worker never outlives the process that started it.
+    #[arg(long)]
+    until_eof: bool,
+}
+
+/// `anello worker`
+pub fn run(args: &Args) -> Outcome {
+    let interrupt = Interrupt::watch()?;
+    if args.until_eof {
+        std::thread::Builder::new().name("stdin".to_owned()).spawn(|| {
+            // Whatever ends it, there is nobody left to work for.
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            std::process::exit(crate::failure::ORPHANED);
+        })?;
+    }
+    let options = WorkerOptions {
+        coordinator: args.coordinator.clone(),
+        job: args.job.clone(),
+        address: args.address,
+        machine: args.machine.clone(),
+        threads: args.threads,
+    };
+    match serve(options, interrupt.flag())? {
+        Leave::Done => Ok(Exit::Done),
+        Leave::Dismissed { reason } => {
+            tracing::info!(reason, "dismissed");
+            Ok(Exit::Done)
+        }
+        Leave::Refused { reason } => Err(Failure::Refused(reason)),
+        Leave::Evicted { reason } | Leave::Failed { reason } => Err(Failure::Ring(reason)),
+    }
+}

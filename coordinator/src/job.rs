@@ -1,0 +1,567 @@
+//! One job: the shell around its [`Membership`]. One task owns everything; what blocks is done by the [`Desk`].
+//!
+//! ```text
+//! connections ── Input ──▶ ┌──────────┐ ── orders ──▶ connections
+//! user ───────── Input ──▶ │ the loop │ ── Task ────▶ desk (log, metrics, manifests) ──┐
+//! desk ───────── Input ──▶ └──────────┘ ── Notice ──▶ whoever watches                  │
+//!      ▲                                                                               │
+//!      └───────────────────────────────────────────────────────────────────────────────┘
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::Sender as NoticeSender;
+use std::time::{Duration, Instant};
+
+use anello_configs::{RunConfig, Schedule};
+use anello_proto::convert::Malformed;
+use anello_proto::ring::{
+    Endpoints, Epoch, Formation, Generation, Leave, Member, Order, Source, Stance, Step, WorkerId,
+};
+use anello_proto::v1;
+use anello_store::events::{self, Event as Logged, EventLog, RingMember};
+use anello_store::metrics::{self, Seconds, StepRecord};
+use anello_store::{CONFIG, Notice, Store, checkpoint, read_config};
+use tokio::sync::mpsc;
+
+use crate::core::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Status};
+use crate::desk::{Desk, Done, Task};
+use crate::error::{Error, Result};
+use crate::timings::Timings;
+
+/// What a job asks for, besides its run.
+#[derive(Clone, Debug)]
+pub struct JobOptions {
+    /// Its name: workers say it when they connect.
+    pub name: String,
+    /// Fewest workers that train.
+    pub min: u32,
+    /// Workers that are wanted.
+    pub desired: u32,
+    /// The ring's times.
+    pub timings: Timings,
+}
+
+/// Orders that may wait for a connection. A worker that does not read so many is as good as silent.
+const ORDERS_MAX: usize = 64;
+/// Inputs that may wait for the loop: heartbeats of some thousands of workers.
+const INPUTS_MAX: usize = 16 << 10;
+/// Failures of one step that no death explains.
+const FAULTS_MAX: u32 = 3;
+
+/// What comes to a job.
+#[derive(Debug)]
+pub(crate) enum Input {
+    /// A worker's hello, and where orders for it go.
+    Hello { hello: Box<v1::Hello>, orders: mpsc::Sender<v1::ToWorker> },
+    /// It says something more.
+    Word { worker: WorkerId, connection: u64, word: v1::from_worker::Word },
+    /// Its connection is closed.
+    Closed { worker: WorkerId, connection: u64 },
+    /// The desk is done with something.
+    Done(Done),
+    /// The user wants something.
+    Goal(Goal),
+    /// The user wants another number of workers.
+    Desired(u32),
+    /// Somebody wants to know how it is.
+    Status(tokio::sync::oneshot::Sender<Status>),
+}
+
+/// A hand on a job.
+#[derive(Clone, Debug)]
+pub struct Job {
+    name: String,
+    inputs: mpsc::Sender<Input>,
+}
+
+/// A job that was taken up and does not run yet.
+#[derive(Debug)]
+pub struct Opened {
+    options: JobOptions,
+    store: Store,
+    config: RunConfig,
+    log: EventLog,
+    found: Found,
+    /// Steps whose rows are durable.
+    reported: u64,
+}
+
+impl Opened {
+    /// Takes up the job whose run lives in `store`: its first record of the log fences every coordinator before this one.
+    ///
+    /// # Errors
+    /// [`anello_store::Error::NoRun`] when there is no run in the folder; `Fenced` when another coordinator takes it
+    /// up at this moment; those of the store.
+    pub fn take_up(store: Store, options: JobOptions) -> Result<Self> {
+        let config = read_config(&store)?;
+        let mut log = EventLog::open(&store)?;
+        let checkpoints = checkpoint::steps(&store)?;
+        let formation = events::read(&store)?.into_iter().rev().find_map(|record| formation_of(record.event));
+        let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
+        let reported = metrics::read(&store)?.last().map_or(0, |row| row.step + 1);
+        let found = Found {
+            formation,
+            checkpoints: checkpoints.into_iter().map(Step).collect(),
+            floor: Generation(taken.number),
+        };
+        Ok(Self { options, store, config, log, found, reported })
+    }
+
+    /// The run's config.
+    pub fn config(&self) -> &RunConfig {
+        &self.config
+    }
+
+    /// Starts the job on the current runtime. The handle's task ends with the job's outcome; `notices` hears of every
+    /// step, checkpoint and record.
+    ///
+    /// # Errors
+    /// A thread that cannot be started.
+    pub fn start(
+        self,
+        notices: NoticeSender<Notice>,
+    ) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
+        let Self { options, store, config, log, found, reported } = self;
+        let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
+        let epoch = Epoch(log.session());
+        let back = inputs.clone();
+        // The desk's own thread may wait for the loop: it is never on the runtime.
+        let tell = move |done| drop(back.blocking_send(Input::Done(done)));
+        let (policy, timings) = (config.checkpoint.clone(), options.timings);
+        let desk = Desk::start(store.clone(), log, policy, timings.watch, tell)
+            .map_err(|source| Error::System { action: "starting the run folder's thread", source })?;
+        let schedule = Schedule::new(&config);
+        let core = Options {
+            lanes: config.lanes,
+            total: Step(schedule.total_steps()),
+            min: options.min.max(1),
+            desired: options.desired.max(1),
+            lease: millis(timings.lease),
+            gather: millis(timings.gather),
+            faults_max: FAULTS_MAX,
+        };
+        let job = Job { name: options.name.clone(), inputs };
+        let core = Membership::new(core, epoch, found, Millis(0));
+        let running = Running {
+            epoch,
+            run: store.place().to_owned(),
+            timings,
+            core,
+            began: Instant::now(),
+            desk,
+            notices,
+            links: BTreeMap::new(),
+            first: None,
+            reported,
+            waiting: Vec::new(),
+            last_wait: None,
+            stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),
+            stage: None,
+            ready: false,
+        };
+        Ok((job, tokio::spawn(running.run(inbox))))
+    }
+}
+
+impl Job {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Trains to the end, pauses with a checkpoint, or stops.
+    pub async fn set_goal(&self, goal: Goal) {
+        let _ = self.inputs.send(Input::Goal(goal)).await;
+    }
+
+    /// Asks for another number of workers.
+    pub async fn scale(&self, desired: u32) {
+        let _ = self.inputs.send(Input::Desired(desired)).await;
+    }
+
+    /// How it is; absent when it is over.
+    pub async fn status(&self) -> Option<Status> {
+        let (answer, status) = tokio::sync::oneshot::channel();
+        self.inputs.send(Input::Status(answer)).await.ok()?;
+        status.await.ok()
+    }
+
+    pub(crate) async fn give(&self, input: Input) -> bool {
+        self.inputs.send(input).await.is_ok()
+    }
+
+    pub(crate) fn orders() -> (mpsc::Sender<v1::ToWorker>, mpsc::Receiver<v1::ToWorker>) {
+        mpsc::channel(ORDERS_MAX)
+    }
+}
+
+/// A worker's connection.
+struct Link {
+    connection: u64,
+    orders: mpsc::Sender<v1::ToWorker>,
+}
+
+/// What the first worker is: all others must be the same.
+struct Kind {
+    build: String,
+    device: String,
+}
+
+/// A checkpoint whose parts are all there, and whose steps are not all reported.
+struct Waiting {
+    step: Step,
+    parts: Vec<String>,
+    since: Instant,
+}
+
+struct Running {
+    epoch: Epoch,
+    run: String,
+    timings: Timings,
+    core: Membership,
+    began: Instant,
+    desk: Desk,
+    notices: NoticeSender<Notice>,
+    links: BTreeMap<WorkerId, Link>,
+    first: Option<Kind>,
+    /// Steps whose rows are here.
+    reported: u64,
+    waiting: Vec<Waiting>,
+    last_wait: Option<String>,
+    /// Names of the run's stages, and which one the last step was of.
+    stages: Vec<String>,
+    stage: Option<usize>,
+    /// A generation was formed by this coordinator.
+    ready: bool,
+}
+
+fn millis(duration: Duration) -> Millis {
+    Millis(duration.as_millis() as u64)
+}
+
+impl Running {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Input>) -> Outcome {
+        self.core_event(Event::Tick);
+        loop {
+            let deadline = self.core.deadline().map(|at| self.began + Duration::from_millis(at.0));
+            let commits = self.waiting.iter().map(|waiting| waiting.since + self.timings.lease).min();
+            let next = [deadline, commits].into_iter().flatten().min();
+            let input = match next {
+                Some(at) => tokio::time::timeout_at(at.into(), inbox.recv()).await,
+                None => Ok(inbox.recv().await),
+            };
+            match input {
+                Ok(Some(input)) => self.take(input),
+                Ok(None) => return Outcome::Cancelled,
+                Err(_) => self.core_event(Event::Tick),
+            }
+            self.commit_waiting();
+            self.say_what_it_waits_for();
+            if let Some(outcome) = self.core.outcome().cloned() {
+                self.see_off(&outcome, &mut inbox).await;
+                return outcome;
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Hello { hello, orders } => self.hello(*hello, orders),
+            Input::Word { worker, connection, word } => {
+                if self.links.get(&worker).is_some_and(|link| link.connection == connection) {
+                    self.word(worker, word);
+                }
+            }
+            Input::Closed { worker, connection } => {
+                if self.links.get(&worker).is_some_and(|link| link.connection == connection) {
+                    self.links.remove(&worker);
+                    self.core_event(Event::Unlinked { worker });
+                }
+            }
+            Input::Done(done) => self.done(done),
+            Input::Goal(goal) => self.core_event(Event::Goal(goal)),
+            Input::Desired(desired) => self.core_event(Event::Desired(desired)),
+            Input::Status(answer) => drop(answer.send(self.core.status())),
+        }
+    }
+
+    fn hello(&mut self, hello: v1::Hello, orders: mpsc::Sender<v1::ToWorker>) {
+        let worker = WorkerId(hello.worker);
+        if self.links.get(&worker).is_some_and(|link| link.connection >= hello.connection) {
+            return;
+        }
+        let refuse = |reason: String| {
+            tracing::warn!(%worker, machine = hello.machine, reason, "refused a worker");
+            let order = Order::Leave { why: Leave::Refused { reason } };
+            let _ = orders.try_send(v1::ToWorker { epoch: self.epoch.0, order: Some((&order).into()) });
+        };
+        if let Some(Kind { build, device }) = &self.first {
+            let differs: Vec<String> = [("build", build, &hello.build), ("device", device, &hello.device)]
+                .into_iter()
+                .filter(|(_, ours, theirs)| ours != theirs)
+                .map(|(what, ours, theirs)| format!("its {what} is {theirs}, the job's {ours}"))
+                .collect();
+            if !differs.is_empty() {
+                return refuse(format!("{}; start workers of one build on one kind of device", differs.join(" and ")));
+            }
+        }
+        let said = hello.stance.clone().ok_or_else(|| "its hello has no stance".to_owned()).and_then(|stance| {
+            Stance::try_from(stance).map_err(|malformed: Malformed| malformed.to_string())
+        });
+        let stance = match said {
+            Ok(stance) => stance,
+            Err(reason) => return refuse(reason),
+        };
+        self.first.get_or_insert(Kind { build: hello.build, device: hello.device });
+        let welcome = v1::Welcome {
+            run: self.run.clone(),
+            heartbeat_ms: millis(self.timings.heartbeat).0,
+            reported: self.reported,
+        };
+        let order = Some(v1::to_worker::Order::Welcome(welcome));
+        let _ = orders.try_send(v1::ToWorker { epoch: self.epoch.0, order });
+        self.links.insert(worker, Link { connection: hello.connection, orders });
+        let endpoints: Endpoints = hello.endpoints.unwrap_or_default().into();
+        self.core_event(Event::Linked { worker, endpoints, machine: hello.machine, stance });
+    }
+
+    fn word(&mut self, worker: WorkerId, word: v1::from_worker::Word) {
+        match word {
+            v1::from_worker::Word::Hello(_) => self.drop_link(worker, "it said hello twice"),
+            v1::from_worker::Word::Stance(stance) => match Stance::try_from(stance) {
+                Ok(stance) => self.core_event(Event::Stands { worker, stance }),
+                Err(malformed) => self.drop_link(worker, &malformed.to_string()),
+            },
+            v1::from_worker::Word::Step(report) => self.step(report),
+        }
+    }
+
+    /// A step's figures, from whoever is rank 0. One that is known is the same bits again, and is dropped.
+    fn step(&mut self, mut report: v1::StepReport) {
+        if report.step < self.reported {
+            return;
+        }
+        let events = std::mem::take(&mut report.events);
+        self.reported = report.step + 1;
+        for text in events {
+            match serde_json::from_str(&text) {
+                Ok(event) => self.desk.ask(Task::Append { event, formed: None }),
+                Err(cause) => tracing::warn!(%cause, text, "a worker reports an event that this build does not know"),
+            }
+        }
+        let record = record_of(report);
+        if let Some(index) = self.stages.iter().position(|name| *name == record.stage)
+            && self.stage != Some(index)
+        {
+            self.stage = Some(index);
+            let _ = self.notices.send(Notice::Stage { index });
+        }
+        self.desk.ask(Task::Rows(vec![record.clone()]));
+        let _ = self.notices.send(Notice::Step(record));
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            Done::Appended { record, formed } => {
+                let _ = self.notices.send(Notice::Logged(record));
+                if let Some(generation) = formed {
+                    if let (false, Some(formation)) = (self.ready, self.core.formation()) {
+                        self.ready = true;
+                        let _ = self.notices.send(Notice::Ready { step: formation.start.0 });
+                    }
+                    self.core_event(Event::Recorded { generation });
+                }
+            }
+            Done::Committed { step, seconds } => {
+                let _ = self.notices.send(Notice::Checkpoint { step: step.0, seconds });
+                self.core_event(Event::Committed { step });
+            }
+            Done::CommitFailed { step, reason } => {
+                let _ = self.notices.send(Notice::CheckpointFailed { step: step.0, cause: reason.clone() });
+                self.core_event(Event::CommitFailed { step, reason });
+            }
+            Done::Listed { steps } => self.core_event(Event::Listed { steps }),
+            Done::Fenced { by } => self.core_event(Event::Fenced { by }),
+        }
+    }
+
+    fn core_event(&mut self, event: Event) {
+        let mut out = Vec::new();
+        self.core.handle(millis(self.began.elapsed()), event, &mut out);
+        out.into_iter().for_each(|effect| self.perform(effect));
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::Send { worker, epoch, order } => {
+                let Some(link) = self.links.get(&worker) else { return };
+                let message = v1::ToWorker { epoch: epoch.0, order: Some((&order).into()) };
+                if link.orders.try_send(message).is_err() {
+                    // It does not read: its connection is closed, and the lease decides.
+                    self.drop_link(worker, "it does not take orders");
+                }
+            }
+            Effect::Drop { worker, reason } => self.drop_link(worker, &reason),
+            Effect::Record(entry) => {
+                if let Entry::PassedOver { step, .. } = &entry {
+                    self.desk.ask(Task::SetAside { step: *step });
+                }
+                let formed = match &entry {
+                    Entry::Formed(formation) => Some(formation.generation),
+                    _ => None,
+                };
+                self.desk.ask(Task::Append { event: event_of(entry), formed });
+            }
+            Effect::Commit { step, parts, .. } => {
+                let parts = parts.into_iter().map(|written| written.parts).collect();
+                self.waiting.push(Waiting { step, parts, since: Instant::now() });
+            }
+            Effect::List => self.desk.ask(Task::List),
+        }
+    }
+
+    /// Commits what has its steps reported; after a lease also what has not: then they died with whoever knew them.
+    fn commit_waiting(&mut self) {
+        let (reported, lease) = (self.reported, self.timings.lease);
+        let (ready, waiting) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|waiting: &Waiting| waiting.step.0 <= reported || waiting.since.elapsed() >= lease);
+        self.waiting = waiting;
+        for Waiting { step, parts, .. } in ready {
+            self.desk.ask(Task::Commit { step, parts });
+        }
+    }
+
+    fn drop_link(&mut self, worker: WorkerId, reason: &str) {
+        if self.links.remove(&worker).is_some() {
+            tracing::info!(%worker, reason, "closed a worker's connection");
+            self.core_event(Event::Unlinked { worker });
+        }
+    }
+
+    fn say_what_it_waits_for(&mut self) {
+        let waits_for = self.core.waits_for();
+        if waits_for != self.last_wait {
+            if let Some(what) = &waits_for {
+                tracing::debug!(what, "the ring waits");
+            }
+            self.last_wait = waits_for;
+        }
+    }
+
+    /// Waits until the workers are gone and the log has the end, for as long as they may take.
+    async fn see_off(&mut self, outcome: &Outcome, inbox: &mut mpsc::Receiver<Input>) {
+        if matches!(outcome, Outcome::Fenced { .. }) {
+            self.links.clear();
+            return;
+        }
+        let until = tokio::time::Instant::now() + self.timings.grace;
+        while !self.links.is_empty() {
+            match tokio::time::timeout_at(until, inbox.recv()).await {
+                Ok(Some(input)) => self.take(input),
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+}
+
+fn event_of(entry: Entry) -> Logged {
+    match entry {
+        Entry::Joined { worker, machine } => Logged::Joined { worker: worker.to_string(), machine },
+        Entry::Lost { worker, step, reason } => {
+            Logged::Lost { worker: worker.to_string(), step: step.map(|step| step.0), reason }
+        }
+        Entry::Formed(formation) => {
+            let (source, holders) = match &formation.source {
+                Source::Seed => ("seed", Vec::new()),
+                Source::Checkpoint { .. } => ("checkpoint", Vec::new()),
+                Source::Peers { holders } => ("peers", holders.iter().map(WorkerId::to_string).collect()),
+            };
+            let member = |member: &Member| RingMember {
+                worker: member.worker.to_string(),
+                ring: member.endpoints.ring.clone(),
+                peers: member.endpoints.peers.clone(),
+                first_lane: member.lanes.start,
+                end_lane: member.lanes.end,
+            };
+            Logged::Formed {
+                generation: formation.generation.0,
+                start: formation.start.0,
+                source: source.to_owned(),
+                holders,
+                members: formation.members.iter().map(member).collect(),
+                save_first: formation.save_first,
+            }
+        }
+        Entry::PassedOver { step, reason } => Logged::PassedOver { step: step.0, reason },
+        Entry::CheckpointFailed { step, reason } => Logged::CheckpointFailed { step: step.0, cause: reason },
+        Entry::Ended { outcome } => {
+            let (outcome, reason) = match outcome {
+                Outcome::Completed => ("completed", None),
+                Outcome::Paused => ("paused", None),
+                Outcome::Cancelled => ("cancelled", None),
+                Outcome::Failed { reason } => ("failed", Some(reason)),
+                Outcome::Fenced { by } => ("fenced", Some(by)),
+            };
+            Logged::Ended { outcome: outcome.to_owned(), reason }
+        }
+    }
+}
+
+/// The formation that a record tells of; absent for any other record, and for one that no build of ours wrote.
+fn formation_of(event: Logged) -> Option<Formation> {
+    let Logged::Formed { generation, start, source, holders, members, save_first } = event else { return None };
+    let id = |text: &String| u64::from_str_radix(text, 16).ok().map(WorkerId);
+    let source = match source.as_str() {
+        "seed" => Source::Seed,
+        "checkpoint" => Source::Checkpoint { step: Step(start) },
+        _ => Source::Peers { holders: holders.iter().filter_map(id).collect() },
+    };
+    let member = |member: RingMember| {
+        Some(Member {
+            worker: id(&member.worker)?,
+            endpoints: Endpoints { ring: member.ring, peers: member.peers },
+            lanes: member.first_lane..member.end_lane,
+        })
+    };
+    let members = members.into_iter().map(member).collect::<Option<Vec<_>>>()?;
+    Some(Formation { generation: Generation(generation), start: Step(start), source, members, save_first })
+}
+
+fn record_of(report: v1::StepReport) -> StepRecord {
+    let second = |at: usize| report.seconds.get(at).copied().unwrap_or(0.0);
+    let seconds = Seconds {
+        step: second(0),
+        data: second(1),
+        compute: second(2),
+        reduce: second(3),
+        update: second(4),
+        checkpoint: second(5),
+    };
+    StepRecord {
+        step: report.step,
+        stage: report.stage,
+        tokens: report.tokens,
+        batch_tokens: report.batch_tokens,
+        counted: report.counted,
+        lr: report.lr,
+        loss: report.loss,
+        loop_loss: report.loop_loss,
+        exit: report.exit,
+        entropy: report.entropy,
+        grad_norm: report.grad_norm,
+        applied: report.applied,
+        seconds,
+    }
+}
+
+/// A new run of `config` in `store`, for workers to train: the config, written once.
+///
+/// # Errors
+/// A folder that holds a run already; those of the store.
+pub fn create(store: &Store, config: &RunConfig) -> Result<()> {
+    if !store.create(CONFIG, config.to_toml())? {
+        return Err(anello_store::Error::Fenced { place: store.place_of(CONFIG) }.into());
+    }
+    Ok(())
+}

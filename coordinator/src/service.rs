@@ -1,0 +1,144 @@
+//! The gRPC face: connections of workers, handed to the jobs that they name.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use anello_proto::ring::{Leave, Order, WorkerId};
+use anello_proto::v1;
+use anello_proto::v1::ring_server::{Ring, RingServer};
+use tokio::sync::oneshot;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::error::{Error, Result};
+use crate::job::{Input, Job};
+
+/// Time for a connection to say hello.
+const HELLO: Duration = Duration::from_secs(10);
+/// Bytes of a worker's message at most: a stance with 4 lists of parts, at about 200 bytes a block of 768 KiB of state.
+/// A worker that owns all of 3 billion parameters has 46 000 blocks: 9 MiB a list.
+const MESSAGE_BYTES_MAX: usize = 48 << 20;
+
+/// The jobs that are served, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Jobs {
+    jobs: Arc<RwLock<BTreeMap<String, Job>>>,
+}
+
+impl Jobs {
+    /// Serves a job from now on.
+    pub fn add(&self, job: Job) {
+        self.jobs.write().expect("no holder panics").insert(job.name().to_owned(), job);
+    }
+
+    /// Serves it no more.
+    pub fn remove(&self, name: &str) {
+        self.jobs.write().expect("no holder panics").remove(name);
+    }
+
+    /// The job called `name`.
+    pub fn find(&self, name: &str) -> Option<Job> {
+        self.jobs.read().expect("no holder panics").get(name).cloned()
+    }
+
+    fn names(&self) -> String {
+        let jobs = self.jobs.read().expect("no holder panics");
+        if jobs.is_empty() { "none".to_owned() } else { jobs.keys().cloned().collect::<Vec<_>>().join(", ") }
+    }
+}
+
+/// A server under way.
+#[derive(Debug)]
+pub struct Server {
+    /// Where it listens.
+    pub address: SocketAddr,
+    stop: oneshot::Sender<()>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Server {
+    /// Serves `jobs` on `address` (port 0: any free one). There is no TLS yet, so that only a loopback address is
+    /// accepted.
+    ///
+    /// # Errors
+    /// [`Error::Serve`].
+    pub async fn start(address: SocketAddr, jobs: Jobs) -> Result<Self> {
+        let failed = |cause: String| Error::Serve { address: address.to_string(), cause };
+        if !address.ip().is_loopback() {
+            return Err(failed("it is not a loopback address, and this build has no TLS".to_owned()));
+        }
+        let listener = tokio::net::TcpListener::bind(address).await.map_err(|e| failed(e.to_string()))?;
+        let address = listener.local_addr().map_err(|e| failed(e.to_string()))?;
+        let (stop, stopped) = oneshot::channel::<()>();
+        let ring = RingServer::new(Service { jobs }).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let server = tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .add_service(ring)
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+                let _ = stopped.await;
+            });
+        let task = tokio::spawn(async move {
+            if let Err(error) = server.await {
+                tracing::error!(%error, "the server has ended");
+            }
+        });
+        Ok(Self { address, stop, task })
+    }
+
+    /// Ends it, and every connection.
+    pub async fn stop(self) {
+        let _ = self.stop.send(());
+        self.task.abort();
+        let _ = self.task.await;
+    }
+}
+
+#[derive(Debug)]
+struct Service {
+    jobs: Jobs,
+}
+
+#[tonic::async_trait]
+impl Ring for Service {
+    type AttachStream = std::pin::Pin<
+        Box<dyn tokio_stream::Stream<Item = std::result::Result<v1::ToWorker, Status>> + Send>,
+    >;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<v1::FromWorker>>,
+    ) -> std::result::Result<Response<Self::AttachStream>, Status> {
+        let mut words = request.into_inner();
+        let first = tokio::time::timeout(HELLO, words.next()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no hello came; say hello first"))?;
+        let hello = match first.transpose()?.and_then(|message| message.word) {
+            Some(v1::from_worker::Word::Hello(hello)) => hello,
+            _ => return Err(Status::invalid_argument("the first word is a hello; start workers of this build")),
+        };
+        let (orders, outbox) = Job::orders();
+        let outbox = ReceiverStream::new(outbox).map(Ok);
+        let Some(job) = self.jobs.find(&hello.job) else {
+            let reason = format!("there is no job {}; there are: {}", hello.job, self.jobs.names());
+            let order = Order::Leave { why: Leave::Refused { reason } };
+            let _ = orders.try_send(v1::ToWorker { epoch: 0, order: Some((&order).into()) });
+            return Ok(Response::new(Box::pin(outbox)));
+        };
+        let (worker, connection) = (WorkerId(hello.worker), hello.connection);
+        if !job.give(Input::Hello { hello: Box::new(hello), orders }).await {
+            return Err(Status::unavailable("the job is over"));
+        }
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = words.next().await {
+                let Some(word) = message.word else { continue };
+                if !job.give(Input::Word { worker, connection, word }).await {
+                    return;
+                }
+            }
+            job.give(Input::Closed { worker, connection }).await;
+        });
+        Ok(Response::new(Box::pin(outbox)))
+    }
+}

@@ -1,0 +1,50 @@
+//! A worker in a ring: one process that serves some lanes of a run under a coordinator.
+//!
+//! ```text
+//! coordinator ◀── link ──▶ shell ── Command ──▶ model thread ──▶ collective ──▶ peers
+//!                 words    Member    Form          engine, loader
+//!                 orders   (pure)  ◀── Told ──     steps, snapshots ──▶ writer ──▶ run folder (parts)
+//!                                                  state ──▶ Peers service ──▶ peers that lack it
+//! ```
+//!
+//! The model lives on one thread and takes commands. What to do on which order is decided by
+//! [`anello_member::Member`], which has no I/O; the shell performs it.
+
+mod link;
+mod model;
+mod parts;
+mod peers;
+mod shell;
+mod word;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anello_proto::ring::Leave;
+
+use crate::error::Result;
+
+/// How a worker takes part.
+#[derive(Clone, Debug)]
+pub struct WorkerOptions {
+    /// The coordinator: `host:port`.
+    pub coordinator: String,
+    /// The job.
+    pub job: String,
+    /// Address of this machine that peers reach; ports are free ones.
+    pub address: IpAddr,
+    /// Where this runs, for people.
+    pub machine: String,
+    /// CPU threads of LibTorch; absent: the config's, or all cores.
+    pub threads: Option<u32>,
+}
+
+/// Takes part until sent away. `terminate`, once true, asks to go at the next step boundary.
+///
+/// # Errors
+/// Sockets or threads that cannot be had, a run folder that cannot be read or whose run this build cannot train. A ring
+/// that breaks is no error.
+pub fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Result<Leave> {
+    shell::serve(options, terminate)
+}

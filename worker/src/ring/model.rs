@@ -1,0 +1,493 @@
+//! The model thread: gets state, meets the peers, and trains until the ring ends.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anello_collective::{
+    AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep, tcp,
+};
+use anello_configs::{RunConfig, Schedule, StepPlan};
+use anello_dataloader::{Loader, LoaderOptions};
+use anello_member::Event;
+use anello_proto::ring::{Cause, Formation, Generation, Source, Step, WorkerId};
+use anello_proto::v1;
+use anello_store::metrics::{Seconds, StepRecord};
+use anello_store::{Cursor, Error as StoreError, Store, read_config};
+use tch::{Device, Tensor};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::parts::PartsWriter;
+use super::peers::{HostState, Shelf, gather};
+use super::word::{Agreed, Word, agree};
+use super::WorkerOptions;
+use crate::checkpoint::{self, Snapshot};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::ffi;
+use crate::params::{BLOCK, Layout};
+use crate::trainer::{Stamp, check_supported, lane_events, position};
+
+/// What the model thread is told.
+pub(super) enum Command {
+    Form { formation: Arc<Formation>, worker: WorkerId, abort: AbortHandle, hold: Arc<AtomicU8> },
+}
+
+/// What it tells.
+pub(super) enum Told {
+    Event(Event),
+    Step(v1::StepReport),
+    /// It cannot serve this run at all.
+    Failed(Error),
+}
+
+/// A hand on the model thread.
+pub(super) struct Model {
+    commands: Sender<Command>,
+}
+
+impl Model {
+    /// Starts it for the run in `store`.
+    pub fn start(
+        store: Store,
+        options: &WorkerOptions,
+        listener: tcp::Listener,
+        shelf: Shelf,
+        runtime: tokio::runtime::Handle,
+        tell: UnboundedSender<Told>,
+    ) -> Result<Self> {
+        let (commands, inbox) = channel();
+        let (threads, job) = (options.threads, options.job.clone());
+        std::thread::Builder::new()
+            .name("model".to_owned())
+            .spawn(move || {
+                let failed = tell.clone();
+                match Thread::new(store, job, threads, listener, shelf, runtime, tell) {
+                    Ok(thread) => thread.run(&inbox),
+                    Err(error) => drop(failed.send(Told::Failed(error))),
+                }
+            })
+            .map_err(|source| Error::System { action: "starting the model thread", source })?;
+        Ok(Self { commands })
+    }
+
+    pub fn command(&self, command: Command) {
+        // A thread that is gone has told why.
+        let _ = self.commands.send(command);
+    }
+}
+
+/// Longest wait for peers: the coordinator's abort is what ends a wait for one that is dead.
+const MEET: Duration = Duration::from_secs(24 * 3600);
+/// Pause between two attempts to read a checkpoint from a store that does not answer.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// What this worker holds.
+struct Held {
+    engine: Engine,
+    step: Step,
+    /// Of all lanes of the run.
+    cursors: Vec<Cursor>,
+}
+
+struct Thread {
+    store: Store,
+    job: String,
+    config: RunConfig,
+    schedule: Schedule,
+    data: LoaderOptions,
+    stamp: Stamp,
+    listener: tcp::Listener,
+    shelf: Shelf,
+    runtime: tokio::runtime::Handle,
+    tell: UnboundedSender<Told>,
+    held: Option<Held>,
+    /// The buffer that gradients are gathered in.
+    total: Option<Tensor>,
+    writer: PartsWriter,
+}
+
+/// One generation, as a member serves it.
+struct Serving<'a> {
+    formation: &'a Formation,
+    rank: usize,
+    lanes: Range<u32>,
+    hold: &'a AtomicU8,
+}
+
+impl Thread {
+    fn new(
+        store: Store,
+        job: String,
+        threads: Option<u32>,
+        listener: tcp::Listener,
+        shelf: Shelf,
+        runtime: tokio::runtime::Handle,
+        tell: UnboundedSender<Told>,
+    ) -> Result<Self> {
+        let config = read_config(&store)?;
+        check_supported(&config)?;
+        if let Some(threads) = threads.or(config.compute.threads) {
+            tch::set_num_threads(threads as i32);
+        }
+        let data = LoaderOptions::of(&config)?;
+        let stamp = Stamp::new(&config, &data);
+        let told = tell.clone();
+        let writer = PartsWriter::start(store.clone(), config.checkpoint.part_bytes, move |written| {
+            let _ = told.send(Told::Event(Event::Wrote(written)));
+        })?;
+        let schedule = Schedule::new(&config);
+        Ok(Self {
+            store,
+            job,
+            config,
+            schedule,
+            data,
+            stamp,
+            listener,
+            shelf,
+            runtime,
+            tell,
+            held: None,
+            total: None,
+            writer,
+        })
+    }
+
+    fn run(mut self, inbox: &Receiver<Command>) {
+        while let Ok(Command::Form { formation, worker, abort, hold }) = inbox.recv() {
+            let cause = self.serve(&formation, worker, &abort, &hold).unwrap_or_else(|cause| cause);
+            *self.shelf.write().expect("no holder panics") = None;
+            if let Some(held) = &mut self.held {
+                held.engine.abandon();
+            }
+            let (generation, holds) = (formation.generation, self.held.as_ref().map(|held| held.step));
+            tracing::info!(%generation, ?holds, ?cause, "left the ring");
+            self.event(Event::Left { generation, holds, cause });
+        }
+    }
+
+    fn event(&self, event: Event) {
+        let _ = self.tell.send(Told::Event(event));
+    }
+
+    /// Serves one generation from its start to its end; both `Ok` and `Err` are why it ended.
+    fn serve(
+        &mut self,
+        formation: &Formation,
+        worker: WorkerId,
+        abort: &AbortHandle,
+        hold: &AtomicU8,
+    ) -> Result<Cause, Cause> {
+        let generation = formation.generation;
+        let rank = formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
+        let serving = Serving { formation, rank, lanes: formation.members[rank].lanes.clone(), hold };
+        self.take_state(&serving, abort)?;
+        let mut ring = self.meet(&serving, abort)?;
+        *self.shelf.write().expect("no holder panics") = None;
+        let start = formation.start;
+        self.event(Event::Ready { generation, holds: start });
+        if formation.save_first {
+            self.snapshot(&ring, generation);
+        }
+        let mut loader = None;
+        let mut at = start.0;
+        loop {
+            let schedule = self.schedule.clone();
+            let Some(plan) = schedule.at(at) else {
+                self.writer.wait();
+                return Ok(Cause::Ended);
+            };
+            // A stack that grows changes what the ring adds up: the next generation begins with the new one.
+            if plan.upcycle.is_some() && at > start.0 {
+                return Ok(Cause::Ordered);
+            }
+            if loader.is_none() && !serving.lanes.is_empty() {
+                loader = Some(self.loader(&serving.lanes, at)?);
+            }
+            let control = self.step(&plan, &serving, &mut ring, loader.as_mut())?;
+            at += 1;
+            let due = at.is_multiple_of(self.config.checkpoint.every_steps) || plan.last_of_stage;
+            if due || control == 2 {
+                self.snapshot(&ring, generation);
+            }
+            self.event(Event::Applied { holds: Step(at) });
+            if control > 0 && at < schedule.total_steps() {
+                if control == 2 {
+                    self.writer.wait();
+                }
+                return Ok(Cause::Ordered);
+            }
+        }
+    }
+
+    /// Makes this worker hold the state after the generation's start, and offers it to members that lack it.
+    fn take_state(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Result<(), Cause> {
+        let Formation { generation, start, source, members, .. } = serving.formation;
+        let holds = self.held.as_ref().is_some_and(|held| held.step == *start);
+        match source {
+            Source::Peers { holders } => {
+                if !holds {
+                    let addresses = members
+                        .iter()
+                        .filter(|member| holders.contains(&member.worker))
+                        .map(|member| member.endpoints.peers.clone())
+                        .collect();
+                    let gathered = self.runtime.block_on(gather(addresses, *generation, *start, abort));
+                    let state = gathered.map_err(|reason| broken(None, reason))?;
+                    self.hold_host_state(state);
+                } else if holders.len() < members.len() {
+                    self.offer(*generation);
+                }
+            }
+            Source::Seed if !holds => {
+                let engine = Engine::new(&self.config, Device::Cpu);
+                let cursors = vec![Cursor::default(); self.config.lanes as usize];
+                self.held = Some(Held { engine, step: Step(0), cursors });
+            }
+            Source::Seed => {}
+            Source::Checkpoint { step } => self.load(*step, abort)?,
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, step: Step, abort: &AbortHandle) -> Result<(), Cause> {
+        loop {
+            match checkpoint::load(&self.store, step.0, &self.config.model, Device::Cpu) {
+                Ok(loaded) => {
+                    let cursors = loaded.manifest.cursors;
+                    let engine = Engine::with_state(&self.config, loaded.state);
+                    self.held = Some(Held { engine, step, cursors });
+                    return Ok(());
+                }
+                Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => {
+                    return Err(Cause::NoState { reason: damaged.to_string() });
+                }
+                Err(cause) => {
+                    tracing::warn!(%cause, %step, "a checkpoint cannot be read now");
+                    let until = Instant::now() + RETRY;
+                    while Instant::now() < until {
+                        if let Some(reason) = abort.reason() {
+                            return Err(broken(None, reason.to_owned()));
+                        }
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                }
+            }
+        }
+    }
+
+    fn hold_host_state(&mut self, state: HostState) {
+        let layout = Layout::new(&self.config.model, state.layers);
+        let [weights, exp_avg, exp_avg_sq] = state.buffers.each_ref().map(|bytes| ffi::from_le_bytes(bytes));
+        let moments = crate::optimizer::State { layout, weights, exp_avg, exp_avg_sq, updates: state.updates };
+        let engine = Engine::with_state(&self.config, moments);
+        self.held = Some(Held { engine, step: state.step, cursors: state.cursors });
+    }
+
+    fn offer(&self, generation: Generation) {
+        let held = self.held.as_ref().expect("only a holder offers");
+        let state = held.engine.state();
+        let buffers = [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(ffi::to_le_bytes);
+        let (updates, layers) = (state.updates, state.layout.layers() as u32);
+        let (step, cursors) = (held.step, held.cursors.clone());
+        let state = HostState { generation, step, updates, layers, cursors, buffers };
+        *self.shelf.write().expect("no holder panics") = Some(Arc::new(state));
+    }
+
+    fn meet(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Result<tcp::Tcp, Cause> {
+        let Formation { generation, start, members, .. } = serving.formation;
+        let held = self.held.as_ref().expect("state was taken");
+        let upcycle = self.schedule.at(start.0).and_then(|plan| plan.upcycle);
+        let layers = upcycle.map_or(held.engine.state().layout.layers() as u32, |upcycle| upcycle.layers);
+        let blocks = Layout::new(&self.config.model, layers).blocks() as u32;
+        let addresses = members.iter().map(|member| {
+            member.endpoints.ring.iter().map(|text| text.parse()).collect::<std::result::Result<Vec<_>, _>>()
+        });
+        let addresses: std::result::Result<Vec<_>, _> = addresses.collect();
+        let options = tcp::Options {
+            rank: Rank(serving.rank as u32),
+            members: addresses.map_err(|cause| fault(format!("a member's address is none: {cause}")))?,
+            shape: Shape {
+                ranges: members.iter().map(|member| member.lanes.clone()).collect(),
+                blocks,
+                block_len: BLOCK,
+            },
+            generation: RingGeneration(generation.0),
+            job: self.job.clone(),
+            config_digest: self.stamp.config.clone(),
+            build: self.stamp.environment.build(),
+            deadline: MEET,
+            socket_buffer_bytes: None,
+            abort: abort.clone(),
+        };
+        tcp::connect(&mut self.listener, &options).map_err(|error| cause_of(&error, serving.formation))
+    }
+
+    fn loader(&self, lanes: &Range<u32>, step: u64) -> Result<Loader, Cause> {
+        let held = self.held.as_ref().expect("state was taken");
+        let cursors = held.cursors[lanes.start as usize..lanes.end as usize].to_vec();
+        let (serve, cursors) = (lanes.clone(), Some(cursors));
+        let options = LoaderOptions { serve, start_step: step, cursors, ..self.data.clone() };
+        Loader::open(options).map_err(|error| fault(error.to_string()))
+    }
+
+    /// One step: own lanes, the sum of all, the update. Returns the control word that all agreed on.
+    fn step(
+        &mut self,
+        plan: &StepPlan<'_>,
+        serving: &Serving<'_>,
+        ring: &mut tcp::Tcp,
+        mut loader: Option<&mut Loader>,
+    ) -> Result<u8, Cause> {
+        let began = Instant::now();
+        let mut seconds = Seconds::default();
+        let Held { engine, cursors, .. } = self.held.as_mut().expect("state was taken");
+        engine.enter(plan);
+        let mut word = Word {
+            control: serving.hold.load(Ordering::Relaxed),
+            sums: Vec::new(),
+            cursors: Vec::new(),
+            events: Vec::new(),
+        };
+        for lane in serving.lanes.clone() {
+            let waited = Instant::now();
+            let loader = loader.as_mut().expect("a worker with lanes has a loader");
+            let lane_step = loader
+                .next()
+                .ok_or_else(|| fault("the loader ends before the run"))?
+                .map_err(|error| fault(error.to_string()))?;
+            // A batch belongs to a step and a lane, never to an iterator's place.
+            assert_eq!((lane_step.step, lane_step.lane), (plan.step, lane), "the loader serves another step");
+            seconds.data += waited.elapsed().as_secs_f64();
+            let computed = Instant::now();
+            engine.lane(plan.stage, lane, &lane_step.micro_batches);
+            seconds.compute += computed.elapsed().as_secs_f64();
+            word.events.extend(lane_events(&lane_step));
+            word.cursors.push(lane_step.cursor);
+        }
+
+        let reduced = Instant::now();
+        let partials = engine.take_partials();
+        word.sums = partials.iter().map(|(first, lanes, _, sums)| (*first, *lanes, sums.clone())).collect();
+        let len = engine.state().layout.len();
+        let mut total = match self.total.take() {
+            Some(total) if total.numel() == len => total,
+            _ => engine.state().layout.zeros(Device::Cpu),
+        };
+        let words = add_up(ring, plan.step, &word, partials.iter().map(|(_, _, gradient, _)| gradient), &mut total);
+        partials.into_iter().for_each(|(_, _, gradient, _)| engine.recycle(gradient));
+        let words = match words {
+            Ok(words) => words,
+            Err(error) => {
+                self.total = Some(total);
+                return Err(cause_of(&error, serving.formation));
+            }
+        };
+        let lanes: Vec<Range<u32>> =
+            serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
+        let mut moved = cursors.clone();
+        let Agreed { control, sums, events } =
+            agree(&words, &lanes, &mut moved).map_err(|error| fault(error.to_string()))?;
+        seconds.reduce = reduced.elapsed().as_secs_f64();
+
+        let updated = Instant::now();
+        let outcome = engine.finish_with(plan, &total, sums);
+        *cursors = moved;
+        self.total = Some(total);
+        let held = self.held.as_mut().expect("state was taken");
+        held.step = Step(plan.step + 1);
+        seconds.update = updated.elapsed().as_secs_f64();
+        seconds.step = began.elapsed().as_secs_f64();
+        let events = self.stamp.step_events(plan, &outcome, events);
+        let record = crate::metrics::step_record(plan, &outcome, seconds);
+        let _ = self.tell.send(Told::Step(report(record, &events)));
+        Ok(control)
+    }
+
+    /// Copies this worker's blocks and hands them to the writer.
+    fn snapshot(&mut self, ring: &tcp::Tcp, generation: Generation) {
+        self.writer.wait();
+        let held = self.held.as_ref().expect("state was taken");
+        let own = ring.ring().blocks(ring.ring().rank());
+        let snapshot = Snapshot::take(
+            held.engine.state(),
+            own,
+            position(&self.schedule, held.step.0),
+            held.cursors.clone(),
+            self.stamp.config.clone(),
+            self.stamp.data.clone(),
+            self.stamp.environment.clone(),
+        );
+        self.writer.write(snapshot, generation);
+    }
+}
+
+/// Adds the partial sums of all members up along the tree, and gathers the whole sum in `total`. Returns the words of
+/// all.
+fn add_up<'a>(
+    ring: &mut tcp::Tcp,
+    step: u64,
+    word: &Word,
+    partials: impl Iterator<Item = &'a Tensor>,
+    total: &mut Tensor,
+) -> std::result::Result<Vec<Vec<u8>>, RingError> {
+    let partials: Vec<&[f32]> = partials.map(ffi::as_slice).collect();
+    let own = ring.ring().elements(ring.ring().rank());
+    let total = ffi::as_mut_slice(total);
+    let reduction = ring.reduction(RingStep(step), &word.encode())?;
+    let words = reduction.finish(&partials, &mut total[own])?;
+    ring.all_gather(RingStep(step), total)?;
+    Ok(words)
+}
+
+fn fault(reason: impl Into<String>) -> Cause {
+    Cause::Fault { reason: reason.into() }
+}
+
+fn broken(lost: Option<WorkerId>, reason: String) -> Cause {
+    Cause::Broken { lost, reason }
+}
+
+/// Why the ring is left, by what ended the collective.
+fn cause_of(error: &RingError, formation: &Formation) -> Cause {
+    let reason = error.to_string();
+    match error {
+        RingError::Lost { rank, .. } => {
+            broken(formation.members.get(rank.index()).map(|member| member.worker), reason)
+        }
+        RingError::Aborted { .. }
+        | RingError::Deadline { .. }
+        | RingError::Dead { .. }
+        | RingError::System { .. } => broken(None, reason),
+        RingError::Corrupt { .. }
+        | RingError::Protocol { .. }
+        | RingError::Refused { .. }
+        | RingError::Shape { .. } => fault(reason),
+    }
+}
+
+fn report(record: StepRecord, events: &[anello_store::events::Event]) -> v1::StepReport {
+    let Seconds { step, data, compute, reduce, update, checkpoint } = record.seconds;
+    v1::StepReport {
+        step: record.step,
+        stage: record.stage,
+        tokens: record.tokens,
+        batch_tokens: record.batch_tokens,
+        counted: record.counted,
+        lr: record.lr,
+        loss: record.loss,
+        loop_loss: record.loop_loss,
+        exit: record.exit,
+        entropy: record.entropy,
+        grad_norm: record.grad_norm,
+        applied: record.applied,
+        seconds: vec![step, data, compute, reduce, update, checkpoint],
+        events: events
+            .iter()
+            .map(|event| serde_json::to_string(event).expect("an event has no map with keys that are not strings"))
+            .collect(),
+    }
+}

@@ -1,0 +1,290 @@
+//! The shell: connection, heartbeats, signals and the model thread around the pure [`Member`].
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::Duration;
+
+use anello_collective::{AbortHandle, tcp};
+use anello_member::{Effect, Event, Member};
+use anello_proto::convert::Word;
+use anello_proto::ring::{Epoch, Leave, WorkerId};
+use anello_proto::v1;
+use anello_proto::v1::from_worker::Word as Said;
+use anello_store::Store;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::link::Link;
+use super::model::{Command, Model, Told};
+use super::{WorkerOptions, peers};
+use crate::environment;
+use crate::error::{Error, Result};
+
+/// Pauses between two attempts to connect, from the first to the longest.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// How often the wish to go is looked for.
+const POLL: Duration = Duration::from_millis(50);
+/// Rows kept for a coordinator that is away: some hours of a small run's steps, 30 MiB.
+const ROWS_MAX: usize = 100_000;
+
+/// Serves until sent away.
+pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Result<Leave> {
+    let system = |action| move |source| Error::System { action, source };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("ring-shell")
+        .enable_all()
+        .build()
+        .map_err(system("starting the worker's runtime"))?;
+    let listener = tcp::Listener::bind(SocketAddr::new(options.address, 0))
+        .map_err(system("listening for peers"))?;
+    let ring = listener.address().map_err(system("listening for peers"))?;
+    let shelf = peers::Shelf::default();
+    let peers = runtime
+        .block_on(peers::start(options.address, shelf.clone()))
+        .map_err(system("listening for peers that lack state"))?;
+    let here = environment::of_cpu();
+    let hello = v1::Hello {
+        job: options.job.clone(),
+        worker: draw_id(),
+        connection: 0,
+        endpoints: Some(v1::Endpoints { ring: vec![ring.to_string()], peers: peers.to_string() }),
+        machine: options.machine.clone(),
+        build: here.build(),
+        device: here.device.clone(),
+        stance: None,
+    };
+    let (tell, told) = mpsc::unbounded_channel();
+    let shell = Shell {
+        options,
+        member: Member::new(None),
+        hello,
+        link: None,
+        told,
+        tell,
+        model: None,
+        parts_of_model: Some((listener, shelf)),
+        runtime: runtime.handle().clone(),
+        ring: None,
+        rank_zero: false,
+        rows: VecDeque::new(),
+        heartbeat: Duration::from_secs(1),
+        said_at: Instant::now(),
+        connect_at: Instant::now(),
+        pause: PAUSE.0,
+    };
+    let left = runtime.block_on(shell.run(terminate));
+    // What is left of the runtime are connections that nobody waits for.
+    runtime.shutdown_background();
+    left
+}
+
+/// A number that no other process has: the hash of a map's random keys, which the system draws.
+fn draw_id() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    let mut hasher = std::hash::RandomState::new().build_hasher();
+    hasher.write_u32(std::process::id());
+    hasher.finish().max(1)
+}
+
+/// The ring that was begun last, as far as the shell has a hand on it.
+struct RingHand {
+    abort: AbortHandle,
+    hold: Arc<AtomicU8>,
+}
+
+struct Shell {
+    options: WorkerOptions,
+    member: Member,
+    hello: v1::Hello,
+    link: Option<Link>,
+    told: mpsc::UnboundedReceiver<Told>,
+    tell: mpsc::UnboundedSender<Told>,
+    model: Option<Model>,
+    parts_of_model: Option<(tcp::Listener, peers::Shelf)>,
+    runtime: tokio::runtime::Handle,
+    ring: Option<RingHand>,
+    rank_zero: bool,
+    /// Rows of steps that are not known to be in a checkpoint.
+    rows: VecDeque<v1::StepReport>,
+    heartbeat: Duration,
+    said_at: Instant,
+    connect_at: Instant,
+    pause: Duration,
+}
+
+enum Happened {
+    Order(Option<(Epoch, Word)>),
+    Told(Told),
+    Time,
+}
+
+impl Shell {
+    async fn run(mut self, terminate: Arc<AtomicBool>) -> Result<Leave> {
+        let mut terminating = false;
+        loop {
+            if self.link.is_none() && self.connect_at <= Instant::now() {
+                self.connect().await;
+            }
+            let happened = self.wait().await;
+            let mut effects = Vec::new();
+            match happened {
+                Happened::Order(None) => {
+                    self.link = None;
+                    self.connect_at = Instant::now() + self.pause;
+                    self.member.handle(Event::Unlinked, &mut effects);
+                }
+                Happened::Order(Some((epoch, Word::Welcome(welcome)))) => self.welcome(epoch, welcome)?,
+                Happened::Order(Some((epoch, Word::Order(order)))) => {
+                    if let anello_proto::ring::Order::Committed { step } = &order {
+                        let committed = step.0;
+                        self.rows.retain(|row| row.step >= committed);
+                    }
+                    self.member.handle(Event::Ordered { epoch, order }, &mut effects);
+                }
+                Happened::Told(told) => self.told(told, &mut effects)?,
+                Happened::Time => {}
+            }
+            if terminate.load(Ordering::Relaxed) && !terminating {
+                terminating = true;
+                self.member.handle(Event::Terminate, &mut effects);
+            }
+            if let Some(left) = self.perform(effects) {
+                return Ok(left);
+            }
+            if self.link.is_some() && self.said_at.elapsed() >= self.heartbeat {
+                self.say_stance();
+            }
+        }
+    }
+
+    async fn wait(&mut self) -> Happened {
+        let next = match self.link {
+            Some(_) => self.said_at + self.heartbeat,
+            None => self.connect_at,
+        };
+        let next = next.min(Instant::now() + POLL);
+        let link = &mut self.link;
+        let order = async {
+            match link {
+                Some(link) => link.orders.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            order = order => Happened::Order(order),
+            Some(told) = self.told.recv() => Happened::Told(told),
+            () = tokio::time::sleep_until(next) => Happened::Time,
+        }
+    }
+
+    async fn connect(&mut self) {
+        self.hello.connection += 1;
+        let stance = Some(self.member.stance().into());
+        let hello = v1::Hello { stance, ..self.hello.clone() };
+        match Link::open(&self.options.coordinator, hello).await {
+            Ok(link) => {
+                self.link = Some(link);
+                self.pause = PAUSE.0;
+                self.said_at = Instant::now();
+                let mut effects = Vec::new();
+                self.member.handle(Event::Linked, &mut effects);
+            }
+            Err(cause) => {
+                tracing::debug!(cause, coordinator = self.options.coordinator, "no coordinator");
+                self.pause = (self.pause * 2).min(PAUSE.1);
+                self.connect_at = Instant::now() + self.pause;
+            }
+        }
+    }
+
+    /// The coordinator says where the run is: the first time, the model thread starts.
+    fn welcome(&mut self, _epoch: Epoch, welcome: v1::Welcome) -> Result<()> {
+        self.heartbeat = Duration::from_millis(welcome.heartbeat_ms.max(1));
+        // What happened since the hello was said.
+        self.say_stance();
+        self.report(welcome.reported);
+        if let Some((listener, shelf)) = self.parts_of_model.take() {
+            let store = Store::durable(&welcome.run)?;
+            let tell = self.tell.clone();
+            let model = Model::start(store, &self.options, listener, shelf, self.runtime.clone(), tell)?;
+            self.model = Some(model);
+        }
+        Ok(())
+    }
+
+    fn told(&mut self, told: Told, effects: &mut Vec<Effect>) -> Result<()> {
+        match told {
+            Told::Event(event) => self.member.handle(event, effects),
+            Told::Step(report) => {
+                if self.rank_zero
+                    && let Some(link) = &self.link
+                {
+                    link.say(Said::Step(report.clone()));
+                }
+                self.rows.push_back(report);
+                if self.rows.len() > ROWS_MAX {
+                    self.rows.pop_front();
+                }
+            }
+            Told::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Does what the member wants; returns why to go, when it is to.
+    fn perform(&mut self, effects: Vec<Effect>) -> Option<Leave> {
+        for effect in effects {
+            match effect {
+                Effect::Say(_) => self.say_stance(),
+                Effect::Form(formation) => {
+                    let worker = WorkerId(self.hello.worker);
+                    self.rank_zero = formation.rank(worker) == Some(0);
+                    if self.rank_zero {
+                        self.report(0);
+                    }
+                    let ring = RingHand { abort: AbortHandle::new(), hold: Arc::default() };
+                    let (abort, hold) = (ring.abort.clone(), ring.hold.clone());
+                    self.ring = Some(ring);
+                    if let Some(model) = &self.model {
+                        model.command(Command::Form { formation, worker, abort, hold });
+                    }
+                }
+                Effect::Hold { save } => {
+                    if let Some(ring) = &self.ring {
+                        ring.hold.fetch_max(1 + u8::from(save), Ordering::Relaxed);
+                    }
+                }
+                Effect::Abort { reason } => {
+                    if let Some(ring) = &self.ring {
+                        ring.abort.abort(reason);
+                    }
+                }
+                Effect::Exit(leave) => return Some(leave),
+            }
+        }
+        None
+    }
+
+    fn say_stance(&mut self) {
+        self.said_at = Instant::now();
+        if let Some(link) = &self.link
+            && !link.say(Said::Stance(self.member.stance().into()))
+        {
+            tracing::debug!("a word for the coordinator is lost; the next one says it all");
+        }
+    }
+
+    /// Rank 0 says what the coordinator may not know: it drops what it does.
+    fn report(&self, reported: u64) {
+        if let (true, Some(link)) = (self.rank_zero, &self.link) {
+            for row in self.rows.iter().filter(|row| row.step >= reported) {
+                if !link.say(Said::Step(row.clone())) {
+                    return;
+                }
+            }
+        }
+    }
+}
