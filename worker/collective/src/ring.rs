@@ -267,8 +267,8 @@ mod tests {
             fact(&[0..3, 2..4]),
             "a range of lanes starts at 2 where 3 is next; ranges tile all lanes once"
         );
-        assert_eq!(fact(&[0..3]), "3 lanes; their number is a power of two up to 65536");
-        assert_eq!(fact(&[0..0]), "0 lanes; their number is a power of two up to 65536");
+        assert_eq!(fact(&[0..1, 1..3]), "3 lanes; their number is a power of two up to 65536");
+        assert_eq!(fact(&[0..0, 0..0]), "0 lanes; their number is a power of two up to 65536");
         assert_eq!(fact(&[]), "rank 0 of 0 members; there are 1..=4096 members");
     }
 }

@@ -63,13 +63,11 @@ pub fn balanced(total: usize, members: usize, rank: usize) -> Range<usize> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Add {
     /// slot = leaf: the tree of one leaf.
-    Copy { leaf: usize },
+    Copy { slot: usize, leaf: usize },
     /// slot = left leaf + right leaf
     Leaves { slot: usize, left: usize, right: usize },
-    /// slot = slot + leaf
+    /// slot = slot + leaf, or leaf + slot: the same bits, since fp32 addition commutes.
     Leaf { slot: usize, leaf: usize },
-    /// slot = leaf + slot
-    LeafBefore { slot: usize, leaf: usize },
     /// slot = slot + the slot above
     Slots { slot: usize },
 }
@@ -104,7 +102,7 @@ impl TreeSum {
         let mut plan = Self { leaves: leaves.len(), slots: 0, adds: Vec::new() };
         let mut rest = 0;
         if let Place::Leaf(leaf) = plan.node(leaves, &mut rest, Subtree { first: 0, lanes }, 0) {
-            plan.adds.push(Add::Copy { leaf });
+            plan.adds.push(Add::Copy { slot: 0, leaf });
         }
         plan
     }
@@ -123,8 +121,7 @@ impl TreeSum {
         self.slots = self.slots.max(above);
         self.adds.push(match (left, right) {
             (Place::Leaf(left), Place::Leaf(right)) => Add::Leaves { slot, left, right },
-            (Place::Slot, Place::Leaf(leaf)) => Add::Leaf { slot, leaf },
-            (Place::Leaf(leaf), Place::Slot) => Add::LeafBefore { slot, leaf },
+            (Place::Slot, Place::Leaf(leaf)) | (Place::Leaf(leaf), Place::Slot) => Add::Leaf { slot, leaf },
             (Place::Slot, Place::Slot) => Add::Slots { slot },
         });
         Place::Slot
@@ -144,15 +141,10 @@ impl TreeSum {
             let len = out.len();
             let leaf = |leaf: usize| &leaves[leaf][at * CHUNK..at * CHUNK + len];
             for add in &self.adds {
-                let (Add::Leaves { slot, .. }
+                let (Add::Copy { slot, .. }
+                | Add::Leaves { slot, .. }
                 | Add::Leaf { slot, .. }
-                | Add::LeafBefore { slot, .. }
-                | Add::Slots { slot }) = *add
-                else {
-                    let Add::Copy { leaf: only } = *add else { unreachable!("the one without a slot") };
-                    out.copy_from_slice(leaf(only));
-                    continue;
-                };
+                | Add::Slots { slot }) = *add;
                 let (below, above) = scratch.split_at_mut(slot * CHUNK);
                 let target = if slot == 0 { &mut *out } else { &mut below[(slot - 1) * CHUNK..][..len] };
                 match *add {
@@ -166,17 +158,12 @@ impl TreeSum {
                             *sum += right;
                         }
                     }
-                    Add::LeafBefore { leaf: left, .. } => {
-                        for (sum, left) in target.iter_mut().zip(leaf(left)) {
-                            *sum = left + *sum;
-                        }
-                    }
                     Add::Slots { .. } => {
                         for (sum, right) in target.iter_mut().zip(&above[..len]) {
                             *sum += right;
                         }
                     }
-                    Add::Copy { .. } => unreachable!("handled above"),
+                    Add::Copy { leaf: only, .. } => target.copy_from_slice(leaf(only)),
                 }
             }
         }
@@ -211,17 +198,17 @@ mod tests {
     #[test]
     fn the_plan_of_two_workers_is_one_addition() {
         assert_eq!(TreeSum::new(&[sub(0, 4), sub(4, 4)]).adds, [Add::Leaves { slot: 0, left: 0, right: 1 }]);
-        assert_eq!(TreeSum::new(&[sub(0, 8)]).adds, [Add::Copy { leaf: 0 }]);
+        assert_eq!(TreeSum::new(&[sub(0, 8)]).adds, [Add::Copy { slot: 0, leaf: 0 }]);
     }
 
     #[test]
-    fn left_is_added_before_right_at_every_node() {
+    fn a_leaf_between_two_workers_is_added_where_the_tree_says() {
         let plan = TreeSum::new(&[sub(0, 2), sub(2, 1), sub(3, 1), sub(4, 4)]);
         assert_eq!(
             plan.adds,
             [
                 Add::Leaves { slot: 0, left: 1, right: 2 },
-                Add::LeafBefore { slot: 0, leaf: 0 },
+                Add::Leaf { slot: 0, leaf: 0 },
                 Add::Leaf { slot: 0, leaf: 3 },
             ]
         );

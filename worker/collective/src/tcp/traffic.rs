@@ -279,7 +279,7 @@ impl Traffic for Reduce<'_> {
 
     fn arrived(&mut self, rank: Rank, index: usize) {
         self.state.arrived[rank.index()] = index + 1;
-        if (index + 1) % self.ring.parts(rank).len() == 0 {
+        if (index + 1).is_multiple_of(self.ring.parts(rank).len()) {
             self.add();
         }
     }
