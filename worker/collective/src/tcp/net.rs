@@ -21,7 +21,7 @@ use crate::{AbortHandle, Error, Generation, Rank, Result, Step};
 /// After a data connection broke: for the last words on the other connection to arrive, which say whose fault it was.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 /// Bytes moved over one connection before the others have their turn.
-const TURN_BYTES: usize = 1 << 20;
+const TURN_BYTES: usize = 1 << 18;
 /// Messages of a rank that may wait for us: it cannot be further ahead than the one it sends before it waits for ours.
 const AHEAD_MAX: usize = 2;
 /// Rounds of [`Net::drive`] when the caller does not wait.

@@ -8,8 +8,9 @@ use super::frame::{Address, Kind};
 use crate::ring::Ready;
 use crate::{Generation, Rank, Ring, Step};
 
-/// Bytes of blocks that may wait at an owner for the same blocks of others, for each part; two blocks at least.
-const WINDOW_BYTES: usize = 1 << 20;
+/// Bytes of blocks that may wait at an owner for the same blocks of others, for each part; two blocks at least. Small, so
+/// that what was received is still in the cache when it is added; who is ahead has the sockets' buffers beside.
+const WINDOW_BYTES: usize = 1 << 19;
 
 /// The data frames of an operation: to and from each rank, in an order that both sides know.
 pub(crate) trait Traffic {
