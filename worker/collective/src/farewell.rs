@@ -27,7 +27,8 @@ impl Farewell {
         }
     }
 
-    /// True when the one who said it gave up in the middle of an operation: then ours cannot end either.
+    /// True when the one who said it gave up in an operation: the same one of ours cannot end either, and need not wait
+    /// for what else is missing. An operation before it can: who said it was through with that.
     pub fn is_failure(&self) -> bool {
         *self != Self::Left
     }

@@ -18,6 +18,8 @@ pub struct InProcess {
     abort: AbortHandle,
     dead: Option<String>,
     scratch: Vec<f32>,
+    /// Number of operations begun; see [`Farewell::is_failure`].
+    operation: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,7 +52,8 @@ struct Mailbox {
 #[derive(Debug)]
 struct Inbox {
     mail: Vec<VecDeque<Mail>>,
-    gone: Vec<Option<Farewell>>,
+    /// Last words, and the number of the operation in which they were said.
+    gone: Vec<Option<(Farewell, u64)>>,
 }
 
 impl Mailbox {
@@ -86,7 +89,7 @@ impl InProcess {
                     }
                 });
                 let ring = Ring::new(rank, shape.clone())?;
-                Ok(Self { ring, boxes: boxes.clone(), abort, dead: None, scratch: Vec::new() })
+                Ok(Self { ring, boxes: boxes.clone(), abort, dead: None, scratch: Vec::new(), operation: 0 })
             })
             .collect()
     }
@@ -110,7 +113,10 @@ impl InProcess {
         loop {
             self.abort.check()?;
             for (rank, gone) in (0..).map(Rank).zip(&inbox.gone) {
-                if let Some(farewell) = gone.as_ref().filter(|farewell| farewell.is_failure()) {
+                if let Some((farewell, theirs)) = gone
+                    && farewell.is_failure()
+                    && *theirs <= self.operation
+                {
                     return Err(farewell.told(rank, own));
                 }
             }
@@ -121,7 +127,7 @@ impl InProcess {
                 }
                 return Ok(mail.body);
             }
-            if let Some(farewell) = &inbox.gone[from.index()] {
+            if let Some((farewell, _)) = &inbox.gone[from.index()] {
                 return Err(farewell.told(from, own));
             }
             inbox = mailbox.arrived.wait(inbox).unwrap_or_else(PoisonError::into_inner);
@@ -177,12 +183,19 @@ impl InProcess {
         }
     }
 
+    fn begin(&mut self) -> Result<()> {
+        let alive = self.alive();
+        self.ended_by(alive)?;
+        self.operation += 1;
+        Ok(())
+    }
+
     fn end(&mut self, farewell: Farewell, cause: String) {
         if self.dead.is_none() {
             self.dead = Some(cause);
             let own = self.ring.rank().index();
             for rank in self.others() {
-                self.boxes[rank.index()].lock().gone[own] = Some(farewell.clone());
+                self.boxes[rank.index()].lock().gone[own] = Some((farewell.clone(), self.operation));
                 self.boxes[rank.index()].arrived.notify_all();
             }
         }
@@ -213,8 +226,7 @@ impl Collective for InProcess {
 
     fn reduction<'a>(&'a mut self, step: Step, message: &[u8]) -> Result<Box<dyn Reduction + 'a>> {
         check_message(message)?;
-        let alive = self.alive();
-        self.ended_by(alive)?;
+        self.begin()?;
         for rank in self.others() {
             self.post(rank, Operation::Reduce, step, Body::Message(message.to_vec()));
         }
@@ -224,8 +236,7 @@ impl Collective for InProcess {
 
     fn all_gather(&mut self, step: Step, buffer: &mut [f32]) -> Result<()> {
         self.ring.check_gather(buffer)?;
-        let alive = self.alive();
-        self.ended_by(alive)?;
+        self.begin()?;
         for rank in self.others() {
             for block in self.ring.blocks(self.ring.rank()) {
                 let values = buffer[self.ring.block(block)].to_vec();
@@ -244,8 +255,7 @@ impl Collective for InProcess {
 
     fn exchange(&mut self, step: Step, message: &[u8]) -> Result<Vec<Vec<u8>>> {
         check_message(message)?;
-        let alive = self.alive();
-        self.ended_by(alive)?;
+        self.begin()?;
         for rank in self.others() {
             self.post(rank, Operation::Exchange, step, Body::Message(message.to_vec()));
         }

@@ -33,7 +33,7 @@ pub(crate) enum Kind {
     ReduceMessage = 3,
     /// A message of an exchange.
     ExchangeMessage = 4,
-    /// Last words.
+    /// Last words; their step is the number of the operation.
     Farewell = 5,
 }
 

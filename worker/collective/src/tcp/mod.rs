@@ -90,8 +90,9 @@ pub fn connect(listener: &mut Listener, options: &Options) -> Result<Tcp> {
     Ok(Tcp { ring, net, places: Places::default(), dead: None })
 }
 
-fn farewell_frame(generation: Generation, farewell: &Farewell) -> Vec<u8> {
-    let address = Address { kind: Kind::Farewell, generation, step: Step(0), block: 0, part: 0 };
+/// Last words, said in the operation of this number: its place in the frame is that of the step.
+fn farewell_frame(generation: Generation, operation: u64, farewell: &Farewell) -> Vec<u8> {
+    let address = Address { kind: Kind::Farewell, generation, step: Step(operation), block: 0, part: 0 };
     frame::message(address, &serde_json::to_vec(farewell).expect("strings and numbers have a JSON form"))
 }
 

@@ -51,7 +51,8 @@ struct Link {
 /// How a rank's control connection ended.
 #[derive(Debug)]
 enum Gone {
-    Said(Farewell),
+    /// With last words, in its operation of this number.
+    Said(Farewell, u64),
     Closed(String),
 }
 
@@ -63,6 +64,8 @@ pub(crate) struct Net {
     abort: AbortHandle,
     wake: Wake,
     links: Vec<Link>,
+    /// Number of operations begun. All members begin the same ones: who failed in a later one is through with ours.
+    operation: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -102,7 +105,7 @@ impl Net {
             sent: 0,
             received: 0,
         };
-        Self { rank, generation, abort, wake, links: streams.into_iter().map(link).collect() }
+        Self { rank, generation, abort, wake, links: streams.into_iter().map(link).collect(), operation: 0 }
     }
 
     pub fn generation(&self) -> Generation {
@@ -115,6 +118,7 @@ impl Net {
 
     /// Begins an operation, with a message to all when it has one.
     pub fn begin(&mut self, step: Step, with: Option<(Kind, &[u8])>) {
+        self.operation += 1;
         let address = |kind| Address { kind, generation: self.generation, step, block: 0, part: 0 };
         let frame = with.map(|(kind, bytes)| message(address(kind), bytes));
         for link in &mut self.links {
@@ -141,7 +145,7 @@ impl Net {
             }
             let (now, mut timeout) = (Instant::now(), None);
             for link in &self.links {
-                if let Some(patience) = link.check(self.rank, wanted, traffic, now)? {
+                if let Some(patience) = link.check(self.rank, self.operation, wanted, traffic, now)? {
                     timeout = Some(timeout.map_or(patience, |timeout: Duration| timeout.min(patience)));
                 }
             }
@@ -212,7 +216,7 @@ impl Net {
 
     /// Says `farewell` to everyone who can hear it, and closes all connections.
     pub fn close(&mut self, farewell: &Farewell) {
-        let frame = super::farewell_frame(self.generation, farewell);
+        let frame = super::farewell_frame(self.generation, self.operation, farewell);
         for mut link in self.links.drain(..) {
             link.flush();
             if link.outbox.is_empty() {
@@ -258,12 +262,14 @@ impl Link {
     fn check(
         &self,
         own: Rank,
+        operation: u64,
         wanted: Option<Kind>,
         traffic: &impl Traffic,
         now: Instant,
     ) -> Result<Option<Duration>> {
-        if let Some(Gone::Said(farewell)) = &self.gone
+        if let Some(Gone::Said(farewell, theirs)) = &self.gone
             && farewell.is_failure()
+            && *theirs <= operation
         {
             return Err(farewell.told(self.rank, own));
         }
@@ -278,7 +284,7 @@ impl Link {
             },
             // It left when it was through: what it sent before is still on its way to us.
             (Some(_), None) if owed == "blocks from it" => Ok(None),
-            (Some(Gone::Said(_)), _) => Err(lost("it left the ring")),
+            (Some(Gone::Said(farewell, _)), _) => Err(farewell.told(self.rank, own)),
             (Some(Gone::Closed(reason)), _) => Err(lost(reason)),
         }
     }
@@ -324,7 +330,7 @@ impl Link {
                     let farewell = serde_json::from_slice(&message.bytes).map_err(|error| {
                         protocol(self.rank, format!("last words that do not parse: {error}"))
                     })?;
-                    self.gone = Some(Gone::Said(farewell));
+                    self.gone = Some(Gone::Said(farewell, message.address.step.0));
                     return Ok(());
                 }
                 Kind::ReduceMessage | Kind::ExchangeMessage => {

@@ -204,7 +204,7 @@ pub(crate) fn meet(
     let Rendezvous { pairs, .. } = meeting;
     if let Err(error) = &met {
         // Those who are connected would wait for us.
-        let frame = farewell_frame(options.generation, &Farewell::of(error));
+        let frame = farewell_frame(options.generation, 0, &Farewell::of(error));
         for mut control in pairs.into_iter().filter_map(|pair| pair.control) {
             let _ = control.write(&frame);
         }

@@ -90,6 +90,22 @@ pub fn who_left_after_its_last_word_owes_nothing<F: Fabric>() {
     }
 }
 
+pub fn a_failure_after_an_operation_leaves_it_whole<F: Fabric>() {
+    for _ in 0..20 {
+        let shape = Shape { block_len: 1 << 12, ..shape(3) };
+        let results = run(F::ring(&shape), |mut member| {
+            let mut buffer = vec![1.0; member.ring().len()];
+            member.all_gather(Step(0), &mut buffer).unwrap();
+            if member.ring().rank() == Rank(0) {
+                // While others still receive what it gave to the gather.
+                drop(member.reduction(Step(1), b"").unwrap());
+            }
+            reduce(&mut *member, Step(1)).unwrap_err()
+        });
+        results[1..].iter().for_each(|error| assert_lost(error, 0));
+    }
+}
+
 pub fn an_abort_ends_a_blocked_call<F: Fabric>() {
     let mut members = F::ring(&shape(3));
     let silent = members.split_off(1);

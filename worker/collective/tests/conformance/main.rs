@@ -32,6 +32,7 @@ suite! {
     failures::a_member_that_dies_in_a_reduction_is_named_by_all,
     failures::a_member_that_dies_in_a_gather_is_named_by_all,
     failures::who_left_after_its_last_word_owes_nothing,
+    failures::a_failure_after_an_operation_leaves_it_whole,
     failures::an_abort_ends_a_blocked_call,
     failures::an_abort_ends_a_call_that_waits_for_a_frozen_member,
     failures::an_abort_before_a_call_ends_it,
