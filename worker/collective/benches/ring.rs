@@ -1,13 +1,13 @@
 //! The gradient of a step over loopback: `reduce_scatter` + `all_gather` of one flat buffer.
 //!
 //! ```text
-//! cargo bench -p anello-collective --profile dev --bench ring -- serve RANK MEMBERS MIB     for `scripts/bench_ring.py`
+//! cargo bench -p anello-collective --profile dev --bench ring -- serve RANK MEMBERS MIB HOST     for `scripts/bench_ring.py`
 //! ```
-//! `serve` prints its address, reads those of all members (a JSON list), connects, and then takes a step for each line
+//! `serve` listens on the address HOST, prints where, reads those of all members (a JSON list), connects, and then takes a step for each line
 //! it reads: one lane a member, blocks of 256 KiB as the worker's. Each answer is one JSON object.
 
 use std::io::BufRead;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anello_collective::tcp::{Listener, Options, SOCKET_BUFFER_BYTES, connect};
@@ -19,19 +19,19 @@ const BLOCK: usize = 1 << 16;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    let [serve, rank, members, mib] = arguments.as_slice() else { return usage() };
-    match (serve.as_str(), rank.parse(), members.parse(), mib.parse()) {
-        ("serve", Ok(rank), Ok(members), Ok(mib)) => serve_steps(rank, members, mib),
+    let [serve, rank, members, mib, host] = arguments.as_slice() else { return usage() };
+    match (serve.as_str(), rank.parse(), members.parse(), mib.parse(), host.parse()) {
+        ("serve", Ok(rank), Ok(members), Ok(mib), Ok(host)) => serve_steps(rank, members, mib, host),
         _ => usage(),
     }
 }
 
 fn usage() {
-    println!("ring: run by scripts/bench_ring.py as `serve RANK MEMBERS MIB`");
+    println!("ring: run by scripts/bench_ring.py as `serve RANK MEMBERS MIB HOST`");
 }
 
-fn serve_steps(rank: u32, members: usize, mib: usize) {
-    let mut listener = Listener::bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
+fn serve_steps(rank: u32, members: usize, mib: usize, host: IpAddr) {
+    let mut listener = Listener::bind(SocketAddr::new(host, 0)).expect("a free port");
     println!("{}", json!({ "address": listener.address().expect("a bound port").to_string() }));
     let mut lines = std::io::stdin().lock().lines().map(|line| line.expect("standard input"));
     let addresses: Vec<SocketAddr> =
