@@ -1,0 +1,184 @@
+"""The ring against gloo: the same buffer, the same number of processes, step by step in turn.
+
+    bench_ring.py gloo RANK MEMBERS MIB HOST PORT    a member that takes an all_reduce for each line it reads
+    bench_ring.py --ring PROGRAM                     the comparison: PROGRAM is that of `worker/collective/benches/ring.rs`
+
+Ours is `reduce_scatter` + `all_gather`, with checksums and in the fixed order over lanes; gloo's is `all_reduce`, which
+promises neither. A step takes as long as its slowest member; CPU time is that of all members. Over loopback, and, where
+one may make network namespaces, over a link of 10 Gbit/s between two of them, which is as close as one machine gets to
+two (the kernel's token bucket adds no delay of a real network).
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def gloo(rank, members, mib, host, port):
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://{host}:{port}", rank=rank, world_size=members)
+    lane = (torch.arange(mib << 18) % 1000) * 1e-3
+    total = torch.empty_like(lane)
+    dist.barrier()
+    print(json.dumps({"ready": torch.__version__}), flush=True)
+    for _ in sys.stdin:
+        # A fresh gradient, as after a backward: outside the clock.
+        total.copy_(lane)
+        dist.barrier()
+        start, cpu = time.perf_counter(), time.process_time()
+        dist.all_reduce(total)
+        answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "last": total[-1].item()}
+        print(json.dumps(answer), flush=True)
+
+
+class Loopback:
+    """All members on one host."""
+
+    name, interface = "loopback", "lo"
+
+    def host(self, rank):
+        return "127.0.0.1"
+
+    def within(self, rank):
+        return []
+
+    def close(self):
+        pass
+
+
+class Link:
+    """Two namespaces and a link between them that carries 10 Gbit/s each way."""
+
+    name, interface = "10 Gbit/s", "ring"
+
+    def __init__(self):
+        self.spaces = [f"anello-{os.getpid()}-{rank}" for rank in range(2)]
+        ip = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+        try:
+            for space in self.spaces:
+                ip("netns", "add", space)
+            ends = [("name", self.interface, "netns", space) for space in self.spaces]
+            ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+            for rank, space in enumerate(self.spaces):
+                ip("-n", space, "address", "add", f"{self.host(rank)}/24", "dev", self.interface)
+                ip("-n", space, "link", "set", "lo", "up")
+                ip("-n", space, "link", "set", self.interface, "up")
+                subprocess.run(["ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", self.interface, "root", "tbf",
+                                "rate", "10gbit", "burst", "5mb", "latency", "5ms"], check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.close()
+            raise RuntimeError(getattr(error, "stderr", "") or str(error)) from error
+
+    def host(self, rank):
+        return f"10.213.0.{rank + 1}"
+
+    def within(self, rank):
+        return ["ip", "netns", "exec", self.spaces[rank]]
+
+    def close(self):
+        for space in self.spaces:
+            subprocess.run(["ip", "netns", "delete", space], capture_output=True)
+
+
+class Members:
+    """The processes of one side."""
+
+    def __init__(self, net, commands):
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": net.interface, **os.environ}
+        self.all = [subprocess.Popen([str(part) for part in (*net.within(rank), *command)], stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+                    for rank, command in enumerate(commands)]
+
+    def tell(self, line):
+        for process in self.all:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+
+    def answers(self):
+        lines = [process.stdout.readline() for process in self.all]
+        if not all(lines):
+            sys.exit("bench_ring: a member ended")
+        return [json.loads(line) for line in lines]
+
+    def step(self):
+        self.tell("step")
+        answers = self.answers()
+        return {"seconds": max(a["seconds"] for a in answers), "cpu_seconds": sum(a["cpu_seconds"] for a in answers),
+                "last": answers[0]["last"], "reduce_seconds": max(a.get("reduce_seconds", 0) for a in answers)}
+
+    def close(self):
+        for process in self.all:
+            process.stdin.close()
+        for process in self.all:
+            process.wait()
+
+
+def compare(net, ring, members, mib, seconds):
+    ours = Members(net, [[ring, "serve", rank, members, mib, net.host(rank)] for rank in range(members)])
+    ours.tell(json.dumps([answer["address"] for answer in ours.answers()]))
+    ours.answers()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    theirs = Members(net, [[sys.executable, __file__, "gloo", rank, members, mib, net.host(0), port] for rank in range(members)])
+    theirs.answers()
+    first = ours.step()["last"], theirs.step()["last"]
+    assert abs(first[0] - first[1]) < 1e-4, first
+    steps = {"ours": [], "gloo": []}
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or len(steps["gloo"]) < 5:
+        steps["ours"].append(ours.step())
+        steps["gloo"].append(theirs.step())
+    ours.close()
+    theirs.close()
+    of = lambda side, key: [step[key] for step in steps[side]]
+    ratio = lambda key: statistics.median(a / b for a, b in zip(of("ours", key), of("gloo", key)))
+    return {
+        "bench": "collective/ring", "net": net.name, "members": members, "mib": mib, "pairs": len(steps["ours"]),
+        "ours_seconds": statistics.median(of("ours", "seconds")), "gloo_seconds": statistics.median(of("gloo", "seconds")),
+        "ours_reduce_seconds": statistics.median(of("ours", "reduce_seconds")),
+        "ours_cpu_seconds": statistics.median(of("ours", "cpu_seconds")),
+        "gloo_cpu_seconds": statistics.median(of("gloo", "cpu_seconds")),
+        "wall_ratio": ratio("seconds"), "cpu_ratio": ratio("cpu_seconds"),
+        "wall_ratio_of_minima": min(of("ours", "seconds")) / min(of("gloo", "seconds")),
+    }
+
+
+def main():
+    if sys.argv[1:2] == ["gloo"]:
+        rank, members, mib, host, port = sys.argv[2:]
+        return gloo(int(rank), int(members), int(mib), host, int(port))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ring", required=True, help="the program of worker/collective/benches/ring.rs")
+    parser.add_argument("--members", default="2,4")
+    parser.add_argument("--mib", type=int, default=256, help="size of the buffer, fp32")
+    parser.add_argument("--seconds", type=float, default=20, help="for each row")
+    a = parser.parse_args()
+    for members in a.members.split(","):
+        print(json.dumps(compare(Loopback(), a.ring, int(members), a.mib, a.seconds)), flush=True)
+    try:
+        link = Link()
+    except RuntimeError as error:
+        return print(json.dumps({"bench": "collective/ring", "net": Link.name, "skipped": str(error).strip()}), flush=True)
+    try:
+        print(json.dumps(compare(link, a.ring, 2, a.mib, a.seconds)), flush=True)
+    finally:
+        link.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+//! The connections of a ring, and the one loop that moves everything over them.
+//!
+//! The caller's thread does it: it sleeps in `poll` until a socket can take or give bytes, and then sends from and
+//! receives into the caller's buffers. There are no other threads, so nothing outlives a call, and since sending never
+//! waits for receiving there is no deadlock however much everybody sends at once. Each owner's window holds back only
+//! those who are ahead of the block it adds next, so the block it waits for always has a way in.
+
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+
+use super::frame::{Address, Fault, Kind, Message, MessageReceiver, Progress, Receiver, Sender, message};
+use super::socket::{Poll, Wake};
+use super::traffic::Traffic;
+use crate::farewell::Farewell;
+use crate::{AbortHandle, Error, Generation, Rank, Result, Step};
+
+/// After a data connection broke: for the last words on the other connection to arrive, which say whose fault it was.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+/// Bytes moved over one connection before the others have their turn.
+const TURN_BYTES: usize = 1 << 18;
+/// Messages of a rank that may wait for us: it cannot be further ahead than the one it sends before it waits for ours.
+const AHEAD_MAX: usize = 2;
+/// Rounds of [`Net::drive`] when the caller does not wait.
+const ROUNDS: usize = 4;
+
+/// Everything about one other rank.
+#[derive(Debug)]
+struct Link {
+    rank: Rank,
+    control: TcpStream,
+    data: TcpStream,
+    /// Bytes for the control connection.
+    outbox: Vec<u8>,
+    outbox_at: usize,
+    messages: MessageReceiver,
+    inbox: VecDeque<Message>,
+    gone: Option<Gone>,
+    /// What broke the data connection, and when.
+    broken: Option<(String, Instant)>,
+    sender: Sender,
+    receiver: Receiver,
+    /// Data frames of this operation.
+    sent: usize,
+    received: usize,
+}
+
+/// How a rank's control connection ended.
+#[derive(Debug)]
+enum Gone {
+    /// With last words, in its operation of this number.
+    Said(Farewell, u64),
+    Closed(String),
+}
+
+/// All connections of a member.
+#[derive(Debug)]
+pub(crate) struct Net {
+    rank: Rank,
+    generation: Generation,
+    abort: AbortHandle,
+    wake: Wake,
+    links: Vec<Link>,
+    /// Number of operations begun. All members begin the same ones: who failed in a later one is through with ours.
+    operation: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Mark {
+    Wake,
+    Control(usize),
+    Data(usize),
+}
+
+fn told(error: &std::io::Error) -> String {
+    match error.kind() {
+        ErrorKind::UnexpectedEof => "it closed the connection".into(),
+        _ => error.to_string(),
+    }
+}
+
+impl Net {
+    pub fn new(
+        rank: Rank,
+        generation: Generation,
+        abort: AbortHandle,
+        wake: Wake,
+        streams: Vec<(Rank, TcpStream, TcpStream)>,
+    ) -> Self {
+        let link = |(rank, control, data)| Link {
+            rank,
+            control,
+            data,
+            outbox: Vec::new(),
+            outbox_at: 0,
+            messages: MessageReceiver::default(),
+            inbox: VecDeque::new(),
+            gone: None,
+            broken: None,
+            sender: Sender::default(),
+            receiver: Receiver::default(),
+            sent: 0,
+            received: 0,
+        };
+        Self { rank, generation, abort, wake, links: streams.into_iter().map(link).collect(), operation: 0 }
+    }
+
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    pub fn abort(&self) -> &AbortHandle {
+        &self.abort
+    }
+
+    /// Begins an operation, with a message to all when it has one.
+    pub fn begin(&mut self, step: Step, with: Option<(Kind, &[u8])>) {
+        self.operation += 1;
+        let address = |kind| Address { kind, generation: self.generation, step, block: 0, part: 0 };
+        let frame = with.map(|(kind, bytes)| message(address(kind), bytes));
+        for link in &mut self.links {
+            (link.sent, link.received) = (0, 0);
+            if let Some(frame) = &frame {
+                link.outbox.extend_from_slice(frame);
+            }
+        }
+    }
+
+    /// Moves bytes until the operation of `step` is through: all frames of `traffic`, own messages sent, and one of
+    /// `wanted` received from everyone. Without `wait`, only what is possible at once. True when it is through.
+    pub fn drive(
+        &mut self,
+        step: Step,
+        wanted: Option<Kind>,
+        traffic: &mut impl Traffic,
+        wait: bool,
+    ) -> Result<bool> {
+        for _ in 0..if wait { usize::MAX } else { ROUNDS } {
+            self.abort.check()?;
+            if self.links.iter().all(|link| link.owes(wanted, traffic).is_none()) {
+                return Ok(true);
+            }
+            let (now, mut timeout) = (Instant::now(), None);
+            for link in &self.links {
+                if let Some(patience) = link.check(self.rank, self.operation, wanted, traffic, now)? {
+                    timeout = Some(timeout.map_or(patience, |timeout: Duration| timeout.min(patience)));
+                }
+            }
+            let ready = self.poll(traffic).wait(if wait { timeout } else { Some(Duration::ZERO) })?;
+            if ready.is_empty() && !wait {
+                return Ok(false);
+            }
+            for (mark, flags) in ready {
+                let closing = flags.intersects(PollFlags::HUP | PollFlags::ERR);
+                let (readable, writable) =
+                    (closing || flags.contains(PollFlags::IN), closing || flags.contains(PollFlags::OUT));
+                match mark {
+                    Mark::Wake => {}
+                    Mark::Control(at) => {
+                        if writable {
+                            self.links[at].flush();
+                        }
+                        if readable {
+                            self.links[at].hear(self.generation, step)?;
+                        }
+                    }
+                    Mark::Data(at) => {
+                        if readable {
+                            self.links[at].receive(self.generation, step, traffic)?;
+                        }
+                        if writable {
+                            self.links[at].send(traffic);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    fn poll(&self, traffic: &impl Traffic) -> Poll<'_, Mark> {
+        let mut poll = Poll::new();
+        poll.push(self.wake.fd(), PollFlags::IN, Mark::Wake);
+        for (at, link) in self.links.iter().enumerate() {
+            if link.gone.is_none() {
+                let out = if link.outbox.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+                poll.push(&link.control, PollFlags::IN | out, Mark::Control(at));
+            }
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::OUT, link.can_send(traffic));
+            flags.set(PollFlags::IN, link.can_receive(traffic));
+            if link.broken.is_none() && !flags.is_empty() {
+                poll.push(&link.data, flags, Mark::Data(at));
+            }
+        }
+        poll
+    }
+
+    /// The messages of `wanted`, one of each other rank, taken from the inboxes that [`drive`](Self::drive) filled.
+    pub fn take_messages(&mut self, step: Step, wanted: Kind) -> Result<Vec<(Rank, Vec<u8>)>> {
+        let generation = self.generation;
+        let take = |link: &mut Link| {
+            let message = link.inbox.pop_front().expect("drive waited for it");
+            let Address { kind, step: theirs, .. } = message.address;
+            if (kind, theirs) != (wanted, step) {
+                let fact = format!("{kind:?} of {theirs} came where {wanted:?} was due");
+                return Err(Error::Protocol { rank: link.rank, generation, step, fact });
+            }
+            Ok((link.rank, message.bytes))
+        };
+        self.links.iter_mut().map(take).collect()
+    }
+
+    /// Says `farewell` to everyone who can hear it, and closes all connections.
+    pub fn close(&mut self, farewell: &Farewell) {
+        let frame = super::farewell_frame(self.generation, self.operation, farewell);
+        for mut link in self.links.drain(..) {
+            link.flush();
+            if link.outbox.is_empty() {
+                let _ = link.control.write(&frame);
+            }
+            let _ = link.control.shutdown(Shutdown::Write);
+            // Unread bytes would make the kernel cut the connection, last words included.
+            let mut rest = [0; 4096];
+            for _ in 0..64 {
+                if !matches!(link.control.read(&mut rest), Ok(read) if read > 0) {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl Link {
+    fn can_send(&self, traffic: &impl Traffic) -> bool {
+        self.sent < traffic.outgoing(self.rank) && traffic.is_ready(self.rank, self.sent)
+    }
+
+    fn can_receive(&self, traffic: &impl Traffic) -> bool {
+        self.received < traffic.incoming(self.rank) && traffic.has_place(self.rank, self.received)
+    }
+
+    /// What is still to pass between this rank and us, if anything.
+    fn owes(&self, wanted: Option<Kind>, traffic: &impl Traffic) -> Option<&'static str> {
+        if self.received < traffic.incoming(self.rank) {
+            Some("blocks from it")
+        } else if wanted.is_some() && self.inbox.is_empty() {
+            Some("a message from it")
+        } else if self.sent < traffic.outgoing(self.rank) {
+            Some("blocks to it")
+        } else if !self.outbox.is_empty() {
+            Some("a message to it")
+        } else {
+            None
+        }
+    }
+
+    /// Whether the operation can still end: an error when not, and how long to wait at most when that is open.
+    fn check(
+        &self,
+        own: Rank,
+        operation: u64,
+        wanted: Option<Kind>,
+        traffic: &impl Traffic,
+        now: Instant,
+    ) -> Result<Option<Duration>> {
+        if let Some(Gone::Said(farewell, theirs)) = &self.gone
+            && farewell.is_failure()
+            && *theirs <= operation
+        {
+            return Err(farewell.told(self.rank, own));
+        }
+        let Some(owed) = self.owes(wanted, traffic) else { return Ok(None) };
+        let lost =
+            |reason: &str| Error::Lost { rank: self.rank, reason: format!("{reason}, with {owed} due") };
+        match (&self.gone, &self.broken) {
+            (None, None) => Ok(None),
+            (None, Some((reason, since))) => match LAST_WORDS.checked_sub(now.duration_since(*since)) {
+                Some(patience) if !patience.is_zero() => Ok(Some(patience)),
+                _ => Err(lost(reason)),
+            },
+            // It left when it was through: what it sent before is still on its way to us.
+            (Some(_), None) if owed == "blocks from it" => Ok(None),
+            (Some(Gone::Said(farewell, _)), _) => Err(farewell.told(self.rank, own)),
+            (Some(Gone::Closed(reason)), _) => Err(lost(reason)),
+        }
+    }
+
+    fn flush(&mut self) {
+        while self.outbox_at < self.outbox.len() {
+            match self.control.write(&self.outbox[self.outbox_at..]) {
+                Ok(written) if written > 0 => self.outbox_at += written,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Ok(_) => return self.close_control("it takes no bytes".into()),
+                // Reading may still find its last words; that it cannot be written to says the same as an end.
+                Err(_) => break,
+            }
+        }
+        self.outbox.clear();
+        self.outbox_at = 0;
+    }
+
+    fn close_control(&mut self, reason: String) {
+        self.gone.get_or_insert(Gone::Closed(reason));
+    }
+
+    /// Reads the control connection.
+    fn hear(&mut self, generation: Generation, step: Step) -> Result<()> {
+        let protocol = |rank, fact| Error::Protocol { rank, generation, step, fact };
+        loop {
+            let message = match self.messages.receive(&mut self.control) {
+                Ok(Some(message)) => message,
+                Ok(None) => return Ok(()),
+                Err(Fault::Io(error)) => {
+                    self.close_control(told(&error));
+                    return Ok(());
+                }
+                Err(fault) => return Err(self.fault(fault, generation, step, None)),
+            };
+            let theirs = message.address.generation;
+            if theirs != generation {
+                return Err(protocol(self.rank, format!("a message of {theirs} came")));
+            }
+            match message.address.kind {
+                Kind::Farewell => {
+                    let farewell = serde_json::from_slice(&message.bytes).map_err(|error| {
+                        protocol(self.rank, format!("last words that do not parse: {error}"))
+                    })?;
+                    self.gone = Some(Gone::Said(farewell, message.address.step.0));
+                    return Ok(());
+                }
+                Kind::ReduceMessage | Kind::ExchangeMessage => {
+                    if self.inbox.len() == AHEAD_MAX {
+                        return Err(protocol(
+                            self.rank,
+                            format!("more than {AHEAD_MAX} messages ahead of us"),
+                        ));
+                    }
+                    self.inbox.push_back(message);
+                }
+                kind @ (Kind::Part | Kind::Gathered) => {
+                    return Err(protocol(self.rank, format!("{kind:?} came on the connection for messages")));
+                }
+            }
+        }
+    }
+
+    fn fault(&self, fault: Fault, generation: Generation, step: Step, block: Option<u32>) -> Error {
+        let rank = self.rank;
+        match fault {
+            Fault::Io(error) => Error::Lost { rank, reason: told(&error) },
+            Fault::Header => Error::Corrupt { rank, step, block, place: "header" },
+            Fault::Payload => Error::Corrupt { rank, step, block, place: "payload" },
+            Fault::Unexpected(fact) => Error::Protocol { rank, generation, step, fact },
+        }
+    }
+
+    fn receive(&mut self, generation: Generation, step: Step, traffic: &mut impl Traffic) -> Result<()> {
+        let mut moved = 0;
+        while moved < TURN_BYTES && self.broken.is_none() && self.can_receive(traffic) {
+            let (address, place) = traffic.place(self.rank, self.received);
+            moved += place.len().max(1);
+            match self.receiver.receive(&mut self.data, address, place) {
+                Ok(Progress::Done) => {
+                    traffic.arrived(self.rank, self.received);
+                    self.received += 1;
+                }
+                Ok(Progress::Blocked) => break,
+                Err(Fault::Io(error)) => self.broken = Some((told(&error), Instant::now())),
+                Err(fault) => return Err(self.fault(fault, generation, step, Some(address.block))),
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, traffic: &impl Traffic) {
+        let mut moved = 0;
+        while moved < TURN_BYTES && self.broken.is_none() && self.can_send(traffic) {
+            let (address, payload) = traffic.frame(self.rank, self.sent);
+            moved += payload.len().max(1);
+            let checksum = || traffic.checksum(address, payload);
+            match self.sender.send(&mut self.data, address, payload, checksum) {
+                Ok(Progress::Done) => self.sent += 1,
+                Ok(Progress::Blocked) => break,
+                Err(error) => self.broken = Some((told(&error), Instant::now())),
+            }
+        }
+    }
+}
