@@ -41,6 +41,38 @@ pub fn describe(event: &Event) -> String {
         Event::CheckpointFailed { step, cause } => {
             format!("checkpoint {} could not be written and is tried again: {cause}", grouped(*step))
         }
+        Event::TakenUp { step: None } => {
+            "a coordinator took the run up; there is no checkpoint yet".to_owned()
+        }
+        Event::TakenUp { step: Some(step) } => {
+            format!("a coordinator took the run up; the newest checkpoint is {}", grouped(*step))
+        }
+        Event::Joined { worker, machine } => format!("worker {} joined from {machine}", short_digest(worker)),
+        Event::Lost { worker, step, reason } => {
+            let held = match step {
+                Some(step) => format!("it held the state after step {}", grouped(*step)),
+                None => "it held no state".to_owned(),
+            };
+            format!("worker {} lost ({reason}); {held}", short_digest(worker))
+        }
+        Event::Formed { generation, start, source, holders, members, save_first } => {
+            let whence = match source.as_str() {
+                "seed" => "the run's seed".to_owned(),
+                "checkpoint" => format!("checkpoint {}", grouped(*start)),
+                "peers" => of_workers(holders.len()),
+                other => other.to_owned(),
+            };
+            let save = if *save_first { "; a checkpoint comes first" } else { "" };
+            format!(
+                "ring {generation} formed with {} from step {}, state from {whence}{save}",
+                of_workers(members.len()),
+                grouped(start + 1)
+            )
+        }
+        Event::Ended { outcome, reason } => {
+            let reason = reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
+            format!("the coordinator ended the run: {outcome}{reason}")
+        }
         Event::Stopped { step } => format!("stopped after {} steps", grouped(*step)),
         Event::Finished { step, weights } => {
             format!("finished after {} steps, weights {}", grouped(*step), short_digest(weights))
@@ -61,6 +93,13 @@ pub fn short_digest(digest: &str) -> &str {
     digest.get(..12).unwrap_or(digest)
 }
 
+fn of_workers(number: usize) -> String {
+    match number {
+        1 => "1 worker".to_owned(),
+        number => format!("{number} workers"),
+    }
+}
+
 fn ordinal(number: u64) -> String {
     let suffix = match (number % 10, number % 100) {
         (_, 11..=13) => "th",
@@ -74,7 +113,70 @@ fn ordinal(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use anello_store::events::RingMember;
+
     use super::*;
+
+    #[test]
+    fn the_events_of_a_ring_read_as_sentences() {
+        let worker = || "3f00000000000001".to_owned();
+        let member = |first_lane| RingMember {
+            worker: worker(),
+            ring: vec!["10.0.0.1:1".into()],
+            peers: "10.0.0.1:2".into(),
+            first_lane,
+            end_lane: first_lane + 2,
+        };
+        let formed = |source: &str, holders, save_first| Event::Formed {
+            generation: 7,
+            start: 412,
+            source: source.into(),
+            holders,
+            members: vec![member(0), member(2), member(4)],
+            save_first,
+        };
+        let silent = || "silent for 1.000 s".to_owned();
+        let ended = |outcome: &str, reason: Option<&str>| Event::Ended {
+            outcome: outcome.into(),
+            reason: reason.map(str::to_owned),
+        };
+        let cases = [
+            (Event::TakenUp { step: None }, "a coordinator took the run up; there is no checkpoint yet"),
+            (
+                Event::TakenUp { step: Some(1200) },
+                "a coordinator took the run up; the newest checkpoint is 1 200",
+            ),
+            (
+                Event::Joined { worker: worker(), machine: "node-3".into() },
+                "worker 3f0000000000 joined from node-3",
+            ),
+            (
+                Event::Lost { worker: worker(), step: Some(412), reason: silent() },
+                "worker 3f0000000000 lost (silent for 1.000 s); it held the state after step 412",
+            ),
+            (
+                Event::Lost { worker: worker(), step: None, reason: silent() },
+                "worker 3f0000000000 lost (silent for 1.000 s); it held no state",
+            ),
+            (
+                formed("peers", vec![worker()], false),
+                "ring 7 formed with 3 workers from step 413, state from 1 worker",
+            ),
+            (
+                formed("checkpoint", Vec::new(), true),
+                "ring 7 formed with 3 workers from step 413, state from checkpoint 412; a checkpoint comes first",
+            ),
+            (
+                formed("seed", Vec::new(), false),
+                "ring 7 formed with 3 workers from step 413, state from the run's seed",
+            ),
+            (ended("finished", None), "the coordinator ended the run: finished"),
+            (ended("failed", Some("no data")), "the coordinator ended the run: failed: no data"),
+        ];
+        for (event, text) in cases {
+            assert_eq!(describe(&event), text);
+        }
+    }
 
     #[test]
     fn events_read_as_sentences() {

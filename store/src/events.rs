@@ -78,6 +78,49 @@ pub enum Event {
         /// The cause.
         cause: String,
     },
+    /// A coordinator took the run up, to have it trained by a ring of workers.
+    TakenUp {
+        /// Step of the newest checkpoint; absent: there is none.
+        step: Option<u64>,
+    },
+    /// A worker came to the ring's coordinator.
+    Joined {
+        /// Its id, 16 hex digits.
+        worker: String,
+        /// The machine that it runs on.
+        machine: String,
+    },
+    /// A worker is gone.
+    Lost {
+        /// Its id.
+        worker: String,
+        /// Steps applied in the state that it held last; absent: it held none.
+        step: Option<u64>,
+        /// How that was noticed.
+        reason: String,
+    },
+    /// A generation was formed: these workers train from here on.
+    Formed {
+        /// Its number, from 1 and only ever rising.
+        generation: u64,
+        /// Steps applied when it starts.
+        start: u64,
+        /// Where members without the state after `start` get it: `seed`, `checkpoint` or `peers`.
+        source: String,
+        /// Ids of the members that hold it and hand it out, in rank order; empty unless `source` is `peers`.
+        holders: Vec<String>,
+        /// The members, in rank order.
+        members: Vec<RingMember>,
+        /// Whether a checkpoint is taken before the first step.
+        save_first: bool,
+    },
+    /// The coordinator is done with the run.
+    Ended {
+        /// How the run ended, in one word: `finished`, `failed`, …
+        outcome: String,
+        /// Why, when there is more to say.
+        reason: Option<String>,
+    },
     /// The process left before the end of the run.
     Stopped {
         /// Steps applied.
@@ -90,6 +133,21 @@ pub enum Event {
         /// Digest of the weights.
         weights: String,
     },
+}
+
+/// A member of a generation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingMember {
+    /// Its id, 16 hex digits.
+    pub worker: String,
+    /// Addresses of its collective, best first: `ip:port`.
+    pub ring: Vec<String>,
+    /// Address of its service that hands out state: `ip:port`.
+    pub peers: String,
+    /// The first lane that it serves.
+    pub first_lane: u32,
+    /// The lane after the last: that of `first_lane` when it serves none.
+    pub end_lane: u32,
 }
 
 /// A record of the log.
@@ -208,5 +266,52 @@ mod tests {
         assert_eq!(again.number, 2);
         let steps: Vec<_> = read(&store).unwrap().into_iter().map(|r| (r.number, r.event)).collect();
         assert_eq!(steps, [(1, Event::Stopped { step: 1 }), (2, Event::Stopped { step: 3 })]);
+    }
+
+    #[test]
+    fn the_events_of_a_ring_read_back() {
+        let text = |text: &str| text.to_owned();
+        let member = RingMember {
+            worker: text("3f00000000000001"),
+            ring: vec![text("10.0.0.1:1"), text("127.0.0.1:1")],
+            peers: text("10.0.0.1:2"),
+            first_lane: 0,
+            end_lane: 4,
+        };
+        let cases = [
+            (Event::TakenUp { step: None }, r#""kind":"taken-up","step":null"#),
+            (
+                Event::Joined { worker: text("3f"), machine: text("host") },
+                r#""kind":"joined","worker":"3f","machine":"host""#,
+            ),
+            (
+                Event::Lost { worker: text("3f"), step: Some(412), reason: text("silent") },
+                r#""kind":"lost","worker":"3f","step":412,"reason":"silent""#,
+            ),
+            (
+                Event::Formed {
+                    generation: 7,
+                    start: 412,
+                    source: text("peers"),
+                    holders: vec![member.worker.clone()],
+                    members: vec![member],
+                    save_first: true,
+                },
+                r#""kind":"formed","generation":7,"start":412,"source":"peers","holders":["3f00000000000001"]"#,
+            ),
+            (
+                Event::Ended { outcome: text("failed"), reason: Some(text("disk")) },
+                r#""kind":"ended","outcome":"failed","reason":"disk""#,
+            ),
+        ];
+        let store = Store::memory().unwrap();
+        let mut log = EventLog::open(&store).unwrap();
+        for (event, words) in &cases {
+            let record = log.append(event.clone()).unwrap();
+            let json = serde_json::to_string(&record).unwrap();
+            assert!(json.contains(words), "{json}");
+        }
+        let back: Vec<Event> = read(&store).unwrap().into_iter().map(|record| record.event).collect();
+        assert_eq!(back, cases.map(|(event, _)| event));
     }
 }

@@ -67,6 +67,9 @@ fn status(story: &Story) -> String {
     match story.events.last().map(|record| &record.event) {
         Some(Event::Finished { step, .. }) => format!("finished after {} steps", grouped(*step)),
         Some(Event::Stopped { step }) => format!("stopped after {} of {total} steps", grouped(*step)),
+        Some(Event::Ended { outcome, .. }) => {
+            format!("{outcome}, at step {} of {total}", grouped(story.records.len() as u64))
+        }
         Some(_) => format!("under way or killed, at step {} of {total}", grouped(story.records.len() as u64)),
         None => "not begun".to_owned(),
     }
@@ -179,11 +182,16 @@ fn event_list(records: &[Record]) -> String {
             Event::PassedOver { .. }
             | Event::Skipped { .. }
             | Event::SkippedData { .. }
-            | Event::CheckpointFailed { .. } => " class=\"bad\"",
+            | Event::CheckpointFailed { .. }
+            | Event::Lost { .. } => " class=\"bad\"",
             Event::Started { .. }
             | Event::Stage { .. }
             | Event::Epoch { .. }
             | Event::Checkpoint { .. }
+            | Event::TakenUp { .. }
+            | Event::Joined { .. }
+            | Event::Formed { .. }
+            | Event::Ended { .. }
             | Event::Stopped { .. }
             | Event::Finished { .. } => "",
         };

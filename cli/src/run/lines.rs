@@ -1,8 +1,8 @@
 //! The lines that a person reads while a run trains. Pure.
 
 use anello_configs::{Parameters, RunConfig, Schedule};
+use anello_store::Notice;
 use anello_store::events::Event;
-use anello_worker::Notice;
 
 use super::tracker::Tracker;
 use crate::text::{count, duration, grouped, lr, nats, per_second, percent, short};
@@ -77,12 +77,17 @@ pub fn news(notice: &Notice) -> Option<String> {
             Event::PassedOver { .. }
             | Event::Skipped { .. }
             | Event::Epoch { .. }
-            | Event::SkippedData { .. } => Some(describe(&record.event)),
+            | Event::SkippedData { .. }
+            | Event::TakenUp { .. }
+            | Event::Joined { .. }
+            | Event::Lost { .. }
+            | Event::Formed { .. } => Some(describe(&record.event)),
             // The others have a notice of their own, or are told at the end.
             Event::Started { .. }
             | Event::Stage { .. }
             | Event::Checkpoint { .. }
             | Event::CheckpointFailed { .. }
+            | Event::Ended { .. }
             | Event::Stopped { .. }
             | Event::Finished { .. } => None,
         },
