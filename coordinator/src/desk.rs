@@ -4,6 +4,7 @@
 //! only another coordinator's record ends it.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anello_configs::Checkpoint as Policy;
@@ -62,6 +63,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_s
 #[derive(Debug)]
 pub(crate) struct Desk {
     tasks: Sender<Task>,
+    thread: JoinHandle<()>,
 }
 
 impl Desk {
@@ -75,13 +77,20 @@ impl Desk {
     ) -> std::io::Result<Self> {
         let (tasks, inbox) = channel();
         let mut work = Work { store, log, policy, rows: Vec::new(), tell };
-        std::thread::Builder::new().name("run-folder".to_owned()).spawn(move || work.run(&inbox, watch))?;
-        Ok(Self { tasks })
+        let thread =
+            std::thread::Builder::new().name("run-folder".to_owned()).spawn(move || work.run(&inbox, watch))?;
+        Ok(Self { tasks, thread })
     }
 
     /// Hands over a task. One that comes after a fence is dropped: nothing may be written any more.
     pub fn ask(&self, task: Task) {
         let _ = self.tasks.send(task);
+    }
+
+    /// Waits until everything is written. What it would tell must be listened to, or its listener be gone.
+    pub fn finish(self) {
+        drop(self.tasks);
+        let _ = self.thread.join();
     }
 }
 

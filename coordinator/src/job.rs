@@ -259,6 +259,9 @@ impl Running {
             self.say_what_it_waits_for();
             if let Some(outcome) = self.core.outcome().cloned() {
                 self.see_off(&outcome, &mut inbox).await;
+                drop(inbox);
+                let desk = self.desk;
+                let _ = tokio::task::spawn_blocking(move || desk.finish()).await;
                 return outcome;
             }
         }

@@ -21,6 +21,12 @@ pub struct Environment {
 }
 
 impl Environment {
+    /// What decides the arithmetic besides the device: workers of one ring have the same.
+    pub fn build(&self) -> String {
+        let revision = self.revision.as_deref().unwrap_or("unknown");
+        format!("anello {} ({revision}), libtorch {}, {}", self.anello, self.libtorch, self.system)
+    }
+
     /// What differs between two environments in ways that can change bits: (what, there, here).
     pub fn differences<'a>(&'a self, here: &'a Self) -> Vec<(&'static str, &'a str, &'a str)> {
         let revision = |e: &'a Self| e.revision.as_deref().unwrap_or("unknown");

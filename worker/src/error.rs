@@ -25,6 +25,12 @@ pub enum Error {
         /// The cause.
         source: std::io::Error,
     },
+    /// Members of a ring say what does not fit together: a bug, or a machine that computes wrongly.
+    #[error("{fact}")]
+    Ring {
+        /// What does not fit.
+        fact: String,
+    },
     /// The model thread ended without a word: a bug, or LibTorch ran out of memory.
     #[error("the model thread stopped: {cause}; resume the run, and report this if it comes back")]
     ModelThread {

@@ -22,6 +22,7 @@ mod objective;
 mod optimizer;
 mod params;
 mod tape;
+pub mod ring;
 mod trainer;
 
 pub use engine::{Engine, Outcome, Pass, forward_backward};

@@ -75,6 +75,8 @@ pub fn news(notice: &Notice) -> Option<String> {
                 Some(describe(&record.event))
             }
             Event::PassedOver { .. }
+            | Event::Lost { .. }
+            | Event::Formed { .. }
             | Event::Skipped { .. }
             | Event::Epoch { .. }
             | Event::SkippedData { .. }

@@ -1,6 +1,7 @@
 //! `anello run`: opens a run, trains it, and shows how it goes.
 
 mod lines;
+mod ring;
 mod sample;
 mod summary;
 mod tracker;
@@ -45,6 +46,15 @@ pub struct Args {
     /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// Train with so many worker processes on this machine, which may come and go. The result does not depend on it.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), conflicts_with_all = ["until", "allow"])]
+    workers: Option<u32>,
+    /// With --workers: how long a silent fault of a worker may go unseen, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, requires = "workers")]
+    detection: f64,
+    /// With --workers: the coordinator's port on 127.0.0.1; 0 for any free one.
+    #[arg(long, value_name = "PORT", default_value_t = 0, requires = "workers")]
+    port: u16,
     /// Tokens of each sample of text at the end; 0 for none.
     #[arg(long, value_name = "TOKENS", default_value_t = 48)]
     sample: usize,
@@ -58,6 +68,9 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// `anello run`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
+    if let Some(workers) = args.workers {
+        return ring::run(args, workers, screen);
+    }
     let interrupt = Interrupt::watch()?;
     let run = open(args)?;
     let (config, store) = (run.config.clone(), run.store.clone());
