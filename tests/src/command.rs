@@ -38,6 +38,12 @@ pub fn binary() -> &'static Path {
     })
 }
 
+/// Sends `signal` (a name, as `STOP`) to a process, if it is there still.
+pub fn signal(process: u32, signal: &str) {
+    let sent = Command::new("sh").args(["-c", "kill -$1 $0 2>/dev/null", &process.to_string(), signal]).status();
+    let _ = sent.expect("there is a shell");
+}
+
 /// Waits until `condition` holds.
 ///
 /// # Panics
@@ -128,6 +134,18 @@ impl Process {
         let id = self.child.id().to_string();
         let sent = Command::new("sh").args(["-c", script, &id, signal, &times.to_string()]).status();
         assert!(sent.expect("there is a shell").success(), "kill -{signal} {id}");
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Process ids of what it has started and that lives, whichever of its threads did.
+    pub fn children(&self) -> Vec<u32> {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
+        let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+        lists.flat_map(|list| list.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).collect()
     }
 
     /// Waits for its end.

@@ -3,8 +3,8 @@
 mod command;
 mod run;
 
-pub use command::{Done, Process, anello, binary, wait_until};
-pub use run::{World, checkpoint_in_writing, objects, without_seconds, world};
+pub use command::{Done, Process, anello, binary, signal, wait_until};
+pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
 
 /// A counter-based generator for the moments at which a test strikes (SplitMix64).
 #[derive(Clone, Debug)]

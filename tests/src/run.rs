@@ -204,3 +204,11 @@ pub fn checkpoint_in_writing(folder: &Path) -> bool {
         !names.is_empty() && !names.contains(&checkpoint.join("manifest.json"))
     })
 }
+
+/// The step of the newest checkpoint, 0 when there is none.
+pub fn newest_checkpoint(place: &Path) -> u64 {
+    let manifests =
+        objects(&place.join("checkpoints")).into_iter().filter(|path| path.ends_with("manifest.json"));
+    let step = |path: PathBuf| path.parent()?.file_name()?.to_str()?.parse().ok();
+    manifests.filter_map(step).max().unwrap_or(0)
+}

@@ -49,6 +49,9 @@ pub struct Args {
     /// Train with so many worker processes on this machine, which may come and go. The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), conflicts_with_all = ["until", "allow"])]
     workers: Option<u32>,
+    /// With --workers: start none here; they come from elsewhere, as `anello worker --coordinator ADDRESS --job NAME`.
+    #[arg(long, requires = "workers")]
+    external: bool,
     /// With --workers: how long a silent fault of a worker may go unseen, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, requires = "workers")]
     detection: f64,

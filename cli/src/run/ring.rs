@@ -43,7 +43,8 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let (job, task) = runtime.block_on(async { opened.start(sender) })?;
     jobs.add(job.clone());
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
-    let mut crew = Crew::start(local(server.address, &config, workers, args)?, workers, BUDGET)?;
+    let started = if args.external { 0 } else { workers };
+    let mut crew = Crew::start(local(server.address, &config, workers, args)?, started, BUDGET)?;
 
     let mut stopping = false;
     loop {
@@ -58,7 +59,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
         for said in crew.tend() {
             view.line(&said)?;
         }
-        if crew.is_over() && !task.is_finished() && !stopping && runtime.block_on(is_deserted(&job)) {
+        if started > 0 && crew.is_over() && !task.is_finished() && !stopping && runtime.block_on(is_deserted(&job)) {
             view.close(&tracker)?;
             say_where_it_stands(&store);
             return Err(Failure::Ring("all workers have ended, and none is started again".to_owned()));

@@ -1,10 +1,10 @@
 //! `kill -9` at any moment, then `--resume`: the same bits.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anello_tests::{Dice, Process, checkpoint_in_writing, objects, wait_until};
+use anello_tests::{Dice, Process, checkpoint_in_writing, newest_checkpoint, objects, wait_until};
 
 use super::world;
 
@@ -12,14 +12,6 @@ use super::world;
 const KILLS: u64 = 5;
 /// Steps of the run.
 const STEPS: u64 = 31;
-
-/// The step of the newest checkpoint, 0 when there is none.
-fn newest_checkpoint(place: &Path) -> u64 {
-    let manifests =
-        objects(&place.join("checkpoints")).into_iter().filter(|path| path.ends_with("manifest.json"));
-    let step = |path: PathBuf| path.parent()?.file_name()?.to_str()?.parse().ok();
-    manifests.filter_map(step).max().unwrap_or(0)
-}
 
 fn killed_and_resumed(seed: u64) {
     let world = world();

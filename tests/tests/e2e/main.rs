@@ -1,8 +1,9 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring.
 
 mod disk;
 mod kill;
 mod links;
+mod ring;
 mod signals;
 mod twice;
 

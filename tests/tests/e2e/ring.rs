@@ -1,0 +1,194 @@
+//! Rings of worker processes: whatever happens to them and to their coordinator, the run is the undisturbed one.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use anello_tests::{Dice, Process, newest_checkpoint, signal, wait_until};
+
+use super::world;
+
+/// Steps of the run.
+const STEPS: u64 = 31;
+
+fn start(run: &str, workers: u32, more: &[&str]) -> Process {
+    let workers = workers.to_string();
+    let arguments = ["run", "small.toml", "--out", run, "--workers", &workers, "--detection", "1", "--sample", "0"];
+    Process::start(&world().folder, &[&arguments[..], more].concat())
+}
+
+fn worker(coordinator: &str) -> Process {
+    let arguments = ["worker", "--coordinator", coordinator, "--job", "small", "--threads", "1"];
+    Process::start(&world().folder, &arguments)
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn rest(duration: Duration) {
+    let began = Instant::now();
+    wait_until("its time has come", || began.elapsed() >= duration);
+}
+
+fn events(run: &str) -> String {
+    world().anello(&["events", run]).expect(0)
+}
+
+fn assert_undisturbed(run: &str) {
+    world().assert_undisturbed(run);
+    world().assert_same_checkpoints(run);
+}
+
+#[test]
+fn any_number_of_workers_is_one_worker() {
+    for workers in 1..=4 {
+        let run = format!("ring-of-{workers}");
+        start(&run, workers, &[]).wait().expect(0);
+        assert_undisturbed(&run);
+        let told = events(&run);
+        assert!(told.contains(&format!("with {workers} worker")), "{told}");
+    }
+}
+
+/// Kills, freezes and preempts workers at random moments.
+fn disturbed(seed: u64) {
+    let (mut dice, run) = (Dice(seed), format!("ring-disturbed-{seed}"));
+    let workers = 2 + dice.below(3) as u32;
+    let place = world().folder.join(&run);
+    let mut process = start(&run, workers, &[]);
+    let (mut struck, mut preempted) = (Vec::new(), 0);
+    for fault in 0..4 {
+        let from = fault * STEPS / 5 + dice.below(STEPS / 5);
+        wait_until("it is so far", || newest_checkpoint(&place) >= from || process.ended());
+        rest(Duration::from_millis(dice.below(60)));
+        let children = process.children();
+        if children.is_empty() {
+            continue;
+        }
+        let victim = children[dice.below(children.len() as u64) as usize];
+        match dice.below(4) {
+            // One that goes when it is asked to is not replaced: one must stay.
+            0 if preempted + 1 < workers => {
+                preempted += 1;
+                signal(victim, "TERM");
+                struck.push("preempted");
+            }
+            1 => {
+                signal(victim, "STOP");
+                rest(Duration::from_millis(200 + dice.below(1500)));
+                signal(victim, "CONT");
+                struck.push("frozen");
+            }
+            _ => {
+                signal(victim, "KILL");
+                struck.push("killed");
+            }
+        }
+    }
+    let done = process.wait();
+    println!("seed {seed}, {workers} workers: {struck:?}");
+    done.expect(0);
+    assert!(!struck.is_empty(), "seed {seed}: it was over too soon");
+    assert_undisturbed(&run);
+}
+
+#[test]
+fn workers_that_die_freeze_and_leave_change_nothing_1() {
+    (1..=5).for_each(disturbed);
+}
+
+#[test]
+fn workers_that_die_freeze_and_leave_change_nothing_2() {
+    (6..=10).for_each(disturbed);
+}
+
+#[test]
+fn a_death_is_told_in_plain_words_and_costs_no_step() {
+    let run = "ring-one-death";
+    let place = world().folder.join(run);
+    let mut process = start(run, 3, &[]);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 9 || process.ended());
+    let victim = process.children()[1];
+    signal(victim, "KILL");
+    process.wait().expect(0);
+    let told = events(run);
+    assert!(told.contains("lost (it closed its connections to the coordinator and to its peers)"), "{told}");
+    assert!(told.contains("with 2 workers from step"), "{told}");
+    assert_undisturbed(run);
+}
+
+#[test]
+fn ctrl_c_takes_a_checkpoint_and_another_number_of_workers_goes_on() {
+    let run = "ring-paused";
+    let place = world().folder.join(run);
+    let mut process = start(run, 3, &[]);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 6 || process.ended());
+    process.signal("INT", 1);
+    process.wait().expect(130);
+    world().anello(&["checkpoint", "verify", run]).expect(0);
+    let resume = ["run", "--resume", run, "--workers", "2", "--sample", "0"];
+    world().anello(&resume).expect(0);
+    assert_undisturbed(run);
+}
+
+#[test]
+fn a_ring_goes_on_where_one_process_stopped_and_the_other_way_round() {
+    let run = "ring-both-ways";
+    world().anello(&["run", "small.toml", "--out", run, "--until", "10", "--sample", "0"]).expect(0);
+    let place = world().folder.join(run);
+    let mut process = Process::start(&world().folder, &["run", "--resume", run, "--workers", "3", "--sample", "0"]);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 18 || process.ended());
+    process.signal("INT", 1);
+    process.wait().expect(130);
+    world().anello(&["run", "--resume", run, "--sample", "0"]).expect(0);
+    assert_undisturbed(run);
+}
+
+#[test]
+fn a_coordinator_that_is_killed_is_taken_over_while_training_goes_on() {
+    let (run, port) = ("ring-coordinator-killed", free_port().to_string());
+    let place = world().folder.join(run);
+    let address = format!("127.0.0.1:{port}");
+    let mut first = start(run, 2, &["--external", "--port", &port]);
+    let workers = [worker(&address), worker(&address)];
+    wait_until("it is so far", || newest_checkpoint(&place) >= 6 || first.ended());
+    assert!(first.kill(), "it was over too soon");
+    rest(Duration::from_millis(200));
+    let resume = ["run", "--resume", run, "--workers", "2", "--external", "--port", &port, "--detection", "1"];
+    Process::start(&world().folder, &[&resume[..], &["--sample", "0"]].concat()).wait().expect(0);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    assert_undisturbed(run);
+}
+
+#[test]
+fn a_worker_joins_a_ring_that_runs() {
+    let (run, port) = ("ring-joined", free_port().to_string());
+    let place = world().folder.join(run);
+    let address = format!("127.0.0.1:{port}");
+    let mut process = start(run, 3, &["--external", "--port", &port]);
+    let mut workers = vec![worker(&address)];
+    wait_until("it is so far", || newest_checkpoint(&place) >= 3 || process.ended());
+    workers.push(worker(&address));
+    wait_until("it is so far", || newest_checkpoint(&place) >= 9 || process.ended());
+    workers.push(worker(&address));
+    process.wait().expect(0);
+    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
+    let told = events(run);
+    assert!(told.contains("with 1 worker from step 0"), "{told}");
+    assert!(told.contains("with 2 workers from step") || told.contains("with 3 workers from step"), "{told}");
+    assert_undisturbed(run);
+}
+
+#[test]
+fn a_worker_of_no_job_is_told_so() {
+    let (run, port) = ("ring-stranger", free_port().to_string());
+    let address = format!("127.0.0.1:{port}");
+    let process = start(run, 1, &["--external", "--port", &port]);
+    let arguments = ["worker", "--coordinator", &address, "--job", "other"];
+    let done = Process::start(&world().folder, &arguments).wait();
+    assert!(done.log.contains("there is no job other; there are: small"), "{done:?}");
+    assert_eq!(done.status.code(), Some(3));
+    drop(process);
+}
