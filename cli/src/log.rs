@@ -3,7 +3,7 @@
 use std::io::{self, BufWriter, Write};
 
 use anello_store::events;
-use anello_worker::metrics::{self, StepRecord};
+use anello_store::metrics::{self, StepRecord};
 use serde_json::{Map, Value, json};
 
 use crate::failure::{Exit, Outcome};
@@ -55,7 +55,7 @@ pub fn metrics(args: &MetricsArgs) -> Outcome {
 }
 
 /// The columns that every record has, in the order of the Parquet files.
-fn columns(record: &StepRecord) -> [(&'static str, Value); 17] {
+fn columns(record: &StepRecord) -> [(&'static str, Value); 18] {
     let seconds = &record.seconds;
     [
         ("step", json!(record.step)),
@@ -75,6 +75,7 @@ fn columns(record: &StepRecord) -> [(&'static str, Value); 17] {
         ("compute_s", json!(seconds.compute)),
         ("update_s", json!(seconds.update)),
         ("checkpoint_s", json!(seconds.checkpoint)),
+        ("reduce_s", json!(seconds.reduce)),
     ]
 }
 

@@ -1,6 +1,6 @@
 //! What became of each stage, from the metrics.
 
-use anello_worker::metrics::StepRecord;
+use anello_store::metrics::StepRecord;
 
 /// Steps whose mean stands for the beginning or the end of a stage, when it has as many in each half.
 const FEW: usize = 10;
@@ -63,7 +63,7 @@ fn mean(records: &[&StepRecord], of: impl Fn(&StepRecord) -> f64) -> f64 {
 /// A record for tests: loss falls by 0.1 a step from 7, loop step t is 0.5·t below the first.
 #[cfg(test)]
 pub fn record_of(step: u64, stage: &str, loops: usize) -> StepRecord {
-    use anello_worker::metrics::Seconds;
+    use anello_store::metrics::Seconds;
     let loss = 7.0 - 0.1 * step as f64;
     StepRecord {
         step,
@@ -78,7 +78,7 @@ pub fn record_of(step: u64, stage: &str, loops: usize) -> StepRecord {
         entropy: (loops as f64).ln(),
         grad_norm: 0.3,
         applied: true,
-        seconds: Seconds { step: 0.5, data: 0.05, compute: 0.35, update: 0.1, checkpoint: 0.0 },
+        seconds: Seconds { step: 0.5, data: 0.05, compute: 0.35, reduce: 0.0, update: 0.1, checkpoint: 0.0 },
     }
 }
 

@@ -6,6 +6,7 @@
 //!                 events       what happened: numbered records; who writes the next one owns the run
 //!                 environment  where it ran
 //!                 checkpoint   manifests and their parts, their commit, and which of them stay
+//!                 metrics      one row a step
 //!                 cursor       where a lane is in its data
 //! ```
 //! A run folder is one prefix and the whole truth of a run:
@@ -23,10 +24,13 @@ mod cursor;
 mod environment;
 mod error;
 pub mod events;
+pub mod metrics;
+mod notice;
 mod store;
 
 pub use config::{CONFIG, read_config};
 pub use cursor::{Cursor, OpenDocument, SourceCursor};
 pub use environment::Environment;
 pub use error::{Error, Result};
+pub use notice::Notice;
 pub use store::{Object, Store};

@@ -6,6 +6,7 @@
 
 use anello_configs::{Compute, RunConfig, Stage, StepPlan};
 use anello_dataloader::MicroBatch;
+use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
 use crate::fold::Fold;
@@ -69,6 +70,29 @@ pub struct Outcome {
     pub sums: LossSums,
     /// The update.
     pub update: Update,
+}
+
+impl Outcome {
+    /// What is logged of the step of `plan`.
+    pub fn record(&self, plan: &StepPlan<'_>, seconds: Seconds) -> StepRecord {
+        let Self { sums, update } = self;
+        let mean = |sum: f64| sum / sums.counted.max(1) as f64;
+        StepRecord {
+            step: plan.step,
+            stage: plan.stage.name.clone(),
+            tokens: plan.tokens_before + plan.batch_tokens,
+            batch_tokens: plan.batch_tokens,
+            counted: sums.counted,
+            lr: plan.lr,
+            loss: mean(sums.loss),
+            loop_loss: sums.cross_entropy.iter().copied().map(mean).collect(),
+            exit: sums.exit.iter().copied().map(mean).collect(),
+            entropy: mean(sums.entropy),
+            grad_norm: update.grad_norm,
+            applied: update.applied,
+            seconds,
+        }
+    }
 }
 
 impl Engine {

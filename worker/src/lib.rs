@@ -6,7 +6,7 @@
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   generate   a sample of text
-//! durable state     metrics    one row a step                     checkpoint a state to parts and back
+//! durable state     checkpoint a state to parts and back
 //! the shell         trainer    one thread that owns the model, one that writes; commands in, notices out
 //! ```
 
@@ -17,7 +17,6 @@ mod error;
 mod ffi;
 mod fold;
 mod generate;
-pub mod metrics;
 mod model;
 mod objective;
 mod optimizer;
@@ -34,4 +33,4 @@ pub use objective::{LossSums, TokenLosses, log_exit, token_losses};
 pub use optimizer::{State, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};
 pub use tape::Tape;
-pub use trainer::{Control, Ended, Notice, Resume, Run, Training};
+pub use trainer::{Control, Ended, Resume, Run, Training};

@@ -10,8 +10,8 @@ use std::path::PathBuf;
 
 use anello_configs::{RunConfig, Schedule};
 use anello_store::events::{self, Record};
+use anello_store::metrics::{self, StepRecord};
 use anello_store::{Store, checkpoint, read_config};
-use anello_worker::metrics::{self, StepRecord};
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::place::open_run;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anello_store::events::Event;
-use anello_worker::metrics::StepRecord;
+use anello_store::metrics::StepRecord;
 use serde_json::{Value, json};
 
 use super::Story;

@@ -1,8 +1,8 @@
 //! The lines that a person reads while a run trains. Pure.
 
 use anello_configs::{Parameters, RunConfig, Schedule};
+use anello_store::Notice;
 use anello_store::events::Event;
-use anello_worker::Notice;
 
 use super::tracker::Tracker;
 use crate::text::{count, duration, grouped, lr, nats, per_second, percent, short};

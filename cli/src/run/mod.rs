@@ -10,8 +10,8 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use anello_configs::{RunConfig, Schedule};
-use anello_store::{CONFIG, Store, checkpoint, read_config};
-use anello_worker::{Control, Ended, Resume, Run, Training, metrics};
+use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
+use anello_worker::{Control, Ended, Resume, Run, Training};
 
 use tokenizers::Tokenizer;
 

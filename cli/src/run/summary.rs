@@ -1,7 +1,7 @@
 //! What a person sees when a run has ended. Pure.
 
+use anello_store::metrics::StepRecord;
 use anello_worker::Ended;
-use anello_worker::metrics::StepRecord;
 
 use crate::stages::{StageSummary, summarise};
 use crate::text::{Table, duration, grouped, nats, per_second};

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use anello_configs::{RunConfig, Schedule};
-use anello_worker::Notice;
-use anello_worker::metrics::StepRecord;
+use anello_store::Notice;
+use anello_store::metrics::StepRecord;
 
 /// Seconds of training over which the speed is averaged.
 const SPEED_WINDOW_S: f64 = 20.0;

@@ -3,7 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use anello_worker::Notice;
+use anello_store::Notice;
 use indicatif::ProgressBar;
 
 use super::lines;

@@ -21,49 +21,16 @@ use std::time::{Duration, Instant};
 use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{LaneStep, Loader};
 use anello_store::checkpoint::{Position, read_manifest, steps};
-use anello_store::events::{Event, EventLog, Record};
-use anello_store::{Cursor, Store};
+use anello_store::events::{Event, EventLog};
+use anello_store::metrics::Seconds;
+use anello_store::{Cursor, Notice, Store};
 
 use crate::checkpoint::Snapshot;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::metrics::{Seconds, StepRecord};
 
 pub use open::{Resume, Run};
 use writer::{Job, Writer};
-
-/// What a person may want to see of a run.
-#[derive(Clone, Debug)]
-pub enum Notice {
-    /// The model is ready and the first step begins: steps applied before it.
-    Ready {
-        /// Steps already applied.
-        step: u64,
-    },
-    /// The first step of a stage begins.
-    Stage {
-        /// Index of the stage.
-        index: usize,
-    },
-    /// A step is done.
-    Step(StepRecord),
-    /// A checkpoint is complete.
-    Checkpoint {
-        /// Steps applied.
-        step: u64,
-        /// Seconds that writing took, in the background.
-        seconds: f64,
-    },
-    /// A checkpoint could not be written. Training goes on; it is tried again.
-    CheckpointFailed {
-        /// Steps applied.
-        step: u64,
-        /// The cause.
-        cause: String,
-    },
-    /// A record was added to the event log.
-    Logged(Record),
-}
 
 /// The caller's hand on a run.
 #[derive(Clone, Debug, Default)]
@@ -240,7 +207,7 @@ impl Trainer {
             seconds.checkpoint = stalled.elapsed().as_secs_f64();
         }
         seconds.step = began.elapsed().as_secs_f64();
-        let record = StepRecord::new(plan, &outcome, seconds);
+        let record = outcome.record(plan, seconds);
         self.writer.send(Job::Metrics(record.clone()))?;
         let _ = self.notices.send(Notice::Step(record));
         let taken = snapshot.is_some();

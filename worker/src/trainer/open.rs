@@ -8,14 +8,13 @@ use anello_configs::{Loss, RunConfig, Trains};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::{set_aside, steps};
 use anello_store::events::{self, Event, EventLog, Record};
-use anello_store::{CONFIG, Cursor, Environment, Error as StoreError, Store, read_config};
+use anello_store::{CONFIG, Cursor, Environment, Error as StoreError, Store, metrics, read_config};
 use tch::Device;
 
 use crate::checkpoint::{self, Loaded};
 use crate::engine::Engine;
 use crate::environment;
 use crate::error::{Error, Result};
-use crate::metrics;
 
 /// A run that is ready to be trained.
 pub struct Run {

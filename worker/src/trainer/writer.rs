@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use anello_configs::Checkpoint;
 use anello_store::checkpoint::prune;
 use anello_store::events::{Event, EventLog};
-use anello_store::{Error as StoreError, Store};
+use anello_store::metrics::{self, StepRecord};
+use anello_store::{Error as StoreError, Notice, Store};
 
-use super::{LAST_ATTEMPTS, Notice, Run};
+use super::{LAST_ATTEMPTS, Run};
 use crate::checkpoint::{self, Snapshot};
 use crate::error::{Error, Result, with_causes};
-use crate::metrics::{self, StepRecord};
 
 /// Jobs that may wait. Metrics of so many steps are a few hundred KiB; past it training waits for the store.
 const JOBS_MAX: usize = 1024;

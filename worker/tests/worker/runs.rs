@@ -19,10 +19,10 @@ use anello_configs::{RunConfig, Schedule, random::Stream};
 use anello_dataloader::{ShardFormat, ShardWriter};
 use anello_store::checkpoint::{self, Manifest};
 use anello_store::events::{self, Event};
-use anello_store::{Error as StoreError, Store};
+use anello_store::metrics::{self, StepRecord};
+use anello_store::{Error as StoreError, Notice, Store};
 use anello_worker::checkpoint::{Loaded, load, save};
-use anello_worker::metrics::StepRecord;
-use anello_worker::{Control, Ended, Error, Notice, Resume, Run, Training, metrics};
+use anello_worker::{Control, Ended, Error, Resume, Run, Training};
 use tempfile::TempDir;
 
 const CONFIG: &str = r#"

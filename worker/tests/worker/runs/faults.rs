@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anello_store::Store;
 use anello_store::events::Event;
-use anello_worker::{Control, Ended, Notice, Resume, Run, Training};
+use anello_worker::{Control, Ended, Resume, Run, Training};
 
 use super::store::{Fate, TestStore};
 use super::*;

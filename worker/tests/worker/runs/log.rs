@@ -3,8 +3,7 @@
 use anello_configs::Checkpoint;
 use anello_store::checkpoint::Position;
 use anello_store::events::Event;
-use anello_store::{Environment, Store};
-use anello_worker::Notice;
+use anello_store::{Environment, Notice, Store};
 use anello_worker::checkpoint::{BlockDifference, Snapshot, compare};
 
 use super::*;

@@ -3,7 +3,7 @@
 use anello_configs::Recompute;
 use anello_store::events::Event;
 use anello_store::{Object, Store};
-use anello_worker::{Control, Ended, Notice, Resume, Run, Training};
+use anello_worker::{Control, Ended, Resume, Run, Training};
 
 use super::store::TestStore;
 use super::*;

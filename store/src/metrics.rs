@@ -11,13 +11,12 @@ use bytes::Bytes;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
-use anello_configs::StepPlan;
-use anello_store::{Error, Object, Result, Store};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::engine::Outcome;
+use crate::{Error, Object, Result, Store};
 
-/// What is logged of a step.
-#[derive(Clone, Debug, PartialEq)]
+/// What is logged of a step. Through serde its figures are their bits: equal at the other end, NaN included.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// The step, from 0.
     pub step: u64,
@@ -30,16 +29,22 @@ pub struct StepRecord {
     /// Tokens of the batch that have a target: what the means below are over.
     pub counted: u64,
     /// Learning rate.
+    #[serde(with = "bits")]
     pub lr: f64,
     /// The objective, nats a token.
+    #[serde(with = "bits")]
     pub loss: f64,
     /// L(t) for t = 1..=T, nats a token.
+    #[serde(with = "bits")]
     pub loop_loss: Vec<f64>,
     /// Mean p(t) for t = 1..=T.
+    #[serde(with = "bits")]
     pub exit: Vec<f64>,
     /// Mean H(p), nats.
+    #[serde(with = "bits")]
     pub entropy: f64,
     /// Global gradient norm before the clip.
+    #[serde(with = "bits")]
     pub grad_norm: f64,
     /// False when the step was skipped because it was not finite.
     pub applied: bool,
@@ -48,42 +53,68 @@ pub struct StepRecord {
 }
 
 /// Wall-clock seconds of a step. The only columns that differ between runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Seconds {
     /// The whole step.
+    #[serde(with = "bits")]
     pub step: f64,
     /// Waiting for data.
+    #[serde(with = "bits")]
     pub data: f64,
     /// Forward and backward of all lanes.
+    #[serde(with = "bits")]
     pub compute: f64,
+    /// In the collective that adds the gradients of several workers; 0 with one.
+    #[serde(with = "bits")]
+    pub reduce: f64,
     /// Norm, clip and update.
+    #[serde(with = "bits")]
     pub update: f64,
     /// Waiting for the copy of a checkpoint.
+    #[serde(with = "bits")]
     pub checkpoint: f64,
 }
 
-impl StepRecord {
-    /// The record of a step from its plan and outcome.
-    pub fn new(plan: &StepPlan<'_>, outcome: &Outcome, seconds: Seconds) -> Self {
-        let counted = outcome.sums.counted;
-        let mean = |sum: f64| sum / counted.max(1) as f64;
-        Self {
-            step: plan.step,
-            stage: plan.stage.name.clone(),
-            tokens: plan.tokens_before + plan.batch_tokens,
-            batch_tokens: plan.batch_tokens,
-            counted,
-            lr: plan.lr,
-            loss: mean(outcome.sums.loss),
-            loop_loss: outcome.sums.cross_entropy.iter().copied().map(mean).collect(),
-            exit: outcome.sums.exit.iter().copied().map(mean).collect(),
-            entropy: mean(outcome.sums.entropy),
-            grad_norm: outcome.update.grad_norm,
-            applied: outcome.update.applied,
-            seconds,
+/// Floating-point numbers as the integers that their bits are: text would lose a bit here and a NaN there.
+mod bits {
+    use super::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub trait Bits: Sized {
+        type As: Serialize + for<'de> Deserialize<'de>;
+        fn to(&self) -> Self::As;
+        fn from(bits: Self::As) -> Self;
+    }
+
+    impl Bits for f64 {
+        type As = u64;
+        fn to(&self) -> u64 {
+            self.to_bits()
+        }
+        fn from(bits: u64) -> Self {
+            Self::from_bits(bits)
         }
     }
 
+    impl Bits for Vec<f64> {
+        type As = Vec<u64>;
+        fn to(&self) -> Vec<u64> {
+            self.iter().map(Bits::to).collect()
+        }
+        fn from(bits: Vec<u64>) -> Self {
+            bits.into_iter().map(f64::from_bits).collect()
+        }
+    }
+
+    pub fn serialize<T: Bits, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+        value.to().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, T: Bits, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
+        T::As::deserialize(deserializer).map(T::from)
+    }
+}
+
+impl StepRecord {
     /// Expected depth Σ t·p(t), loop steps.
     pub fn depth(&self) -> f64 {
         self.exit.iter().zip(1..).map(|(p, t)| p * f64::from(t)).sum()
@@ -100,7 +131,7 @@ impl StepRecord {
     }
 }
 
-const NUMBERS: [&str; 11] = [
+const NUMBERS: [&str; 12] = [
     "lr",
     "loss",
     "entropy",
@@ -112,14 +143,17 @@ const NUMBERS: [&str; 11] = [
     "compute_s",
     "update_s",
     "checkpoint_s",
+    REDUCE,
 ];
+/// The column that files of before the ring do not have.
+const REDUCE: &str = "reduce_s";
 
-fn numbers(record: &StepRecord) -> [f64; 11] {
+fn numbers(record: &StepRecord) -> [f64; 12] {
     let s = &record.seconds;
     let (kl, depth) = (record.kl(), record.depth());
     let of_step = [record.lr, record.loss, record.entropy, kl, depth, record.grad_norm];
     let [lr, loss, entropy, kl, depth, norm] = of_step;
-    [lr, loss, entropy, kl, depth, norm, s.step, s.data, s.compute, s.update, s.checkpoint]
+    [lr, loss, entropy, kl, depth, norm, s.step, s.data, s.compute, s.update, s.checkpoint, s.reduce]
 }
 
 /// The records as one Arrow batch: the columns of a metrics object.
@@ -171,6 +205,9 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
         let missing = |name: &str| format!("column {name} is missing or of another type");
         let array = |name: &str| batch.column_by_name(name).ok_or_else(|| missing(name));
         let number = |name: &str| -> std::result::Result<Float64Array, String> {
+            if name == REDUCE && batch.column_by_name(name).is_none() {
+                return Ok(vec![0.0; batch.num_rows()].into());
+            }
             array(name)?.as_any().downcast_ref::<Float64Array>().cloned().ok_or_else(|| missing(name))
         };
         let integer = |name: &str| -> std::result::Result<UInt64Array, String> {
@@ -191,8 +228,20 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
             let of = |columns: &[Float64Array]| {
                 columns.iter().filter(|c| c.is_valid(row)).map(|c| c.value(row)).collect::<Vec<_>>()
             };
-            let [lr, loss, entropy, _kl, _depth, grad_norm, s_step, data, compute, update, checkpoint] =
-                columns.iter().map(|c| c.value(row)).collect::<Vec<_>>()[..]
+            let [
+                lr,
+                loss,
+                entropy,
+                _kl,
+                _depth,
+                grad_norm,
+                s_step,
+                data,
+                compute,
+                update,
+                checkpoint,
+                reduce,
+            ] = columns.iter().map(|c| c.value(row)).collect::<Vec<_>>()[..]
             else {
                 return Err("the columns are incomplete".to_owned());
             };
@@ -209,7 +258,7 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
                 entropy,
                 grad_norm,
                 applied: applied.value(row),
-                seconds: Seconds { step: s_step, data, compute, update, checkpoint },
+                seconds: Seconds { step: s_step, data, compute, reduce, update, checkpoint },
             });
         }
     }
@@ -290,7 +339,14 @@ mod tests {
             entropy: (loops as f64).ln(),
             grad_norm: if step == 3 { f64::NAN } else { 0.3 },
             applied: step != 3,
-            seconds: Seconds { step: 0.5, data: 0.1, compute: 0.3, update: 0.1, checkpoint: 0.0 },
+            seconds: Seconds {
+                step: 0.5,
+                data: 0.1,
+                compute: 0.2,
+                reduce: 0.1,
+                update: 0.1,
+                checkpoint: 0.0,
+            },
         }
     }
 
@@ -307,6 +363,27 @@ mod tests {
         write(&store, &records[5..]).unwrap();
         assert_eq!(shown(&read(&store).unwrap()), shown(&records));
         assert!((records[0].depth() - 4.5).abs() < 1e-12 && records[0].kl().abs() < 1e-12);
+    }
+
+    #[test]
+    fn records_are_the_same_bits_after_transport() {
+        let records = [record(2, 4), StepRecord { loss: 0.1 + 0.2, ..record(3, 4) }];
+        let json = serde_json::to_vec(&records).unwrap();
+        let back: Vec<StepRecord> = serde_json::from_slice(&json).unwrap();
+        assert_eq!((&back[0], shown(&back)), (&records[0], shown(&records)));
+    }
+
+    #[test]
+    fn a_file_of_before_the_ring_reads_with_no_seconds_in_the_collective() {
+        let records = [record(0, 4), record(1, 4)];
+        let mut batch = to_batch(&records);
+        batch.remove_column(batch.schema().index_of(REDUCE).unwrap());
+        let mut bytes = Vec::new();
+        let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let expected = records.map(|r| StepRecord { seconds: Seconds { reduce: 0.0, ..r.seconds }, ..r });
+        assert_eq!(decode(bytes.into()).unwrap(), expected);
     }
 
     #[test]
