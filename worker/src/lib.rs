@@ -24,9 +24,10 @@ mod params;
 mod tape;
 mod trainer;
 
-pub use engine::{Engine, Outcome, Pass, forward_backward};
+pub use engine::{Engine, Outcome, Pass, check_supported, forward_backward};
 pub use error::{Error, Result, with_causes};
-pub use fold::Fold;
+pub use ffi::{as_mut_slice, as_slice};
+pub use fold::{Fold, combine, fold_sums};
 pub use generate::{Greedy, Sampled, greedy};
 pub use model::{Context, Model, Rotary};
 pub use objective::{LossSums, TokenLosses, log_exit, token_losses};

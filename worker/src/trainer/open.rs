@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anello_configs::{Loss, RunConfig, Trains};
+use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::{set_aside, steps};
 use anello_store::events::{self, Event, EventLog, Record};
@@ -12,7 +12,7 @@ use anello_store::{CONFIG, Cursor, Environment, Error as StoreError, Store, metr
 use tch::Device;
 
 use crate::checkpoint::{self, Loaded};
-use crate::engine::Engine;
+use crate::engine::{Engine, check_supported};
 use crate::environment;
 use crate::error::{Error, Result};
 
@@ -231,18 +231,5 @@ impl Run {
         }
         let fact = format!("the data of {} has changed since the run began", names.join(", "));
         Err(Error::config(fact, "bring the old data back, or accept that the run changes with --allow"))
-    }
-}
-
-fn check_supported(config: &RunConfig) -> Result<()> {
-    match config.stages.iter().find(|s| s.loss != Loss::Loop || s.trains != Trains::All) {
-        None => Ok(()),
-        Some(stage) => {
-            let fact = format!("stage {} trains {:?} with loss {:?}", stage.name, stage.trains, stage.loss);
-            Err(Error::config(
-                fact.to_lowercase(),
-                "this build trains all parameters with the loop loss only",
-            ))
-        }
     }
 }
