@@ -6,10 +6,11 @@
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   generate   a sample of text
-//! durable state     checkpoint a state to parts and back
+//! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
 //! the shell         trainer    one thread that owns the model, one that writes; commands in, notices out
 //! ```
 
+mod account;
 pub mod checkpoint;
 mod engine;
 mod environment;
@@ -24,6 +25,7 @@ mod params;
 mod tape;
 mod trainer;
 
+pub use account::{Epochs, Stamp, position_after, skip_event};
 pub use engine::{Engine, Outcome, Pass, check_supported, forward_backward};
 pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
