@@ -3,12 +3,16 @@
 //! 1. [`Engine::enter`] prepares for a step (upcycling, moment reset and rotary table at stage boundaries).
 //! 2. [`Engine::lane`] runs one lane's micro-batches forward and backward into one fp32 gradient and folds it.
 //! 3. [`Engine::finish`] takes the tree's total, divides once by the tokens that count, clips and updates.
+//!
+//! With several workers 3 is [`Engine::take_partials`], the exchange between them, and [`Engine::finish_with`]; a step
+//! that comes to nothing ends with [`Engine::abandon`].
 
-use anello_configs::{Compute, RunConfig, Stage, StepPlan};
+use anello_configs::{Compute, Loss, RunConfig, Stage, StepPlan, Trains};
 use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
+use crate::error::{Error, Result};
 use crate::fold::Fold;
 use crate::model::{Context, Model, Rotary};
 use crate::objective::{self, LossSums};
@@ -39,6 +43,20 @@ pub struct Pass<'a> {
     pub beta: f64,
     /// What is kept and the size of a loss chunk.
     pub compute: &'a Compute,
+}
+
+/// [`Error::Config`] when `config` has a stage that this engine cannot train.
+pub fn check_supported(config: &RunConfig) -> Result<()> {
+    match config.stages.iter().find(|s| s.loss != Loss::Loop || s.trains != Trains::All) {
+        None => Ok(()),
+        Some(stage) => {
+            let fact = format!("stage {} trains {:?} with loss {:?}", stage.name, stage.trains, stage.loss);
+            Err(Error::config(
+                fact.to_lowercase(),
+                "this build trains all parameters with the loop loss only",
+            ))
+        }
+    }
 }
 
 /// Forward and backward of one micro-batch: `ids_n` and `targets_n` are `[n]`. Adds the gradient of the loss's sum to
@@ -122,18 +140,22 @@ impl Engine {
         &self.model
     }
 
-    /// Prepares for the step of `plan`. Called once before its first lane.
+    /// Goes on from `state`, which is on the engine's device. A step under way is abandoned.
+    pub fn load_state(&mut self, state: State) {
+        assert_eq!(state.weights.device(), self.device, "the state is on another device");
+        self.abandon();
+        let Self { config, model, spare, .. } = self;
+        *model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
+        spare.retain(|buffer| buffer.numel() == state.layout.len());
+        self.state = state;
+    }
+
+    /// Prepares for the step of `plan`. Called before its first lane; a second time, for a step that was abandoned, it
+    /// changes nothing more.
     pub fn enter(&mut self, plan: &StepPlan<'_>) {
         if let Some(upcycle) = plan.upcycle {
             let layout = Layout::new(&self.config.model, upcycle.layers);
-            self.state = self.state.upcycled(layout);
-            self.model = Model::new(
-                &self.config.model,
-                self.config.compute.dtype,
-                &self.state.layout,
-                &self.state.weights,
-            );
-            self.spare.clear();
+            self.load_state(self.state.upcycled(layout));
         }
         if plan.reset_optimizer {
             self.state.reset_moments();
@@ -181,11 +203,38 @@ impl Engine {
 
     /// Ends the step once all lanes of the run are in: the update of `plan`.
     pub fn finish(&mut self, plan: &StepPlan<'_>) -> Outcome {
-        let fold = std::mem::take(&mut self.fold);
-        let (gradient, sums) = fold.into_total(self.config.lanes);
+        let (gradient, sums) = std::mem::take(&mut self.fold).into_total(self.config.lanes);
+        let outcome = self.finish_with(plan, &gradient, sums);
+        self.recycle(gradient);
+        outcome
+    }
+
+    /// The sums of the lanes that are in, one for each maximal aligned subtree in lane order: (first lane, number of
+    /// lanes, gradient, loss sums). The gradients come back with [`Engine::recycle`].
+    pub fn take_partials(&mut self) -> Vec<(u32, u32, Tensor, LossSums)> {
+        let partials = std::mem::take(&mut self.fold).into_partials();
+        partials.into_iter().map(|(first, lanes, (gradient, sums))| (first, lanes, gradient, sums)).collect()
+    }
+
+    /// Ends the step with the total of all lanes of the run: the flat `gradient`, which is overwritten, and the sums.
+    pub fn finish_with(&mut self, plan: &StepPlan<'_>, gradient: &Tensor, sums: LossSums) -> Outcome {
         let finite = sums.loss.is_finite();
-        let update = self.state.update(&self.config.optimizer, plan.lr, &gradient, sums.counted, finite);
-        self.spare.push(gradient);
+        let update = self.state.update(&self.config.optimizer, plan.lr, gradient, sums.counted, finite);
         Outcome { sums, update }
+    }
+
+    /// Takes back a gradient buffer that is no longer needed, for a later lane. One of a layout that is no longer in use
+    /// is let go.
+    pub fn recycle(&mut self, gradient: Tensor) {
+        if gradient.numel() == self.state.layout.len() {
+            self.spare.push(gradient);
+        }
+    }
+
+    /// Drops the step under way: nothing but its sums is lost, and the next lane may be any.
+    pub fn abandon(&mut self) {
+        for (_, _, gradient, _) in self.take_partials() {
+            self.recycle(gradient);
+        }
     }
 }

@@ -1,7 +1,39 @@
-//! The only unsafe code: what the C library offers and no crate of ours wraps.
+//! The only unsafe code: what the C library offers and no crate of ours wraps, and the memory of a tensor as a slice.
 #![allow(unsafe_code)]
 
 use std::sync::Once;
+
+use tch::{Device, Kind, Tensor};
+
+/// The elements of a contiguous fp32 tensor on the CPU, in place. Panics on any other.
+///
+/// Tensors share memory (views, shallow clones) without Rust knowing: while the slice lives, no tensor over the same
+/// memory may be written to.
+pub fn as_slice(tensor: &Tensor) -> &[f32] {
+    let (data, len) = elements(tensor);
+    // SAFETY: `data` points at `len` initialised f32, as `elements` checked; the borrow of the tensor keeps its memory
+    // alive and in place. Nobody writes to it meanwhile: the caller's part of the bargain, as this crate's tensors are
+    // used by one thread, which holds the slice.
+    unsafe { std::slice::from_raw_parts(data, len) }
+}
+
+/// [`as_slice`] to write to: while the slice lives, no tensor over the same memory may be used.
+pub fn as_mut_slice(tensor: &mut Tensor) -> &mut [f32] {
+    let (data, len) = elements(tensor);
+    // SAFETY: as in `as_slice`; the tensor is borrowed for writing, and that nobody uses another over the same memory
+    // is the caller's part of the bargain.
+    unsafe { std::slice::from_raw_parts_mut(data, len) }
+}
+
+fn elements(tensor: &Tensor) -> (*mut f32, usize) {
+    let (kind, device) = (tensor.kind(), tensor.device());
+    assert!(kind == Kind::Float && device == Device::Cpu, "a tensor of {kind:?} on {device:?}");
+    assert!(tensor.is_contiguous(), "a tensor with gaps");
+    match tensor.numel() {
+        0 => (std::ptr::NonNull::dangling().as_ptr(), 0),
+        len => (tensor.data_ptr().cast(), len),
+    }
+}
 
 /// Keeps freed memory in the process for the next tensor, from the first call on.
 ///
@@ -27,5 +59,32 @@ pub fn keep_freed_memory() {
                 mallopt(M_MMAP_THRESHOLD, LARGE);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tensor_is_read_and_written_in_place() {
+        let mut flat = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0]);
+        assert_eq!(as_slice(&flat.narrow(0, 1, 2)), [2.0, 3.0]);
+        as_mut_slice(&mut flat)[3] = 7.0;
+        as_mut_slice(&mut flat.narrow(0, 0, 1))[0] = 5.0;
+        assert_eq!(Vec::<f32>::try_from(&flat).unwrap(), [5.0, 2.0, 3.0, 7.0]);
+        assert!(as_slice(&flat.narrow(0, 4, 0)).is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "a tensor of Double on Cpu")]
+    fn another_kind_is_refused() {
+        as_slice(&Tensor::from_slice(&[1f64]));
+    }
+
+    #[test]
+    #[should_panic(expected = "a tensor with gaps")]
+    fn gaps_are_refused() {
+        as_slice(&Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0]).view([2, 2]).narrow(1, 0, 1));
     }
 }

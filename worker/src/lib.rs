@@ -6,10 +6,12 @@
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   generate   a sample of text
-//! durable state     checkpoint a state to parts and back
-//! the shell         trainer    one thread that owns the model, one that writes; commands in, notices out
+//! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
+//! the shells        trainer    one thread that owns the model, one that writes; commands in, notices out
+//!                   ring       the same in a ring of workers under a coordinator
 //! ```
 
+mod account;
 pub mod checkpoint;
 mod engine;
 mod environment;
@@ -21,13 +23,15 @@ mod model;
 mod objective;
 mod optimizer;
 mod params;
-mod tape;
 pub mod ring;
+mod tape;
 mod trainer;
 
-pub use engine::{Engine, Outcome, Pass, forward_backward};
+pub use account::{Epochs, Stamp, position_after, skip_event};
+pub use engine::{Engine, Outcome, Pass, check_supported, forward_backward};
 pub use error::{Error, Result, with_causes};
-pub use fold::Fold;
+pub use ffi::{as_mut_slice, as_slice};
+pub use fold::{Fold, combine, fold_sums};
 pub use generate::{Greedy, Sampled, greedy};
 pub use model::{Context, Model, Rotary};
 pub use objective::{LossSums, TokenLosses, log_exit, token_losses};

@@ -39,8 +39,9 @@ pub fn read_manifest(store: &Store, step: u64) -> Result<Manifest> {
 /// Makes the checkpoint of `manifest` exist, whose parts are all written. Returns the manifest that stands there.
 ///
 /// One that is already there is left alone: with the same weights and moments that is a success, with others it is
-/// [`Error::Fenced`].
+/// [`Error::Fenced`]. [`Error::Checkpoint`]: the parts are not one after the other, from the first block on.
 pub fn commit(store: &Store, manifest: Manifest) -> Result<Manifest> {
+    manifest.check(manifest.step)?;
     let (step, path) = (manifest.step, manifest_path(manifest.step));
     let fenced = || Error::Fenced { place: store.place_of(&path) };
     let bytes = serde_json::to_vec_pretty(&manifest).expect("every map of a manifest has string keys");

@@ -51,7 +51,7 @@ pub struct Manifest {
 }
 
 /// How far a run is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
     /// Steps applied or skipped.
     pub step: u64,
@@ -64,7 +64,7 @@ pub struct Position {
 }
 
 /// What a checkpoint says besides its parts.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Facts {
     /// How far the run is.
     pub position: Position,
@@ -80,6 +80,17 @@ pub struct Facts {
     pub data: BTreeMap<String, String>,
     /// Where it was taken.
     pub environment: Environment,
+}
+
+impl Facts {
+    /// What several writers of one checkpoint must agree on: BLAKE3 of all of this as compact JSON, hex. Threads count
+    /// as 0 in it, since no bit depends on them and machines differ in how many they have.
+    pub fn digest(&self) -> String {
+        let environment = Environment { threads: 0, ..self.environment.clone() };
+        let agreed = Self { environment, ..self.clone() };
+        let bytes = serde_json::to_vec(&agreed).expect("every map of the facts has string keys");
+        blake3::hash(&bytes).to_hex().to_string()
+    }
 }
 
 /// One part of a checkpoint.
@@ -202,7 +213,7 @@ impl Manifest {
         blake3::hash(&bytes).to_hex().to_string()
     }
 
-    fn check(&self, step: u64) -> Result<()> {
+    pub(super) fn check(&self, step: u64) -> Result<()> {
         let blocks = self.elements / BLOCK as u64;
         let mut covered = 0;
         for part in &self.parts {

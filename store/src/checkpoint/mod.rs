@@ -9,8 +9,10 @@
 //!         retention  which of them may go
 //! ```
 //!
-//! The second number in a part's name is its writer's: that of the event with which the writer took the run up. A
-//! process that slept while another took over can therefore never write over a part of the other's.
+//! The first number in a part's name is its first block (older builds counted the parts; the manifest has the names, so
+//! nobody minds). The second is its writer's: that of the event with which the writer took the run up, or of the
+//! generation that several writers share. A process that slept while another took over can therefore never write over
+//! a part of the other's, and writers that share a number have blocks of their own.
 //!
 //! Parts are cut by block, not by worker or tensor, so that any number of workers can write and load them. What is
 //! not there: a schedule position (it is the step), generator states (they are counters that follow from the step

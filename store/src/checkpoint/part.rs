@@ -2,13 +2,14 @@
 
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
 
 use super::manifest::damaged;
 use super::{BLOCK_BYTES, BUFFERS, Manifest, Part, folder, read_manifest};
 use crate::{Result, Store};
 
 /// A part that was written.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
     /// What it is.
     pub part: Part,

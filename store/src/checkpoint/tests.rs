@@ -78,6 +78,45 @@ fn a_manifest_whose_parts_were_tidied_away_is_no_checkpoint() {
 }
 
 #[test]
+fn parts_of_several_writers_make_one_checkpoint_and_travel_as_json() {
+    let store = Store::memory().unwrap();
+    let write = |first: usize, blocks: usize| {
+        let buffers = [0, 1, 2].map(|buffer| vec![buffer; blocks * BLOCK_BYTES]);
+        let name = format!("part-{first:05}-00000009.safetensors");
+        write_part(&store, 7, name, first, buffers.each_ref().map(Vec::as_slice)).unwrap()
+    };
+    let [here, there] = [write(0, 2), write(2, 1)];
+    let sent = serde_json::to_string(&vec![there]).unwrap();
+    let received: Vec<Written> = serde_json::from_str(&sent).unwrap();
+    assert_eq!(serde_json::to_string(&received).unwrap(), sent);
+    let said: Facts = serde_json::from_str(&serde_json::to_string(&facts(7)).unwrap()).unwrap();
+    assert_eq!(said, facts(7));
+    let manifest = Manifest::new(said, received.into_iter().chain([here]).collect());
+    assert_eq!(commit(&store, manifest.clone()).unwrap(), verify(&store, 7).unwrap());
+    assert_eq!(manifest.weights, Manifest::new(facts(7), parts(&Store::memory().unwrap(), 7, 1, 0)).weights);
+}
+
+#[test]
+fn a_manifest_with_a_hole_is_not_committed() {
+    let store = Store::memory().unwrap();
+    let holed = parts(&store, 7, 1, 5).into_iter().take(1).collect();
+    let refused = commit(&store, Manifest::new(facts(7), holed));
+    assert!(matches!(refused, Err(Error::Checkpoint { step: 7, .. })), "{refused:?}");
+    assert_eq!(steps(&store).unwrap(), [0u64; 0]);
+}
+
+#[test]
+fn writers_agree_on_the_facts_when_only_threads_differ() {
+    let base = facts(7);
+    let mut other = base.clone();
+    other.environment.threads = 64;
+    assert_eq!(base.digest(), other.digest());
+    other.cursors[0].draws += 1;
+    assert_ne!(base.digest(), other.digest());
+    assert_ne!(base.digest(), facts(8).digest());
+}
+
+#[test]
 fn damage_is_named_and_a_newer_format_is_none() {
     let store = Store::memory().unwrap();
     let manifest = saved(&store, 7, 1, 5).unwrap();

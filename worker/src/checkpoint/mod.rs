@@ -6,4 +6,4 @@ mod save;
 
 pub use compare::{BlockDifference, Comparison, compare};
 pub use load::{Loaded, load};
-pub use save::{Snapshot, save};
+pub use save::{Snapshot, write};

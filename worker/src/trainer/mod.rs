@@ -20,11 +20,12 @@ use std::time::{Duration, Instant};
 
 use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{LaneStep, Loader};
-use anello_store::checkpoint::{Position, read_manifest, steps};
-use anello_store::events::{Event, EventLog, Record};
+use anello_store::checkpoint::{read_manifest, steps};
+use anello_store::events::{Event, EventLog};
 use anello_store::metrics::Seconds;
 use anello_store::{Cursor, Notice, Store};
 
+use crate::account::{Epochs, Stamp, position_after, skip_event};
 use crate::checkpoint::Snapshot;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -102,7 +103,8 @@ struct Trainer {
     loader: Loader,
     /// Where each lane is after the last step.
     cursors: Vec<Cursor>,
-    stamp: open::Stamp,
+    stamp: Stamp,
+    epochs: Epochs,
     next_step: u64,
     last_step: u64,
     control: Control,
@@ -120,7 +122,7 @@ impl Trainer {
         let schedule = Schedule::new(&run.config);
         let last_step = until.map_or(schedule.total_steps(), |until| until.min(schedule.total_steps()));
         let mut log = EventLog::open(&run.store)?;
-        let open::Started { engine, loader, cursors, step, stamp, records } = run.start(&mut log)?;
+        let open::Started { engine, loader, cursors, step, stamp, epochs, records } = run.start(&mut log)?;
         for record in records {
             let _ = notices.send(Notice::Logged(record));
         }
@@ -134,6 +136,7 @@ impl Trainer {
             loader,
             cursors,
             stamp,
+            epochs,
             next_step: step,
             last_step,
             control,
@@ -183,17 +186,15 @@ impl Trainer {
             let computed = Instant::now();
             self.engine.lane(plan.stage, lane, &lane_step.micro_batches);
             seconds.compute += computed.elapsed().as_secs_f64();
-            self.log_data(plan, &lane_step)?;
+            let events = self.epochs.data_events(&lane_step);
+            self.tell(events)?;
             self.cursors[lane as usize] = lane_step.cursor;
         }
         let updated = Instant::now();
         let outcome = self.engine.finish(plan);
         seconds.update = updated.elapsed().as_secs_f64();
         self.next_step = plan.step + 1;
-        if !outcome.update.applied {
-            let loss = (outcome.sums.loss / outcome.sums.counted.max(1) as f64).to_string();
-            self.writer.send(Job::Event(Event::Skipped { step: plan.step, loss }))?;
-        }
+        self.tell(skip_event(plan, &outcome))?;
 
         self.note_failure()?;
         let due = self.next_step.is_multiple_of(self.config.checkpoint.every_steps) || plan.last_of_stage;
@@ -224,44 +225,15 @@ impl Trainer {
         Ok(lane_step)
     }
 
-    fn log_data(&self, plan: &StepPlan<'_>, lane_step: &LaneStep) -> Result<()> {
-        let step = plan.step;
-        for skipped in &lane_step.skipped_row_groups {
-            self.writer.send(Job::Event(Event::SkippedData {
-                step,
-                lane: lane_step.lane,
-                source: skipped.source.clone(),
-                row_group: skipped.row_group,
-                reason: skipped.reason.clone(),
-            }))?;
-        }
-        for (source, &epoch) in &lane_step.epochs_by_source {
-            if self.stamp.note_epoch(source, epoch) {
-                self.writer.send(Job::Event(Event::Epoch { step, source: source.clone(), epoch }))?;
-            }
-        }
-        Ok(())
+    fn tell(&self, events: impl IntoIterator<Item = Event>) -> Result<()> {
+        events.into_iter().try_for_each(|event| self.writer.send(Job::Event(event)))
     }
 
     fn snapshot(&self) -> Snapshot {
-        let last =
-            self.schedule.at(self.next_step.saturating_sub(1)).expect("a step that was done has a plan");
-        let position = Position {
-            step: self.next_step,
-            stage: last.stage.name.clone(),
-            stage_end: last.last_of_stage && self.next_step > 0,
-            tokens: if self.next_step == 0 { 0 } else { last.tokens_before + last.batch_tokens },
-        };
-        let open::Stamp { config, data, environment, .. } = &self.stamp;
-        let cursors = self.cursors.clone();
-        Snapshot::take(
-            self.engine.state(),
-            position,
-            cursors,
-            config.clone(),
-            data.clone(),
-            environment.clone(),
-        )
+        let state = self.engine.state();
+        let position = position_after(&self.schedule, self.next_step);
+        let facts = self.stamp.facts(state, position, self.cursors.clone());
+        Snapshot::take(state, 0..state.layout.blocks(), facts)
     }
 
     /// Waits until no checkpoint is being written.

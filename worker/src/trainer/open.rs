@@ -1,18 +1,18 @@
 //! Opening a run: a new one, or where an old one stands.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anello_configs::{Loss, RunConfig, Trains};
+use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::{set_aside, steps};
-use anello_store::events::{self, Event, EventLog, Record};
+use anello_store::events::{Event, EventLog, Record};
 use anello_store::{CONFIG, Cursor, Environment, Error as StoreError, Store, metrics, read_config};
 use tch::Device;
 
+use crate::account::{Epochs, Stamp};
 use crate::checkpoint::{self, Loaded};
-use crate::engine::Engine;
+use crate::engine::{Engine, check_supported};
 use crate::environment;
 use crate::error::{Error, Result};
 
@@ -42,25 +42,6 @@ pub struct Resume {
     pub allow: bool,
 }
 
-/// What is stamped on checkpoints.
-pub(super) struct Stamp {
-    pub config: String,
-    pub data: BTreeMap<String, String>,
-    pub environment: Environment,
-    epochs: RefCell<BTreeMap<String, u64>>,
-}
-
-impl Stamp {
-    /// Whether this is the first time that `source` is in `epoch`, which is not its first.
-    pub fn note_epoch(&self, source: &str, epoch: u64) -> bool {
-        let mut epochs = self.epochs.borrow_mut();
-        let known = epochs.entry(source.to_owned()).or_insert(0);
-        let risen = epoch > *known;
-        *known = epoch.max(*known);
-        risen
-    }
-}
-
 /// Everything that a trainer starts with.
 pub(super) struct Started {
     pub engine: Engine,
@@ -68,6 +49,7 @@ pub(super) struct Started {
     pub cursors: Vec<Cursor>,
     pub step: u64,
     pub stamp: Stamp,
+    pub epochs: Epochs,
     /// What was logged: the claim.
     pub records: Vec<Record>,
 }
@@ -136,20 +118,14 @@ impl Run {
     /// Builds engine and loader at the first step to train, and claims the run: of two processes one gets through
     /// the first record here, the other is fenced. Before that nothing in the run folder is changed.
     pub(super) fn start(&self, log: &mut EventLog) -> Result<Started> {
-        let environment = environment::of_cpu();
-        let data: BTreeMap<String, String> = self
-            .data
-            .sources
-            .iter()
-            .map(|(name, dataset)| (name.clone(), dataset.index().digest()))
-            .collect();
+        let stamp = Stamp::new(&self.config, &self.data);
         let mut passed_over = Vec::new();
         let loaded = if self.resumed { self.newest_usable(&mut passed_over)? } else { None };
         let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
         if let Some(loaded) = &loaded {
-            self.check_data(&loaded.manifest.data, &data)?;
+            self.check_data(&loaded.manifest.data, &stamp.data)?;
             let there = &loaded.manifest.environment;
-            for (what, before, now) in there.differences(&environment) {
+            for (what, before, now) in there.differences(&stamp.environment) {
                 tracing::warn!(
                     what,
                     before,
@@ -158,12 +134,12 @@ impl Run {
                 );
             }
         }
-        let epochs = if self.resumed { self.known_epochs(step) } else { BTreeMap::new() };
+        let epochs = if self.resumed { Epochs::told_before(&self.store, step) } else { Epochs::default() };
         let mut records = Vec::new();
         for (step, reason) in &passed_over {
             records.push(log.append(Event::PassedOver { step: *step, reason: reason.clone() })?);
         }
-        let (here, changed) = (environment.clone(), self.changed.clone());
+        let (here, changed) = (stamp.environment.clone(), self.changed.clone());
         records.push(log.append(Event::Started { step, environment: here, changed })?);
         passed_over.iter().try_for_each(|(step, _)| set_aside(&self.store, *step))?;
         if self.new_config {
@@ -183,8 +159,7 @@ impl Run {
         let loader =
             Loader::open(LoaderOptions { start_step: step, cursors: cursors.clone(), ..self.data.clone() })?;
         let cursors = cursors.unwrap_or_else(|| vec![Cursor::default(); self.config.lanes as usize]);
-        let stamp = Stamp { config: self.config.digest(), data, environment, epochs: epochs.into() };
-        Ok(Started { engine, loader, cursors, step, stamp, records })
+        Ok(Started { engine, loader, cursors, step, stamp, epochs, records })
     }
 
     /// The newest checkpoint that is whole. The newer ones that are not (step and reason) go into `passed_over`: they
@@ -209,20 +184,6 @@ impl Run {
         Err(Error::config(fact, "`anello checkpoint verify` says what is wrong with each; begin a new run"))
     }
 
-    /// The epochs that the log has told of before `step`. A log that cannot be read tells of none: they are told again.
-    fn known_epochs(&self, step: u64) -> BTreeMap<String, u64> {
-        let mut known = BTreeMap::new();
-        for record in events::read(&self.store).unwrap_or_default() {
-            if let Event::Epoch { step: at, source, epoch } = record.event
-                && at < step
-            {
-                let highest = known.entry(source).or_insert(0);
-                *highest = epoch.max(*highest);
-            }
-        }
-        known
-    }
-
     fn check_data(&self, before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Result<()> {
         let differs = |name: &&String| before.get(*name).is_some_and(|digest| Some(digest) != now.get(*name));
         let names: Vec<&str> = before.keys().filter(differs).map(String::as_str).collect();
@@ -231,18 +192,5 @@ impl Run {
         }
         let fact = format!("the data of {} has changed since the run began", names.join(", "));
         Err(Error::config(fact, "bring the old data back, or accept that the run changes with --allow"))
-    }
-}
-
-fn check_supported(config: &RunConfig) -> Result<()> {
-    match config.stages.iter().find(|s| s.loss != Loss::Loop || s.trains != Trains::All) {
-        None => Ok(()),
-        Some(stage) => {
-            let fact = format!("stage {} trains {:?} with loss {:?}", stage.name, stage.trains, stage.loss);
-            Err(Error::config(
-                fact.to_lowercase(),
-                "this build trains all parameters with the loop loss only",
-            ))
-        }
     }
 }

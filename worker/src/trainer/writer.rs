@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anello_configs::Checkpoint;
-use anello_store::checkpoint::prune;
+use anello_store::checkpoint::{Manifest, commit, prune};
 use anello_store::events::{Event, EventLog};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Notice, Store};
@@ -187,12 +187,8 @@ impl Desk {
     /// only then is an old checkpoint let go. Only a fence ends the writer.
     fn checkpoint(&mut self, snapshot: &Snapshot) -> Result<()> {
         let began = Instant::now();
-        let (step, part_bytes) = (snapshot.facts.position.step, self.policy.part_bytes);
-        let saved = self
-            .flush_rows()
-            .and_then(|()| Ok(self.log.check()?))
-            .and_then(|()| Ok(checkpoint::save(&self.store, snapshot, part_bytes, self.log.session())?));
-        match saved {
+        let step = snapshot.facts.position.step;
+        match self.save(snapshot) {
             Ok(manifest) => {
                 self.events.push(Event::Checkpoint { step, weights: manifest.weights.clone() });
                 let seconds = began.elapsed().as_secs_f64();
@@ -218,6 +214,13 @@ impl Desk {
             self.prune();
         }
         Ok(())
+    }
+
+    fn save(&mut self, snapshot: &Snapshot) -> Result<Manifest> {
+        self.flush_rows()?;
+        self.log.check()?;
+        let written = checkpoint::write(&self.store, snapshot, self.policy.part_bytes, self.log.session())?;
+        Ok(commit(&self.store, Manifest::new(snapshot.facts.clone(), written))?)
     }
 
     fn prune(&self) {

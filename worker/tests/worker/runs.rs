@@ -9,6 +9,7 @@ mod learning;
 mod log;
 mod resume;
 mod same_bits;
+mod several;
 mod store;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ use anello_store::checkpoint::{self, Manifest};
 use anello_store::events::{self, Event};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Notice, Store};
-use anello_worker::checkpoint::{Loaded, load, save};
+use anello_worker::checkpoint::{Loaded, load, write};
 use anello_worker::{Control, Ended, Error, Resume, Run, Training};
 use tempfile::TempDir;
 

@@ -1,7 +1,7 @@
 //! What a run leaves behind for people: events in order, environment, retention, differences, skipped steps.
 
 use anello_configs::Checkpoint;
-use anello_store::checkpoint::Position;
+use anello_store::checkpoint::{Facts, Position};
 use anello_store::events::Event;
 use anello_store::{Environment, Notice, Store};
 use anello_worker::checkpoint::{BlockDifference, Snapshot, compare};
@@ -175,9 +175,12 @@ fn save_again(store: &Store, manifest: &Manifest, state: &anello_worker::State) 
     let Manifest { step, stage, stage_end, tokens, cursors, config, data, environment, .. } =
         manifest.clone();
     let position = Position { step, stage, stage_end, tokens };
-    let snapshot = Snapshot::take(state, position, cursors, config, data, environment);
+    let (updates, layers) = (state.updates, state.layout.layers() as u32);
+    let facts = Facts { position, updates, layers, cursors, config, data, environment };
+    let snapshot = Snapshot::take(state, 0..state.layout.blocks(), facts.clone());
     checkpoint::delete(store, step).unwrap();
-    save(store, &snapshot, 1 << 20, 0).unwrap();
+    let written = write(store, &snapshot, 1 << 20, 0).unwrap();
+    checkpoint::commit(store, Manifest::new(facts, written)).unwrap();
 }
 
 /// A token whose embedding is infinite: the steps whose batch holds it are not finite, the others are.

@@ -1,0 +1,107 @@
+//! Several engines that share the lanes of one run are the one worker of the undisturbed run, to the last bit: its
+//! weights, its metrics and the checkpoints that they write together.
+
+use std::ops::Range;
+
+use anello_configs::StepPlan;
+use anello_dataloader::{LaneStep, Loader, LoaderOptions};
+use anello_store::Cursor;
+use anello_store::checkpoint::Written;
+use anello_store::metrics::Seconds;
+use anello_worker::checkpoint::Snapshot;
+use anello_worker::{
+    Engine, Epochs, LossSums, Outcome, Stamp, combine, fold_sums, position_after, skip_event,
+};
+use tch::{Device, Tensor};
+
+use super::*;
+
+const PART_BYTES: u64 = 1 << 20;
+
+/// The lanes of each engine; one has none, none but the first has one aligned subtree.
+const CUTS: [Range<u32>; 4] = [0..1, 1..1, 1..3, 3..4];
+
+/// One step of all `engines` over `lanes`, the exchange between them in memory.
+fn step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) -> Vec<Outcome> {
+    let mut gradients: Vec<(u32, u32, Tensor)> = Vec::new();
+    let mut sums: Vec<(u32, u32, LossSums)> = Vec::new();
+    for (engine, cut) in engines.iter_mut().zip(CUTS) {
+        engine.enter(plan);
+        for lane in cut {
+            engine.lane(plan.stage, lane, &lanes[lane as usize].micro_batches);
+        }
+        for (first, count, gradient, of) in engine.take_partials() {
+            gradients.push((first, count, gradient.copy()));
+            sums.push((first, count, of));
+            engine.recycle(gradient);
+        }
+    }
+    let all = lanes.len() as u32;
+    let total = combine(gradients, all, |left, right| *left += right);
+    let sums = fold_sums(sums, all);
+    engines.iter_mut().map(|engine| engine.finish_with(plan, &total.copy(), sums.clone())).collect()
+}
+
+/// Tries the step with another split of the lanes first, and gives up.
+fn try_in_vain(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) {
+    for engine in engines {
+        engine.enter(plan);
+        for lane in &lanes[1..lanes.len() - 1] {
+            engine.lane(plan.stage, lane.lane, &lane.micro_batches);
+        }
+        engine.abandon();
+        engine.abandon();
+    }
+}
+
+#[test]
+fn engines_that_share_the_lanes_are_the_one_worker() {
+    let data = Data::new();
+    let config = data.config();
+    let options = LoaderOptions::of(&config).unwrap();
+    let stamp = Stamp::new(&config, &options);
+    let mut loader = Loader::open(options).unwrap();
+    let schedule = Schedule::new(&config);
+    let store = Store::memory().unwrap();
+    let mut engines: Vec<Engine> = CUTS.iter().map(|_| Engine::new(&config, Device::Cpu)).collect();
+    let mut epochs = Epochs::default();
+    let mut told = Vec::new();
+
+    for at in 0..schedule.total_steps() {
+        let plan = schedule.at(at).unwrap();
+        let lanes: Vec<LaneStep> = (0..config.lanes).map(|_| loader.next().unwrap().unwrap()).collect();
+        told.extend(lanes.iter().flat_map(|lane| epochs.data_events(lane)));
+        if at % 3 == 1 {
+            try_in_vain(&mut engines, &plan, &lanes);
+        }
+        let outcomes = step(&mut engines, &plan, &lanes);
+        let record = outcomes[0].record(&plan, Seconds::default());
+        assert_eq!(record, reference().records[at as usize].without_seconds());
+        assert!(outcomes.iter().all(|o| *o == outcomes[0] && skip_event(&plan, o).is_none()));
+
+        // Each writes the blocks that it owns, one of them none; whoever has all parts commits.
+        let cursors: Vec<Cursor> = lanes.into_iter().map(|lane| lane.cursor).collect();
+        let blocks = engines[0].state().layout.blocks();
+        let owned = [2..blocks, 0..1, 1..1, 1..2];
+        let mut written: Vec<Written> = Vec::new();
+        let mut digests = Vec::new();
+        let position = position_after(&schedule, at + 1);
+        for (engine, blocks) in engines.iter().zip(owned) {
+            let facts = stamp.facts(engine.state(), position.clone(), cursors.clone());
+            digests.push(facts.digest());
+            let snapshot = Snapshot::take(engine.state(), blocks, facts);
+            written.extend(write(&store, &snapshot, PART_BYTES, 1).unwrap());
+        }
+        assert!(digests.iter().all(|digest| *digest == digests[0]));
+        let facts = stamp.facts(engines[0].state(), position, cursors);
+        checkpoint::commit(&store, Manifest::new(facts, written)).unwrap();
+        let manifest = checkpoint::verify(&store, at + 1).unwrap();
+        assert_eq!(bits(&manifest), bits(&reference().manifests[&(at + 1)]), "after step {}", at + 1);
+
+        // One takes its state from the store, as a joiner would.
+        if at % 4 == 2 {
+            engines[1].load_state(load(&store, at + 1, &config.model, Device::Cpu).unwrap().state);
+        }
+    }
+    assert!(told.iter().any(|event| matches!(event, Event::Epoch { .. })));
+}
