@@ -9,20 +9,10 @@ use std::time::Duration;
 
 use anello_configs::Checkpoint as Policy;
 use anello_proto::ring::{Generation, Step};
-use anello_store::checkpoint::{Facts, Manifest, Written, commit, prune, set_aside, steps};
+use anello_store::checkpoint::{Manifest, Parts, commit, prune, set_aside, steps};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Store};
-use serde::{Deserialize, Serialize};
-
-/// What a worker says that it wrote of a checkpoint: the JSON of [`anello_proto::ring::Written::parts`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Parts {
-    /// What the manifest says besides.
-    pub facts: Facts,
-    /// The parts.
-    pub written: Vec<Written>,
-}
 
 /// Something to do.
 #[derive(Debug)]

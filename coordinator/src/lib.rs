@@ -17,7 +17,6 @@ pub mod launch;
 mod service;
 mod timings;
 
-pub use desk::Parts;
 pub use error::{Error, Result};
 pub use job::{Job, JobOptions, Opened, create};
 pub use service::{Jobs, Server};

@@ -74,6 +74,15 @@ impl Epochs {
         epochs
     }
 
+    /// What of `events` is to be told: epochs only once.
+    pub fn not_told(&mut self, mut events: Vec<Event>) -> Vec<Event> {
+        events.retain(|event| match event {
+            Event::Epoch { source, epoch, .. } => self.note(source, *epoch),
+            _ => true,
+        });
+        events
+    }
+
     /// Whether this is the first time that `source` is in `epoch`, which is not its first.
     fn note(&mut self, source: &str, epoch: u64) -> bool {
         let known = self.0.entry(source.to_owned()).or_insert(0);

@@ -5,7 +5,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::manifest::damaged;
-use super::{BLOCK_BYTES, BUFFERS, Manifest, Part, folder, read_manifest};
+use super::{BLOCK_BYTES, BUFFERS, Facts, Manifest, Part, folder, read_manifest};
 use crate::{Result, Store};
 
 /// A part that was written.
@@ -15,6 +15,15 @@ pub struct Written {
     pub part: Part,
     /// BLAKE3 of its blocks, by buffer.
     pub digests: [Vec<String>; 3],
+}
+
+/// What one of several writers of a checkpoint tells whoever commits it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Parts {
+    /// What the manifest says besides: the same of every writer ([`Facts::digest`]).
+    pub facts: Facts,
+    /// The writer's parts.
+    pub written: Vec<Written>,
 }
 
 /// Writes the part `name` of the checkpoint after `step` steps: from `first_block` on, the blocks that `buffers` (the

@@ -29,15 +29,19 @@ pub fn load(store: &Store, step: u64, model: &Model, device: Device) -> Result<L
         return Err(StoreError::Checkpoint { step, fact, remedy }.into());
     }
     let holds = |block| layout.names_in(block).collect::<Vec<_>>().join(", ");
-    let mut buffers = [0, 1, 2].map(|_| Vec::with_capacity(layout.len()));
+    let mut buffers = [0, 1, 2].map(|_| Vec::with_capacity(layout.len() * 4));
     for part in &manifest.parts {
-        read_part(store, &manifest, part, holds, |buffer, bytes| {
-            let floats =
-                bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
-            buffers[buffer].extend(floats);
-        })?;
+        read_part(store, &manifest, part, holds, |buffer, bytes| buffers[buffer].extend_from_slice(bytes))?;
     }
-    let [weights, exp_avg, exp_avg_sq] = buffers.map(|values| Tensor::from_slice(&values).to_device(device));
-    let state = State { layout, weights, exp_avg, exp_avg_sq, updates: manifest.updates };
+    let state = state_of(layout, &buffers, manifest.updates, device);
     Ok(Loaded { manifest, state })
+}
+
+/// The state whose three flat buffers are these bytes, little-endian.
+pub(crate) fn state_of(layout: Layout, buffers: &[Vec<u8>; 3], updates: u64, device: Device) -> State {
+    let [weights, exp_avg, exp_avg_sq] = buffers.each_ref().map(|bytes| {
+        let floats = bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
+        Tensor::from_slice(&floats.collect::<Vec<f32>>()).to_device(device)
+    });
+    State { layout, weights, exp_avg, exp_avg_sq, updates }
 }

@@ -5,5 +5,6 @@ mod load;
 mod save;
 
 pub use compare::{BlockDifference, Comparison, compare};
+pub(crate) use load::state_of;
 pub use load::{Loaded, load};
 pub use save::{Snapshot, write};

@@ -16,8 +16,8 @@ pub struct Snapshot {
     pub facts: Facts,
     /// The blocks that were copied.
     blocks: Range<usize>,
-    /// Their bytes.
-    buffers: [Vec<u8>; 3],
+    /// Their bytes: weights, first and second moments, little-endian.
+    pub buffers: [Vec<u8>; 3],
 }
 
 impl Snapshot {

@@ -14,6 +14,7 @@ use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Source, Step, WorkerId};
 use anello_proto::v1;
+use anello_store::events::Event as Logged;
 use anello_store::metrics::{Seconds, StepRecord};
 use anello_store::{Cursor, Error as StoreError, Store, read_config};
 use tch::{Device, Tensor};
@@ -23,12 +24,12 @@ use super::parts::PartsWriter;
 use super::peers::{HostState, Shelf, gather};
 use super::word::{Agreed, Word, agree};
 use super::WorkerOptions;
-use crate::checkpoint::{self, Snapshot};
-use crate::engine::Engine;
+use crate::account::{Epochs, Stamp, position_after, skip_event};
+use crate::checkpoint::{self, Snapshot, state_of};
+use crate::engine::{Engine, check_supported};
 use crate::error::{Error, Result};
 use crate::ffi;
 use crate::params::{BLOCK, Layout};
-use crate::trainer::{Stamp, check_supported, lane_events, position};
 
 /// What the model thread is told.
 pub(super) enum Command {
@@ -99,6 +100,9 @@ struct Thread {
     schedule: Schedule,
     data: LoaderOptions,
     stamp: Stamp,
+    /// Epochs that this worker's own lanes were in, and those that the log was told of; absent before the first ring.
+    epochs: Epochs,
+    told: Option<Epochs>,
     listener: tcp::Listener,
     shelf: Shelf,
     runtime: tokio::runtime::Handle,
@@ -146,6 +150,8 @@ impl Thread {
             schedule,
             data,
             stamp,
+            epochs: Epochs::default(),
+            told: None,
             listener,
             shelf,
             runtime,
@@ -184,6 +190,9 @@ impl Thread {
         let generation = formation.generation;
         let rank = formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
         let serving = Serving { formation, rank, lanes: formation.members[rank].lanes.clone(), hold };
+        if self.told.is_none() {
+            self.told = Some(Epochs::told_before(&self.store, formation.start.0));
+        }
         self.take_state(&serving, abort)?;
         let mut ring = self.meet(&serving, abort)?;
         *self.shelf.write().expect("no holder panics") = None;
@@ -281,19 +290,16 @@ impl Thread {
 
     fn hold_host_state(&mut self, state: HostState) {
         let layout = Layout::new(&self.config.model, state.layers);
-        let [weights, exp_avg, exp_avg_sq] = state.buffers.each_ref().map(|bytes| ffi::from_le_bytes(bytes));
-        let moments = crate::optimizer::State { layout, weights, exp_avg, exp_avg_sq, updates: state.updates };
+        let moments = state_of(layout, &state.buffers, state.updates, Device::Cpu);
         let engine = Engine::with_state(&self.config, moments);
         self.held = Some(Held { engine, step: state.step, cursors: state.cursors });
     }
 
     fn offer(&self, generation: Generation) {
         let held = self.held.as_ref().expect("only a holder offers");
-        let state = held.engine.state();
-        let buffers = [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(ffi::to_le_bytes);
-        let (updates, layers) = (state.updates, state.layout.layers() as u32);
-        let (step, cursors) = (held.step, held.cursors.clone());
-        let state = HostState { generation, step, updates, layers, cursors, buffers };
+        let Snapshot { facts, buffers, .. } = self.copy(0..held.engine.state().layout.blocks());
+        let (updates, layers, cursors) = (facts.updates, facts.layers, facts.cursors);
+        let state = HostState { generation, step: held.step, updates, layers, cursors, buffers };
         *self.shelf.write().expect("no holder panics") = Some(Arc::new(state));
     }
 
@@ -365,7 +371,7 @@ impl Thread {
             let computed = Instant::now();
             engine.lane(plan.stage, lane, &lane_step.micro_batches);
             seconds.compute += computed.elapsed().as_secs_f64();
-            word.events.extend(lane_events(&lane_step));
+            word.events.extend(self.epochs.data_events(&lane_step));
             word.cursors.push(lane_step.cursor);
         }
 
@@ -401,27 +407,26 @@ impl Thread {
         held.step = Step(plan.step + 1);
         seconds.update = updated.elapsed().as_secs_f64();
         seconds.step = began.elapsed().as_secs_f64();
-        let events = self.stamp.step_events(plan, &outcome, events);
-        let record = crate::metrics::step_record(plan, &outcome, seconds);
-        let _ = self.tell.send(Told::Step(report(record, &events)));
+        let mut events = self.told.get_or_insert_default().not_told(events);
+        events.extend(plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }));
+        events.extend(skip_event(plan, &outcome));
+        let _ = self.tell.send(Told::Step(report(outcome.record(plan, seconds), &events)));
         Ok(control)
     }
 
     /// Copies this worker's blocks and hands them to the writer.
     fn snapshot(&mut self, ring: &tcp::Tcp, generation: Generation) {
         self.writer.wait();
-        let held = self.held.as_ref().expect("state was taken");
-        let own = ring.ring().blocks(ring.ring().rank());
-        let snapshot = Snapshot::take(
-            held.engine.state(),
-            own,
-            position(&self.schedule, held.step.0),
-            held.cursors.clone(),
-            self.stamp.config.clone(),
-            self.stamp.data.clone(),
-            self.stamp.environment.clone(),
-        );
+        let snapshot = self.copy(ring.ring().blocks(ring.ring().rank()));
         self.writer.write(snapshot, generation);
+    }
+
+    /// A copy on the host of some blocks.
+    fn copy(&self, blocks: Range<usize>) -> Snapshot {
+        let held = self.held.as_ref().expect("state was taken");
+        let position = position_after(&self.schedule, held.step.0);
+        let facts = self.stamp.facts(held.engine.state(), position, held.cursors.clone());
+        Snapshot::take(held.engine.state(), blocks, facts)
     }
 }
 
@@ -469,7 +474,7 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
     }
 }
 
-fn report(record: StepRecord, events: &[anello_store::events::Event]) -> v1::StepReport {
+fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
     let Seconds { step, data, compute, reduce, update, checkpoint } = record.seconds;
     v1::StepReport {
         step: record.step,

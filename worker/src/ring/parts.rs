@@ -6,17 +6,10 @@ use std::time::Duration;
 
 use anello_proto::ring::{Generation, Step, Written};
 use anello_store::Store;
-use serde::Serialize;
+use anello_store::checkpoint::Parts;
 
 use crate::checkpoint::{self, Snapshot};
 use crate::error::{Error, Result};
-
-/// What the coordinator puts together to a manifest; it reads the same fields.
-#[derive(Serialize)]
-struct Parts<'a> {
-    facts: &'a anello_store::checkpoint::Facts,
-    written: &'a [anello_store::checkpoint::Written],
-}
 
 /// Pauses between two attempts, from the first to the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -83,7 +76,7 @@ fn write(store: &Store, part_bytes: u64, snapshot: &Snapshot, generation: Genera
     for attempt in 1..=ATTEMPTS {
         match checkpoint::write(store, snapshot, part_bytes, generation.0) {
             Ok(written) => {
-                let parts = Parts { facts: &snapshot.facts, written: &written };
+                let parts = Parts { facts: snapshot.facts.clone(), written };
                 let parts = serde_json::to_string(&parts).expect("maps have string keys");
                 let facts = snapshot.facts.digest();
                 return Some(Written { step: Step(step), generation, parts, facts });
