@@ -307,7 +307,12 @@ impl Rendezvous<'_> {
         for _ in 0..64 {
             match self.listener.socket.accept() {
                 Ok((stream, _)) => {
-                    if stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).is_err() {
+                    // Those who came before this rendezvous have the buffers of a listener that knew of none.
+                    let prepared = stream
+                        .set_nonblocking(true)
+                        .and_then(|()| stream.set_nodelay(true))
+                        .and_then(|()| set_buffers(&stream, self.options.socket_buffer_bytes));
+                    if prepared.is_err() {
                         continue;
                     }
                     if self.strangers.iter().filter(|stranger| stranger.stream.is_some()).count()
