@@ -64,7 +64,7 @@ pub trait Collective: Send {
 /// [`Collective::reduce_scatter`].
 ///
 /// Dropping it before [`finish`](Self::finish) has succeeded ends the collective.
-pub trait Reduction {
+pub trait Reduction: Send {
     /// Says that `blocks` of all partial sums are final until `finish` returns, sends and receives what is possible
     /// without waiting, and returns. Blocks go to an owner in ascending order: one that is not ready holds back the
     /// later ones of the same owner.

@@ -200,7 +200,8 @@ pub(crate) fn meet(
         dials: dials.collect(),
         strangers: Vec::new(),
     };
-    let met = meeting.run(wake, start + options.deadline);
+    // Bounded, since no clock goes on for ever.
+    let met = meeting.run(wake, start + options.deadline.min(Duration::from_secs(1 << 30)));
     let Rendezvous { pairs, .. } = meeting;
     if let Err(error) = &met {
         // Those who are connected would wait for us.
