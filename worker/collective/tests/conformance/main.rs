@@ -40,4 +40,5 @@ suite! {
     failures::another_step_is_refused,
     failures::another_operation_is_refused,
     failures::a_reduction_given_up_ends_the_ring,
+    failures::any_deaths_leave_right_sums_and_right_names,
 }
