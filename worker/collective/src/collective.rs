@@ -63,8 +63,8 @@ pub trait Collective: Send {
 /// rest, without a copy: nothing is borrowed between calls. Every call gets the same `partials` and `out`, as in
 /// [`Collective::reduce_scatter`].
 ///
-/// Dropping it before [`finish`](Self::finish) has returned ends the collective.
-pub trait Reduction {
+/// Dropping it before [`finish`](Self::finish) has succeeded ends the collective.
+pub trait Reduction: Send {
     /// Says that `blocks` of all partial sums are final until `finish` returns, sends and receives what is possible
     /// without waiting, and returns. Blocks go to an owner in ascending order: one that is not ready holds back the
     /// later ones of the same owner.

@@ -56,8 +56,11 @@ impl Link {
                     }
                 };
                 match order {
-                    Ok(order) if tell.send(order).await.is_ok() => {}
-                    Ok(_) => return,
+                    Ok(order) => {
+                        if tell.send(order).await.is_err() {
+                            return;
+                        }
+                    }
                     Err(malformed) => {
                         tracing::error!(%malformed, "the coordinator says what this build does not understand");
                         return;

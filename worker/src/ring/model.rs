@@ -85,6 +85,9 @@ const MEET: Duration = Duration::from_secs(24 * 3600);
 /// Pause between two attempts to read a checkpoint from a store that does not answer.
 const RETRY: Duration = Duration::from_secs(2);
 
+/// A part of serving a generation; the error is why it ended.
+type Served<T> = std::result::Result<T, Cause>;
+
 /// What this worker holds.
 struct Held {
     engine: Engine,
@@ -186,7 +189,7 @@ impl Thread {
         worker: WorkerId,
         abort: &AbortHandle,
         hold: &AtomicU8,
-    ) -> Result<Cause, Cause> {
+    ) -> Served<Cause> {
         let generation = formation.generation;
         let rank = formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
         let serving = Serving { formation, rank, lanes: formation.members[rank].lanes.clone(), hold };
@@ -233,7 +236,7 @@ impl Thread {
     }
 
     /// Makes this worker hold the state after the generation's start, and offers it to members that lack it.
-    fn take_state(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Result<(), Cause> {
+    fn take_state(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Served<()> {
         let Formation { generation, start, source, members, .. } = serving.formation;
         let holds = self.held.as_ref().is_some_and(|held| held.step == *start);
         match source {
@@ -248,6 +251,11 @@ impl Thread {
                     let state = gathered.map_err(|reason| broken(None, reason))?;
                     self.hold_host_state(state);
                 } else if holders.len() < members.len() {
+                    // Some holders may have begun this step in a ring that broke: what a stage does before its first step
+                    // is then done to the state of all, once more where it was.
+                    if let (Some(plan), Some(held)) = (self.schedule.at(start.0), &mut self.held) {
+                        held.engine.enter(&plan);
+                    }
                     self.offer(*generation);
                 }
             }
@@ -262,7 +270,7 @@ impl Thread {
         Ok(())
     }
 
-    fn load(&mut self, step: Step, abort: &AbortHandle) -> Result<(), Cause> {
+    fn load(&mut self, step: Step, abort: &AbortHandle) -> Served<()> {
         loop {
             match checkpoint::load(&self.store, step.0, &self.config.model, Device::Cpu) {
                 Ok(loaded) => {
@@ -303,7 +311,7 @@ impl Thread {
         *self.shelf.write().expect("no holder panics") = Some(Arc::new(state));
     }
 
-    fn meet(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Result<tcp::Tcp, Cause> {
+    fn meet(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Served<tcp::Tcp> {
         let Formation { generation, start, members, .. } = serving.formation;
         let held = self.held.as_ref().expect("state was taken");
         let upcycle = self.schedule.at(start.0).and_then(|plan| plan.upcycle);
@@ -332,7 +340,7 @@ impl Thread {
         tcp::connect(&mut self.listener, &options).map_err(|error| cause_of(&error, serving.formation))
     }
 
-    fn loader(&self, lanes: &Range<u32>, step: u64) -> Result<Loader, Cause> {
+    fn loader(&self, lanes: &Range<u32>, step: u64) -> Served<Loader> {
         let held = self.held.as_ref().expect("state was taken");
         let cursors = held.cursors[lanes.start as usize..lanes.end as usize].to_vec();
         let (serve, cursors) = (lanes.clone(), Some(cursors));
@@ -347,7 +355,7 @@ impl Thread {
         serving: &Serving<'_>,
         ring: &mut tcp::Tcp,
         mut loader: Option<&mut Loader>,
-    ) -> Result<u8, Cause> {
+    ) -> Served<u8> {
         let began = Instant::now();
         let mut seconds = Seconds::default();
         let Held { engine, cursors, .. } = self.held.as_mut().expect("state was taken");

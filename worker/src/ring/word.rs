@@ -6,7 +6,7 @@ use anello_store::events::Event;
 use prost::Message;
 
 use crate::error::{Error, Result};
-use crate::fold::combine;
+use crate::fold::fold_sums;
 use crate::objective::LossSums;
 
 /// One member's word for one step.
@@ -85,9 +85,13 @@ pub(super) fn agree(
         let word = Word::decode(bytes).map_err(|cause| Error::Ring {
             fact: format!("the word of rank {rank} cannot be read: {cause}"),
         })?;
-        let served: u32 = word.sums.iter().map(|(_, lanes, _)| lanes).sum();
-        if served as usize != lanes.len() || word.cursors.len() != lanes.len() {
-            let fact = format!("rank {rank} speaks for {served} lanes and serves {}", lanes.len());
+        let mut next = lanes.start;
+        for (first, lanes, _) in &word.sums {
+            let aligned = lanes.is_power_of_two() && first.is_multiple_of(*lanes);
+            next = if *first == next && aligned { next.saturating_add(*lanes) } else { u32::MAX };
+        }
+        if next != lanes.end || word.cursors.len() != lanes.len() {
+            let fact = format!("the sums of rank {rank} are not those of lanes {lanes:?}");
             return Err(Error::Ring { fact });
         }
         control = control.max(word.control);
@@ -97,6 +101,6 @@ pub(super) fn agree(
             cursors[lane as usize] = cursor;
         }
     }
-    let total = combine(sums, cursors.len() as u32, |left, right| left.add(&right));
+    let total = fold_sums(sums, cursors.len() as u32);
     Ok(Agreed { control, sums: total, events })
 }

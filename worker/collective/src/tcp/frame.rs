@@ -9,7 +9,7 @@
 //! with what is due, and the payload goes straight to its place. On a control connection frames carry up to
 //! [`MESSAGE_BYTES_MAX`] bytes, allocated when the header was right.
 
-use std::io::{ErrorKind, IoSlice, Read, Write};
+use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -187,12 +187,21 @@ impl Receiver {
     /// Goes on with the frame that is `due`, its payload into `place`. After `Done` the next call begins the next frame;
     /// after `Blocked` it must be called with the same arguments.
     pub fn receive(&mut self, io: &mut impl Read, due: Address, place: &mut [u8]) -> Result<Progress, Fault> {
-        if self.at < HEADER_BYTES {
-            if fill(io, &mut self.header, &mut self.at)? == Progress::Blocked {
-                return Ok(Progress::Blocked);
+        while self.at < HEADER_BYTES {
+            // What follows the header goes to its place at once: a place may hold anything until its frame is through.
+            let both = &mut [IoSliceMut::new(&mut self.header[self.at..]), IoSliceMut::new(place)];
+            match io.read_vectored(both) {
+                Ok(0) => return Err(Fault::Io(ErrorKind::UnexpectedEof.into())),
+                Ok(read) => self.at += read,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Progress::Blocked),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(Fault::Io(error)),
             }
-            Header::read(&self.header)?.expect(due, place.len())?;
-            self.checksum.reset();
+            if self.at >= HEADER_BYTES {
+                Header::read(&self.header)?.expect(due, place.len())?;
+                self.checksum.reset();
+                self.checksum.update(&place[..self.at - HEADER_BYTES]);
+            }
         }
         let (start, mut at) = (self.at - HEADER_BYTES, self.at - HEADER_BYTES);
         let progress = fill(io, place, &mut at)?;

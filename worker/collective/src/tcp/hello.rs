@@ -1,7 +1,7 @@
 //! What two workers say before they belong together. Pure.
 //!
 //! ```text
-//! magic "ANELLOH1" | length (u32) | CRC-32 of the rest (u32) | JSON of a `Greeting`, up to 4 KiB
+//! magic "ANELLOH1" | length (u32) | CRC-32 of the rest (u32) | JSON of a `Greeting`, up to 8 KiB
 //! ```
 
 use std::io::{ErrorKind, Read};
@@ -13,8 +13,9 @@ use crate::Shape;
 const MAGIC: [u8; 8] = *b"ANELLOH1";
 const PREFIX_BYTES: usize = 16;
 
-/// Bytes of a greeting at most. Its three texts have up to [`TEXT_BYTES_MAX`] each, its numbers some hundred together.
-const GREETING_BYTES_MAX: usize = 4 << 10;
+/// Bytes of a greeting at most. Its three texts have up to [`TEXT_BYTES_MAX`] each, six times that where every byte is
+/// escaped: 4608 together; names and numbers are some hundred.
+const GREETING_BYTES_MAX: usize = 8 << 10;
 
 /// Bytes of a job's name, a config digest or a build at most.
 pub(crate) const TEXT_BYTES_MAX: usize = 256;
@@ -118,7 +119,7 @@ pub(crate) enum NoGreeting {
 }
 
 impl GreetingReader {
-    /// The greeting, when all of it is there. Holds at most 4 KiB + 16 bytes and reads not one byte beyond it.
+    /// The greeting, when all of it is there. Holds at most 8 KiB + 16 bytes and reads not one byte beyond it.
     pub fn read(&mut self, io: &mut impl Read) -> Result<Option<Greeting>, NoGreeting> {
         loop {
             let due = match self.bytes.first_chunk::<PREFIX_BYTES>() {
@@ -189,6 +190,27 @@ mod tests {
             r#"config digest "c1" there, "c0" here, blocks 4 there, 3 here"#
         );
         assert_eq!(hello().differences(&Hello { rank: 1, to: 0, ..hello() }), "");
+    }
+
+    #[test]
+    fn the_longest_hello_fits() {
+        let text = "\u{1}".repeat(TEXT_BYTES_MAX);
+        let longest = Hello {
+            job: text.clone(),
+            config_digest: text.clone(),
+            build: text,
+            generation: u64::MAX,
+            rank: u32::MAX,
+            to: u32::MAX,
+            members: u32::MAX,
+            lanes: u32::MAX,
+            blocks: u32::MAX,
+            block_len: u64::MAX,
+            channel: Channel::Control,
+        };
+        let greeting = Greeting::Welcome(longest);
+        let read = GreetingReader::default().read(&mut encode(&greeting).as_slice());
+        assert_eq!(read.unwrap(), Some(greeting));
     }
 
     proptest! {

@@ -140,6 +140,7 @@ impl Net {
     ) -> Result<bool> {
         for _ in 0..if wait { usize::MAX } else { ROUNDS } {
             self.abort.check()?;
+            self.links.iter().try_for_each(|link| link.check_message(self.generation, step, wanted))?;
             if self.links.iter().all(|link| link.owes(wanted, traffic).is_none()) {
                 return Ok(true);
             }
@@ -199,18 +200,9 @@ impl Net {
         poll
     }
 
-    /// The messages of `wanted`, one of each other rank, taken from the inboxes that [`drive`](Self::drive) filled.
-    pub fn take_messages(&mut self, step: Step, wanted: Kind) -> Result<Vec<(Rank, Vec<u8>)>> {
-        let generation = self.generation;
-        let take = |link: &mut Link| {
-            let message = link.inbox.pop_front().expect("drive waited for it");
-            let Address { kind, step: theirs, .. } = message.address;
-            if (kind, theirs) != (wanted, step) {
-                let fact = format!("{kind:?} of {theirs} came where {wanted:?} was due");
-                return Err(Error::Protocol { rank: link.rank, generation, step, fact });
-            }
-            Ok((link.rank, message.bytes))
-        };
+    /// The messages of other ranks, in order, for which [`drive`](Self::drive) has waited.
+    pub fn take_messages(&mut self) -> Vec<Vec<u8>> {
+        let take = |link: &mut Link| link.inbox.pop_front().expect("drive waited for it").bytes;
         self.links.iter_mut().map(take).collect()
     }
 
@@ -256,6 +248,17 @@ impl Link {
         } else {
             None
         }
+    }
+
+    /// Whether the next message is one of this operation.
+    fn check_message(&self, generation: Generation, step: Step, wanted: Option<Kind>) -> Result<()> {
+        let (Some(wanted), Some(message)) = (wanted, self.inbox.front()) else { return Ok(()) };
+        let Address { kind, step: theirs, .. } = message.address;
+        if (kind, theirs) == (wanted, step) {
+            return Ok(());
+        }
+        let fact = format!("{kind:?} of {theirs} came where {wanted:?} was due");
+        Err(Error::Protocol { rank: self.rank, generation, step, fact })
     }
 
     /// Whether the operation can still end: an error when not, and how long to wait at most when that is open.

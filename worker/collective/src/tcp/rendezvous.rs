@@ -200,7 +200,8 @@ pub(crate) fn meet(
         dials: dials.collect(),
         strangers: Vec::new(),
     };
-    let met = meeting.run(wake, start + options.deadline);
+    // Bounded, since no clock goes on for ever.
+    let met = meeting.run(wake, start + options.deadline.min(Duration::from_secs(1 << 30)));
     let Rendezvous { pairs, .. } = meeting;
     if let Err(error) = &met {
         // Those who are connected would wait for us.
@@ -307,7 +308,12 @@ impl Rendezvous<'_> {
         for _ in 0..64 {
             match self.listener.socket.accept() {
                 Ok((stream, _)) => {
-                    if stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).is_err() {
+                    // Those who came before this rendezvous have the buffers of a listener that knew of none.
+                    let prepared = stream
+                        .set_nonblocking(true)
+                        .and_then(|()| stream.set_nodelay(true))
+                        .and_then(|()| set_buffers(&stream, self.options.socket_buffer_bytes));
+                    if prepared.is_err() {
                         continue;
                     }
                     if self.strangers.iter().filter(|stranger| stranger.stream.is_some()).count()

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anello_collective::{Collective, Error, Rank, Shape, Step};
 
-use crate::fabric::{Fabric, borrowed, output, partials, run};
+use crate::fabric::{Fabric, assert_bits, borrowed, output, partials, run, whole};
 use crate::sums::step;
 
 /// What "at once" means here, on a machine that does other things too.
@@ -221,4 +221,65 @@ pub fn a_reduction_given_up_ends_the_ring<F: Fabric>() {
     });
     assert_eq!(errors[0], Error::Dead { cause: "the reduction of step 3 was given up".into() });
     assert_lost(&errors[1], 0);
+}
+
+/// One or two members end at some point of a run of steps. Whatever the others had is right to the last bit, and they
+/// name one of those who ended.
+pub fn any_deaths_leave_right_sums_and_right_names<F: Fabric>() {
+    for seed in 0..40u32 {
+        let shape =
+            Shape { ranges: vec![0..1, 1..4, 4..4, 4..7, 7..8], blocks: 13, block_len: 1 << (seed % 12) };
+        let steps = [0, 1, 2].map(|at| whole(&shape, Step(at)));
+        let victims = [seed % 5, if seed % 3 == 0 { seed / 5 % 5 } else { seed % 5 }];
+        let dies_at = |rank: u32| victims.contains(&rank).then_some((seed * 7 + rank) % 9);
+        let errors = run(F::ring(&shape), |mut member| {
+            let rank = member.ring().rank();
+            // Three steps of three operations each, or fewer for a victim.
+            let mut operations = 0..dies_at(rank.0).unwrap_or(9);
+            let mut may_go_on = || operations.next().is_some();
+            for (at, expected) in (0..).map(Step).zip(&steps) {
+                let partials = partials(&*member, at);
+                let (partials, mut out, own) =
+                    (borrowed(&partials), output(&*member), member.ring().elements(rank));
+                let mut reduction = match member.reduction(at, b"") {
+                    Ok(reduction) => reduction,
+                    Err(error) => return Some(error),
+                };
+                if let Err(error) = reduction.advance(0..6, &partials, &mut out) {
+                    return Some(error);
+                }
+                if !may_go_on() {
+                    return None;
+                }
+                if let Err(error) = reduction.finish(&partials, &mut out) {
+                    return Some(error);
+                }
+                assert_bits(&out, &expected[own.clone()], &format!("seed {seed}, {rank}"));
+                if !may_go_on() {
+                    return None;
+                }
+                let mut buffer = vec![f32::NAN; member.ring().len()];
+                buffer[own].copy_from_slice(&out);
+                if let Err(error) = member.all_gather(at, &mut buffer) {
+                    return Some(error);
+                }
+                assert_bits(&buffer, expected, &format!("seed {seed}, {rank}"));
+                if !may_go_on() {
+                    return None;
+                }
+            }
+            member.exchange(Step(3), b"").err()
+        });
+        for (rank, error) in (0..).zip(errors) {
+            let is_named = |error: &Error| matches!(error, Error::Lost { rank: lost, .. } if victims.contains(&lost.0) && lost.0 != rank);
+            match error {
+                Some(error) => {
+                    assert!(is_named(&error), "seed {seed}, rank {rank}, victims {victims:?}: {error:?}")
+                }
+                None => {
+                    assert!(victims.contains(&rank), "seed {seed}: rank {rank} heard nothing of {victims:?}")
+                }
+            }
+        }
+    }
 }

@@ -25,6 +25,7 @@ macro_rules! suite {
 
 suite! {
     sums::any_ring_has_the_bits_of_one_worker,
+    sums::random_rings_have_the_bits_of_one_worker,
     sums::blocks_may_become_ready_in_any_order,
     sums::buffers_larger_than_sockets_do_not_deadlock,
     sums::messages_come_in_the_order_of_ranks,
@@ -39,4 +40,5 @@ suite! {
     failures::another_step_is_refused,
     failures::another_operation_is_refused,
     failures::a_reduction_given_up_ends_the_ring,
+    failures::any_deaths_leave_right_sums_and_right_names,
 }

@@ -1,6 +1,8 @@
 //! The sum has the bits of one worker, whatever the ring.
 
 use anello_collective::{Collective, Error, MESSAGE_BYTES_MAX, Shape, Step};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 use crate::fabric::{Fabric, assert_bits, borrowed, output, partials, run, whole};
 
@@ -54,6 +56,30 @@ pub fn any_ring_has_the_bits_of_one_worker<F: Fabric>() {
             }
         }
     }
+}
+
+pub fn random_rings_have_the_bits_of_one_worker<F: Fabric>() {
+    let rings = (0u32..5, prop::collection::vec(0u32..17, 0..7), 0u32..12, 1usize..40, any::<u64>());
+    // Each case is a ring of threads and sockets: few of them.
+    let mut runner =
+        TestRunner::new(ProptestConfig { cases: 48, failure_persistence: None, ..Default::default() });
+    let ran =
+        runner.run(&(rings, any::<prop::sample::Index>()), |((log, cuts, blocks, block_len, at), turn)| {
+            let lanes = 1 << log;
+            let mut bounds: Vec<u32> =
+                cuts.into_iter().map(|cut| cut % (lanes + 1)).chain([0, lanes]).collect();
+            bounds.sort_unstable();
+            let mut ranges: Vec<_> = bounds.windows(2).map(|pair| pair[0]..pair[1]).collect();
+            // Ranks need not follow the lanes.
+            let members = ranges.len();
+            ranges.rotate_left(turn.index(members));
+            let (shape, at) = (Shape { ranges, blocks, block_len }, Step(at));
+            for (sum, _) in run(F::ring(&shape), |mut member| step(&mut *member, at)) {
+                assert_bits(&sum, &whole(&shape, at), &format!("{shape:?}"));
+            }
+            Ok(())
+        });
+    ran.unwrap();
 }
 
 pub fn blocks_may_become_ready_in_any_order<F: Fabric>() {
