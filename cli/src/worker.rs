@@ -1,8 +1,6 @@
 //! `anello worker`: one worker process of a ring.
 
 use std::net::IpAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anello_proto::ring::Leave;
 use anello_worker::ring::{WorkerOptions, serve};
@@ -22,9 +20,9 @@ pub struct Args {
     /// Address of this machine that the other workers reach.
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     address: IpAddr,
-    /// Name of this machine, for people.
-    #[arg(long, value_name = "NAME", env = "HOSTNAME", default_value = "localhost")]
-    machine: String,
+    /// Name of this machine, for people (default: its host name).
+    #[arg(long, value_name = "NAME")]
+    machine: Option<String>,
     /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
@@ -47,7 +45,7 @@ pub fn run(args: &Args) -> Outcome {
         coordinator: args.coordinator.clone(),
         job: args.job.clone(),
         address: args.address,
-        machine: args.machine.clone(),
+        machine: args.machine.clone().unwrap_or_else(host_name),
         threads: args.threads,
     };
     match serve(options, interrupt.flag())? {
@@ -59,4 +57,9 @@ pub fn run(args: &Args) -> Outcome {
         Leave::Refused { reason } => Err(Failure::Refused(reason)),
         Leave::Evicted { reason } | Leave::Failed { reason } => Err(Failure::Ring(reason)),
     }
+}
+
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "localhost".to_owned() } else { name.trim().to_owned() }
 }

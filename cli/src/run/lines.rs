@@ -75,8 +75,6 @@ pub fn news(notice: &Notice) -> Option<String> {
                 Some(describe(&record.event))
             }
             Event::PassedOver { .. }
-            | Event::Lost { .. }
-            | Event::Formed { .. }
             | Event::Skipped { .. }
             | Event::Epoch { .. }
             | Event::SkippedData { .. }
