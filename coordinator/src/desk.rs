@@ -3,13 +3,14 @@
 //! Store calls block, so they live here and not on the runtime. What fails for now is tried again with a growing pause;
 //! only another coordinator's record ends it.
 
+use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anello_configs::Checkpoint as Policy;
 use anello_proto::ring::{Generation, Step};
-use anello_store::checkpoint::{Manifest, Parts, commit, prune, set_aside, steps};
+use anello_store::checkpoint::{Manifest, Parts, Written, commit, prune, set_aside, steps};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Store};
@@ -67,8 +68,9 @@ impl Desk {
     ) -> std::io::Result<Self> {
         let (tasks, inbox) = channel();
         let mut work = Work { store, log, policy, rows: Vec::new(), tell };
-        let thread =
-            std::thread::Builder::new().name("run-folder".to_owned()).spawn(move || work.run(&inbox, watch))?;
+        let thread = std::thread::Builder::new()
+            .name("run-folder".to_owned())
+            .spawn(move || work.run(&inbox, watch))?;
         Ok(Self { tasks, thread })
     }
 
@@ -138,7 +140,10 @@ impl<F: Fn(Done)> Work<F> {
     }
 
     /// Repeats what the store refuses for now. Gives up on anything that is not a matter of time.
-    fn again<T>(&mut self, mut attempt: impl FnMut(&mut Self) -> Result<T, StoreError>) -> Result<T, StoreError> {
+    fn again<T>(
+        &mut self,
+        mut attempt: impl FnMut(&mut Self) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         let mut pause = PAUSE.0;
         loop {
             match attempt(self) {
@@ -167,15 +172,18 @@ impl<F: Fn(Done)> Work<F> {
     fn commit(&mut self, step: Step, parts: &[String]) -> Result<(), StoreError> {
         let began = std::time::Instant::now();
         let saved = self.again(Self::flush).and_then(|()| self.log.check()).and_then(|()| {
-            let parts: Vec<Parts> = parts
-                .iter()
-                .map(|text| serde_json::from_str(text))
-                .collect::<Result<_, _>>()
-                .map_err(|cause| StoreError::malformed("a worker's list of parts", cause, "use one build"))?;
+            let parts: Vec<Parts> =
+                parts.iter().map(|text| serde_json::from_str(text)).collect::<Result<_, _>>().map_err(
+                    |cause| StoreError::malformed("a worker's list of parts", cause, "use one build"),
+                )?;
             let facts = parts.first().map(|parts| parts.facts.clone()).ok_or_else(|| {
                 StoreError::malformed("a checkpoint", "it has no writer", "report this as a bug")
             })?;
-            let written = parts.into_iter().flat_map(|parts| parts.written).collect();
+            // The same part may have two writers: its owner, and whoever took that one for dead.
+            let written = parts.into_iter().flat_map(|parts| parts.written);
+            let written: BTreeMap<String, Written> =
+                written.map(|written| (written.part.name.clone(), written)).collect();
+            let written = written.into_values().collect();
             commit(&self.store, Manifest::new(facts, written))
         });
         match saved {

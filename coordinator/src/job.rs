@@ -117,10 +117,7 @@ impl Opened {
     ///
     /// # Errors
     /// A thread that cannot be started.
-    pub fn start(
-        self,
-        notices: NoticeSender<Notice>,
-    ) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
+    pub fn start(self, notices: NoticeSender<Notice>) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
         let Self { options, store, config, log, found, reported } = self;
         let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
         let epoch = Epoch(log.session());
@@ -305,12 +302,16 @@ impl Running {
                 .map(|(what, ours, theirs)| format!("its {what} is {theirs}, the job's {ours}"))
                 .collect();
             if !differs.is_empty() {
-                return refuse(format!("{}; start workers of one build on one kind of device", differs.join(" and ")));
+                return refuse(format!(
+                    "{}; start workers of one build on one kind of device",
+                    differs.join(" and ")
+                ));
             }
         }
-        let said = hello.stance.clone().ok_or_else(|| "its hello has no stance".to_owned()).and_then(|stance| {
-            Stance::try_from(stance).map_err(|malformed: Malformed| malformed.to_string())
-        });
+        let said =
+            hello.stance.clone().ok_or_else(|| "its hello has no stance".to_owned()).and_then(|stance| {
+                Stance::try_from(stance).map_err(|malformed: Malformed| malformed.to_string())
+            });
         let stance = match said {
             Ok(stance) => stance,
             Err(reason) => return refuse(reason),
@@ -349,7 +350,9 @@ impl Running {
         for text in events {
             match serde_json::from_str(&text) {
                 Ok(event) => self.desk.ask(Task::Append { event, formed: None }),
-                Err(cause) => tracing::warn!(%cause, text, "a worker reports an event that this build does not know"),
+                Err(cause) => {
+                    tracing::warn!(%cause, text, "a worker reports an event that this build does not know")
+                }
             }
         }
         let record = record_of(report);
@@ -513,7 +516,9 @@ fn event_of(entry: Entry) -> Logged {
 
 /// The formation that a record tells of; absent for any other record, and for one that no build of ours wrote.
 fn formation_of(event: Logged) -> Option<Formation> {
-    let Logged::Formed { generation, start, source, holders, members, save_first } = event else { return None };
+    let Logged::Formed { generation, start, source, holders, members, save_first } = event else {
+        return None;
+    };
     let id = |text: &String| u64::from_str_radix(text, 16).ok().map(WorkerId);
     let source = match source.as_str() {
         "seed" => Source::Seed,

@@ -103,9 +103,8 @@ struct Service {
 
 #[tonic::async_trait]
 impl Ring for Service {
-    type AttachStream = std::pin::Pin<
-        Box<dyn tokio_stream::Stream<Item = std::result::Result<v1::ToWorker, Status>> + Send>,
-    >;
+    type AttachStream =
+        std::pin::Pin<Box<dyn tokio_stream::Stream<Item = std::result::Result<v1::ToWorker, Status>> + Send>>;
 
     async fn attach(
         &self,
@@ -116,7 +115,11 @@ impl Ring for Service {
         let first = first.map_err(|_| Status::deadline_exceeded("no hello came; say hello first"))?;
         let hello = match first.transpose()?.and_then(|message| message.word) {
             Some(v1::from_worker::Word::Hello(hello)) => hello,
-            _ => return Err(Status::invalid_argument("the first word is a hello; start workers of this build")),
+            _ => {
+                return Err(Status::invalid_argument(
+                    "the first word is a hello; start workers of this build",
+                ));
+            }
         };
         let (orders, outbox) = Job::orders();
         let outbox = ReceiverStream::new(outbox).map(Ok);

@@ -111,15 +111,17 @@ impl TryFrom<v1::holding::Cause> for Cause {
 
 impl From<&Written> for v1::Written {
     fn from(written: &Written) -> Self {
-        let Written { step, generation, parts, facts } = written.clone();
-        Self { step: step.0, generation: generation.0, parts, facts }
+        let Written { step, generation, parts, facts, blocks, all_blocks } = written.clone();
+        let blocks = blocks.into_iter().map(|range| v1::BlockRange { first: range.start, end: range.end });
+        Self { step: step.0, generation: generation.0, parts, facts, blocks: blocks.collect(), all_blocks }
     }
 }
 
 impl From<v1::Written> for Written {
     fn from(message: v1::Written) -> Self {
-        let v1::Written { step, generation, parts, facts } = message;
-        Self { step: Step(step), generation: Generation(generation), parts, facts }
+        let v1::Written { step, generation, parts, facts, blocks, all_blocks } = message;
+        let blocks = blocks.into_iter().map(|range| range.first..range.end).collect();
+        Self { step: Step(step), generation: Generation(generation), parts, facts, blocks, all_blocks }
     }
 }
 

@@ -62,7 +62,7 @@ pub struct Stance {
     pub activity: Activity,
     /// It was asked to go (SIGTERM), and goes once it is in no ring.
     pub leaving: bool,
-    /// Part lists of checkpoints that it has written and that are not known to be committed, by step.
+    /// Checkpoints that it has written parts of and that are not known to be committed.
     pub written: Vec<Written>,
 }
 
@@ -147,6 +147,10 @@ pub struct Written {
     pub parts: String,
     /// Digest of what every writer of the checkpoint must agree on.
     pub facts: String,
+    /// The blocks that the parts hold; some may be those of a member that is gone.
+    pub blocks: Vec<Range<u64>>,
+    /// Blocks of the whole checkpoint.
+    pub all_blocks: u64,
 }
 
 /// A generation: who is in it, and from where it goes on.
@@ -232,9 +236,9 @@ pub enum Order {
         /// For people.
         reason: String,
     },
-    /// Checkpoints up to this step are committed.
+    /// A checkpoint that the worker has written parts of is committed.
     Committed {
-        /// The newest.
+        /// Its step.
         step: Step,
     },
     /// Go, and do not come back unless started again.

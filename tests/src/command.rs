@@ -40,7 +40,8 @@ pub fn binary() -> &'static Path {
 
 /// Sends `signal` (a name, as `STOP`) to a process, if it is there still.
 pub fn signal(process: u32, signal: &str) {
-    let sent = Command::new("sh").args(["-c", "kill -$1 $0 2>/dev/null", &process.to_string(), signal]).status();
+    let sent =
+        Command::new("sh").args(["-c", "kill -$1 $0 2>/dev/null", &process.to_string(), signal]).status();
     let _ = sent.expect("there is a shell");
 }
 
@@ -143,9 +144,12 @@ impl Process {
 
     /// Process ids of what it has started and that lives, whichever of its threads did.
     pub fn children(&self) -> Vec<u32> {
-        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
+        let threads =
+            std::fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
         let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
-        lists.flat_map(|list| list.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).collect()
+        lists
+            .flat_map(|list| list.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>())
+            .collect()
     }
 
     /// Waits for its end.

@@ -5,10 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
+use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
 use anello_coordinator::launch::{Crew, Local};
 use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
-use anello_configs::RunConfig;
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use anello_worker::Ended;
 
@@ -59,7 +59,12 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
         for said in crew.tend() {
             view.line(&said)?;
         }
-        if started > 0 && crew.is_over() && !task.is_finished() && !stopping && runtime.block_on(is_deserted(&job)) {
+        if started > 0
+            && crew.is_over()
+            && !task.is_finished()
+            && !stopping
+            && runtime.block_on(is_deserted(&job))
+        {
             view.close(&tracker)?;
             say_where_it_stands(&store);
             return Err(Failure::Ring("all workers have ended, and none is started again".to_owned()));
@@ -70,7 +75,8 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
             view.line("stopping: this step is finished and a checkpoint taken; Ctrl-C again leaves at once")?;
         }
     }
-    let outcome = runtime.block_on(task).map_err(|cause| Failure::Ring(format!("the coordinator ended: {cause}")))?;
+    let outcome =
+        runtime.block_on(task).map_err(|cause| Failure::Ring(format!("the coordinator ended: {cause}")))?;
     crew.dismiss(timings.grace);
     view.close(&tracker)?;
     let ended = match outcome {
@@ -123,7 +129,9 @@ fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
             let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
             let store = Store::durable(&out)?;
             if store.get(CONFIG)?.is_some() {
-                return Err(Failure::Usage(format!("{out} holds a run already; resume it, or give another folder")));
+                return Err(Failure::Usage(format!(
+                    "{out} holds a run already; resume it, or give another folder"
+                )));
             }
             create(&store, &config)?;
             Ok((store, config))

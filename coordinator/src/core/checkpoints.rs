@@ -1,25 +1,22 @@
-//! Which checkpoints are complete: a manifest is committed once every writer of its generation has written its parts.
+//! Which checkpoints are complete: a manifest is committed once all blocks are written, by whomever.
+//!
+//! A block is written by its owner in the generation that took the copy, and, when that one is gone, by the member that
+//! kept a second copy. So what counts is which blocks are there, not who has reported.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anello_proto::ring::{Formation, Generation, Step, WorkerId, Written};
+use anello_proto::ring::{Generation, Step, WorkerId, Written};
 
 use super::Effect;
 
-/// Generations whose writers are remembered. A checkpoint is written within the time of a few generations or not at
-/// all: the next one that is due replaces it.
-const GENERATIONS_KEPT: usize = 8;
-
-/// Checkpoints under way at a time: a worker writes one at a time and may have one waiting.
-const PENDING_MAX: usize = 4;
+/// Checkpoints under way at a time. A worker writes one at a time; more wait only while somebody is away.
+const PENDING_MAX: usize = 16;
 
 /// Commit of checkpoints, for one job.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Checkpoints {
     committed: BTreeSet<Step>,
     distrusted: BTreeSet<Step>,
-    /// Members of recent generations, in rank order.
-    writers: BTreeMap<Generation, Vec<WorkerId>>,
     pending: BTreeMap<(Step, Generation), Pending>,
     #[cfg(test)]
     pub(super) early: bool,
@@ -32,6 +29,23 @@ struct Pending {
     committing: bool,
 }
 
+impl Pending {
+    /// Whether all blocks are written, and all writers tell of the same state.
+    fn is_complete(&self) -> bool {
+        let Some(first) = self.written.values().next() else { return false };
+        let agreed = |other: &Written| (&other.facts, other.all_blocks) == (&first.facts, first.all_blocks);
+        if !self.written.values().all(agreed) {
+            return false;
+        }
+        let mut ranges: Vec<_> = self.written.values().flat_map(|written| written.blocks.iter()).collect();
+        ranges.sort_unstable_by_key(|range| range.start);
+        let reach = |have: u64, range: &&std::ops::Range<u64>| {
+            if range.start <= have { have.max(range.end) } else { have }
+        };
+        ranges.iter().fold(0, reach) >= first.all_blocks
+    }
+}
+
 impl Checkpoints {
     pub fn new(committed: impl IntoIterator<Item = Step>) -> Self {
         Self { committed: committed.into_iter().collect(), ..Self::default() }
@@ -40,6 +54,11 @@ impl Checkpoints {
     /// The newest that is committed and was not found unreadable.
     pub fn newest(&self) -> Option<Step> {
         self.committed.last().copied()
+    }
+
+    /// Whether the one at `step` is committed.
+    pub fn has(&self, step: Step) -> bool {
+        self.committed.contains(&step)
     }
 
     /// Whether there were some, and none can be read.
@@ -60,33 +79,20 @@ impl Checkpoints {
         self.distrusted.insert(step);
     }
 
-    /// A generation is formed: its members write its checkpoints.
-    pub fn expect(&mut self, formation: &Formation) {
-        let members = formation.members.iter().map(|member| member.worker).collect();
-        self.writers.insert(formation.generation, members);
-        while self.writers.len() > GENERATIONS_KEPT {
-            self.writers.pop_first();
-        }
-    }
-
-    /// A worker says what it wrote. Returns the commit when that was the last part.
+    /// A worker says what it wrote. Returns the commit when nothing was missing but that.
     pub fn written(&mut self, worker: WorkerId, written: &Written) -> Option<Effect> {
         let Written { step, generation, .. } = *written;
-        let writers = self.writers.get(&generation)?;
-        if !writers.contains(&worker) || self.committed.contains(&step) {
+        if self.committed.contains(&step) {
             return None;
         }
         let pending = self.pending.entry((step, generation)).or_default();
         pending.written.insert(worker, written.clone());
-        let complete = writers.iter().all(|writer| pending.written.contains_key(writer));
+        let complete = pending.is_complete();
         #[cfg(test)]
         let complete = complete || self.early;
-        let first = &pending.written.first_key_value().expect("just inserted").1.facts;
-        let agreed = pending.written.values().all(|other| other.facts == *first);
-        let commit = complete && agreed && !pending.committing;
+        let commit = complete && !pending.committing;
         pending.committing |= commit;
-        let parts = commit
-            .then(|| writers.iter().filter_map(|writer| pending.written.get(writer).cloned()).collect());
+        let parts = commit.then(|| pending.written.values().cloned().collect());
         while self.pending.len() > PENDING_MAX {
             self.pending.pop_first();
         }
@@ -96,18 +102,16 @@ impl Checkpoints {
     pub fn committed(&mut self, step: Step) {
         self.committed.insert(step);
         self.distrusted.remove(&step);
-        self.pending.retain(|(other, _), _| *other > step);
+        self.pending.retain(|(other, _), _| *other != step);
     }
 
-    /// The manifest of a step could not be written: its parts may be said again, and are then tried again.
+    /// The manifest of a step could not be written: its parts are said again with the next words, and tried again.
     pub fn failed(&mut self, step: Step) {
         self.pending.retain(|(other, _), _| *other != step);
     }
 
     /// Whether all parts of the checkpoint at `step` are there, so that its manifest is on its way.
     pub fn is_complete(&self, step: Step) -> bool {
-        self.pending.iter().filter(|((of, _), _)| *of == step).any(|((_, generation), pending)| {
-            self.writers.get(generation).is_some_and(|writers| writers.len() == pending.written.len())
-        })
+        self.pending.iter().any(|((of, _), pending)| *of == step && pending.is_complete())
     }
 }

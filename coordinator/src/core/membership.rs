@@ -49,7 +49,7 @@ struct Worker {
     stance: Stance,
     /// What it was told last over the present connection.
     told: Option<Order>,
-    told_committed: Option<Step>,
+    told_committed: BTreeSet<Step>,
 }
 
 /// The ring's state.
@@ -137,7 +137,7 @@ impl Membership {
             found.formation.as_ref().map_or(Generation(0), |formation| formation.generation).max(found.floor);
         let ranks = found.formation.as_ref().map(ranks_of).unwrap_or_default();
         let mut workers = BTreeMap::new();
-        let mut checkpoints = Checkpoints::new(found.checkpoints);
+        let checkpoints = Checkpoints::new(found.checkpoints);
         let ring = match found.formation {
             None => Ring::Gathering { since: now, listing: Listing::Fresh },
             Some(formation) => {
@@ -157,11 +157,10 @@ impl Membership {
                         arrival: arrival as u64,
                         stance,
                         told: None,
-                        told_committed: None,
+                        told_committed: BTreeSet::new(),
                     };
                     workers.insert(member.worker, worker);
                 }
-                checkpoints.expect(&formation);
                 Ring::Alive { formation: Arc::new(formation), changing: None }
             }
         };
@@ -207,7 +206,7 @@ impl Membership {
                 if let Some(known) = self.workers.get_mut(&worker) {
                     known.linked = false;
                     known.told = None;
-                    known.told_committed = None;
+                    known.told_committed.clear();
                 }
             }
             Event::Stands { worker, stance } => self.stands(worker, stance, out),
@@ -335,7 +334,7 @@ impl Membership {
             arrival,
             stance,
             told: None,
-            told_committed: None,
+            told_committed: BTreeSet::new(),
         };
         let stance = worker.stance.clone();
         self.workers.insert(id, worker);
@@ -361,7 +360,6 @@ impl Membership {
         if let Ring::Recording(formation) = &self.ring
             && formation.generation == generation
         {
-            self.checkpoints.expect(formation);
             self.ranks = ranks_of(formation);
             self.ring = Ring::Alive { formation: formation.clone(), changing: None };
         }
@@ -448,15 +446,18 @@ impl Membership {
         if matches!(self.ring, Ring::Over(Outcome::Fenced { .. })) {
             return;
         }
-        let committed = self.checkpoints.newest();
         let mut workers = std::mem::take(&mut self.workers);
         for (&id, worker) in workers.iter_mut().filter(|(_, worker)| worker.linked) {
-            if let Some(step) = committed
-                && worker.told_committed < committed
-                && worker.stance.written.iter().any(|written| written.step <= step)
-            {
-                worker.told_committed = committed;
-                out.push(Effect::Send { worker: id, epoch: self.epoch, order: Order::Committed { step } });
+            let (written, told) = (&worker.stance.written, &mut worker.told_committed);
+            told.retain(|step| written.iter().any(|written| written.step == *step));
+            for step in written.iter().map(|written| written.step) {
+                if self.checkpoints.has(step) && told.insert(step) {
+                    out.push(Effect::Send {
+                        worker: id,
+                        epoch: self.epoch,
+                        order: Order::Committed { step },
+                    });
+                }
             }
             if let Some(order) = self.owed(id, worker)
                 && worker.told.as_ref() != Some(&order)

@@ -103,7 +103,9 @@ impl<L: Launcher> Crew<L> {
                     Exit::Done => slot.over = true,
                     Exit::Hopeless(code) => {
                         slot.over = true;
-                        said.push(format!("worker {number} ({name}) ended with code {code} and is not started again"));
+                        said.push(format!(
+                            "worker {number} ({name}) ended with code {code} and is not started again"
+                        ));
                     }
                     Exit::Died(code) if self.budget > 0 => {
                         self.budget -= 1;
@@ -115,7 +117,9 @@ impl<L: Launcher> Crew<L> {
                     }
                     Exit::Died(_) => {
                         slot.over = true;
-                        said.push(format!("worker {number} ({name}) died, as too many did before: it is not started again"));
+                        said.push(format!(
+                            "worker {number} ({name}) died, as too many did before: it is not started again"
+                        ));
                     }
                 }
             }

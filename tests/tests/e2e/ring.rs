@@ -12,7 +12,8 @@ const STEPS: u64 = 31;
 
 fn start(run: &str, workers: u32, more: &[&str]) -> Process {
     let workers = workers.to_string();
-    let arguments = ["run", "small.toml", "--out", run, "--workers", &workers, "--detection", "1", "--sample", "0"];
+    let arguments =
+        ["run", "small.toml", "--out", run, "--workers", &workers, "--detection", "1", "--sample", "0"];
     Process::start(&world().folder, &[&arguments[..], more].concat())
 }
 
@@ -136,7 +137,8 @@ fn a_ring_goes_on_where_one_process_stopped_and_the_other_way_round() {
     let run = "ring-both-ways";
     world().anello(&["run", "small.toml", "--out", run, "--until", "10", "--sample", "0"]).expect(0);
     let place = world().folder.join(run);
-    let mut process = Process::start(&world().folder, &["run", "--resume", run, "--workers", "3", "--sample", "0"]);
+    let mut process =
+        Process::start(&world().folder, &["run", "--resume", run, "--workers", "3", "--sample", "0"]);
     wait_until("it is so far", || newest_checkpoint(&place) >= 18 || process.ended());
     process.signal("INT", 1);
     process.wait().expect(130);
@@ -154,7 +156,8 @@ fn a_coordinator_that_is_killed_is_taken_over_while_training_goes_on() {
     wait_until("it is so far", || newest_checkpoint(&place) >= 6 || first.ended());
     assert!(first.kill(), "it was over too soon");
     rest(Duration::from_millis(200));
-    let resume = ["run", "--resume", run, "--workers", "2", "--external", "--port", &port, "--detection", "1"];
+    let resume =
+        ["run", "--resume", run, "--workers", "2", "--external", "--port", &port, "--detection", "1"];
     Process::start(&world().folder, &[&resume[..], &["--sample", "0"]].concat()).wait().expect(0);
     for worker in workers {
         worker.wait().expect(0);
@@ -176,7 +179,7 @@ fn a_worker_joins_a_ring_that_runs() {
     process.wait().expect(0);
     workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
     let told = events(run);
-    assert!(told.contains("with 1 worker from step 0"), "{told}");
+    assert!(told.contains("with 1 worker from step 1"), "{told}");
     assert!(told.contains("with 2 workers from step") || told.contains("with 3 workers from step"), "{told}");
     assert_undisturbed(run);
 }

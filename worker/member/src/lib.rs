@@ -227,7 +227,7 @@ impl Member {
                     }
                 }
             }
-            Order::Committed { step } => self.stance.written.retain(|written| written.step > step),
+            Order::Committed { step } => self.stance.written.retain(|written| written.step != step),
             Order::Leave { why } => self.leave(why, out),
         }
     }

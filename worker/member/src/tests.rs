@@ -137,6 +137,8 @@ fn parts_are_told_until_their_checkpoint_is_known_to_be_committed() {
         generation: Generation(3),
         parts: "[]".to_owned(),
         facts: "a".to_owned(),
+        blocks: std::iter::once(0..1).collect(),
+        all_blocks: 1,
     };
     for step in [20, 30, 40, 50, 60] {
         after(&mut member, Event::Wrote(written(step)));
@@ -144,5 +146,5 @@ fn parts_are_told_until_their_checkpoint_is_known_to_be_committed() {
     assert_eq!(member.stance().written, [30, 40, 50, 60].map(written), "at most four are kept");
     let order = Order::Committed { step: Step(50) };
     after(&mut member, Event::Ordered { epoch: Epoch(1), order });
-    assert_eq!(member.stance().written, [60].map(written));
+    assert_eq!(member.stance().written, [30, 40, 60].map(written));
 }

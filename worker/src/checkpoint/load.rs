@@ -40,7 +40,8 @@ pub fn load(store: &Store, step: u64, model: &Model, device: Device) -> Result<L
 /// The state whose three flat buffers are these bytes, little-endian.
 pub(crate) fn state_of(layout: Layout, buffers: &[Vec<u8>; 3], updates: u64, device: Device) -> State {
     let [weights, exp_avg, exp_avg_sq] = buffers.each_ref().map(|bytes| {
-        let floats = bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
+        let floats =
+            bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
         Tensor::from_slice(&floats.collect::<Vec<f32>>()).to_device(device)
     });
     State { layout, weights, exp_avg, exp_avg_sq, updates }

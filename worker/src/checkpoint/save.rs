@@ -35,6 +35,13 @@ impl Snapshot {
     }
 }
 
+impl Snapshot {
+    /// The blocks that it holds.
+    pub fn blocks(&self) -> Range<usize> {
+        self.blocks.clone()
+    }
+}
+
 /// Writes `snapshot` in parts of about `part_bytes`, and returns them in the order of their blocks. `stamp` keeps
 /// writers apart that write the same blocks: the number of the event with which this one took the run up, or that of
 /// its ring's generation.

@@ -40,7 +40,8 @@ impl Link {
             let (words, outbox) = mpsc::channel(WORDS_MAX);
             let first = v1::FromWorker { word: Some(v1::from_worker::Word::Hello(hello)) };
             words.send(first).await.map_err(|cause| cause.to_string())?;
-            let stream = client.attach(ReceiverStream::new(outbox)).await.map_err(|status| status.to_string())?;
+            let stream =
+                client.attach(ReceiverStream::new(outbox)).await.map_err(|status| status.to_string())?;
             Ok::<_, String>((words, stream.into_inner()))
         };
         let (words, mut stream) =

@@ -7,7 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anello_collective::{
-    AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep, tcp,
+    AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
+    tcp,
 };
 use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{Loader, LoaderOptions};
@@ -20,10 +21,10 @@ use anello_store::{Cursor, Error as StoreError, Store, read_config};
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::parts::PartsWriter;
+use super::WorkerOptions;
+use super::parts::{self, Copy, PartsWriter};
 use super::peers::{HostState, Shelf, gather};
 use super::word::{Agreed, Word, agree};
-use super::WorkerOptions;
 use crate::account::{Epochs, Stamp, position_after, skip_event};
 use crate::checkpoint::{self, Snapshot, state_of};
 use crate::engine::{Engine, check_supported};
@@ -47,6 +48,7 @@ pub(super) enum Told {
 /// A hand on the model thread.
 pub(super) struct Model {
     commands: Sender<Command>,
+    parts: Sender<parts::Told>,
 }
 
 impl Model {
@@ -61,17 +63,24 @@ impl Model {
     ) -> Result<Self> {
         let (commands, inbox) = channel();
         let (threads, job) = (options.threads, options.job.clone());
+        let parts = parts::inbox();
+        let to_parts = parts.0.clone();
         std::thread::Builder::new()
             .name("model".to_owned())
             .spawn(move || {
                 let failed = tell.clone();
-                match Thread::new(store, job, threads, listener, shelf, runtime, tell) {
+                match Thread::new(store, job, threads, listener, shelf, runtime, parts, tell) {
                     Ok(thread) => thread.run(&inbox),
                     Err(error) => drop(failed.send(Told::Failed(error))),
                 }
             })
             .map_err(|source| Error::System { action: "starting the model thread", source })?;
-        Ok(Self { commands })
+        Ok(Self { commands, parts: to_parts })
+    }
+
+    /// The checkpoint of this step is committed.
+    pub fn committed(&self, step: Step) {
+        let _ = self.parts.send(parts::Told::Committed(step));
     }
 
     pub fn command(&self, command: Command) {
@@ -132,6 +141,7 @@ impl Thread {
         listener: tcp::Listener,
         shelf: Shelf,
         runtime: tokio::runtime::Handle,
+        parts: (Sender<parts::Told>, Receiver<parts::Told>),
         tell: UnboundedSender<Told>,
     ) -> Result<Self> {
         let config = read_config(&store)?;
@@ -142,9 +152,10 @@ impl Thread {
         let data = LoaderOptions::of(&config)?;
         let stamp = Stamp::new(&config, &data);
         let told = tell.clone();
-        let writer = PartsWriter::start(store.clone(), config.checkpoint.part_bytes, move |written| {
-            let _ = told.send(Told::Event(Event::Wrote(written)));
-        })?;
+        let writer =
+            PartsWriter::start(store.clone(), config.checkpoint.part_bytes, parts, move |written| {
+                let _ = told.send(Told::Event(Event::Wrote(written)));
+            })?;
         let schedule = Schedule::new(&config);
         Ok(Self {
             store,
@@ -191,18 +202,20 @@ impl Thread {
         hold: &AtomicU8,
     ) -> Served<Cause> {
         let generation = formation.generation;
-        let rank = formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
+        let rank =
+            formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
         let serving = Serving { formation, rank, lanes: formation.members[rank].lanes.clone(), hold };
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
+        self.writer.members(formation.members.iter().map(|member| member.worker).collect());
         self.take_state(&serving, abort)?;
         let mut ring = self.meet(&serving, abort)?;
         *self.shelf.write().expect("no holder panics") = None;
         let start = formation.start;
         self.event(Event::Ready { generation, holds: start });
         if formation.save_first {
-            self.snapshot(&ring, generation);
+            self.snapshot(&ring, formation);
         }
         let mut loader = None;
         let mut at = start.0;
@@ -223,7 +236,7 @@ impl Thread {
             at += 1;
             let due = at.is_multiple_of(self.config.checkpoint.every_steps) || plan.last_of_stage;
             if due || control == 2 {
-                self.snapshot(&ring, generation);
+                self.snapshot(&ring, formation);
             }
             self.event(Event::Applied { holds: Step(at) });
             if control > 0 && at < schedule.total_steps() {
@@ -391,7 +404,8 @@ impl Thread {
             Some(total) if total.numel() == len => total,
             _ => engine.state().layout.zeros(Device::Cpu),
         };
-        let words = add_up(ring, plan.step, &word, partials.iter().map(|(_, _, gradient, _)| gradient), &mut total);
+        let words =
+            add_up(ring, plan.step, &word, partials.iter().map(|(_, _, gradient, _)| gradient), &mut total);
         partials.into_iter().for_each(|(_, _, gradient, _)| engine.recycle(gradient));
         let words = match words {
             Ok(words) => words,
@@ -416,17 +430,27 @@ impl Thread {
         seconds.update = updated.elapsed().as_secs_f64();
         seconds.step = began.elapsed().as_secs_f64();
         let mut events = self.told.get_or_insert_default().not_told(events);
-        events.extend(plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }));
+        events.extend(
+            plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }),
+        );
         events.extend(skip_event(plan, &outcome));
         let _ = self.tell.send(Told::Step(report(outcome.record(plan, seconds), &events)));
         Ok(control)
     }
 
-    /// Copies this worker's blocks and hands them to the writer.
-    fn snapshot(&mut self, ring: &tcp::Tcp, generation: Generation) {
+    /// Copies this worker's blocks, and a second time those of the next member, and hands them to the writer.
+    fn snapshot(&mut self, ring: &tcp::Tcp, formation: &Formation) {
         self.writer.wait();
-        let snapshot = self.copy(ring.ring().blocks(ring.ring().rank()));
-        self.writer.write(snapshot, generation);
+        let (ring, count) = (ring.ring(), formation.members.len());
+        let next = (ring.rank().index() + 1) % count;
+        let second =
+            (count > 1).then(|| (formation.members[next].worker, self.copy(ring.blocks(Rank(next as u32)))));
+        self.writer.write(Copy {
+            generation: formation.generation,
+            all_blocks: u64::from(ring.shape().blocks),
+            own: self.copy(ring.blocks(ring.rank())),
+            next: second,
+        });
     }
 
     /// A copy on the host of some blocks.
@@ -500,7 +524,9 @@ fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
         seconds: vec![step, data, compute, reduce, update, checkpoint],
         events: events
             .iter()
-            .map(|event| serde_json::to_string(event).expect("an event has no map with keys that are not strings"))
+            .map(|event| {
+                serde_json::to_string(event).expect("an event has no map with keys that are not strings")
+            })
             .collect(),
     }
 }

@@ -1,55 +1,94 @@
 //! Writing a worker's parts of checkpoints, in the background.
+//!
+//! A worker copies the blocks that it owns and those of the member after it, and keeps the second copy until the
+//! checkpoint is committed: when that member dies first, this one writes its parts. So a death costs no checkpoint.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anello_proto::ring::{Generation, Step, Written};
+use anello_proto::ring::{Generation, Step, WorkerId, Written};
 use anello_store::Store;
-use anello_store::checkpoint::Parts;
+use anello_store::checkpoint::{Parts, Written as WrittenPart};
 
 use crate::checkpoint::{self, Snapshot};
 use crate::error::{Error, Result};
+
+/// A worker's copy of a state that a checkpoint is to be made of.
+pub(super) struct Copy {
+    pub generation: Generation,
+    /// Blocks of the whole state.
+    pub all_blocks: u64,
+    /// The blocks that this worker owns.
+    pub own: Snapshot,
+    /// The member after this one, and the blocks that it owns; absent in a ring of one.
+    pub next: Option<(WorkerId, Snapshot)>,
+}
+
+/// What the thread is told.
+pub(super) enum Told {
+    /// Write this, and keep the second copy.
+    Write(Box<Copy>),
+    /// These are the members of the ring now: parts of those that are gone are this worker's to write.
+    Members(Vec<WorkerId>),
+    /// The checkpoint of this step is committed.
+    Committed(Step),
+}
 
 /// Pauses between two attempts, from the first to the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Attempts before a checkpoint is given up for the next one.
 const ATTEMPTS: u32 = 6;
+/// Second copies that are kept: of a checkpoint that is being committed, and of the one after it.
+const KEPT_MAX: usize = 2;
 
-/// The thread that writes. It has one snapshot at a time.
+/// The thread that writes. It has one copy to write at a time.
 pub(super) struct PartsWriter {
-    snapshots: Option<SyncSender<(Snapshot, Generation)>>,
+    told: Option<Sender<Told>>,
     done: Receiver<()>,
     writing: bool,
     thread: Option<JoinHandle<()>>,
 }
 
+/// What [`PartsWriter::start`] listens to, besides its own handle.
+pub(super) fn inbox() -> (Sender<Told>, Receiver<Told>) {
+    channel()
+}
+
 impl PartsWriter {
-    /// `tell` hears of every checkpoint whose parts of this worker are durable.
-    pub fn start(store: Store, part_bytes: u64, tell: impl Fn(Written) + Send + 'static) -> Result<Self> {
-        let (snapshots, inbox) = sync_channel::<(Snapshot, Generation)>(1);
+    /// `tell` hears of every checkpoint whose parts of this worker are durable, and again when there are more of them.
+    pub fn start(
+        store: Store,
+        part_bytes: u64,
+        (told, inbox): (Sender<Told>, Receiver<Told>),
+        tell: impl Fn(Written) + Send + 'static,
+    ) -> Result<Self> {
         let (finished, done) = sync_channel(1);
+        let mut desk = Desk { store, part_bytes, tell, finished, members: Vec::new(), kept: Vec::new() };
         let thread = std::thread::Builder::new()
             .name("parts".to_owned())
             .spawn(move || {
-                for (snapshot, generation) in inbox {
-                    if let Some(written) = write(&store, part_bytes, &snapshot, generation) {
-                        tell(written);
-                    }
-                    if finished.send(()).is_err() {
-                        return;
-                    }
+                for told in inbox {
+                    desk.take(told);
                 }
             })
             .map_err(|source| Error::System { action: "starting the parts thread", source })?;
-        Ok(Self { snapshots: Some(snapshots), done, writing: false, thread: Some(thread) })
+        Ok(Self { told: Some(told), done, writing: false, thread: Some(thread) })
     }
 
-    /// Hands over a snapshot, after the one before is written or given up.
-    pub fn write(&mut self, snapshot: Snapshot, generation: Generation) {
+    /// Hands over a copy, after the one before is written or given up.
+    pub fn write(&mut self, copy: Copy) {
         self.wait();
-        let snapshots = self.snapshots.as_ref().expect("dropped with the writer");
-        self.writing = snapshots.send((snapshot, generation)).is_ok();
+        self.writing = self.tell(Told::Write(Box::new(copy)));
+    }
+
+    /// Says who is in the ring now.
+    pub fn members(&self, members: Vec<WorkerId>) {
+        self.tell(Told::Members(members));
+    }
+
+    fn tell(&self, told: Told) -> bool {
+        self.told.as_ref().is_some_and(|thread| thread.send(told).is_ok())
     }
 
     /// Waits until nothing is being written.
@@ -63,30 +102,127 @@ impl PartsWriter {
 impl Drop for PartsWriter {
     fn drop(&mut self) {
         self.wait();
-        self.snapshots = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.told = None;
+        // The shell may hold another handle: the thread ends with the process then.
+        self.thread = None;
     }
 }
 
-fn write(store: &Store, part_bytes: u64, snapshot: &Snapshot, generation: Generation) -> Option<Written> {
-    let step = snapshot.facts.position.step;
-    let mut pause = PAUSE.0;
-    for attempt in 1..=ATTEMPTS {
-        match checkpoint::write(store, snapshot, part_bytes, generation.0) {
-            Ok(written) => {
-                let parts = Parts { facts: snapshot.facts.clone(), written };
-                let parts = serde_json::to_string(&parts).expect("maps have string keys");
-                let facts = snapshot.facts.digest();
-                return Some(Written { step: Step(step), generation, parts, facts });
+/// A checkpoint of which this worker holds a second copy of another's blocks.
+struct Kept {
+    step: Step,
+    generation: Generation,
+    all_blocks: u64,
+    own: Vec<WrittenPart>,
+    own_blocks: std::ops::Range<u64>,
+    next: (WorkerId, Snapshot),
+    written: bool,
+}
+
+struct Desk<F> {
+    store: Store,
+    part_bytes: u64,
+    tell: F,
+    finished: SyncSender<()>,
+    members: Vec<WorkerId>,
+    kept: Vec<Kept>,
+}
+
+fn blocks(snapshot: &Snapshot) -> std::ops::Range<u64> {
+    let blocks = snapshot.blocks();
+    blocks.start as u64..blocks.end as u64
+}
+
+impl<F: Fn(Written)> Desk<F> {
+    fn take(&mut self, told: Told) {
+        match told {
+            Told::Write(copy) => {
+                self.write(*copy);
+                let _ = self.finished.try_send(());
+                self.write_for_the_gone();
             }
-            Err(cause) => {
-                tracing::warn!(step, attempt, %cause, "parts of a checkpoint cannot be written now");
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(PAUSE.1);
+            Told::Members(members) => {
+                self.members = members;
+                self.write_for_the_gone();
+            }
+            Told::Committed(step) => self.kept.retain(|kept| kept.step != step),
+        }
+    }
+
+    fn write(&mut self, copy: Copy) {
+        let Copy { generation, all_blocks, own, next } = copy;
+        let Some(written) = self.write_parts(&own, generation) else { return };
+        let step = Step(own.facts.position.step);
+        let own_blocks = blocks(&own);
+        let told = self.told(&own, generation, all_blocks, written.clone(), vec![own_blocks.clone()]);
+        (self.tell)(told);
+        if let Some(next) = next {
+            self.kept.push(Kept {
+                step,
+                generation,
+                all_blocks,
+                own: written,
+                own_blocks,
+                next,
+                written: false,
+            });
+            if self.kept.len() > KEPT_MAX {
+                self.kept.remove(0);
             }
         }
     }
-    None
+
+    fn write_for_the_gone(&mut self) {
+        for at in 0..self.kept.len() {
+            let Kept {
+                generation,
+                all_blocks,
+                next: (worker, snapshot),
+                written: done,
+                own,
+                own_blocks,
+                step,
+            } = &self.kept[at];
+            if *done || self.members.contains(worker) {
+                continue;
+            }
+            tracing::info!(%step, %worker, "writing the parts of a member that is gone");
+            let Some(written) = self.write_parts(snapshot, *generation) else { continue };
+            let all = own.iter().cloned().chain(written).collect();
+            let blocks = vec![own_blocks.clone(), blocks(snapshot)];
+            let told = self.told(snapshot, *generation, *all_blocks, all, blocks);
+            (self.tell)(told);
+            self.kept[at].written = true;
+        }
+    }
+
+    fn told(
+        &self,
+        snapshot: &Snapshot,
+        generation: Generation,
+        all_blocks: u64,
+        written: Vec<WrittenPart>,
+        blocks: Vec<std::ops::Range<u64>>,
+    ) -> Written {
+        let (step, facts) = (Step(snapshot.facts.position.step), snapshot.facts.digest());
+        let parts = Parts { facts: snapshot.facts.clone(), written };
+        let parts = serde_json::to_string(&parts).expect("maps have string keys");
+        Written { step, generation, parts, facts, blocks, all_blocks }
+    }
+
+    fn write_parts(&self, snapshot: &Snapshot, generation: Generation) -> Option<Vec<WrittenPart>> {
+        let step = snapshot.facts.position.step;
+        let mut pause = PAUSE.0;
+        for attempt in 1..=ATTEMPTS {
+            match checkpoint::write(&self.store, snapshot, self.part_bytes, generation.0) {
+                Ok(written) => return Some(written),
+                Err(cause) => {
+                    tracing::warn!(step, attempt, %cause, "parts of a checkpoint cannot be written now");
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(PAUSE.1);
+                }
+            }
+        }
+        None
+    }
 }

@@ -134,11 +134,12 @@ pub(super) async fn gather(
 }
 
 async fn gather_all(holders: Vec<String>, generation: Generation, step: Step) -> Result<HostState, String> {
-    let request = |first_block, blocks| StateRequest { generation: generation.0, step: step.0, first_block, blocks };
+    let request =
+        |first_block, blocks| StateRequest { generation: generation.0, step: step.0, first_block, blocks };
     let first = holders.first().ok_or("nobody holds the state")?;
     let (head, _) = fetch(first.clone(), request(0, 0)).await?;
-    let cursors: Vec<Cursor> =
-        serde_json::from_str(&head.cursors).map_err(|cause| format!("{first} tells of no cursors: {cause}"))?;
+    let cursors: Vec<Cursor> = serde_json::from_str(&head.cursors)
+        .map_err(|cause| format!("{first} tells of no cursors: {cause}"))?;
     let (count, all) = (holders.len() as u64, head.blocks);
     let mut tasks = tokio::task::JoinSet::new();
     for (at, holder) in (0u64..).zip(holders) {
@@ -156,7 +157,8 @@ async fn gather_all(holders: Vec<String>, generation: Generation, step: Step) ->
         for chunk in chunks {
             let at = chunk.first_block as usize * BLOCK_BYTES;
             for (buffer, bytes) in buffers.iter_mut().zip([chunk.weights, chunk.exp_avg, chunk.exp_avg_sq]) {
-                let place = buffer.get_mut(at..at + bytes.len()).ok_or("a chunk lies outside of the state")?;
+                let place =
+                    buffer.get_mut(at..at + bytes.len()).ok_or("a chunk lies outside of the state")?;
                 place.copy_from_slice(&bytes);
                 have += bytes.len();
             }
@@ -192,9 +194,12 @@ async fn fetch(holder: String, request: StateRequest) -> Result<(StateHead, Vec<
             Some(Chunk::Blocks(blocks)) => {
                 let StateBlocks { weights, exp_avg, exp_avg_sq, blake3, first_block } = &blocks;
                 if digest([weights, exp_avg, exp_avg_sq]) != *blake3 {
-                    return Err(failed(format!("blocks from {first_block} on have another digest than was sent")));
+                    return Err(failed(format!(
+                        "blocks from {first_block} on have another digest than was sent"
+                    )));
                 }
-                if weights.len() % BLOCK_BYTES != 0 || [exp_avg.len(), exp_avg_sq.len()] != [weights.len(); 2] {
+                if weights.len() % BLOCK_BYTES != 0 || [exp_avg.len(), exp_avg_sq.len()] != [weights.len(); 2]
+                {
                     return Err(failed("a chunk is not of whole blocks".to_owned()));
                 }
                 chunks.push(blocks);

@@ -38,8 +38,8 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         .enable_all()
         .build()
         .map_err(system("starting the worker's runtime"))?;
-    let listener = tcp::Listener::bind(SocketAddr::new(options.address, 0))
-        .map_err(system("listening for peers"))?;
+    let listener =
+        tcp::Listener::bind(SocketAddr::new(options.address, 0)).map_err(system("listening for peers"))?;
     let ring = listener.address().map_err(system("listening for peers"))?;
     let shelf = peers::Shelf::default();
     let peers = runtime
@@ -141,6 +141,9 @@ impl Shell {
                     if let anello_proto::ring::Order::Committed { step } = &order {
                         let committed = step.0;
                         self.rows.retain(|row| row.step >= committed);
+                        if let Some(model) = &self.model {
+                            model.committed(*step);
+                        }
                     }
                     self.member.handle(Event::Ordered { epoch, order }, &mut effects);
                 }

@@ -10,7 +10,15 @@ impl Membership {
         let waits_for = self.waits_for();
         let step = self.newest_held().max(self.checkpoints.newest());
         let workers = self.workers.values().filter(|worker| worker.linked).count() as u32;
-        Status { workers, generation, formation, step, committed: self.checkpoints.newest(), waits_for, outcome }
+        Status {
+            workers,
+            generation,
+            formation,
+            step,
+            committed: self.checkpoints.newest(),
+            waits_for,
+            outcome,
+        }
     }
 
     /// How it ended; absent while it goes on.

@@ -22,6 +22,10 @@ fn stance(holds: Option<u64>, activity: Activity) -> Stance {
     Stance { holds: holds.map(Step), activity, leaving: false, written: Vec::new() }
 }
 
+fn blocks(range: Range<u64>) -> Vec<Range<u64>> {
+    std::iter::once(range).collect()
+}
+
 fn endpoints(id: u64) -> Endpoints {
     Endpoints { ring: vec![format!("w{id}:1")], peers: format!("w{id}:2") }
 }
@@ -225,22 +229,27 @@ fn a_joiner_a_leaver_and_another_size_are_agreed_at_a_boundary() {
 #[test]
 fn a_checkpoint_exists_once_every_writer_has_written_the_same_state() {
     let mut story = Story::running(2);
-    let written = |weights: &str| Written {
+    let written = |half: u64, weights: &str| Written {
         step: Step(20),
         generation: Generation(1),
         parts: "[]".to_owned(),
         facts: weights.to_owned(),
+        blocks: blocks(2 * half..2 * half + 2),
+        all_blocks: 4,
     };
-    let with = |weights: &str| Stance { written: vec![written(weights)], ..stance(Some(20), running(1)) };
-    assert_eq!(story.stands(1, with("a")), []);
-    assert_eq!(story.stands(2, with("b")), [], "replicas that differ make no checkpoint");
-    let parts = vec![written("a"), written("a")];
+    let with = |half, weights: &str| Stance {
+        written: vec![written(half, weights)],
+        ..stance(Some(20), running(1))
+    };
+    assert_eq!(story.stands(1, with(0, "a")), []);
+    assert_eq!(story.stands(2, with(1, "b")), [], "replicas that differ make no checkpoint");
+    let parts = vec![written(0, "a"), written(1, "a")];
     let commit = Effect::Commit { step: Step(20), generation: Generation(1), parts };
-    assert_eq!(story.stands(2, with("a")), [commit]);
+    assert_eq!(story.stands(2, with(1, "a")), [commit]);
     let told = |id| send(id, Order::Committed { step: Step(20) });
     assert_eq!(story.event(Event::Committed { step: Step(20) }), [told(1), told(2)]);
     // Said again, by a worker that has not heard of the commit yet.
-    assert_eq!(story.stands(1, with("a")), []);
+    assert_eq!(story.stands(1, with(0, "a")), []);
 }
 
 #[test]
@@ -307,8 +316,14 @@ fn the_end_needs_the_last_checkpoint() {
         Formation { save_first: true, ..Formation::clone(&formation(2, 100, peers(&[1]), &[(1, 0..8)])) };
     assert_eq!(story.stands(1, ended), [formed(&Arc::new(save))]);
     story.event(Event::Recorded { generation: Generation(2) });
-    let parts =
-        Written { step: TOTAL, generation: Generation(2), parts: "[]".to_owned(), facts: "a".to_owned() };
+    let parts = Written {
+        step: TOTAL,
+        generation: Generation(2),
+        parts: "[]".to_owned(),
+        facts: "a".to_owned(),
+        blocks: blocks(0..4),
+        all_blocks: 4,
+    };
     let ended = Stance { written: vec![parts], ..stance(Some(100), holding(2, Cause::Ended)) };
     assert!(matches!(story.stands(1, ended)[..], [Effect::Commit { .. }]));
     let out = story.event(Event::Committed { step: TOTAL });

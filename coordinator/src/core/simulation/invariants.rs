@@ -63,14 +63,14 @@ pub fn generations_rise(before: Option<Generation>, now: Generation) -> Result<(
 pub fn manifest_is_whole(
     step: Step,
     formation: &Formation,
-    parts: &BTreeMap<(Step, Generation, WorkerId), u64>,
+    parts: &BTreeMap<(Step, Generation, u64), u64>,
     reference: &[u64],
 ) -> Result<(), String> {
-    for member in &formation.members {
-        match parts.get(&(step, formation.generation, member.worker)) {
+    for (member, block) in formation.members.iter().zip(0..) {
+        match parts.get(&(step, formation.generation, block)) {
             None => {
                 return Err(format!(
-                    "checkpoint {step} is committed and worker {} has not written its part",
+                    "checkpoint {step} is committed and the part of worker {} is not written",
                     member.worker
                 ));
             }

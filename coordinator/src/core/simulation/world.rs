@@ -153,6 +153,21 @@ struct Worker {
     hold: u8,
     /// All data of this step are here; it will be applied.
     applying: bool,
+    /// Members of the ring that it was told of last.
+    last_members: Vec<WorkerId>,
+    /// Copies of states that are not known to be in a committed checkpoint.
+    kept: Vec<Kept>,
+}
+
+/// What a member copied for a checkpoint: its own block, and that of the next member.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    step: Step,
+    generation: Generation,
+    state: u64,
+    rank: u64,
+    all: u64,
+    buddy: WorkerId,
 }
 
 struct Ring {
@@ -194,7 +209,7 @@ pub struct World {
     formations: BTreeMap<Generation, Arc<Formation>>,
     manifests: BTreeMap<Step, Generation>,
     unreadable: BTreeSet<Step>,
-    parts: BTreeMap<(Step, Generation, WorkerId), u64>,
+    parts: BTreeMap<(Step, Generation, u64), u64>,
     coordinators: Vec<Coordinator>,
     workers: BTreeMap<WorkerId, Worker>,
     rings: BTreeMap<Generation, Ring>,
@@ -392,7 +407,9 @@ impl World {
             }
             Happening::Wrote { worker, written, state, leave } => {
                 let generation = written.generation;
-                self.parts.insert((written.step, generation, worker), state);
+                for block in written.blocks.iter().flat_map(Clone::clone) {
+                    self.parts.insert((written.step, generation, block), state);
+                }
                 self.tell_worker(worker, Happens::Wrote(written))?;
                 if let Some(cause) = leave
                     && self.workers.get(&worker).is_some_and(|known| known.ring == Some(generation))
@@ -571,6 +588,16 @@ impl World {
             return Err(format!("worker {worker} is told to form while it is in a ring"));
         }
         (known.ring, known.hold, known.applying) = (Some(generation), 0, false);
+        known.last_members = formation.members.iter().map(|member| member.worker).collect();
+        // Blocks of members that are gone are written by those who kept a second copy.
+        let manifests = &self.manifests;
+        known.kept.retain(|kept| !manifests.contains_key(&kept.step));
+        for kept in known.kept.clone() {
+            let known = &self.workers[&worker];
+            if !known.last_members.contains(&kept.buddy) {
+                self.write(worker, &kept, None);
+            }
+        }
         self.rings.entry(generation).or_insert_with(|| Ring {
             formation,
             ready: BTreeSet::new(),
@@ -766,8 +793,30 @@ impl World {
     /// Copies the state and writes this worker's parts, in the background.
     fn save(&mut self, worker: WorkerId, generation: Generation, leave: Option<Cause>) {
         let Some((step, state)) = self.workers[&worker].state else { return };
+        let formation = &self.rings[&generation].formation;
+        let (rank, all) = (formation.rank(worker).expect("a member") as u64, formation.members.len() as u64);
+        let buddy = (rank + 1) % all;
+        let kept =
+            Kept { step, generation, state, rank, all, buddy: formation.members[buddy as usize].worker };
+        self.write(worker, &kept, leave);
+        let known = self.workers.get_mut(&worker).expect("known");
+        known.kept.push(kept);
+        if known.kept.len() > 2 {
+            known.kept.remove(0);
+        }
+    }
+
+    /// Writes a member's own block of a checkpoint, and those of the member after it once that is gone.
+    fn write(&mut self, worker: WorkerId, kept: &Kept, leave: Option<Cause>) {
+        let Kept { step, generation, state, rank, all, buddy } = *kept;
+        let mut blocks: Vec<_> = std::iter::once(rank..rank + 1).collect();
+        let gone = self.workers[&worker].last_members.iter().all(|member| *member != buddy);
+        if gone && all > 1 {
+            let next = (rank + 1) % all;
+            blocks.push(next..next + 1);
+        }
         let facts = format!("{state:016x}");
-        let written = Written { step, generation, parts: String::new(), facts };
+        let written = Written { step, generation, parts: String::new(), facts, blocks, all_blocks: all };
         let delay = 5 + self.below(60);
         self.after(delay, Happening::Wrote { worker, written, state, leave });
     }
@@ -1000,6 +1049,8 @@ impl World {
                     ring: None,
                     hold: 0,
                     applying: false,
+                    last_members: Vec::new(),
+                    kept: Vec::new(),
                 },
             );
             let delay = self.below(30);
