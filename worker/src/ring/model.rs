@@ -45,6 +45,18 @@ pub(super) enum Told {
     Failed(Error),
 }
 
+/// What connects the model thread to the rest of the process.
+pub(super) struct Outside {
+    /// Where peers meet this worker.
+    pub listener: tcp::Listener,
+    /// Where state for peers that lack it is laid.
+    pub shelf: Shelf,
+    /// What drives the connections to peers that have state.
+    pub runtime: tokio::runtime::Handle,
+    /// Who hears what happens.
+    pub tell: UnboundedSender<Told>,
+}
+
 /// A hand on the model thread.
 pub(super) struct Model {
     commands: Sender<Command>,
@@ -53,14 +65,7 @@ pub(super) struct Model {
 
 impl Model {
     /// Starts it for the run in `store`.
-    pub fn start(
-        store: Store,
-        options: &WorkerOptions,
-        listener: tcp::Listener,
-        shelf: Shelf,
-        runtime: tokio::runtime::Handle,
-        tell: UnboundedSender<Told>,
-    ) -> Result<Self> {
+    pub fn start(store: Store, options: &WorkerOptions, outside: Outside) -> Result<Self> {
         let (commands, inbox) = channel();
         let (threads, job) = (options.threads, options.job.clone());
         let parts = parts::inbox();
@@ -68,8 +73,8 @@ impl Model {
         std::thread::Builder::new()
             .name("model".to_owned())
             .spawn(move || {
-                let failed = tell.clone();
-                match Thread::new(store, job, threads, listener, shelf, runtime, parts, tell) {
+                let failed = outside.tell.clone();
+                match Thread::new(store, job, threads, parts, outside) {
                     Ok(thread) => thread.run(&inbox),
                     Err(error) => drop(failed.send(Told::Failed(error))),
                 }
@@ -138,12 +143,10 @@ impl Thread {
         store: Store,
         job: String,
         threads: Option<u32>,
-        listener: tcp::Listener,
-        shelf: Shelf,
-        runtime: tokio::runtime::Handle,
         parts: (Sender<parts::Told>, Receiver<parts::Told>),
-        tell: UnboundedSender<Told>,
+        outside: Outside,
     ) -> Result<Self> {
+        let Outside { listener, shelf, runtime, tell } = outside;
         let config = read_config(&store)?;
         check_supported(&config)?;
         if let Some(threads) = threads.or(config.compute.threads) {

@@ -179,7 +179,7 @@ async fn fetch(holder: String, request: StateRequest) -> Result<(StateHead, Vec<
         .tcp_nodelay(true);
     let mut client = PeersClient::new(endpoint.connect().await.map_err(|cause| failed(cause.to_string()))?);
     let mut stream = loop {
-        match client.state(request.clone()).await {
+        match client.state(request).await {
             Ok(stream) => break stream.into_inner(),
             Err(status) if status.code() == tonic::Code::Unavailable => {
                 tokio::time::sleep(Duration::from_millis(10)).await;

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::link::Link;
-use super::model::{Command, Model, Told};
+use super::model::{Command, Model, Outside, Told};
 use super::{WorkerOptions, peers};
 use crate::environment;
 use crate::error::{Error, Result};
@@ -212,7 +212,8 @@ impl Shell {
         if let Some((listener, shelf)) = self.parts_of_model.take() {
             let store = Store::durable(&welcome.run)?;
             let tell = self.tell.clone();
-            let model = Model::start(store, &self.options, listener, shelf, self.runtime.clone(), tell)?;
+            let outside = Outside { listener, shelf, runtime: self.runtime.clone(), tell };
+            let model = Model::start(store, &self.options, outside)?;
             self.model = Some(model);
         }
         Ok(())
