@@ -11,6 +11,7 @@ Exit codes:
   2    the arguments or the config are wrong; of `checkpoint diff`: they could not be compared
   3    of `worker`: refused, since it does not fit the job: starting it again changes nothing
   4    of `worker --until-eof`: the process that started it is gone
+  5    of `worker`: sent away, since its state differed from all others': do not use this machine again
   130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` command, goes on
   131  interrupted a second time: left at once, what was not saved is lost";
 
@@ -54,6 +55,9 @@ pub enum Failure {
     /// A worker that the coordinator refused.
     #[error("the coordinator refuses this worker: {0}")]
     Refused(String),
+    /// A worker that was sent away for good.
+    #[error("sent away: {0}; look at this machine's memory and device before using it again")]
+    Evicted(String),
     /// A ring that ended.
     #[error("{0}")]
     Ring(String),
@@ -97,6 +101,7 @@ impl Failure {
                 2
             }
             Self::Refused(_) => 3,
+            Self::Evicted(_) => 5,
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
             Self::Ring(_) | Self::Coordinator(_) => 1,
             Self::Worker(_) | Self::Store(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,

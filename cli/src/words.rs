@@ -55,6 +55,10 @@ pub fn describe(event: &Event) -> String {
             };
             format!("worker {} lost ({reason}); {held}", short_digest(worker))
         }
+        Event::Evicted { worker, machine, step, reason } => {
+            let step = step.map_or(String::new(), |step| format!(" after step {}", grouped(step)));
+            format!("worker {} sent away{step} and machine {machine} quarantined: {reason}", short_digest(worker))
+        }
         Event::Formed { generation, start, source, holders, members, save_first } => {
             let whence = match source.as_str() {
                 "seed" => "the run's seed".to_owned(),
@@ -157,6 +161,15 @@ mod tests {
             (
                 Event::Lost { worker: worker(), step: None, reason: silent() },
                 "worker 3f0000000000 lost (silent for 1.000 s); it held no state",
+            ),
+            (
+                Event::Evicted {
+                    worker: worker(),
+                    machine: "node-7".to_owned(),
+                    step: Some(412),
+                    reason: "block 3 differs".to_owned(),
+                },
+                "worker 3f0000000000 sent away after step 412 and machine node-7 quarantined: block 3 differs",
             ),
             (
                 formed("peers", vec![worker()], false),

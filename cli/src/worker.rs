@@ -55,11 +55,13 @@ pub fn run(args: &Args) -> Outcome {
             Ok(Exit::Done)
         }
         Leave::Refused { reason } => Err(Failure::Refused(reason)),
-        Leave::Evicted { reason } | Leave::Failed { reason } => Err(Failure::Ring(reason)),
+        Leave::Evicted { reason } => Err(Failure::Evicted(reason)),
+        Leave::Failed { reason } => Err(Failure::Ring(reason)),
     }
 }
 
-fn host_name() -> String {
+/// What this machine calls itself.
+pub fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     if name.trim().is_empty() { "localhost".to_owned() } else { name.trim().to_owned() }
 }

@@ -50,9 +50,10 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
     let compute = top.section_or_empty("compute", compute);
     let data = top.section_or_empty("data", data);
     let checkpoint = top.section_or_empty("checkpoint", checkpoint);
+    let ring = top.section_or_empty("ring", ring);
     let stages = stages(&mut top, &data.sources);
     top.finish();
-    (RunConfig { name, seed, lanes, model, optimizer, compute, data, checkpoint, stages }, found)
+    (RunConfig { name, seed, lanes, model, optimizer, compute, data, checkpoint, ring, stages }, found)
 }
 
 fn model(s: &mut Section<'_, '_>) -> Model {
@@ -119,6 +120,21 @@ fn checkpoint(s: &mut Section<'_, '_>) -> Checkpoint {
         keep_stage_ends: s.flag("keep_stage_ends", true),
         part_bytes: s.quantity("part_bytes", Unit::Bytes, 64 << 10..=64 << 30, Some(256 << 20)),
     }
+}
+
+fn ring(s: &mut Section<'_, '_>) -> Ring {
+    let fault = "a fault as weights@STEP/RANK, exp_avg@STEP/RANK or exp_avg_sq@STEP/RANK";
+    Ring {
+        digest_every_steps: s.count("digest_every_steps", 0..=1 << 53, Some(100)),
+        fault: s.optional("fault").then(|| read_fault(&s.text("fault", fault, |text| read_fault(text).is_some()))).flatten(),
+    }
+}
+
+fn read_fault(text: &str) -> Option<Fault> {
+    let (buffer, place) = text.split_once('@')?;
+    let (step, rank) = place.split_once('/')?;
+    let known = ["weights", "exp_avg", "exp_avg_sq"].contains(&buffer);
+    known.then_some(Fault { buffer: buffer.to_owned(), step: step.parse().ok()?, rank: rank.parse().ok()? })
 }
 
 /// The stages in the order of `stages`, each from its `[stage.NAME]`.

@@ -46,7 +46,7 @@ impl RunConfig {
     /// Every key that changes the bits of the run, with its value as TOML.
     ///
     /// Left out, because the weights after each step are the same whatever they say:
-    /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`;
+    /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`; `ring.*`;
     /// `data.prefetch_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
     /// the data's own digest to say.
@@ -120,7 +120,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
     let mut section = |name: &str, fill: &dyn Fn(&mut Section<'_>)| {
         fill(&mut Section { entries: &mut entries, name: name.to_owned() })
     };
-    let RunConfig { name, seed, lanes, model, optimizer, compute, data, checkpoint, stages } = config;
+    let RunConfig { name, seed, lanes, model, optimizer, compute, data, checkpoint, ring, stages } = config;
     section("", &|s| {
         let names: Vec<String> = stages.iter().map(|stage| stage.name.as_str().toml()).collect();
         s.rest("name", name.as_str()).bits("seed", *seed).bits("lanes", *lanes);
@@ -165,6 +165,13 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
             s.rest("keep_every_steps", *steps);
         }
         s.rest("keep_stage_ends", *keep_stage_ends).rest("part_bytes", *part_bytes);
+    });
+    let Ring { digest_every_steps, fault } = ring;
+    section("ring", &|s| {
+        s.rest("digest_every_steps", *digest_every_steps);
+        if let Some(Fault { buffer, step, rank }) = fault {
+            s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());
+        }
     });
     for stage in stages {
         section(&format!("stage.{}", stage.name), &|s| stage_entries(s, stage));

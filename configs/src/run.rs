@@ -23,6 +23,8 @@ pub struct RunConfig {
     pub data: Data,
     /// When checkpoints are taken and which are kept.
     pub checkpoint: Checkpoint,
+    /// How a ring watches over itself.
+    pub ring: Ring,
     /// The recipe, in order.
     pub stages: Vec<Stage>,
 }
@@ -147,6 +149,27 @@ pub struct Checkpoint {
     pub keep_stage_ends: bool,
     /// Aimed size of a part, bytes (a part is a whole number of blocks).
     pub part_bytes: u64,
+}
+
+/// How a ring of workers watches over itself. None of it changes a bit of the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ring {
+    /// Steps between two comparisons of all replicas of weights and moments, which are made before every checkpoint
+    /// too; 0 = never.
+    pub digest_every_steps: u64,
+    /// For tests: a bit that is flipped on purpose.
+    pub fault: Option<Fault>,
+}
+
+/// One bit flip, once in the life of a process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// `weights`, `exp_avg` or `exp_avg_sq`.
+    pub buffer: String,
+    /// After so many steps are applied.
+    pub step: u64,
+    /// On the worker of this rank.
+    pub rank: u32,
 }
 
 /// One row of the recipe.

@@ -96,13 +96,20 @@ impl Opened {
         let config = read_config(&store)?;
         let mut log = EventLog::open(&store)?;
         let checkpoints = checkpoint::steps(&store)?;
-        let formation = events::read(&store)?.into_iter().rev().find_map(|record| formation_of(record.event));
+        let records = events::read(&store)?;
+        let quarantined = records.iter().filter_map(|record| match &record.event {
+            Logged::Evicted { machine, .. } => Some(machine.clone()),
+            _ => None,
+        });
+        let quarantined = quarantined.collect();
+        let formation = records.into_iter().rev().find_map(|record| formation_of(record.event));
         let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
         let reported = metrics::read(&store)?.last().map_or(0, |row| row.step + 1);
         let found = Found {
             formation,
             checkpoints: checkpoints.into_iter().map(Step).collect(),
             floor: Generation(taken.number),
+            quarantined,
         };
         Ok(Self { options, store, config, log, found, reported })
     }
@@ -477,6 +484,12 @@ fn event_of(entry: Entry) -> Logged {
         Entry::Lost { worker, step, reason } => {
             Logged::Lost { worker: worker.to_string(), step: step.map(|step| step.0), reason }
         }
+        Entry::Evicted { worker, machine, step, reason } => Logged::Evicted {
+            worker: worker.to_string(),
+            machine,
+            step: step.map(|step| step.0),
+            reason,
+        },
         Entry::Formed(formation) => {
             let (source, holders) = match &formation.source {
                 Source::Seed => ("seed", Vec::new()),

@@ -89,6 +89,9 @@ impl From<&Cause> for v1::holding::Cause {
             }
             Cause::NoState { reason } => Self::NoState(reason),
             Cause::Fault { reason } => Self::Fault(reason),
+            Cause::Diverged { workers, reason } => {
+                Self::Diverged(v1::Diverged { workers: workers.iter().map(|worker| worker.0).collect(), reason })
+            }
         }
     }
 }
@@ -105,6 +108,9 @@ impl TryFrom<v1::holding::Cause> for Cause {
             }
             Word::NoState(text) => Self::NoState { reason: reason(text)? },
             Word::Fault(text) => Self::Fault { reason: reason(text)? },
+            Word::Diverged(v1::Diverged { workers, reason: text }) => {
+                Self::Diverged { workers: workers.into_iter().map(WorkerId).collect(), reason: reason(text)? }
+            }
         })
     }
 }

@@ -129,7 +129,14 @@ pub enum Cause {
         /// What happened, for people.
         reason: String,
     },
-    /// Something that will happen again: data that cannot be read, replicas that differ.
+    /// Replicas of the same state differ: a machine computes wrongly, or its memory does not keep.
+    Diverged {
+        /// Those that differ from the majority; empty when there is none, and nobody can tell who is right.
+        workers: Vec<WorkerId>,
+        /// Which blocks differ, for people.
+        reason: String,
+    },
+    /// Something that will happen again: data that cannot be read.
     Fault {
         /// What happened, for people.
         reason: String,
@@ -164,7 +171,7 @@ pub struct Formation {
     pub source: Source,
     /// The members, in rank order.
     pub members: Vec<Member>,
-    /// Take a checkpoint before the first step: one is due there and none is committed.
+    /// The state after `start` is in no checkpoint yet: if one is due there, it is taken before the first step.
     pub save_first: bool,
 }
 

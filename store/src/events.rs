@@ -99,6 +99,17 @@ pub enum Event {
         /// How that was noticed.
         reason: String,
     },
+    /// A worker's state differed from that of most others: it was sent away, and its machine is not used any more.
+    Evicted {
+        /// The worker.
+        worker: String,
+        /// Where it ran.
+        machine: String,
+        /// Steps applied to the state that differed.
+        step: Option<u64>,
+        /// Which blocks differed.
+        reason: String,
+    },
     /// A generation was formed: these workers train from here on.
     Formed {
         /// Its number, from 1 and only ever rising.

@@ -183,7 +183,8 @@ fn event_list(records: &[Record]) -> String {
             | Event::Skipped { .. }
             | Event::SkippedData { .. }
             | Event::CheckpointFailed { .. }
-            | Event::Lost { .. } => " class=\"bad\"",
+            | Event::Lost { .. }
+            | Event::Evicted { .. } => " class=\"bad\"",
             Event::Started { .. }
             | Event::Stage { .. }
             | Event::Epoch { .. }

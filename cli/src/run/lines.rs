@@ -81,6 +81,7 @@ pub fn news(notice: &Notice) -> Option<String> {
             | Event::TakenUp { .. }
             | Event::Joined { .. }
             | Event::Lost { .. }
+            | Event::Evicted { .. }
             | Event::Formed { .. } => Some(describe(&record.event)),
             // The others have a notice of their own, or are told at the end.
             Event::Started { .. }

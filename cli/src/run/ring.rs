@@ -158,6 +158,7 @@ fn local(coordinator: SocketAddr, config: &RunConfig, workers: u32, args: &Args)
     ];
     Ok(Local {
         program: std::env::current_exe()?,
+        machine: crate::worker::host_name(),
         arguments: arguments.into_iter().map(OsString::from).collect(),
         environment: Vec::new(),
     })

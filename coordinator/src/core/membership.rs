@@ -105,6 +105,8 @@ pub struct Membership {
     running: usize,
     #[cfg(test)]
     planted: Option<Bug>,
+    /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
+    quarantined: BTreeSet<String>,
     /// Time of the last event.
     now: Millis,
 }
@@ -128,6 +130,8 @@ pub struct Found {
     /// Every generation to come is later than this: the number of the coordinator's own first record, so that no other
     /// writer of the run's folder ever stamped its objects with it.
     pub floor: Generation,
+    /// Machines whose workers are not taken in.
+    pub quarantined: Vec<String>,
 }
 
 impl Membership {
@@ -176,6 +180,7 @@ impl Membership {
             arrivals,
             ranks,
             faults: Faults::default(),
+            quarantined: found.quarantined.into_iter().collect(),
             deadline: Some(now),
             running: 0,
             #[cfg(test)]
@@ -320,6 +325,12 @@ impl Membership {
         stance: Stance,
         out: &mut Vec<Effect>,
     ) {
+        if self.quarantined.contains(&machine) {
+            let reason = format!("machine {machine} is quarantined: a worker's state there differed from all others'");
+            let order = Order::Leave { why: Leave::Evicted { reason } };
+            out.push(Effect::Send { worker: id, epoch: self.epoch, order });
+            return;
+        }
         let arrival = self.workers.get(&id).map_or(self.arrivals, |known| known.arrival);
         if !self.workers.contains_key(&id) {
             self.arrivals += 1;

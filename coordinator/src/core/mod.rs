@@ -211,6 +211,17 @@ pub enum Entry {
         /// How that was seen.
         reason: String,
     },
+    /// A worker whose state differed from all others'.
+    Evicted {
+        /// Who.
+        worker: WorkerId,
+        /// Where it ran: nobody from there is taken in any more.
+        machine: String,
+        /// The step after which it held that state.
+        step: Option<Step>,
+        /// Which blocks differed.
+        reason: String,
+    },
     /// A generation, before anyone hears of it.
     Formed(Arc<Formation>),
     /// A checkpoint that could not be used.

@@ -7,14 +7,17 @@ use std::process::{Child, Command, Stdio};
 use super::{Exit, Launcher, Process};
 use crate::error::{Error, Result};
 
-/// Exit codes of a worker that starting it again does not change: a config that is wrong, a worker that was refused.
-const HOPELESS: [i32; 2] = [2, 3];
+/// Exit codes of a worker that starting it again does not change: a config that is wrong, a worker that was refused, a
+/// machine that computes wrongly.
+const HOPELESS: [i32; 3] = [2, 3, 5];
 
 /// Starts workers with one command line.
 #[derive(Clone, Debug)]
 pub struct Local {
     /// The program.
     pub program: PathBuf,
+    /// Name of this machine. Workers say `NAME/SLOT`, so that one that is quarantined does not take all with it.
+    pub machine: String,
     /// Its arguments.
     pub arguments: Vec<OsString>,
     /// Variables of its environment, over ours.
@@ -24,9 +27,10 @@ pub struct Local {
 impl Launcher for Local {
     type Process = LocalProcess;
 
-    fn start(&mut self, _slot: u32) -> Result<LocalProcess> {
+    fn start(&mut self, slot: u32) -> Result<LocalProcess> {
         let child = Command::new(&self.program)
             .args(&self.arguments)
+            .args([OsString::from("--machine"), format!("{}/{slot}", self.machine).into()])
             .envs(self.environment.iter().cloned())
             // Open for as long as we live: a worker that is told to ends with it.
             .stdin(Stdio::piped())

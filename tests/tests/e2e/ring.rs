@@ -195,3 +195,22 @@ fn a_worker_of_no_job_is_told_so() {
     assert_eq!(done.status.code(), Some(3));
     drop(process);
 }
+
+/// A bit that flips in one replica: of three, the one that differs is named and sent away; of two, nobody can tell, and
+/// the run goes on from its checkpoint. Either way it is the undisturbed run.
+#[test]
+fn a_flipped_bit_is_found_and_changes_nothing() {
+    for (workers, fault) in [(3, "weights@16/1"), (3, "exp_avg@7/0"), (2, "exp_avg_sq@16/1")] {
+        let run = format!("ring-flipped-{}", fault.replace(['@', '/'], "-"));
+        let set = format!("ring.fault={fault}");
+        start(&run, workers, &["--set", &set]).wait().expect(0);
+        let told = events(&run);
+        if workers == 3 {
+            assert!(told.contains("sent away after step") && told.contains("in block 0 (model.embed_tokens"), "{told}");
+            assert!(told.contains("with 2 workers"), "{told}");
+        } else {
+            assert!(told.contains("state from checkpoint"), "{told}");
+        }
+        assert_undisturbed(&run);
+    }
+}

@@ -14,6 +14,7 @@ mod link;
 mod model;
 mod parts;
 mod peers;
+mod replicas;
 mod shell;
 mod word;
 

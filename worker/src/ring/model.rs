@@ -24,6 +24,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::WorkerOptions;
 use super::parts::{self, Copy, PartsWriter};
 use super::peers::{HostState, Shelf, gather};
+use super::replicas;
 use super::word::{Agreed, Word, agree};
 use crate::account::{Epochs, Stamp, position_after, skip_event};
 use crate::checkpoint::{self, Snapshot, state_of};
@@ -217,7 +218,7 @@ impl Thread {
         *self.shelf.write().expect("no holder panics") = None;
         let start = formation.start;
         self.event(Event::Ready { generation, holds: start });
-        if formation.save_first {
+        if formation.save_first && self.is_due(start.0) {
             self.snapshot(&ring, formation);
         }
         let mut loader = None;
@@ -237,8 +238,10 @@ impl Thread {
             }
             let control = self.step(&plan, &serving, &mut ring, loader.as_mut())?;
             at += 1;
-            let due = at.is_multiple_of(self.config.checkpoint.every_steps) || plan.last_of_stage;
-            if due || control == 2 {
+            self.inject_fault(at, rank);
+            let due = self.is_due(at) || control == 2;
+            self.compare_replicas(&mut ring, at, due, formation)?;
+            if due {
                 self.snapshot(&ring, formation);
             }
             self.event(Event::Applied { holds: Step(at) });
@@ -439,6 +442,49 @@ impl Thread {
         events.extend(skip_event(plan, &outcome));
         let _ = self.tell.send(Told::Step(report(outcome.record(plan, seconds), &events)));
         Ok(control)
+    }
+
+    /// Whether a checkpoint is due after `at` steps.
+    fn is_due(&self, at: u64) -> bool {
+        let last = at.checked_sub(1).and_then(|step| self.schedule.at(step));
+        last.is_some_and(|last| last.last_of_stage || at.is_multiple_of(self.config.checkpoint.every_steps))
+    }
+
+    /// Ends the ring when the replicas differ after `at` steps.
+    fn compare_replicas(
+        &self,
+        ring: &mut tcp::Tcp,
+        at: u64,
+        due: bool,
+        formation: &Formation,
+    ) -> Served<()> {
+        let every = self.config.ring.digest_every_steps;
+        if every == 0 || formation.members.len() < 2 || !(due || at.is_multiple_of(every)) {
+            return Ok(());
+        }
+        let held = self.held.as_ref().expect("state was taken");
+        match replicas::compare(ring, at, held.engine.state(), formation) {
+            Ok(None) => Ok(()),
+            Ok(Some(diverged)) => Err(diverged),
+            Err(error) => Err(cause_of(&error, formation)),
+        }
+    }
+
+    /// For tests: flips the lowest bit of one number, once, when the config says so.
+    fn inject_fault(&mut self, at: u64, rank: usize) {
+        let fault = self.config.ring.fault.take_if(|fault| (fault.step, fault.rank as usize) == (at, rank));
+        if let (Some(fault), Some(held)) = (fault, &self.held) {
+            let state = held.engine.state();
+            let buffer = match fault.buffer.as_str() {
+                "exp_avg" => &state.exp_avg,
+                "exp_avg_sq" => &state.exp_avg_sq,
+                _ => &state.weights,
+            };
+            let mut same_memory = buffer.shallow_clone();
+            let value = &mut ffi::as_mut_slice(&mut same_memory)[7];
+            *value = f32::from_bits(value.to_bits() ^ 1);
+            tracing::warn!(step = at, buffer = fault.buffer, "flipped a bit, as the config says");
+        }
     }
 
     /// Copies this worker's blocks, and a second time those of the next member, and hands them to the writer.

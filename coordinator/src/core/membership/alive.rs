@@ -96,6 +96,7 @@ impl Membership {
 
     /// After a generation's end: a failure that no death explains is counted, and the second distrusts held state.
     pub(super) fn judge(&mut self, formation: &Formation, blameless: bool, out: &mut Vec<Effect>) {
+        self.judge_replicas(formation, out);
         let reason = self.workers.values().find_map(|worker| match &worker.stance.activity {
             Activity::Holding { generation, cause: Cause::NoState { reason } | Cause::Fault { reason } }
                 if *generation == formation.generation =>
@@ -122,6 +123,41 @@ impl Membership {
         if count > self.options.faults_max {
             let reason = format!("step {at} has failed {count} times: {reason}");
             self.over(Outcome::Failed { reason }, out);
+        }
+    }
+
+    /// Replicas that differed: whoever most members name is sent away for good. Where there is no majority nobody can
+    /// tell who is right, and what workers hold is not used.
+    fn judge_replicas(&mut self, formation: &Formation, out: &mut Vec<Effect>) {
+        let (mut votes, mut told) = (BTreeMap::<WorkerId, usize>::new(), None);
+        for worker in self.workers.values() {
+            if let Activity::Holding { generation, cause: Cause::Diverged { workers, reason } } =
+                &worker.stance.activity
+                && *generation == formation.generation
+            {
+                told = Some(reason.clone());
+                workers.iter().for_each(|named| *votes.entry(*named).or_default() += 1);
+            }
+        }
+        let Some(reason) = told else { return };
+        let most = formation.members.len() / 2;
+        let named: Vec<WorkerId> = votes.into_iter().filter(|(_, votes)| *votes > most).map(|(id, _)| id).collect();
+        if named.is_empty() {
+            let at = self.newest_held().unwrap_or(formation.start);
+            let count = if self.faults.at == at { self.faults.count + 1 } else { 1 };
+            self.faults = Faults { at, count, distrust: true };
+            if count > self.options.faults_max {
+                self.over(Outcome::Failed { reason: format!("after step {at}: {reason}") }, out);
+            }
+            return;
+        }
+        for id in named {
+            let Some(worker) = self.workers.remove(&id) else { continue };
+            let why = Leave::Evicted { reason: reason.clone() };
+            out.push(Effect::Send { worker: id, epoch: self.epoch, order: Order::Leave { why } });
+            let (machine, step) = (worker.machine.clone(), worker.stance.holds);
+            out.push(Effect::Record(Entry::Evicted { worker: id, machine, step, reason: reason.clone() }));
+            self.quarantined.insert(worker.machine);
         }
     }
 

@@ -80,7 +80,7 @@ impl Membership {
             start,
             source,
             members: candidates.into_iter().zip(lanes).map(member).collect(),
-            save_first: committed < Some(start) && start == total,
+            save_first: start > Step(0) && !self.checkpoints.has(start),
         };
         let formation = Arc::new(formation);
         out.push(Effect::Record(Entry::Formed(Arc::clone(&formation))));

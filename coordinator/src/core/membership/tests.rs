@@ -98,7 +98,7 @@ fn formation(generation: u64, start: u64, source: Source, members: &[(u64, Range
         start: Step(start),
         source,
         members: members.iter().map(member).collect(),
-        save_first: false,
+        save_first: start != 0 && start != 10,
     })
 }
 
@@ -295,7 +295,7 @@ fn a_step_that_fails_again_goes_back_to_the_checkpoint_and_then_fails_the_job() 
 
 #[test]
 fn with_no_checkpoint_that_can_be_read_the_job_fails_instead_of_starting_over() {
-    let found = Found { formation: None, checkpoints: vec![Step(10)], floor: Generation(0) };
+    let found = Found { formation: None, checkpoints: vec![Step(10)], floor: Generation(0), quarantined: Vec::new() };
     let core = Membership::new(options(1), Epoch(1), found, Millis(0));
     let mut story = Story { core, now: 0 };
     story.link(1, stance(None, Activity::Outside));
@@ -394,4 +394,35 @@ fn ten_thousand_workers_form_a_ring() {
     }
     assert_eq!(out, []);
     assert!(began.elapsed().as_millis() < 500, "100 000 heartbeats took {:?}", began.elapsed());
+}
+
+#[test]
+fn a_replica_that_differs_is_sent_away_and_its_machine_with_it() {
+    let mut story = Story::running(3);
+    let reason = "worker 2 in block 5".to_owned();
+    let diverged = || Cause::Diverged { workers: vec![WorkerId(2)], reason: reason.clone() };
+    (1..=2).for_each(|id| drop(story.stands(id, stance(Some(40), holding(1, diverged())))));
+    let evicted = Entry::Evicted {
+        worker: WorkerId(2),
+        machine: "m".to_owned(),
+        step: Some(Step(40)),
+        reason: reason.clone(),
+    };
+    let leave = Order::Leave { why: Leave::Evicted { reason: reason.clone() } };
+    let next = formation(2, 40, peers(&[1, 3]), &[(1, 0..4), (3, 4..8)]);
+    let out = story.stands(3, stance(Some(40), holding(1, diverged())));
+    assert_eq!(out, [send(2, leave), Effect::Record(evicted), formed(&next)]);
+    let told = story.link(9, stance(None, Activity::Outside));
+    assert!(matches!(&told[..], [Effect::Send { order: Order::Leave { why: Leave::Evicted { .. } }, .. }]));
+}
+
+#[test]
+fn with_no_majority_nobody_is_blamed_and_the_checkpoint_is_right() {
+    let mut story = Story::running(2);
+    let diverged = || Cause::Diverged { workers: Vec::new(), reason: "they differ".to_owned() };
+    story.stands(1, stance(Some(40), holding(1, diverged())));
+    story.stands(2, stance(Some(40), holding(1, diverged())));
+    let out = story.event(Event::Listed { steps: vec![Step(10)] });
+    let checkpoint = Source::Checkpoint { step: Step(10) };
+    assert_eq!(out, [formed(&formation(2, 10, checkpoint, &[(1, 0..4), (2, 4..8)]))]);
 }

@@ -669,7 +669,8 @@ impl World {
             (formation.start, formation.save_first)
         };
         self.tell_worker(worker, Happens::Ready { generation, holds: start })?;
-        if save_first {
+        let due = start.0.is_multiple_of(self.every) || start == self.options.total;
+        if save_first && due {
             self.save(worker, generation, (start == self.options.total).then_some(Cause::Ended));
         }
         self.begin_step(generation);
@@ -841,6 +842,7 @@ impl World {
             formation: self.formations.last_key_value().map(|(_, formation)| Formation::clone(formation)),
             checkpoints: self.manifests.keys().copied().collect(),
             floor: Generation(0),
+            quarantined: Vec::new(),
         };
         let mut core = Membership::new(self.options.clone(), self.epoch, found, Millis(self.now));
         core.plant(self.bug);

@@ -1,0 +1,91 @@
+//! Do all replicas hold the same bits? Asked every so many steps and before every checkpoint.
+//!
+//! Every member hashes its weights and moments by block and sends the hash of those hashes to all. When they differ, the
+//! block hashes follow, so that all members know alike who differs from the majority, and where.
+
+use std::collections::BTreeMap;
+
+use anello_collective::{Collective, Error as RingError, Step as RingStep, tcp};
+use anello_proto::ring::{Cause, Formation};
+
+use crate::ffi;
+use crate::optimizer::State;
+use crate::params::BLOCK;
+
+/// Bytes of a block's hash that are compared.
+const SHORT: usize = 8;
+/// Blocks whose hashes go into one message: 64 000 of 65 536 bytes.
+const BLOCKS_A_MESSAGE: usize = 8000;
+/// Blocks that are named to people.
+const NAMED: usize = 4;
+
+/// Compares the replicas after `step` steps. `Ok(Some(_))`: they differ, and the ring must end.
+pub(super) fn compare(
+    ring: &mut tcp::Tcp,
+    step: u64,
+    state: &State,
+    formation: &Formation,
+) -> Result<Option<Cause>, RingError> {
+    let blocks = hashes(state);
+    let mut root = blake3::Hasher::new();
+    blocks.iter().for_each(|hash| {
+        root.update(hash.as_bytes());
+    });
+    let roots = ring.exchange(RingStep(step), root.finalize().as_bytes())?;
+    if roots.iter().all(|root| *root == roots[0]) {
+        return Ok(None);
+    }
+    let mut all: Vec<Vec<u8>> = vec![Vec::new(); roots.len()];
+    for chunk in blocks.chunks(BLOCKS_A_MESSAGE) {
+        let short: Vec<u8> = chunk.iter().flat_map(|hash| hash.as_bytes()[..SHORT].to_vec()).collect();
+        for (have, more) in all.iter_mut().zip(ring.exchange(RingStep(step), &short)?) {
+            have.extend(more);
+        }
+    }
+    Ok(Some(verdict(step, &roots, &all, state, formation)))
+}
+
+fn hashes(state: &State) -> Vec<blake3::Hash> {
+    let buffers = [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(ffi::as_slice);
+    (0..state.layout.blocks())
+        .map(|block| {
+            let mut hasher = blake3::Hasher::new();
+            for buffer in buffers {
+                let values = &buffer[block * BLOCK..(block + 1) * BLOCK];
+                hasher.update(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+            }
+            hasher.finalize()
+        })
+        .collect()
+}
+
+/// Who differs from the majority, and where.
+fn verdict(step: u64, roots: &[Vec<u8>], all: &[Vec<u8>], state: &State, formation: &Formation) -> Cause {
+    let mut votes = BTreeMap::<&[u8], usize>::new();
+    roots.iter().for_each(|root| *votes.entry(root).or_default() += 1);
+    let majority = votes.iter().find(|(_, votes)| **votes * 2 > roots.len()).map(|(root, _)| *root);
+    let Some(majority) = majority else {
+        let reason = format!("the replicas differ after step {step}, and no majority is of one kind");
+        return Cause::Diverged { workers: Vec::new(), reason };
+    };
+    let right = roots.iter().position(|root| *root == majority).unwrap_or(0);
+    let (mut workers, mut told) = (Vec::new(), Vec::new());
+    for (rank, member) in formation.members.iter().enumerate().filter(|(rank, _)| roots[*rank] != majority) {
+        let theirs = all[rank].chunks(SHORT).zip(all[right].chunks(SHORT));
+        let differ: Vec<usize> =
+            theirs.enumerate().filter(|(_, (a, b))| a != b).map(|(block, _)| block).collect();
+        let named: Vec<String> = differ
+            .iter()
+            .take(NAMED)
+            .map(|block| {
+                let names: Vec<&str> = state.layout.names_in(*block).collect();
+                format!("{block} ({})", names.join(", "))
+            })
+            .collect();
+        let more = if differ.len() > NAMED { format!(" and {} more", differ.len() - NAMED) } else { String::new() };
+        workers.push(member.worker);
+        told.push(format!("worker {} in block {}{more}", member.worker, named.join(", ")));
+    }
+    let reason = format!("after step {step} the state differs from all others': {}", told.join("; "));
+    Cause::Diverged { workers, reason }
+}
