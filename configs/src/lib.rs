@@ -21,6 +21,7 @@ mod resolved;
 mod run;
 mod schedule;
 pub mod text;
+mod timings;
 mod tree;
 
 pub use load::*;
@@ -29,3 +30,4 @@ pub use problem::*;
 pub use resolved::Difference;
 pub use run::*;
 pub use schedule::*;
+pub use timings::Timings;

@@ -9,8 +9,11 @@ mod units;
 
 pub use gpu::{Gpu, UnknownGpu};
 
+use std::time::Duration;
+
 use crate::run::*;
 use crate::schedule::{Schedule, StageSpan};
+use crate::timings::Timings;
 
 /// The machines to plan for: one worker for each GPU.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,6 +38,8 @@ pub struct Plan {
     pub dtype: Dtype,
     /// What the forward keeps.
     pub recompute: Recompute,
+    /// The ring's times.
+    pub timings: Timings,
     /// Lanes of the run.
     pub lanes: u32,
     /// Lanes of the worker that serves most of them.
@@ -247,6 +252,7 @@ impl Plan {
             cluster,
             dtype: config.compute.dtype,
             recompute: config.compute.recompute,
+            timings: Timings::new(Duration::from_millis(config.ring.detection_ms)),
             lanes: config.lanes,
             lanes_per_worker,
             stages: stages.collect(),

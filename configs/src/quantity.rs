@@ -9,6 +9,8 @@ pub(crate) enum Unit {
     Tokens,
     /// Bytes: `B kB MB GB TB` are powers of 1000, `KiB MiB GiB TiB` of 1024.
     Bytes,
+    /// A time in milliseconds: `ms`, `s`, `min`, `h`; never without a unit.
+    Time,
 }
 
 impl Unit {
@@ -19,18 +21,20 @@ impl Unit {
             Self::Tokens => {
                 format!("a number of tokens, {low} to {high}, written as 4096, \"4Ki\" or \"0.05T\"")
             }
+            Self::Time => format!("a time, {low} to {high}, written as \"500ms\", \"10s\" or \"2min\""),
             Self::Bytes => format!("a size, {low} to {high}, written as 1048576, \"64MiB\" or \"1GB\""),
         }
     }
 
     /// A count with the largest unit that divides it.
-    fn shown(self, count: u64) -> String {
-        let suffixes = match self {
-            Self::Tokens => ["Ti", "T", "Gi", "B", "Mi", "M", "Ki", "K"],
-            Self::Bytes => ["TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "kB"],
+    pub fn shown(self, count: u64) -> String {
+        let suffixes: &[&str] = match self {
+            Self::Tokens => &["Ti", "T", "Gi", "B", "Mi", "M", "Ki", "K"],
+            Self::Bytes => &["TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "kB"],
+            Self::Time => &["h", "min", "s", "ms"],
         };
         let mut units = suffixes
-            .into_iter()
+            .iter()
             .filter_map(|suffix| Some((suffix, u64::try_from(self.factor(suffix)?).ok()?)));
         match units.find(|(_, factor)| count >= *factor && count.is_multiple_of(*factor)) {
             Some((suffix, factor)) => format!("{}{suffix}", count / factor),
@@ -42,7 +46,10 @@ impl Unit {
         const K: u128 = 1000;
         const KI: u128 = 1024;
         Some(match (self, suffix) {
-            (_, "") | (Self::Bytes, "B") => 1,
+            (Self::Tokens | Self::Bytes, "") | (Self::Bytes, "B") | (Self::Time, "ms") => 1,
+            (Self::Time, "s") => K,
+            (Self::Time, "min") => 60 * K,
+            (Self::Time, "h") => 3600 * K,
             (Self::Tokens, "K" | "k") | (Self::Bytes, "kB" | "KB") => K,
             (Self::Tokens, "M") | (Self::Bytes, "MB") => K * K,
             (Self::Tokens, "B" | "G") | (Self::Bytes, "GB") => K * K * K,
@@ -104,6 +111,12 @@ pub fn read_count(text: &str) -> Result<u64, String> {
 /// Reads a size as a config has it: `1048576`, `64MiB`, `1GB`. For command lines.
 pub fn read_bytes(text: &str) -> Result<u64, String> {
     read(text, Unit::Bytes, "write a size as 1048576, 64MiB or 1GB")
+}
+
+/// Reads a time as a config has it: `500ms`, `10s`, `2min`. For command lines.
+pub fn read_time(text: &str) -> Result<std::time::Duration, String> {
+    let millis = read(text, Unit::Time, "write a time as 500ms, 10s or 2min")?;
+    Ok(std::time::Duration::from_millis(millis))
 }
 
 fn read(text: &str, unit: Unit, remedy: &str) -> Result<u64, String> {
@@ -181,5 +194,14 @@ mod tests {
         {
             assert_eq!(parse(text, Unit::Bytes), value, "{text:?}");
         }
+    }
+
+    #[test]
+    fn times_have_units() {
+        let table = [("500ms", Some(500)), ("10s", Some(10_000)), ("1.5min", Some(90_000)), ("1h", Some(3_600_000))];
+        for (text, value) in table.into_iter().chain([("10", None), ("1d", None), ("0.1ms", None), ("", None)]) {
+            assert_eq!(parse(text, Unit::Time), value, "{text:?}");
+        }
+        assert_eq!([1500, 10_000, 120_000].map(|millis| Unit::Time.shown(millis)), ["1500ms", "10s", "2min"]);
     }
 }

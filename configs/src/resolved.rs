@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::problem::ConfigError;
+use crate::quantity::Unit;
 use crate::run::*;
 
 /// A key of the mathematics in which two configs differ.
@@ -166,8 +167,9 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         }
         s.rest("keep_stage_ends", *keep_stage_ends).rest("part_bytes", *part_bytes);
     });
-    let Ring { digest_every_steps, fault } = ring;
+    let Ring { detection_ms, digest_every_steps, fault } = ring;
     section("ring", &|s| {
+        s.rest("detection", Unit::Time.shown(*detection_ms).as_str());
         s.rest("digest_every_steps", *digest_every_steps);
         if let Some(Fault { buffer, step, rank }) = fault {
             s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());

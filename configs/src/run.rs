@@ -154,6 +154,8 @@ pub struct Checkpoint {
 /// How a ring of workers watches over itself. None of it changes a bit of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ring {
+    /// How long a silent fault may go unseen, milliseconds: every time-out follows from it ([`crate::Timings`]).
+    pub detection_ms: u64,
     /// Steps between two comparisons of all replicas of weights and moments, which are made before every checkpoint
     /// too; 0 = never.
     pub digest_every_steps: u64,

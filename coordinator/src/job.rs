@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
-use anello_configs::{RunConfig, Schedule};
+use anello_configs::{RunConfig, Schedule, Timings};
 use anello_proto::convert::Malformed;
 use anello_proto::ring::{
     Endpoints, Epoch, Formation, Generation, Leave, Member, Order, Source, Stance, Step, WorkerId,
@@ -26,7 +26,6 @@ use tokio::sync::mpsc;
 use crate::core::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Status};
 use crate::desk::{Desk, Done, Task};
 use crate::error::{Error, Result};
-use crate::timings::Timings;
 
 /// What a job asks for, besides its run.
 #[derive(Clone, Debug)]

@@ -6,7 +6,6 @@
 //!          desk      the thread that works on the run folder: log, metrics, manifests
 //!          service   gRPC: workers' connections, handed to jobs
 //!          launch    worker processes: started, watched, started again
-//!          timings   every time-out from one number
 //! ```
 
 pub mod core;
@@ -15,9 +14,8 @@ mod error;
 mod job;
 pub mod launch;
 mod service;
-mod timings;
 
+pub use anello_configs::Timings;
 pub use error::{Error, Result};
 pub use job::{Job, JobOptions, Opened, create};
 pub use service::{Jobs, Server};
-pub use timings::Timings;

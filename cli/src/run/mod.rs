@@ -21,7 +21,7 @@ use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
 use crate::screen::Screen;
-use crate::text::grouped;
+use crate::text::{grouped, read_time};
 use tracker::Tracker;
 use view::View;
 
@@ -52,9 +52,9 @@ pub struct Args {
     /// With --workers: start none here; they come from elsewhere, as `anello worker --coordinator ADDRESS --job NAME`.
     #[arg(long, requires = "workers")]
     external: bool,
-    /// With --workers: how long a silent fault of a worker may go unseen, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, requires = "workers")]
-    detection: f64,
+    /// With --workers: how long a silent fault of a worker may go unseen (default: `ring.detection` of the config).
+    #[arg(long, value_name = "TIME", value_parser = read_time, requires = "workers")]
+    detection: Option<Duration>,
     /// With --workers: the coordinator's port on 127.0.0.1; 0 for any free one.
     #[arg(long, value_name = "PORT", default_value_t = 0, requires = "workers")]
     port: u16,

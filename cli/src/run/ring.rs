@@ -33,7 +33,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let timings = Timings::new(Duration::from_secs_f64(args.detection));
+    let timings = Timings::new(args.detection.unwrap_or(Duration::from_millis(config.ring.detection_ms)));
     let jobs = Jobs::default();
     let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port);
     let server = runtime.block_on(Server::start(address, jobs.clone()))?;

@@ -3,6 +3,6 @@
 mod number;
 mod time;
 
-pub use anello_configs::text::{Table, bytes, count, grouped, read_bytes, read_count};
+pub use anello_configs::text::{Table, bytes, count, grouped, read_bytes, read_count, read_time};
 pub use number::{lr, nats, per_second, percent, short};
 pub use time::{duration, utc};

@@ -122,6 +122,8 @@ impl<'f, 't> Section<'f, 't> {
         let accepted = unit.accepted(&range);
         let value = self.read(key, &accepted, default, |node| {
             let value = match &node.value {
+                // A time says its unit.
+                Value::Integer(_) if unit == Unit::Time => None,
                 Value::Integer(value) => u64::try_from(*value).ok(),
                 Value::Float(_, digits) | Value::Text(digits) => quantity::parse(digits, unit),
                 _ => None,

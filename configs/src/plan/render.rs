@@ -1,13 +1,17 @@
 //! The plan as text.
 
+use std::time::Duration;
+
 use super::units::{binary, duration, number};
 use super::{Plan, StageEstimate};
+use crate::quantity::Unit;
 use crate::run::{LrCurve, Recompute};
 use crate::text::{Table, bytes, count, flops, grouped};
+use crate::timings::Timings;
 
 pub(super) fn render(plan: &Plan) -> String {
     let sections =
-        [heading(plan), parameters(plan), stages(plan), arithmetic(plan), memory(plan), notes(plan)];
+        [heading(plan), parameters(plan), stages(plan), arithmetic(plan), memory(plan), ring(plan), notes(plan)];
     sections.into_iter().filter(|section| !section.is_empty()).collect::<Vec<_>>().join("\n")
 }
 
@@ -165,6 +169,17 @@ fn memory(plan: &Plan) -> String {
         ];
         grid.row([stage.stage.name.clone()].into_iter().chain(parts.map(bytes)));
     }
+    grid.text()
+}
+
+/// What follows from how long a silent fault may go unseen. A closed connection needs no time-out.
+fn ring(plan: &Plan) -> String {
+    let Timings { heartbeat, lease, watch, gather, grace } = plan.timings;
+    let shown = |time: Duration| Unit::Time.shown(time.as_millis() as u64);
+    let times = [heartbeat, lease, gather, watch, grace].map(shown);
+    let mut grid = Grid::new("ring times");
+    grid.row(["heartbeat", "lease", "gather", "log watch", "grace"].map(str::to_owned));
+    grid.row(times);
     grid.text()
 }
 

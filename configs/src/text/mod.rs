@@ -6,4 +6,4 @@ mod table;
 pub use number::{bytes, count, flops, grouped};
 pub use table::Table;
 
-pub use crate::quantity::{read_bytes, read_count};
+pub use crate::quantity::{read_bytes, read_count, read_time};

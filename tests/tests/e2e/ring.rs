@@ -13,7 +13,7 @@ const STEPS: u64 = 31;
 fn start(run: &str, workers: u32, more: &[&str]) -> Process {
     let workers = workers.to_string();
     let arguments =
-        ["run", "small.toml", "--out", run, "--workers", &workers, "--detection", "1", "--sample", "0"];
+        ["run", "small.toml", "--out", run, "--workers", &workers, "--detection", "1s", "--sample", "0"];
     Process::start(&world().folder, &[&arguments[..], more].concat())
 }
 
@@ -157,7 +157,7 @@ fn a_coordinator_that_is_killed_is_taken_over_while_training_goes_on() {
     assert!(first.kill(), "it was over too soon");
     rest(Duration::from_millis(200));
     let resume =
-        ["run", "--resume", run, "--workers", "2", "--external", "--port", &port, "--detection", "1"];
+        ["run", "--resume", run, "--workers", "2", "--external", "--port", &port, "--detection", "1s"];
     Process::start(&world().folder, &[&resume[..], &["--sample", "0"]].concat()).wait().expect(0);
     for worker in workers {
         worker.wait().expect(0);

@@ -7,7 +7,6 @@ use std::time::Duration;
 /// ```text
 /// heartbeat = detection / 5    a worker speaks at least so often, so that four words may be late or lost
 /// lease     = detection        a worker that was silent for so long is taken for dead
-/// connect   = detection        a generation's members have so long to reach each other
 /// watch     = detection / 2    a coordinator looks so often whether another has the job
 /// gather    = detection        the first generation waits so long for all the workers that are wanted
 /// grace     = 2 · detection    a worker that is told to go has so long before it is killed: a step's rest and a hand-over
@@ -18,8 +17,6 @@ pub struct Timings {
     pub heartbeat: Duration,
     /// Silence after which a worker is taken for dead.
     pub lease: Duration,
-    /// Time for the members of a generation to connect.
-    pub connect: Duration,
     /// Time between two looks at the log by a coordinator that has nothing to write.
     pub watch: Duration,
     /// Time that the first generation waits for latecomers.
@@ -36,7 +33,6 @@ impl Timings {
         Self {
             heartbeat: detection / 5,
             lease: detection,
-            connect: detection,
             watch: detection / 2,
             gather: detection,
             grace: detection * 2,
