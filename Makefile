@@ -2,13 +2,16 @@
 
 CARGO ?= cargo
 RUN ?= runs/tiny
+# Worker processes of `make run`: one a core, up to the run's four lanes. The result does not depend on it.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 TINY := data/tiny
 
 .PHONY: run test check bench soak fmt clean setup build data
 
 ## Train the tiny model through all stages, with live output. A second call goes on where the first stopped.
 run: build data
-	@if [ -e $(RUN)/config.toml ]; then target/debug/anello run --resume $(RUN); else target/debug/anello run tiny --out $(RUN); fi
+	@if [ -e $(RUN)/config.toml ]; then target/debug/anello run --resume $(RUN) --workers $(WORKERS); \
+	else target/debug/anello run tiny --out $(RUN) --workers $(WORKERS); fi
 	@target/debug/anello report $(RUN)
 
 ## All tests.

@@ -57,7 +57,10 @@ pub fn describe(event: &Event) -> String {
         }
         Event::Evicted { worker, machine, step, reason } => {
             let step = step.map_or(String::new(), |step| format!(" after step {}", grouped(step)));
-            format!("worker {} sent away{step} and machine {machine} quarantined: {reason}", short_digest(worker))
+            format!(
+                "worker {} sent away{step} and machine {machine} quarantined: {reason}",
+                short_digest(worker)
+            )
         }
         Event::Formed { generation, start, source, holders, members, save_first } => {
             let whence = match source.as_str() {

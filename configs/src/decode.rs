@@ -127,7 +127,10 @@ fn ring(s: &mut Section<'_, '_>) -> Ring {
     Ring {
         detection_ms: s.quantity("detection", Unit::Time, 100..=3_600_000, Some(10_000)),
         digest_every_steps: s.count("digest_every_steps", 0..=1 << 53, Some(100)),
-        fault: s.optional("fault").then(|| read_fault(&s.text("fault", fault, |text| read_fault(text).is_some()))).flatten(),
+        fault: s
+            .optional("fault")
+            .then(|| read_fault(&s.text("fault", fault, |text| read_fault(text).is_some())))
+            .flatten(),
     }
 }
 

@@ -33,9 +33,8 @@ impl Unit {
             Self::Bytes => &["TiB", "TB", "GiB", "GB", "MiB", "MB", "KiB", "kB"],
             Self::Time => &["h", "min", "s", "ms"],
         };
-        let mut units = suffixes
-            .iter()
-            .filter_map(|suffix| Some((suffix, u64::try_from(self.factor(suffix)?).ok()?)));
+        let mut units =
+            suffixes.iter().filter_map(|suffix| Some((suffix, u64::try_from(self.factor(suffix)?).ok()?)));
         match units.find(|(_, factor)| count >= *factor && count.is_multiple_of(*factor)) {
             Some((suffix, factor)) => format!("{}{suffix}", count / factor),
             None => count.to_string(),
@@ -198,8 +197,11 @@ mod tests {
 
     #[test]
     fn times_have_units() {
-        let table = [("500ms", Some(500)), ("10s", Some(10_000)), ("1.5min", Some(90_000)), ("1h", Some(3_600_000))];
-        for (text, value) in table.into_iter().chain([("10", None), ("1d", None), ("0.1ms", None), ("", None)]) {
+        let table =
+            [("500ms", Some(500)), ("10s", Some(10_000)), ("1.5min", Some(90_000)), ("1h", Some(3_600_000))];
+        for (text, value) in
+            table.into_iter().chain([("10", None), ("1d", None), ("0.1ms", None), ("", None)])
+        {
             assert_eq!(parse(text, Unit::Time), value, "{text:?}");
         }
         assert_eq!([1500, 10_000, 120_000].map(|millis| Unit::Time.shown(millis)), ["1500ms", "10s", "2min"]);

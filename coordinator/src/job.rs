@@ -483,12 +483,9 @@ fn event_of(entry: Entry) -> Logged {
         Entry::Lost { worker, step, reason } => {
             Logged::Lost { worker: worker.to_string(), step: step.map(|step| step.0), reason }
         }
-        Entry::Evicted { worker, machine, step, reason } => Logged::Evicted {
-            worker: worker.to_string(),
-            machine,
-            step: step.map(|step| step.0),
-            reason,
-        },
+        Entry::Evicted { worker, machine, step, reason } => {
+            Logged::Evicted { worker: worker.to_string(), machine, step: step.map(|step| step.0), reason }
+        }
         Entry::Formed(formation) => {
             let (source, holders) = match &formation.source {
                 Source::Seed => ("seed", Vec::new()),

@@ -89,9 +89,10 @@ impl From<&Cause> for v1::holding::Cause {
             }
             Cause::NoState { reason } => Self::NoState(reason),
             Cause::Fault { reason } => Self::Fault(reason),
-            Cause::Diverged { workers, reason } => {
-                Self::Diverged(v1::Diverged { workers: workers.iter().map(|worker| worker.0).collect(), reason })
-            }
+            Cause::Diverged { workers, reason } => Self::Diverged(v1::Diverged {
+                workers: workers.iter().map(|worker| worker.0).collect(),
+                reason,
+            }),
         }
     }
 }

@@ -129,12 +129,9 @@ impl Process {
         running
     }
 
-    /// Sends `signal` (a name, as `INT`), `times` times as fast as a shell can.
-    pub fn signal(&self, signal: &str, times: u32) {
-        let script = "i=0; while [ $i -lt $2 ]; do kill -$1 $0 || exit; i=$((i+1)); done";
-        let id = self.child.id().to_string();
-        let sent = Command::new("sh").args(["-c", script, &id, signal, &times.to_string()]).status();
-        assert!(sent.expect("there is a shell").success(), "kill -{signal} {id}");
+    /// Sends `signal` (a name, as `INT`).
+    pub fn signal(&self, name: &str) {
+        signal(self.child.id(), name);
     }
 
     /// Its process id.

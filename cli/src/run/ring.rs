@@ -35,13 +35,14 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let timings = Timings::new(args.detection.unwrap_or(Duration::from_millis(config.ring.detection_ms)));
     let jobs = Jobs::default();
-    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port);
-    let server = runtime.block_on(Server::start(address, jobs.clone()))?;
     let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
     let (sender, notices) = channel();
     let opened = Opened::take_up(store.clone(), options)?;
     let (job, task) = runtime.block_on(async { opened.start(sender) })?;
+    // Before anyone can connect: a worker that is told of no such job goes.
     jobs.add(job.clone());
+    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port);
+    let server = runtime.block_on(Server::start(address, jobs.clone()))?;
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
     let started = if args.external { 0 } else { workers };
     let mut crew = Crew::start(local(server.address, &config, workers, args)?, started, BUDGET)?;

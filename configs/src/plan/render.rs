@@ -10,8 +10,15 @@ use crate::text::{Table, bytes, count, flops, grouped};
 use crate::timings::Timings;
 
 pub(super) fn render(plan: &Plan) -> String {
-    let sections =
-        [heading(plan), parameters(plan), stages(plan), arithmetic(plan), memory(plan), ring(plan), notes(plan)];
+    let sections = [
+        heading(plan),
+        parameters(plan),
+        stages(plan),
+        arithmetic(plan),
+        memory(plan),
+        ring(plan),
+        notes(plan),
+    ];
     sections.into_iter().filter(|section| !section.is_empty()).collect::<Vec<_>>().join("\n")
 }
 

@@ -105,6 +105,7 @@ fn the_readme_knows_every_key() {
     let sets = [
         "compute.threads=2",
         "checkpoint.keep_every_steps=5",
+        "ring.fault=weights@3/1",
         "stage.stable.batch_ramp={from=\"1Ki\",over=\"256Ki\"}",
         "stage.stable.micro_batch=1",
         "stage.stable.lr_curve=wsd",

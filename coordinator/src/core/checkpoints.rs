@@ -90,7 +90,10 @@ impl Checkpoints {
         let complete = pending.is_complete();
         #[cfg(test)]
         let complete = complete || self.early;
-        let commit = complete && !pending.committing;
+        // Two generations may have copied the same state: one manifest is enough.
+        let busy = self.pending.iter().any(|((other, _), pending)| *other == step && pending.committing);
+        let pending = self.pending.get_mut(&(step, generation)).expect("just inserted");
+        let commit = complete && !busy;
         pending.committing |= commit;
         let parts = commit.then(|| pending.written.values().cloned().collect());
         while self.pending.len() > PENDING_MAX {

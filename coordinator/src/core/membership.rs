@@ -326,7 +326,8 @@ impl Membership {
         out: &mut Vec<Effect>,
     ) {
         if self.quarantined.contains(&machine) {
-            let reason = format!("machine {machine} is quarantined: a worker's state there differed from all others'");
+            let reason =
+                format!("machine {machine} is quarantined: a worker's state there differed from all others'");
             let order = Order::Leave { why: Leave::Evicted { reason } };
             out.push(Effect::Send { worker: id, epoch: self.epoch, order });
             return;
@@ -412,7 +413,9 @@ impl Membership {
             if worker.linked {
                 out.push(Effect::Drop { worker: id, reason: reason.clone() });
             }
-            out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
+            if !matches!(self.ring, Ring::Over(_)) {
+                out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
+            }
         }
     }
 

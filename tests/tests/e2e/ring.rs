@@ -124,7 +124,7 @@ fn ctrl_c_takes_a_checkpoint_and_another_number_of_workers_goes_on() {
     let place = world().folder.join(run);
     let mut process = start(run, 3, &[]);
     wait_until("it is so far", || newest_checkpoint(&place) >= 6 || process.ended());
-    process.signal("INT", 1);
+    process.signal("INT");
     process.wait().expect(130);
     world().anello(&["checkpoint", "verify", run]).expect(0);
     let resume = ["run", "--resume", run, "--workers", "2", "--sample", "0"];
@@ -140,7 +140,7 @@ fn a_ring_goes_on_where_one_process_stopped_and_the_other_way_round() {
     let mut process =
         Process::start(&world().folder, &["run", "--resume", run, "--workers", "3", "--sample", "0"]);
     wait_until("it is so far", || newest_checkpoint(&place) >= 18 || process.ended());
-    process.signal("INT", 1);
+    process.signal("INT");
     process.wait().expect(130);
     world().anello(&["run", "--resume", run, "--sample", "0"]).expect(0);
     assert_undisturbed(run);
@@ -206,7 +206,10 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
         start(&run, workers, &["--set", &set]).wait().expect(0);
         let told = events(&run);
         if workers == 3 {
-            assert!(told.contains("sent away after step") && told.contains("in block 0 (model.embed_tokens"), "{told}");
+            assert!(
+                told.contains("sent away after step") && told.contains("in block 0 (model.embed_tokens"),
+                "{told}"
+            );
             assert!(told.contains("with 2 workers"), "{told}");
         } else {
             assert!(told.contains("state from checkpoint"), "{told}");

@@ -23,7 +23,7 @@ fn one_signal_finishes_the_step_saves_it_and_leaves() {
     for signal in ["INT", "TERM"] {
         let run = format!("signal-{signal}");
         let process = started(&run);
-        process.signal(signal, 1);
+        process.signal(signal);
         let out = process.wait().expect(130);
         assert!(out.contains("stopping: this step is finished and a checkpoint taken"), "{out}");
         assert!(last_event(&run).contains("stopped"), "{}", last_event(&run));
@@ -40,7 +40,10 @@ fn one_signal_finishes_the_step_saves_it_and_leaves() {
 fn a_second_signal_leaves_at_once() {
     let run = "signal-twice";
     let process = started(run);
-    process.signal("INT", 200);
+    // Stopped, it gets both when it goes on: two of one kind would become one.
+    for signal in ["STOP", "INT", "TERM", "CONT"] {
+        process.signal(signal);
+    }
     process.wait().expect(131);
     assert!(!last_event(run).contains("stopped"), "it did not take its time: {}", last_event(run));
     world().anello(&["run", "--resume", run]).expect(0);

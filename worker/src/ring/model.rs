@@ -451,13 +451,7 @@ impl Thread {
     }
 
     /// Ends the ring when the replicas differ after `at` steps.
-    fn compare_replicas(
-        &self,
-        ring: &mut tcp::Tcp,
-        at: u64,
-        due: bool,
-        formation: &Formation,
-    ) -> Served<()> {
+    fn compare_replicas(&self, ring: &mut tcp::Tcp, at: u64, due: bool, formation: &Formation) -> Served<()> {
         let every = self.config.ring.digest_every_steps;
         if every == 0 || formation.members.len() < 2 || !(due || at.is_multiple_of(every)) {
             return Ok(());

@@ -82,7 +82,8 @@ fn verdict(step: u64, roots: &[Vec<u8>], all: &[Vec<u8>], state: &State, formati
                 format!("{block} ({})", names.join(", "))
             })
             .collect();
-        let more = if differ.len() > NAMED { format!(" and {} more", differ.len() - NAMED) } else { String::new() };
+        let more =
+            if differ.len() > NAMED { format!(" and {} more", differ.len() - NAMED) } else { String::new() };
         workers.push(member.worker);
         told.push(format!("worker {} in block {}{more}", member.worker, named.join(", ")));
     }

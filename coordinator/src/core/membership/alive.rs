@@ -39,7 +39,7 @@ impl Membership {
             && !ahead
             && self.goal != Goal::Cancel
             && formation.members.iter().all(told)
-            && causes.iter().all(|cause| matches!(cause, Cause::Ordered | Cause::Ended));
+            && causes.iter().all(leaves_together);
         let reason = match (gone.first(), &self.goal) {
             (Some(worker), _) => format!("worker {worker} is lost"),
             (None, Goal::Cancel) => "the job is cancelled".to_owned(),
@@ -84,7 +84,7 @@ impl Membership {
             })
         };
         // A hold that was planned and broke after all: the others must be told.
-        let broke = causes().any(|cause| !matches!(cause, Cause::Ordered | Cause::Ended));
+        let broke = causes().any(|cause| !leaves_together(cause));
         let lost = formation.members.iter().any(|member| !self.workers.contains_key(&member.worker));
         let abort =
             abort.cloned().or_else(|| (broke || lost).then(|| "a member has left the ring".to_owned()));
@@ -126,22 +126,22 @@ impl Membership {
         }
     }
 
-    /// Replicas that differed: whoever most members name is sent away for good. Where there is no majority nobody can
-    /// tell who is right, and what workers hold is not used.
+    /// Replicas that differed: whoever the members name is sent away for good. They all have the same hashes to judge by,
+    /// so one verdict is enough, and two that differ are none. Where nobody can tell who is right, what workers hold is
+    /// not used.
     fn judge_replicas(&mut self, formation: &Formation, out: &mut Vec<Effect>) {
-        let (mut votes, mut told) = (BTreeMap::<WorkerId, usize>::new(), None);
+        let (mut verdicts, mut told) = (BTreeSet::new(), None);
         for worker in self.workers.values() {
             if let Activity::Holding { generation, cause: Cause::Diverged { workers, reason } } =
                 &worker.stance.activity
                 && *generation == formation.generation
             {
                 told = Some(reason.clone());
-                workers.iter().for_each(|named| *votes.entry(*named).or_default() += 1);
+                verdicts.insert(workers.clone());
             }
         }
         let Some(reason) = told else { return };
-        let most = formation.members.len() / 2;
-        let named: Vec<WorkerId> = votes.into_iter().filter(|(_, votes)| *votes > most).map(|(id, _)| id).collect();
+        let named = if verdicts.len() == 1 { verdicts.pop_first().unwrap_or_default() } else { Vec::new() };
         if named.is_empty() {
             let at = self.newest_held().unwrap_or(formation.start);
             let count = if self.faults.at == at { self.faults.count + 1 } else { 1 };
@@ -183,4 +183,9 @@ impl Membership {
         };
         Some(Change { save, why })
     }
+}
+
+/// Causes for which all members leave by themselves at the same boundary, so that nobody has to be told.
+fn leaves_together(cause: &Cause) -> bool {
+    matches!(cause, Cause::Ordered | Cause::Ended | Cause::Diverged { .. })
 }

@@ -259,6 +259,7 @@ fn a_new_coordinator_takes_up_the_ring_that_runs_and_repeats_what_was_not_heard(
         formation: Some(Formation::clone(&alive)),
         checkpoints: vec![Step(20)],
         floor: Generation(0),
+        quarantined: Vec::new(),
     };
     let core = Membership::new(options(2), Epoch(2), found, Millis(0));
     let mut story = Story { core, now: 0 };
@@ -295,7 +296,8 @@ fn a_step_that_fails_again_goes_back_to_the_checkpoint_and_then_fails_the_job() 
 
 #[test]
 fn with_no_checkpoint_that_can_be_read_the_job_fails_instead_of_starting_over() {
-    let found = Found { formation: None, checkpoints: vec![Step(10)], floor: Generation(0), quarantined: Vec::new() };
+    let found =
+        Found { formation: None, checkpoints: vec![Step(10)], floor: Generation(0), quarantined: Vec::new() };
     let core = Membership::new(options(1), Epoch(1), found, Millis(0));
     let mut story = Story { core, now: 0 };
     story.link(1, stance(None, Activity::Outside));
