@@ -17,7 +17,7 @@ pub struct Args {
     /// The job to work for.
     #[arg(long, value_name = "NAME")]
     job: String,
-    /// Address of this machine that the other workers reach.
+    /// Address of this machine that the other workers reach: a loopback one, since there is no TLS yet.
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     address: IpAddr,
     /// Name of this machine, for people (default: its host name).
@@ -33,6 +33,12 @@ pub struct Args {
 
 /// `anello worker`
 pub fn run(args: &Args) -> Outcome {
+    if !args.address.is_loopback() {
+        let address = args.address;
+        return Err(Failure::Usage(format!(
+            "{address} is not a loopback address, and this build has no TLS"
+        )));
+    }
     let interrupt = Interrupt::watch()?;
     if args.until_eof {
         std::thread::Builder::new().name("stdin".to_owned()).spawn(|| {

@@ -123,10 +123,11 @@ fn checkpoint(s: &mut Section<'_, '_>) -> Checkpoint {
 }
 
 fn ring(s: &mut Section<'_, '_>) -> Ring {
-    let fault = "a fault as weights@STEP/RANK, exp_avg@STEP/RANK or exp_avg_sq@STEP/RANK";
+    let fault = "a fault as weights@STEP/RANK, exp_avg@…, exp_avg_sq@… or gradient@…";
     Ring {
         detection_ms: s.quantity("detection", Unit::Time, 100..=3_600_000, Some(10_000)),
         digest_every_steps: s.count("digest_every_steps", 0..=1 << 53, Some(100)),
+        spot_check_every_steps: s.count("spot_check_every_steps", 0..=1 << 53, Some(500)),
         fault: s
             .optional("fault")
             .then(|| read_fault(&s.text("fault", fault, |text| read_fault(text).is_some())))
@@ -137,7 +138,7 @@ fn ring(s: &mut Section<'_, '_>) -> Ring {
 fn read_fault(text: &str) -> Option<Fault> {
     let (buffer, place) = text.split_once('@')?;
     let (step, rank) = place.split_once('/')?;
-    let known = ["weights", "exp_avg", "exp_avg_sq"].contains(&buffer);
+    let known = ["weights", "exp_avg", "exp_avg_sq", "gradient"].contains(&buffer);
     known.then_some(Fault { buffer: buffer.to_owned(), step: step.parse().ok()?, rank: rank.parse().ok()? })
 }
 

@@ -159,6 +159,8 @@ pub struct Ring {
     /// Steps between two comparisons of all replicas of weights and moments, which are made before every checkpoint
     /// too; 0 = never.
     pub digest_every_steps: u64,
+    /// Steps between two checks of one lane's gradient by a second worker; 0 = never.
+    pub spot_check_every_steps: u64,
     /// For tests: a bit that is flipped on purpose.
     pub fault: Option<Fault>,
 }
@@ -166,7 +168,7 @@ pub struct Ring {
 /// One bit flip, once in the life of a process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
-    /// `weights`, `exp_avg` or `exp_avg_sq`.
+    /// `weights`, `exp_avg`, `exp_avg_sq`, or `gradient`: of the first lane from that step on that is spot-checked.
     pub buffer: String,
     /// After so many steps are applied.
     pub step: u64,

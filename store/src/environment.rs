@@ -20,7 +20,15 @@ pub struct Environment {
     pub system: String,
 }
 
+/// Where a run was started, in its folder: written once.
+pub const ENVIRONMENT: &str = "environment.json";
+
 impl Environment {
+    /// As JSON, for people.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("plain strings and a number")
+    }
+
     /// What decides the arithmetic besides the device: workers of one ring have the same.
     pub fn build(&self) -> String {
         let revision = self.revision.as_deref().unwrap_or("unknown");

@@ -30,7 +30,7 @@ mod store;
 
 pub use config::{CONFIG, read_config};
 pub use cursor::{Cursor, OpenDocument, SourceCursor};
-pub use environment::Environment;
+pub use environment::{ENVIRONMENT, Environment};
 pub use error::{Error, Result};
 pub use notice::Notice;
 pub use store::{Object, Store};

@@ -174,12 +174,23 @@ impl Engine {
 
     /// Runs one lane: lanes come in order, each once a step.
     pub fn lane(&mut self, stage: &Stage, lane: u32, micro_batches: &[MicroBatch]) {
+        let (gradient, sums) = self.lane_gradient(stage, micro_batches);
+        self.fold_lane(lane, gradient, sums);
+    }
+
+    /// The flat gradient and the loss sums of one lane's micro-batches, which no other lane has a part in.
+    pub fn lane_gradient(&mut self, stage: &Stage, micro_batches: &[MicroBatch]) -> (Tensor, LossSums) {
         let mut gradient = self.spare.pop().unwrap_or_else(|| self.state.layout.zeros(self.device));
         let _ = gradient.zero_();
         let mut sums = LossSums::zero(stage.loops as usize);
         for micro_batch in micro_batches {
             sums.add(&self.forward_backward(stage, micro_batch, &gradient));
         }
+        (gradient, sums)
+    }
+
+    /// Puts a lane's gradient and sums into the tree: lanes come in order, each once a step.
+    pub fn fold_lane(&mut self, lane: u32, gradient: Tensor, sums: LossSums) {
         let spare = &mut self.spare;
         self.fold.push(lane, (gradient, sums), |(gradient, sums), (right, right_sums)| {
             *gradient += &right;

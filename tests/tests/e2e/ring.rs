@@ -48,6 +48,7 @@ fn any_number_of_workers_is_one_worker() {
         assert_undisturbed(&run);
         let told = events(&run);
         assert!(told.contains(&format!("with {workers} worker")), "{told}");
+        assert!(world().folder.join(&run).join("environment.json").exists());
     }
 }
 
@@ -95,12 +96,12 @@ fn disturbed(seed: u64) {
 
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_1() {
-    (1..=5).for_each(disturbed);
+    (1..=8).for_each(disturbed);
 }
 
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_2() {
-    (6..=10).for_each(disturbed);
+    (9..=16).for_each(disturbed);
 }
 
 #[test]
@@ -211,6 +212,26 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
                 "{told}"
             );
             assert!(told.contains("with 2 workers"), "{told}");
+        } else {
+            assert!(told.contains("state from checkpoint"), "{told}");
+        }
+        assert_undisturbed(&run);
+    }
+}
+
+/// A gradient that one worker computes wrongly reaches all replicas alike: only a second computation can see it.
+#[test]
+fn a_wrong_gradient_is_found_before_it_is_applied() {
+    for workers in [3, 2] {
+        let run = format!("ring-wrong-gradient-{workers}");
+        let set = ["--set", "ring.fault=gradient@5/1", "--set", "ring.spot_check_every_steps=1"];
+        start(&run, workers, &set).wait().expect(0);
+        let told = events(&run);
+        if workers == 3 {
+            assert!(
+                told.contains("computes another gradient of lane") && told.contains("with 2 workers"),
+                "{told}"
+            );
         } else {
             assert!(told.contains("state from checkpoint"), "{told}");
         }

@@ -16,6 +16,7 @@ mod parts;
 mod peers;
 mod replicas;
 mod shell;
+mod spot;
 mod word;
 
 use std::net::IpAddr;

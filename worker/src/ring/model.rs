@@ -10,14 +10,14 @@ use anello_collective::{
     AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
     tcp,
 };
-use anello_configs::{RunConfig, Schedule, StepPlan};
+use anello_configs::{Fault, RunConfig, Schedule, StepPlan};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Source, Step, WorkerId};
 use anello_proto::v1;
 use anello_store::events::Event as Logged;
 use anello_store::metrics::{Seconds, StepRecord};
-use anello_store::{Cursor, Error as StoreError, Store, read_config};
+use anello_store::{Cursor, ENVIRONMENT, Error as StoreError, Store, read_config};
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -25,6 +25,7 @@ use super::WorkerOptions;
 use super::parts::{self, Copy, PartsWriter};
 use super::peers::{HostState, Shelf, gather};
 use super::replicas;
+use super::spot::{self, Spot};
 use super::word::{Agreed, Word, agree};
 use crate::account::{Epochs, Stamp, position_after, skip_event};
 use crate::checkpoint::{self, Snapshot, state_of};
@@ -155,6 +156,8 @@ impl Thread {
         }
         let data = LoaderOptions::of(&config)?;
         let stamp = Stamp::new(&config, &data);
+        // Where the run was started: by the first worker that came.
+        store.create(ENVIRONMENT, stamp.environment.to_json())?;
         let told = tell.clone();
         let writer =
             PartsWriter::start(store.clone(), config.checkpoint.part_bytes, parts, move |written| {
@@ -377,7 +380,12 @@ impl Thread {
     ) -> Served<u8> {
         let began = Instant::now();
         let mut seconds = Seconds::default();
-        let Held { engine, cursors, .. } = self.held.as_mut().expect("state was taken");
+        let every = self.config.ring.spot_check_every_steps;
+        let spot = Spot::at(self.config.seed, every, plan.step, serving.formation);
+        let own_spot = spot.as_ref().is_some_and(|spot| spot.owner == serving.rank);
+        let faulty = own_spot && self.take_gradient_fault(plan.step, serving.rank);
+        let mut own_hash = Vec::new();
+        let Held { engine, .. } = self.held.as_mut().expect("state was taken");
         engine.enter(plan);
         let mut word = Word {
             control: serving.hold.load(Ordering::Relaxed),
@@ -396,12 +404,23 @@ impl Thread {
             assert_eq!((lane_step.step, lane_step.lane), (plan.step, lane), "the loader serves another step");
             seconds.data += waited.elapsed().as_secs_f64();
             let computed = Instant::now();
-            engine.lane(plan.stage, lane, &lane_step.micro_batches);
+            let (mut gradient, sums) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
+            if spot.as_ref().is_some_and(|spot| spot.lane == lane) {
+                if faulty {
+                    flip_a_bit(&mut gradient);
+                }
+                own_hash = spot::hash(&gradient);
+            }
+            engine.fold_lane(lane, gradient, sums);
             seconds.compute += computed.elapsed().as_secs_f64();
             word.events.extend(self.epochs.data_events(&lane_step));
             word.cursors.push(lane_step.cursor);
         }
 
+        if let Some(spot) = spot {
+            self.spot_check(plan, serving, ring, &spot, own_hash)?;
+        }
+        let Held { engine, cursors, .. } = self.held.as_mut().expect("state was taken");
         let reduced = Instant::now();
         let partials = engine.take_partials();
         word.sums = partials.iter().map(|(first, lanes, _, sums)| (*first, *lanes, sums.clone())).collect();
@@ -466,7 +485,10 @@ impl Thread {
 
     /// For tests: flips the lowest bit of one number, once, when the config says so.
     fn inject_fault(&mut self, at: u64, rank: usize) {
-        let fault = self.config.ring.fault.take_if(|fault| (fault.step, fault.rank as usize) == (at, rank));
+        let fault =
+            self.config.ring.fault.take_if(|fault| {
+                (fault.step, fault.rank as usize) == (at, rank) && fault.buffer != "gradient"
+            });
         if let (Some(fault), Some(held)) = (fault, &self.held) {
             let state = held.engine.state();
             let buffer = match fault.buffer.as_str() {
@@ -475,10 +497,51 @@ impl Thread {
                 _ => &state.weights,
             };
             let mut same_memory = buffer.shallow_clone();
-            let value = &mut ffi::as_mut_slice(&mut same_memory)[7];
-            *value = f32::from_bits(value.to_bits() ^ 1);
+            flip_a_bit(&mut same_memory);
             tracing::warn!(step = at, buffer = fault.buffer, "flipped a bit, as the config says");
         }
+    }
+
+    /// For tests: whether this worker is to compute the lane that is checked at `step` wrongly, once.
+    fn take_gradient_fault(&mut self, step: u64, rank: usize) -> bool {
+        let due = |fault: &mut Fault| {
+            fault.buffer == "gradient" && fault.step <= step && fault.rank as usize == rank
+        };
+        self.config.ring.fault.take_if(due).is_some()
+    }
+
+    /// Has one lane's gradient computed by a second member, and by a third when the two differ, before anything of the step
+    /// is applied.
+    fn spot_check(
+        &mut self,
+        plan: &StepPlan<'_>,
+        serving: &Serving<'_>,
+        ring: &mut tcp::Tcp,
+        spot: &Spot,
+        own_hash: Vec<u8>,
+    ) -> Served<()> {
+        let ended = |error: RingError| cause_of(&error, serving.formation);
+        let rank = serving.rank;
+        let said = if rank == spot.witness { self.recompute(plan, spot.lane)? } else { own_hash };
+        let first = ring.exchange(RingStep(plan.step), &said).map_err(ended)?;
+        if spot.agrees(&first) {
+            return Ok(());
+        }
+        let said = if Some(rank) == spot.judge { self.recompute(plan, spot.lane)? } else { Vec::new() };
+        let second = ring.exchange(RingStep(plan.step), &said).map_err(ended)?;
+        Err(spot.verdict(plan.step, &first, &second, serving.formation))
+    }
+
+    /// Hash of the gradient of a lane that another member serves.
+    fn recompute(&mut self, plan: &StepPlan<'_>, lane: u32) -> Served<Vec<u8>> {
+        let mut loader = self.loader(&(lane..lane + 1), plan.step)?;
+        let lane_step = loader.next().ok_or_else(|| fault("the loader ends before the run"))?;
+        let lane_step = lane_step.map_err(|error| fault(error.to_string()))?;
+        let engine = &mut self.held.as_mut().expect("state was taken").engine;
+        let (gradient, _) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
+        let hash = spot::hash(&gradient);
+        engine.recycle(gradient);
+        Ok(hash)
     }
 
     /// Copies this worker's blocks, and a second time those of the next member, and hands them to the writer.
@@ -521,6 +584,12 @@ fn add_up<'a>(
     let words = reduction.finish(&partials, &mut total[own])?;
     ring.all_gather(RingStep(step), total)?;
     Ok(words)
+}
+
+/// For tests.
+fn flip_a_bit(buffer: &mut Tensor) {
+    let value = &mut ffi::as_mut_slice(buffer)[7];
+    *value = f32::from_bits(value.to_bits() ^ 1);
 }
 
 fn fault(reason: impl Into<String>) -> Cause {

@@ -7,7 +7,9 @@ use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::{set_aside, steps};
 use anello_store::events::{Event, EventLog, Record};
-use anello_store::{CONFIG, Cursor, Environment, Error as StoreError, Store, metrics, read_config};
+use anello_store::{
+    CONFIG, Cursor, ENVIRONMENT, Environment, Error as StoreError, Store, metrics, read_config,
+};
 use tch::Device;
 
 use crate::account::{Epochs, Stamp};
@@ -72,8 +74,7 @@ impl Run {
         let here = environment::of_cpu();
         // The model thread will have as many.
         let environment = Environment { threads: config.compute.threads.unwrap_or(here.threads), ..here };
-        let environment = serde_json::to_vec_pretty(&environment).expect("plain strings and a number");
-        store.put("environment.json", environment)?;
+        store.put(ENVIRONMENT, environment.to_json())?;
         let (retry, changed) = (RETRY, Vec::new());
         Ok(Self { config, store, retry, data, resumed: false, allow: false, new_config: false, changed })
     }
