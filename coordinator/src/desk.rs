@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anello_configs::Checkpoint as Policy;
 use anello_proto::ring::{Generation, Step};
-use anello_store::checkpoint::{Manifest, Parts, Written, commit, prune, set_aside, steps};
+use anello_store::checkpoint::{Manifest, Parts, Written, commit, let_go, prune, set_aside, steps};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Store};
@@ -26,6 +26,8 @@ pub(crate) enum Task {
     Commit { step: Step, parts: Vec<String> },
     /// List the checkpoints.
     List,
+    /// All workers are gone: remove what they left unfinished.
+    Tidy,
     /// Make a checkpoint that cannot be read no longer one.
     SetAside { step: Step },
 }
@@ -130,6 +132,13 @@ impl<F: Fn(Done)> Work<F> {
                 }
             }
             Task::Commit { step, parts } => self.commit(step, &parts)?,
+            Task::Tidy => {
+                self.log.check()?;
+                self.store.sweep();
+                if let Err(cause) = prune(&self.store, &self.policy) {
+                    tracing::warn!(%cause, "what workers left unfinished could not be removed");
+                }
+            }
             Task::SetAside { step } => self.again(|work| set_aside(&work.store, step.0))?,
             Task::List => {
                 let steps = self.again(|work| steps(&work.store))?;
@@ -194,12 +203,12 @@ impl<F: Fn(Done)> Work<F> {
                 })?;
                 (self.tell)(Done::Appended { record, formed: None });
                 (self.tell)(Done::Committed { step, seconds: began.elapsed().as_secs_f64() });
-                if let Err(cause) = prune(&self.store, &self.policy) {
+                if let Err(cause) = let_go(&self.store, &self.policy) {
                     tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
                 }
                 Ok(())
             }
-            Err(fenced @ StoreError::Fenced { .. }) => Err(fenced),
+            Err(fenced @ StoreError::Fenced { .. }) if self.log.check().is_err() => Err(fenced),
             Err(cause) => {
                 (self.tell)(Done::CommitFailed { step, reason: cause.to_string() });
                 Ok(())

@@ -474,6 +474,7 @@ impl Running {
                 Ok(None) | Err(_) => return,
             }
         }
+        self.desk.ask(Task::Tidy);
     }
 }
 

@@ -26,7 +26,7 @@ mod retention;
 pub use catalog::{commit, delete, folder, read_manifest, set_aside, steps};
 pub use manifest::{BlockDigests, FORMAT, Facts, Manifest, Part, Position, digest_of_blocks};
 pub use part::{Parts, Written, read_part, verify, write_part};
-pub use retention::{prune, superseded, tidy};
+pub use retention::{let_go, prune, superseded, tidy};
 
 /// Elements of a block: the unit of the gradient norm, of digests, of ownership and of checkpoints.
 pub const BLOCK: usize = 1 << 16;

@@ -20,8 +20,15 @@ pub fn superseded(policy: &Checkpoint, kept: &[(u64, bool)]) -> Vec<u64> {
     kept[..newest].iter().filter(|&&(step, end)| !stays(step, end)).map(|&(step, _)| step).collect()
 }
 
-/// Removes the checkpoints that `policy` no longer keeps, and the parts that are no checkpoint's.
+/// Removes the checkpoints that `policy` no longer keeps, and the parts that are no checkpoint's. For the one writer of a
+/// run, which has no checkpoint under way.
 pub fn prune(store: &Store, policy: &Checkpoint) -> Result<()> {
+    let_go(store, policy)?.map_or(Ok(()), |newest| tidy(store, newest))
+}
+
+/// Removes the checkpoints that `policy` no longer keeps; returns the newest that is there. Parts without a manifest stay:
+/// while several write, they may be those of a checkpoint that is not complete yet.
+pub fn let_go(store: &Store, policy: &Checkpoint) -> Result<Option<u64>> {
     let mut kept = Vec::new();
     for step in steps(store)? {
         // One that cannot be read is left for `verify` to explain.
@@ -30,7 +37,7 @@ pub fn prune(store: &Store, policy: &Checkpoint) -> Result<()> {
         }
     }
     superseded(policy, &kept).into_iter().try_for_each(|step| delete(store, step))?;
-    kept.last().map_or(Ok(()), |&(newest, _)| tidy(store, newest))
+    Ok(kept.last().map(|&(newest, _)| newest))
 }
 
 /// Removes the parts that no checkpoint names, up to `newest`, the newest checkpoint: what was written by a process

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use anello_tests::{Dice, Process, newest_checkpoint, signal, wait_until};
+use anello_tests::{Dice, Process, newest_checkpoint, objects, signal, wait_until};
 
 use super::world;
 
@@ -38,6 +38,9 @@ fn events(run: &str) -> String {
 fn assert_undisturbed(run: &str) {
     world().assert_undisturbed(run);
     world().assert_same_checkpoints(run);
+    let strays =
+        objects(&world().folder.join(run)).into_iter().find(|path| path.to_string_lossy().contains('#'));
+    assert_eq!(strays, None, "the workers have left something");
 }
 
 #[test]
