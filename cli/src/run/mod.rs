@@ -110,15 +110,22 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     Ok(if stopping && !ended.finished { Exit::Interrupted } else { Exit::Done })
 }
 
+/// The config called `name` with `sets` over it, whose sources are there.
+fn config_of(name: &str, sets: &[String]) -> Result<RunConfig, Failure> {
+    let loaded = load(name, sets)?;
+    loaded.check_sources()?;
+    Ok(loaded.config)
+}
+
+fn no_config() -> Failure {
+    Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned())
+}
+
 /// A new run, or the one to resume.
 fn open(args: &Args) -> Result<Run, Failure> {
     let threads = args.threads.map(|threads| format!("compute.threads={threads}"));
     let sets: Vec<String> = args.sets.iter().cloned().chain(threads).collect();
-    let config = |name: &str| -> Result<_, Failure> {
-        let loaded = load(name, &sets)?;
-        loaded.check_sources()?;
-        Ok(loaded.config)
-    };
+    let config = |name: &str| config_of(name, &sets);
     match (&args.resume, &args.config) {
         (Some(place), given) => {
             open_run(place)?;
@@ -134,9 +141,7 @@ fn open(args: &Args) -> Result<Run, Failure> {
             let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
             Ok(Run::create(Store::durable(&out)?, config)?)
         }
-        (None, None) => {
-            Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned()))
-        }
+        (None, None) => Err(no_config()),
     }
 }
 

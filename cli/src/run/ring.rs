@@ -14,8 +14,7 @@ use anello_worker::Ended;
 
 use super::tracker::Tracker;
 use super::view::View;
-use super::{Args, POLL, lines, samples, say_where_it_stands, summary};
-use crate::config::load;
+use super::{Args, POLL, config_of, lines, no_config, samples, say_where_it_stands, summary};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
@@ -103,11 +102,7 @@ async fn is_deserted(job: &anello_coordinator::Job) -> bool {
 
 /// The run folder: a new one with the config in it, or the one to go on with.
 fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
-    let config = |name: &str| -> Result<_, Failure> {
-        let loaded = load(name, &args.sets)?;
-        loaded.check_sources()?;
-        Ok(loaded.config)
-    };
+    let config = |name: &str| config_of(name, &args.sets);
     match (&args.resume, &args.config) {
         (Some(place), given) => {
             open_run(place)?;
@@ -137,9 +132,7 @@ fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
             create(&store, &config)?;
             Ok((store, config))
         }
-        (None, None) => {
-            Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned()))
-        }
+        (None, None) => Err(no_config()),
     }
 }
 
