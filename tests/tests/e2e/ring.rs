@@ -101,7 +101,7 @@ fn disturbed_from_outside(seed: u64) {
     let more = ["--external", "--port", &port];
     let mut coordinator = start(&run, wanted, &more);
     let mut workers: Vec<Process> = (0..1 + dice.below(u64::from(wanted))).map(|_| worker(&address)).collect();
-    wait_until("the run is there", || place.join("events/1.json").exists() || coordinator.ended());
+    wait_until("the run is there", || place.join("events/00000001.json").exists() || coordinator.ended());
     let mut struck = Vec::new();
     for fault in 0..6 {
         let from = fault * STEPS / 7 + dice.below(STEPS / 7);
