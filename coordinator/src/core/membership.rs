@@ -350,4 +350,6 @@ fn ranks_of(formation: &Formation) -> BTreeMap<WorkerId, usize> {
 }
 
 #[cfg(test)]
+mod arbitrary;
+#[cfg(test)]
 mod tests;

@@ -100,7 +100,8 @@ fn disturbed_from_outside(seed: u64) {
     let wanted = (2 + dice.below(3)) as u32;
     let more = ["--external", "--port", &port];
     let mut coordinator = start(&run, wanted, &more);
-    let mut workers: Vec<Process> = (0..1 + dice.below(u64::from(wanted))).map(|_| worker(&address)).collect();
+    let mut workers: Vec<Process> =
+        (0..1 + dice.below(u64::from(wanted))).map(|_| worker(&address)).collect();
     wait_until("the run is there", || place.join("events/00000001.json").exists() || coordinator.ended());
     let mut struck = Vec::new();
     for fault in 0..6 {

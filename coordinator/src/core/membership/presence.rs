@@ -2,12 +2,23 @@
 
 use super::*;
 
+/// What a worker cannot say in its right mind.
+enum Nonsense {
+    /// A step beyond the run's last.
+    Step(Step),
+    /// A generation that was never formed, as far as is known here.
+    Generation(Generation),
+}
+
 impl Membership {
     /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
     /// are: it stands where it stood, at most some steps further, or it is one of many members that begin to run. All
     /// that a ring in good health ever says. The deadline may then be early, never late.
     pub(super) fn is_quiet(&mut self, event: &Event) -> bool {
         let Event::Stands { worker, stance } = event else { return false };
+        if self.nonsense(stance).is_some() {
+            return false;
+        }
         let Some(known) = self.workers.get_mut(worker).filter(|known| known.linked) else { return false };
         if self.faults.count > 0
             || stance.leaving != known.stance.leaving
@@ -57,6 +68,9 @@ impl Membership {
         stance: Stance,
         out: &mut Vec<Effect>,
     ) {
+        if let Some(nonsense) = self.nonsense(&stance) {
+            return self.turn_away(id, nonsense, out);
+        }
         let arrival = self.workers.get(&id).map_or(self.arrivals, |known| known.arrival);
         if !self.workers.contains_key(&id) {
             self.arrivals += 1;
@@ -78,8 +92,55 @@ impl Membership {
         self.stands(id, stance, out);
     }
 
+    /// What of a stance cannot be, however late it comes and whatever was lost on the way.
+    fn nonsense(&self, stance: &Stance) -> Option<Nonsense> {
+        let total = self.options.total;
+        let written = stance.written.iter();
+        let step = stance.holds.into_iter().chain(written.clone().map(|written| written.step)).max();
+        if let Some(step) = step.filter(|step| *step > total) {
+            return Some(Nonsense::Step(step));
+        }
+        let spoken_of = stance.activity.generation().into_iter();
+        let mut generations = spoken_of.chain(written.map(|written| written.generation));
+        // Nobody has heard of one that is not in the log yet.
+        let unheard = u64::from(matches!(self.ring, Ring::Recording(_)));
+        let known = Generation(1)..=Generation(self.generation.0 - unheard);
+        generations.find(|generation| !known.contains(generation)).map(Nonsense::Generation)
+    }
+
+    /// Has nothing to do with a worker that says what cannot be. What was known of it goes with its lease.
+    fn turn_away(&mut self, id: WorkerId, nonsense: Nonsense, out: &mut Vec<Effect>) {
+        if let Some(known) = self.workers.get_mut(&id) {
+            known.linked = false;
+        }
+        let reason = match nonsense {
+            Nonsense::Step(step) => {
+                let total = self.options.total;
+                format!("it speaks of step {step}, and the run has {total}; start workers of this run")
+            }
+            // It may be this coordinator that knows too little. The worker tries again, and finds the one that does.
+            Nonsense::Generation(generation) => {
+                let newest = self.generation;
+                format!(
+                    "it speaks of generation {generation}, of which nobody was told; the newest here is {newest}"
+                )
+            }
+        };
+        if matches!(nonsense, Nonsense::Step(_)) {
+            let order = Order::Leave { why: Leave::Refused { reason: reason.clone() } };
+            out.push(Effect::Send { worker: id, epoch: self.epoch, order });
+        }
+        out.push(Effect::Drop { worker: id, reason });
+    }
+
     pub(super) fn stands(&mut self, id: WorkerId, stance: Stance, out: &mut Vec<Effect>) {
-        let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.linked) else { return };
+        if self.workers.get(&id).is_none_or(|worker| !worker.linked) {
+            return;
+        }
+        if let Some(nonsense) = self.nonsense(&stance) {
+            return self.turn_away(id, nonsense, out);
+        }
+        let worker = self.workers.get_mut(&id).expect("just seen");
         worker.heard = self.now;
         for written in &stance.written {
             if let Some(commit) = self.checkpoints.written(id, written) {
