@@ -13,9 +13,8 @@ use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
 use anello_configs::{RunConfig, Schedule, Timings};
-use anello_proto::convert::Malformed;
 use anello_proto::ring::{
-    Endpoints, Epoch, Formation, Generation, Leave, Member, Order, Source, Stance, Step, WorkerId,
+    Endpoints, Epoch, Formation, Generation, Hello, Leave, Member, Order, Source, Stance, Step, WorkerId,
 };
 use anello_proto::v1;
 use anello_store::events::{self, Event as Logged, EventLog, RingMember};
@@ -155,6 +154,7 @@ impl Opened {
             notices,
             links: BTreeMap::new(),
             first: None,
+            total: schedule.total_steps(),
             reported,
             waiting: Vec::new(),
             last_wait: None,
@@ -227,6 +227,8 @@ struct Running {
     notices: NoticeSender<Notice>,
     links: BTreeMap<WorkerId, Link>,
     first: Option<Kind>,
+    /// Steps of the whole run.
+    total: u64,
     /// Steps whose rows are here.
     reported: u64,
     waiting: Vec<Waiting>,
@@ -296,10 +298,15 @@ impl Running {
         if self.links.get(&worker).is_some_and(|link| link.connection >= hello.connection) {
             return;
         }
+        let machine = hello.machine.clone();
         let refuse = |reason: String| {
-            tracing::warn!(%worker, machine = hello.machine, reason, "refused a worker");
+            tracing::warn!(%worker, machine, reason, "refused a worker");
             let order = Order::Leave { why: Leave::Refused { reason } };
             let _ = orders.try_send(v1::ToWorker { epoch: self.epoch.0, order: Some((&order).into()) });
+        };
+        let hello = match Hello::try_from(hello) {
+            Ok(hello) => hello,
+            Err(malformed) => return refuse(malformed.to_string()),
         };
         if let Some(Kind { build, device }) = &self.first {
             let differs: Vec<String> = [("build", build, &hello.build), ("device", device, &hello.device)]
@@ -314,15 +321,7 @@ impl Running {
                 ));
             }
         }
-        let said =
-            hello.stance.clone().ok_or_else(|| "its hello has no stance".to_owned()).and_then(|stance| {
-                Stance::try_from(stance).map_err(|malformed: Malformed| malformed.to_string())
-            });
-        let stance = match said {
-            Ok(stance) => stance,
-            Err(reason) => return refuse(reason),
-        };
-        self.first.get_or_insert(Kind { build: hello.build, device: hello.device });
+        self.first.get_or_insert(Kind { build: hello.build.clone(), device: hello.device.clone() });
         let welcome = v1::Welcome {
             run: self.run.clone(),
             heartbeat_ms: millis(self.timings.heartbeat).0,
@@ -331,8 +330,8 @@ impl Running {
         let order = Some(v1::to_worker::Order::Welcome(welcome));
         let _ = orders.try_send(v1::ToWorker { epoch: self.epoch.0, order });
         self.links.insert(worker, Link { connection: hello.connection, orders });
-        let endpoints: Endpoints = hello.endpoints.unwrap_or_default().into();
-        self.core_event(Event::Linked { worker, endpoints, machine: hello.machine, stance });
+        let Hello { endpoints, machine, stance, .. } = hello;
+        self.core_event(Event::Linked { worker, endpoints, machine, stance });
     }
 
     fn word(&mut self, worker: WorkerId, word: v1::from_worker::Word) {
@@ -342,6 +341,10 @@ impl Running {
                 Ok(stance) => self.core_event(Event::Stands { worker, stance }),
                 Err(malformed) => self.drop_link(worker, &malformed.to_string()),
             },
+            v1::from_worker::Word::Step(report) if report.step >= self.total => {
+                let reason = format!("it reports step {}, and the run has {}", report.step, self.total);
+                self.drop_link(worker, &reason);
+            }
             v1::from_worker::Word::Step(report) => self.step(report),
         }
     }
@@ -355,7 +358,14 @@ impl Running {
         self.reported = report.step + 1;
         for text in events {
             match serde_json::from_str(&text) {
-                Ok(event) => self.desk.ask(Task::Append { event, formed: None }),
+                // Only what a step can bring about: the rest of the log is the coordinator's.
+                Ok(
+                    event @ (Logged::Stage { .. }
+                    | Logged::Skipped { .. }
+                    | Logged::Epoch { .. }
+                    | Logged::SkippedData { .. }),
+                ) => self.desk.ask(Task::Append { event, formed: None }),
+                Ok(event) => tracing::warn!(?event, "a worker reports an event that is not a step's"),
                 Err(cause) => {
                     tracing::warn!(%cause, text, "a worker reports an event that this build does not know")
                 }

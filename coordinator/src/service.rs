@@ -18,8 +18,8 @@ use crate::job::{Input, Job};
 
 /// Time for a connection to say hello.
 const HELLO: Duration = Duration::from_secs(10);
-/// Bytes of a worker's message at most: a stance with 4 lists of parts, at about 200 bytes a block of 768 KiB of state.
-/// A worker that owns all of 3 billion parameters has 46 000 blocks: 9 MiB a list.
+/// Bytes of a worker's message at most: a stance with lists of parts, at about 200 bytes a block of 768 KiB of state. A
+/// worker that owns all of 3 billion parameters has 46 000 blocks: 9 MiB a list, and it keeps lists of 32 MiB.
 const MESSAGE_BYTES_MAX: usize = 48 << 20;
 
 /// The jobs that are served, by name.

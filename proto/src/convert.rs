@@ -1,5 +1,6 @@
 //! Between the words and the messages that carry them. What comes in is checked here and nowhere else.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use crate::ring::*;
@@ -20,11 +21,28 @@ fn malformed(what: impl Into<String>) -> Malformed {
 }
 
 /// Checkpoints that a stance may name: as many as a worker keeps.
-const WRITTEN_MAX: usize = 4;
+const WRITTEN_MAX: usize = 16;
 /// Bytes of text that people read.
 const REASON_BYTES_MAX: usize = 16 << 10;
 /// Members of a generation.
 const MEMBERS_MAX: usize = 1 << 12;
+/// Addresses of one worker, and bytes of each: with [`MEMBERS_MAX`], a formation stays well below a message's 4 MiB as long
+/// as workers have one or two.
+const ADDRESSES_MAX: usize = 8;
+/// Bytes of a name of a job, a machine, a build or a device.
+const NAME_BYTES_MAX: usize = 1 << 10;
+
+fn name(what: &str, text: String) -> Result<String, Malformed> {
+    if text.len() > NAME_BYTES_MAX {
+        return Err(malformed(format!("a {what} of {} bytes, of at most {NAME_BYTES_MAX}", text.len())));
+    }
+    Ok(text)
+}
+
+/// What is said for people is cut off, not refused, by who says it: an error may tell of any number of things.
+fn cut(text: &str) -> String {
+    text[..text.floor_char_boundary(REASON_BYTES_MAX)].to_owned()
+}
 
 fn reason(text: String) -> Result<String, Malformed> {
     if text.len() > REASON_BYTES_MAX {
@@ -74,24 +92,24 @@ impl TryFrom<v1::Stance> for Stance {
             holds: message.holds.map(Step),
             activity,
             leaving: message.leaving,
-            written: message.written.into_iter().map(Into::into).collect(),
+            written: message.written.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
     }
 }
 
 impl From<&Cause> for v1::holding::Cause {
     fn from(cause: &Cause) -> Self {
-        match cause.clone() {
+        match cause {
             Cause::Ordered => Self::Ordered(v1::Ordered {}),
             Cause::Ended => Self::Ended(v1::Ended {}),
             Cause::Broken { lost, reason } => {
-                Self::Broken(v1::Broken { lost: lost.map(|worker| worker.0), reason })
+                Self::Broken(v1::Broken { lost: lost.map(|worker| worker.0), reason: cut(reason) })
             }
-            Cause::NoState { reason } => Self::NoState(reason),
-            Cause::Fault { reason } => Self::Fault(reason),
+            Cause::NoState { reason } => Self::NoState(cut(reason)),
+            Cause::Fault { reason } => Self::Fault(cut(reason)),
             Cause::Diverged { workers, reason } => Self::Diverged(v1::Diverged {
                 workers: workers.iter().map(|worker| worker.0).collect(),
-                reason,
+                reason: cut(reason),
             }),
         }
     }
@@ -124,11 +142,25 @@ impl From<&Written> for v1::Written {
     }
 }
 
-impl From<v1::Written> for Written {
-    fn from(message: v1::Written) -> Self {
+impl TryFrom<v1::Written> for Written {
+    type Error = Malformed;
+    fn try_from(message: v1::Written) -> Result<Self, Malformed> {
         let v1::Written { step, generation, parts, facts, blocks, all_blocks } = message;
-        let blocks = blocks.into_iter().map(|range| range.first..range.end).collect();
-        Self { step: Step(step), generation: Generation(generation), parts, facts, blocks, all_blocks }
+        // A checkpoint of no blocks would be complete before anyone has written anything.
+        if all_blocks == 0 {
+            return Err(malformed(format!("parts of checkpoint {step}, which has no blocks")));
+        }
+        let block = |range: v1::BlockRange| {
+            let v1::BlockRange { first, end } = range;
+            if first > end || end > all_blocks {
+                return Err(malformed(format!(
+                    "blocks {first} to {end} of checkpoint {step}, of {all_blocks}"
+                )));
+            }
+            Ok(first..end)
+        };
+        let blocks = blocks.into_iter().map(block).collect::<Result<_, _>>()?;
+        Ok(Self { step: Step(step), generation: Generation(generation), parts, facts, blocks, all_blocks })
     }
 }
 
@@ -138,9 +170,57 @@ impl From<&Endpoints> for v1::Endpoints {
     }
 }
 
-impl From<v1::Endpoints> for Endpoints {
-    fn from(message: v1::Endpoints) -> Self {
-        Self { ring: message.ring, peers: message.peers }
+impl TryFrom<v1::Endpoints> for Endpoints {
+    type Error = Malformed;
+    /// An address that is none is refused here: in a formation it would be a fault of all members.
+    fn try_from(message: v1::Endpoints) -> Result<Self, Malformed> {
+        let v1::Endpoints { ring, peers } = message;
+        let count = ring.len();
+        if count == 0 || count > ADDRESSES_MAX {
+            return Err(malformed(format!("{count} addresses of a worker, of 1 to {ADDRESSES_MAX}")));
+        }
+        if let Some(none) = ring.iter().chain([&peers]).find(|text| text.parse::<SocketAddr>().is_err()) {
+            return Err(malformed(format!("{:?}, which is no ip:port", head(none))));
+        }
+        Ok(Self { ring, peers })
+    }
+}
+
+/// Enough of a text to know it by.
+fn head(text: &str) -> &str {
+    &text[..text.floor_char_boundary(64)]
+}
+
+impl From<&Hello> for v1::Hello {
+    fn from(hello: &Hello) -> Self {
+        let Hello { job, worker, connection, endpoints, machine, build, device, stance } = hello;
+        Self {
+            job: job.clone(),
+            worker: worker.0,
+            connection: *connection,
+            endpoints: Some(endpoints.into()),
+            machine: machine.clone(),
+            build: build.clone(),
+            device: device.clone(),
+            stance: Some(stance.into()),
+        }
+    }
+}
+
+impl TryFrom<v1::Hello> for Hello {
+    type Error = Malformed;
+    fn try_from(message: v1::Hello) -> Result<Self, Malformed> {
+        let v1::Hello { job, worker, connection, endpoints, machine, build, device, stance } = message;
+        Ok(Self {
+            job: name("job", job)?,
+            worker: WorkerId(worker),
+            connection,
+            endpoints: endpoints.ok_or_else(|| malformed("a hello without endpoints"))?.try_into()?,
+            machine: name("machine", machine)?,
+            build: name("build", build)?,
+            device: name("device", device)?,
+            stance: stance.ok_or_else(|| malformed("a hello without a stance"))?.try_into()?,
+        })
     }
 }
 
@@ -185,7 +265,7 @@ impl TryFrom<v1::Formation> for Formation {
                 return Err(malformed(format!("a member serves lanes {first} to {end}")));
             }
             let lanes = member.first_lane..member.end_lane;
-            Ok(Member { worker: WorkerId(member.worker), endpoints: endpoints.into(), lanes })
+            Ok(Member { worker: WorkerId(member.worker), endpoints: endpoints.try_into()?, lanes })
         };
         let source =
             match message.source.ok_or_else(|| malformed("a generation without a source of state"))? {
@@ -213,19 +293,19 @@ impl From<&Order> for v1::to_worker::Order {
                 Self::Hold(v1::Hold { generation: generation.0, save: *save })
             }
             Order::Abort { generation, reason } => {
-                Self::Abort(v1::Abort { generation: generation.0, reason: reason.clone() })
+                Self::Abort(v1::Abort { generation: generation.0, reason: cut(reason) })
             }
             Order::Committed { step } => Self::Committed(step.0),
             Order::Leave { why } => {
                 use v1::leave::Why;
-                let (why, reason) = match why.clone() {
-                    Leave::Done => (Why::Done, String::new()),
-                    Leave::Dismissed { reason } => (Why::Dismissed, reason),
-                    Leave::Evicted { reason } => (Why::Evicted, reason),
-                    Leave::Refused { reason } => (Why::Refused, reason),
-                    Leave::Failed { reason } => (Why::Failed, reason),
+                let (why, reason) = match why {
+                    Leave::Done => (Why::Done, ""),
+                    Leave::Dismissed { reason } => (Why::Dismissed, reason.as_str()),
+                    Leave::Evicted { reason } => (Why::Evicted, reason.as_str()),
+                    Leave::Refused { reason } => (Why::Refused, reason.as_str()),
+                    Leave::Failed { reason } => (Why::Failed, reason.as_str()),
                 };
-                Self::Leave(v1::Leave { why: why.into(), reason })
+                Self::Leave(v1::Leave { why: why.into(), reason: cut(reason) })
             }
         }
     }
@@ -274,3 +354,6 @@ impl TryFrom<v1::ToWorker> for (Epoch, Word) {
         Ok((Epoch(message.epoch), Word::Order(order)))
     }
 }
+
+#[cfg(test)]
+mod tests;

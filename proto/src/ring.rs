@@ -196,6 +196,27 @@ pub struct Endpoints {
     pub peers: String,
 }
 
+/// A worker introduces itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// The job's name.
+    pub job: String,
+    /// Who.
+    pub worker: WorkerId,
+    /// Number of this connection among those of the worker: of two, the later one counts.
+    pub connection: u64,
+    /// Where its peers reach it.
+    pub endpoints: Endpoints,
+    /// Where it runs, for people.
+    pub machine: String,
+    /// Version of the program.
+    pub build: String,
+    /// Kind of device.
+    pub device: String,
+    /// Where it stands.
+    pub stance: Stance,
+}
+
 /// A member of a generation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {

@@ -100,11 +100,11 @@ pub struct World {
     pub folder: PathBuf,
 }
 
-/// The world of this test process, made anew by the first that asks. It stays afterwards, to look at.
-pub fn world(scratch: &str) -> &'static World {
+/// The world of this test process in `scratch/name`, made anew by the first that asks. It stays afterwards, to look at.
+pub fn world(scratch: &str, name: &str) -> &'static World {
     static WORLD: OnceLock<World> = OnceLock::new();
     WORLD.get_or_init(|| {
-        let folder = Path::new(scratch).join("e2e");
+        let folder = Path::new(scratch).join(name);
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder).expect("cargo's scratch folder can be written");
         let world = World { folder };

@@ -19,6 +19,7 @@
 mod alive;
 mod gather;
 mod orders;
+mod presence;
 mod status;
 
 pub use gather::lane_ranges;
@@ -238,41 +239,6 @@ impl Membership {
         self.running = self.count_running();
     }
 
-    /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
-    /// are: it stands where it stood, at most some steps further, or it is one of many members that begin to run. All
-    /// that a ring in good health ever says. The deadline may then be early, never late.
-    fn is_quiet(&mut self, event: &Event) -> bool {
-        let Event::Stands { worker, stance } = event else { return false };
-        let Some(known) = self.workers.get_mut(worker).filter(|known| known.linked) else { return false };
-        if self.faults.count > 0
-            || stance.leaving != known.stance.leaving
-            || stance.written != known.stance.written
-        {
-            return false;
-        }
-        let running = matches!(stance.activity, Activity::Running { .. });
-        if stance.activity != known.stance.activity {
-            let Ring::Alive { formation, .. } = &self.ring else { return false };
-            let ours = |activity: &Activity| activity.is_in(formation.generation);
-            let told = known
-                .told
-                .as_ref()
-                .is_some_and(|order| matches!(order, Order::Form(f) if Arc::ptr_eq(f, formation)));
-            let begins =
-                told && ours(&stance.activity) && !(running && self.running + 1 >= formation.members.len());
-            if !begins {
-                return false;
-            }
-            self.running += usize::from(running);
-        } else if !running && known.stance.holds != stance.holds {
-            return false;
-        }
-        known.heard = self.now;
-        known.stance.holds = stance.holds;
-        known.stance.activity = stance.activity.clone();
-        true
-    }
-
     /// The time at which a [`Event::Tick`] is owed; absent: nothing waits for time.
     pub fn deadline(&self) -> Option<Millis> {
         self.deadline
@@ -306,116 +272,12 @@ impl Membership {
         }
     }
 
-    /// A process that slept through its deadline must not take its own silence for that of others.
-    fn pass_time(&mut self, now: Millis) {
-        let late = self.deadline.map_or(Millis(0), |deadline| now.since(deadline));
-        if late > self.options.lease / 2 {
-            self.workers.values_mut().for_each(|worker| {
-                worker.heard = (worker.heard + late).max(Millis(now.0 - self.options.lease.0 / 2)).min(now)
-            });
-        }
-        self.now = self.now.max(now);
-    }
-
-    fn linked(
-        &mut self,
-        id: WorkerId,
-        endpoints: Endpoints,
-        machine: String,
-        stance: Stance,
-        out: &mut Vec<Effect>,
-    ) {
-        if self.quarantined.contains(&machine) {
-            let reason =
-                format!("machine {machine} is quarantined: a worker's state there differed from all others'");
-            let order = Order::Leave { why: Leave::Evicted { reason } };
-            out.push(Effect::Send { worker: id, epoch: self.epoch, order });
-            return;
-        }
-        let arrival = self.workers.get(&id).map_or(self.arrivals, |known| known.arrival);
-        if !self.workers.contains_key(&id) {
-            self.arrivals += 1;
-            out.push(Effect::Record(Entry::Joined { worker: id, machine: machine.clone() }));
-        }
-        let heard = self.now;
-        let worker = Worker {
-            endpoints,
-            machine,
-            linked: true,
-            heard,
-            arrival,
-            stance,
-            told: None,
-            told_committed: BTreeSet::new(),
-        };
-        let stance = worker.stance.clone();
-        self.workers.insert(id, worker);
-        self.stands(id, stance, out);
-    }
-
-    fn stands(&mut self, id: WorkerId, stance: Stance, out: &mut Vec<Effect>) {
-        let Some(worker) = self.workers.get_mut(&id).filter(|worker| worker.linked) else { return };
-        worker.heard = self.now;
-        for written in &stance.written {
-            if let Some(commit) = self.checkpoints.written(id, written) {
-                out.push(commit);
-            }
-        }
-        if self.faults.count > 0 && stance.holds > Some(self.faults.at) {
-            self.faults = Faults::default();
-        }
-        let worker = self.workers.get_mut(&id).expect("just seen");
-        worker.stance = stance;
-    }
-
     fn recorded(&mut self, generation: Generation) {
         if let Ring::Recording(formation) = &self.ring
             && formation.generation == generation
         {
             self.ranks = ranks_of(formation);
             self.ring = Ring::Alive { formation: formation.clone(), changing: None };
-        }
-    }
-
-    /// Removes those that were silent for a lease, and those that left no trace worth waiting for.
-    fn expire(&mut self, out: &mut Vec<Effect>) {
-        let (now, lease) = (self.now, self.options.lease);
-        let generation = self.formation().map(|formation| formation.generation);
-        let in_ring = |id| generation.is_some() && self.ranks.contains_key(id);
-        // A member whose connection is closed and whom a peer names as lost is dead: no time-out is needed.
-        let named: BTreeSet<WorkerId> = self
-            .workers
-            .values()
-            .filter_map(|worker| match &worker.stance.activity {
-                Activity::Holding { cause: Cause::Broken { lost, .. }, generation: of }
-                    if Some(*of) == generation =>
-                {
-                    *lost
-                }
-                _ => None,
-            })
-            .collect();
-        let mut gone = Vec::new();
-        for (id, worker) in &self.workers {
-            let silent = now.since(worker.heard) >= lease;
-            let reason = match (worker.linked, silent, in_ring(id)) {
-                (_, true, _) => format!("silent for {lease}"),
-                (false, false, false) => "it closed its connection".to_owned(),
-                (false, false, true) if named.contains(id) => {
-                    "it closed its connections to the coordinator and to its peers".to_owned()
-                }
-                _ => continue,
-            };
-            gone.push((*id, reason));
-        }
-        for (id, reason) in gone {
-            let worker = self.workers.remove(&id).expect("just seen");
-            if worker.linked {
-                out.push(Effect::Drop { worker: id, reason: reason.clone() });
-            }
-            if !matches!(self.ring, Ring::Over(_)) {
-                out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
-            }
         }
     }
 
@@ -492,5 +354,7 @@ fn ranks_of(formation: &Formation) -> BTreeMap<WorkerId, usize> {
     formation.members.iter().enumerate().map(|(rank, member)| (member.worker, rank)).collect()
 }
 
+#[cfg(test)]
+mod arbitrary;
 #[cfg(test)]
 mod tests;

@@ -9,5 +9,7 @@ mod twice;
 
 /// The world of these tests.
 fn world() -> &'static anello_tests::World {
-    anello_tests::world(env!("CARGO_TARGET_TMPDIR"))
+    // A soak may run beside the tests.
+    let name = if std::env::var_os("ANELLO_SOAK_RUNS").is_some() { "soak" } else { "e2e" };
+    anello_tests::world(env!("CARGO_TARGET_TMPDIR"), name)
 }

@@ -97,6 +97,109 @@ fn disturbed(seed: u64) {
     assert_undisturbed(&run);
 }
 
+/// Workers that nobody starts again, and a coordinator that is not spared: killed and taken over, frozen, joined, left.
+fn disturbed_from_outside(seed: u64) {
+    let (mut dice, run, port) = (Dice(seed), format!("ring-outside-{seed}"), free_port().to_string());
+    let (place, address) = (world().folder.join(&run), format!("127.0.0.1:{port}"));
+    let wanted = (2 + dice.below(3)) as u32;
+    let more = ["--external", "--port", &port];
+    let mut coordinator = start(&run, wanted, &more);
+    let mut workers: Vec<Process> =
+        (0..1 + dice.below(u64::from(wanted))).map(|_| worker(&address)).collect();
+    wait_until("the run is there", || place.join("events/00000001.json").exists() || coordinator.ended());
+    let mut struck = Vec::new();
+    for fault in 0..6 {
+        let from = fault * STEPS / 7 + dice.below(STEPS / 7);
+        wait_until("it is so far", || newest_checkpoint(&place) >= from || coordinator.ended());
+        rest(Duration::from_millis(dice.below(60)));
+        if coordinator.ended() {
+            break;
+        }
+        let at = dice.below(workers.len() as u64) as usize;
+        let frozen = Duration::from_millis(200 + dice.below(1500));
+        match dice.below(6) {
+            0 => {
+                workers.push(worker(&address));
+                struck.push("joined");
+            }
+            1 => {
+                workers.push(worker(&address));
+                signal(workers[at].id(), "TERM");
+                struck.push("asked to go");
+            }
+            2 => {
+                for (name, pause) in [("STOP", frozen), ("CONT", Duration::ZERO)] {
+                    signal(workers[at].id(), name);
+                    rest(pause);
+                }
+                struck.push("frozen");
+            }
+            3 => {
+                for (name, pause) in [("STOP", frozen), ("CONT", Duration::ZERO)] {
+                    signal(coordinator.id(), name);
+                    rest(pause);
+                }
+                struck.push("coordinator frozen");
+            }
+            4 => {
+                coordinator.kill();
+                rest(Duration::from_millis(dice.below(1200)));
+                let (wanted, resume) = (wanted.to_string(), ["run", "--resume", &run, "--detection", "1"]);
+                let more = ["--workers", &wanted, "--sample", "0"];
+                let external = ["--external", "--port", &port];
+                coordinator = Process::start(&world().folder, &[&resume[..], &more, &external].concat());
+                struck.push("coordinator killed");
+            }
+            _ => {
+                workers.push(worker(&address));
+                workers.swap_remove(at).kill();
+                struck.push("killed");
+            }
+        }
+    }
+    println!("seed {seed}, {wanted} workers wanted: {struck:?}");
+    coordinator.wait().expect(0);
+    drop(workers);
+    assert_undisturbed(&run);
+}
+
+/// Says how to see a failure again.
+struct Replay(u64);
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let command = "cargo test -p anello-tests --test e2e -- --ignored ring::soak --nocapture";
+            eprintln!("replay: ANELLO_SEED={} ANELLO_SOAK_RUNS=1 {command}", self.0);
+        }
+    }
+}
+
+/// `make soak`: whole runs with faults of new seeds, `ANELLO_SOAK_RUNS` of them from `ANELLO_SEED` on.
+#[test]
+#[ignore = "runs for hours; see `make soak`"]
+fn soak() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let first = number("ANELLO_SEED").unwrap_or(1 << 32);
+    for seed in first..first.saturating_add(number("ANELLO_SOAK_RUNS").unwrap_or(300)) {
+        let _replay = Replay(seed);
+        let run = if seed.is_multiple_of(2) {
+            disturbed(seed);
+            format!("ring-disturbed-{seed}")
+        } else {
+            disturbed_from_outside(seed);
+            format!("ring-outside-{seed}")
+        };
+        // What was right need not be kept: hundreds of runs.
+        let _ = std::fs::remove_dir_all(world().folder.join(run));
+    }
+}
+
+#[test]
+fn whatever_happens_to_workers_and_coordinator_changes_nothing() {
+    (1..=5).for_each(disturbed_from_outside);
+}
+
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_1() {
     (1..=8).for_each(disturbed);

@@ -79,8 +79,11 @@ pub enum Effect {
     Exit(Leave),
 }
 
-/// Checkpoints whose parts are written and not known to be committed: at most so many are told.
-const WRITTEN_MAX: usize = 4;
+/// Checkpoints whose parts are written and not known to be committed: at most so many are told. They pile up only while
+/// there is no coordinator, and one that comes back commits them all: the run then keeps those that it would have kept.
+const WRITTEN_MAX: usize = 16;
+/// Bytes of their lists of parts, all together: below what the coordinator takes in one message.
+const WRITTEN_BYTES_MAX: usize = 32 << 20;
 
 /// A worker's membership.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -162,7 +165,10 @@ impl Member {
             Event::Wrote(written) => {
                 self.stance.written.retain(|other| other.step != written.step);
                 self.stance.written.push(written);
-                if self.stance.written.len() > WRITTEN_MAX {
+                let bytes = |written: &[Written]| written.iter().map(|w| w.parts.len()).sum::<usize>();
+                while self.stance.written.len() > WRITTEN_MAX
+                    || (self.stance.written.len() > 1 && bytes(&self.stance.written) > WRITTEN_BYTES_MAX)
+                {
                     self.stance.written.remove(0);
                 }
             }
@@ -268,5 +274,7 @@ impl Member {
     }
 }
 
+#[cfg(test)]
+mod arbitrary;
 #[cfg(test)]
 mod tests;

@@ -140,11 +140,18 @@ fn parts_are_told_until_their_checkpoint_is_known_to_be_committed() {
         blocks: std::iter::once(0..1).collect(),
         all_blocks: 1,
     };
-    for step in [20, 30, 40, 50, 60] {
-        after(&mut member, Event::Wrote(written(step)));
+    let kept = |member: &Member| member.stance().written.iter().map(|w| w.step.0).collect::<Vec<_>>();
+    for step in 1..=WRITTEN_MAX as u64 + 1 {
+        after(&mut member, Event::Wrote(written(10 * step)));
     }
-    assert_eq!(member.stance().written, [30, 40, 50, 60].map(written), "at most four are kept");
+    assert_eq!(kept(&member), (2..=17).map(|step| 10 * step).collect::<Vec<_>>(), "so many are kept");
     let order = Order::Committed { step: Step(50) };
     after(&mut member, Event::Ordered { epoch: Epoch(1), order });
-    assert_eq!(member.stance().written, [30, 40, 60].map(written));
+    assert!(!kept(&member).contains(&50) && kept(&member).len() == 15);
+    // Long lists of parts are fewer, and the newest is told however long it is.
+    for (step, bytes, count) in [(200, WRITTEN_BYTES_MAX / 2, 16), (210, WRITTEN_BYTES_MAX / 2 + 1, 1)] {
+        let parts = "x".repeat(bytes);
+        after(&mut member, Event::Wrote(Written { parts, ..written(step) }));
+        assert_eq!((kept(&member).len(), kept(&member).last()), (count, Some(&step)));
+    }
 }

@@ -1,7 +1,9 @@
 //! Writing a worker's parts of checkpoints, in the background.
 //!
 //! A worker copies the blocks that it owns and those of the member after it, and keeps the second copy until the
-//! checkpoint is committed: when that member dies first, this one writes its parts. So a death costs no checkpoint.
+//! checkpoint is committed: when that member dies first, this one writes its parts. So a death costs no checkpoint. While
+//! nobody commits, for the coordinator is away, copies pile up: the oldest then go to the store, and not out of memory
+//! alone, so that a death meanwhile costs none either.
 
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
@@ -167,33 +169,32 @@ impl<F: Fn(Written)> Desk<F> {
                 written: false,
             });
             if self.kept.len() > KEPT_MAX {
-                self.kept.remove(0);
+                let oldest = self.kept.remove(0);
+                if !oldest.written {
+                    self.write_second(&oldest);
+                }
             }
         }
     }
 
     fn write_for_the_gone(&mut self) {
         for at in 0..self.kept.len() {
-            let Kept {
-                generation,
-                all_blocks,
-                next: (worker, snapshot),
-                written: done,
-                own,
-                own_blocks,
-                step,
-            } = &self.kept[at];
-            if *done || self.members.contains(worker) {
-                continue;
+            let kept = &self.kept[at];
+            if !kept.written && !self.members.contains(&kept.next.0) {
+                tracing::info!(step = %kept.step, worker = %kept.next.0, "writing the parts of a member that is gone");
+                self.kept[at].written = self.write_second(kept);
             }
-            tracing::info!(%step, %worker, "writing the parts of a member that is gone");
-            let Some(written) = self.write_parts(snapshot, *generation) else { continue };
-            let all = own.iter().cloned().chain(written).collect();
-            let blocks = vec![own_blocks.clone(), blocks(snapshot)];
-            let told = self.told(snapshot, *generation, *all_blocks, all, blocks);
-            (self.tell)(told);
-            self.kept[at].written = true;
         }
+    }
+
+    /// Writes the second copy. The next member may write the same parts: they are the same bytes.
+    fn write_second(&self, kept: &Kept) -> bool {
+        let snapshot = &kept.next.1;
+        let Some(written) = self.write_parts(snapshot, kept.generation) else { return false };
+        let all = kept.own.iter().cloned().chain(written).collect();
+        let blocks = vec![kept.own_blocks.clone(), blocks(snapshot)];
+        (self.tell)(self.told(snapshot, kept.generation, kept.all_blocks, all, blocks));
+        true
     }
 
     fn told(

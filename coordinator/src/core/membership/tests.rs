@@ -428,3 +428,28 @@ fn with_no_majority_nobody_is_blamed_and_the_checkpoint_is_right() {
     let checkpoint = Source::Checkpoint { step: Step(10) };
     assert_eq!(out, [formed(&formation(2, 10, checkpoint, &[(1, 0..4), (2, 4..8)]))]);
 }
+
+#[test]
+fn a_worker_that_says_what_cannot_be_is_turned_away() {
+    // A step beyond the run's end: no coordinator of this run will ever take it.
+    let mut story = Story::running(2);
+    let before = story.core.clone();
+    let out = story.link(9, stance(Some(TOTAL.0 + 1), Activity::Outside));
+    let reason = "it speaks of step 101, and the run has 100; start workers of this run".to_owned();
+    let why = Leave::Refused { reason: reason.clone() };
+    let refused = Effect::Send { worker: WorkerId(9), epoch: Epoch(1), order: Order::Leave { why } };
+    assert_eq!(out, [refused, Effect::Drop { worker: WorkerId(9), reason }]);
+    assert_eq!(story.core, before, "nothing is known of it");
+    // A generation that was never formed: another coordinator may know it, so the worker may try again.
+    let out = story.stands(2, stance(Some(12), running(7)));
+    let [Effect::Drop { worker: WorkerId(2), reason }] = &out[..] else { panic!("{out:?}") };
+    assert_eq!(reason, "it speaks of generation 7, of which nobody was told; the newest here is 1");
+    // It is not taken at its word, and its lease runs.
+    assert_eq!(story.core.newest_held(), Some(Step(10)));
+    assert_eq!(story.stands(2, stance(Some(11), running(1))), []);
+    story.now += 999;
+    story.stands(1, stance(Some(20), running(1)));
+    story.now += 1;
+    let out = story.event(Event::Tick);
+    assert!(matches!(&out[0], Effect::Record(Entry::Lost { worker: WorkerId(2), .. })), "{out:?}");
+}

@@ -4,7 +4,7 @@
 //! failures of steps; the invariants hold after every event. In phase 2 faults stop, and the run must finish.
 //! A failure prints the seed: `ANELLO_SEED=n cargo test -p anello-coordinator --lib one_seed -- --nocapture` replays it.
 
-mod invariants;
+pub(super) mod invariants;
 mod world;
 
 pub(super) use world::Bug;

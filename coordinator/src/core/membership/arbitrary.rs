@@ -1,0 +1,246 @@
+//! Whatever workers say, true or not, in any order: no panic, and nothing is done that must not be.
+
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+use super::super::simulation::invariants::*;
+use super::*;
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![6 => 0u64..12, 1 => any::<u64>(), 1 => Just(u64::MAX)].prop_map(Step)
+}
+
+fn generation() -> impl Strategy<Value = Generation> {
+    prop_oneof![6 => 0u64..8, 1 => any::<u64>(), 1 => Just(u64::MAX)].prop_map(Generation)
+}
+
+fn worker() -> impl Strategy<Value = WorkerId> {
+    prop_oneof![9 => 1u64..6, 1 => any::<u64>()].prop_map(WorkerId)
+}
+
+fn cause() -> impl Strategy<Value = Cause> {
+    let reason = || "something".to_owned();
+    prop_oneof![
+        Just(Cause::Ordered),
+        Just(Cause::Ended),
+        option::of(worker()).prop_map(move |lost| Cause::Broken { lost, reason: reason() }),
+        Just(Cause::NoState { reason: reason() }),
+        Just(Cause::Fault { reason: reason() }),
+    ]
+}
+
+fn written() -> impl Strategy<Value = Written> {
+    let block = prop_oneof![9 => 0u64..4, 1 => any::<u64>()];
+    let blocks = vec((block.clone(), block.clone()).prop_map(|(start, end)| Range { start, end }), 0..3);
+    (step(), generation(), 0..2u8, blocks, block).prop_map(|(step, generation, facts, blocks, all_blocks)| {
+        Written { step, generation, parts: String::new(), facts: facts.to_string(), blocks, all_blocks }
+    })
+}
+
+fn stance() -> impl Strategy<Value = Stance> {
+    let activity = prop_oneof![
+        Just(Activity::Outside),
+        generation().prop_map(|generation| Activity::Forming { generation }),
+        generation().prop_map(|generation| Activity::Running { generation }),
+        (generation(), cause()).prop_map(|(generation, cause)| Activity::Holding { generation, cause }),
+    ];
+    let leaving = prop::bool::weighted(0.1);
+    (option::of(step()), activity, leaving, vec(written(), 0..3))
+        .prop_map(|(holds, activity, leaving, written)| Stance { holds, activity, leaving, written })
+}
+
+/// What comes next. The first three keep a story going that nonsense alone would not get far in.
+#[derive(Clone, Debug)]
+enum Act {
+    /// The log takes the newest record.
+    Record,
+    /// A worker that just started connects.
+    Arrive(WorkerId),
+    /// A worker does what it was told last.
+    Obey(WorkerId),
+    /// Anything.
+    Any(Event),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let (endpoints, machine) = (Endpoints::default(), String::new());
+    let reason = || "something".to_owned();
+    let goal = prop_oneof![9 => Just(Goal::Run), 1 => Just(Goal::Pause), 1 => Just(Goal::Cancel)];
+    let event = prop_oneof![
+        2 => Just(Event::Tick),
+        3 => (worker(), stance()).prop_map(move |(worker, stance)| {
+            Event::Linked { worker, endpoints: endpoints.clone(), machine: machine.clone(), stance }
+        }),
+        2 => worker().prop_map(|worker| Event::Unlinked { worker }),
+        6 => (worker(), stance()).prop_map(|(worker, stance)| Event::Stands { worker, stance }),
+        1 => generation().prop_map(|generation| Event::Recorded { generation }),
+        1 => (0u64..=TOTAL.0).prop_map(|step| Event::Committed { step: Step(step) }),
+        1 => step().prop_map(move |step| Event::CommitFailed { step, reason: reason() }),
+        1 => vec((0u64..=TOTAL.0).prop_map(Step), 0..3).prop_map(|steps| Event::Listed { steps }),
+        1 => goal.prop_map(Event::Goal),
+        1 => prop_oneof![0u32..5, any::<u32>()].prop_map(Event::Desired),
+    ];
+    prop_oneof![
+        3 => Just(Act::Record),
+        3 => worker().prop_map(Act::Arrive),
+        6 => worker().prop_map(Act::Obey),
+        9 => event.prop_map(Act::Any),
+    ]
+}
+
+const TOTAL: Step = Step(10);
+
+/// A core, and what those around it know.
+struct Watched {
+    core: Membership,
+    lanes: u32,
+    now: Millis,
+    /// Generations that were put on record, and that the log has taken.
+    formed: Option<Arc<Formation>>,
+    recorded: Option<Arc<Formation>>,
+    /// What workers said last over a connection that is open.
+    said: BTreeMap<WorkerId, Stance>,
+    told: BTreeMap<WorkerId, Order>,
+}
+
+impl Watched {
+    fn new(lanes: u32, min: u32, desired: u32) -> Self {
+        let (lease, gather) = (Millis(1000), Millis(500));
+        let options = Options { lanes, total: TOTAL, min, desired, lease, gather, faults_max: 2 };
+        let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
+        let (said, told) = Default::default();
+        Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }
+    }
+
+    fn act(&mut self, act: Act) -> Result<(), String> {
+        let event = match act {
+            Act::Any(event) => event,
+            Act::Record => match &self.formed {
+                Some(formed) => Event::Recorded { generation: formed.generation },
+                None => Event::Tick,
+            },
+            Act::Arrive(worker) => {
+                let activity = Activity::Outside;
+                let stance = Stance { holds: None, activity, leaving: false, written: Vec::new() };
+                Event::Linked { worker, endpoints: Endpoints::default(), machine: String::new(), stance }
+            }
+            Act::Obey(worker) => {
+                let (Some(stance), Some(order)) = (self.said.get(&worker), self.told.get(&worker)) else {
+                    return Ok(());
+                };
+                let mut stance = stance.clone();
+                match order {
+                    Order::Form(formation) => {
+                        stance.holds = Some(formation.start);
+                        stance.activity = Activity::Running { generation: formation.generation };
+                    }
+                    Order::Hold { generation, .. } => {
+                        stance.holds = stance.holds.map(|step| Step((step.0 + 1).min(TOTAL.0)));
+                        stance.activity =
+                            Activity::Holding { generation: *generation, cause: Cause::Ordered };
+                    }
+                    Order::Abort { generation, .. } => {
+                        let cause = Cause::Broken { lost: None, reason: String::new() };
+                        stance.activity = Activity::Holding { generation: *generation, cause };
+                    }
+                    Order::Committed { step } => stance.written.retain(|written| written.step != *step),
+                    Order::Leave { .. } => return self.event(Event::Unlinked { worker }),
+                }
+                Event::Stands { worker, stance }
+            }
+        };
+        self.event(event)
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), String> {
+        match &event {
+            Event::Linked { worker, stance, .. } => drop(self.said.insert(*worker, stance.clone())),
+            Event::Stands { worker, stance } => {
+                self.said.entry(*worker).and_modify(|said| *said = stance.clone());
+            }
+            Event::Unlinked { worker } => drop(self.said.remove(worker)),
+            Event::Recorded { generation } => {
+                let formed = self.formed.as_ref().filter(|formed| formed.generation == *generation);
+                self.recorded = formed.or(self.recorded.as_ref()).cloned();
+            }
+            _ => {}
+        }
+        let mut out = Vec::new();
+        self.core.handle(self.now, event, &mut out);
+        // All that is said for people, too.
+        let _ = self.core.status();
+        out.into_iter().try_for_each(|effect| self.effect(effect))
+    }
+
+    fn effect(&mut self, effect: Effect) -> Result<(), String> {
+        match effect {
+            Effect::Record(Entry::Formed(formation)) => {
+                lanes_are_covered_once(&formation, self.lanes)?;
+                generations_rise(self.formed.as_ref().map(|before| before.generation), formation.generation)?;
+                if let Some(before) = &self.formed {
+                    let running = |id| self.said[&id].activity.is_in(before.generation);
+                    former_members_hold(before, running, |id| self.said.contains_key(&id))?;
+                }
+                if formation.start > TOTAL {
+                    return Err(format!("generation {} starts at {}", formation.generation, formation.start));
+                }
+                self.formed = Some(formation);
+            }
+            Effect::Send { worker, epoch, order } => {
+                if epoch != Epoch(3) {
+                    return Err("it speaks in another's name".to_owned());
+                }
+                let newest = self.recorded.as_ref().map(|formation| formation.generation);
+                let stale = match &order {
+                    Order::Form(formation) => {
+                        Some(formation.generation) != newest || formation.rank(worker).is_none()
+                    }
+                    Order::Hold { generation, .. } => Some(*generation) != newest,
+                    Order::Abort { generation, .. } => Some(*generation) > newest,
+                    Order::Committed { .. } | Order::Leave { .. } => false,
+                };
+                if stale {
+                    return Err(format!("{order:?} for worker {worker} while {newest:?} is the newest"));
+                }
+                self.told.insert(worker, order);
+            }
+            Effect::Drop { worker, .. } => {
+                self.said.remove(&worker);
+                self.told.remove(&worker);
+            }
+            Effect::Commit { step, generation, parts } => {
+                let blocks = |written: &Written| (written.facts.clone(), written.all_blocks);
+                let same = |part: &Written| {
+                    (part.step, part.generation) == (step, generation) && blocks(part) == blocks(&parts[0])
+                };
+                let known = Some(generation) <= self.formed.as_ref().map(|formed| formed.generation);
+                if step > TOTAL || !parts.iter().all(same) || !(known || generation.0 == 0) {
+                    return Err(format!("checkpoint {step} of generation {generation} from {parts:?}"));
+                }
+            }
+            Effect::Record(_) | Effect::List => {}
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn whatever_workers_say(
+        lanes in prop::sample::select(vec![1u32, 2, 8]),
+        (min, desired) in (1u32..3, prop_oneof![1u32..5, any::<u32>()]),
+        acts in vec((prop_oneof![9 => 0u64..300, 1 => 0u64..5000, 1 => any::<u64>()], act()), 0..80),
+    ) {
+        let mut watched = Watched::new(lanes, min, desired.max(1));
+        for (delay, act) in acts {
+            watched.now = watched.now + Millis(delay);
+            let shown = format!("{act:?}");
+            if let Err(broken) = watched.act(act) {
+                return Err(TestCaseError::fail(format!("after {shown}: {broken}")));
+            }
+        }
+    }
+}

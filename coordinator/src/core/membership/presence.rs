@@ -1,0 +1,205 @@
+//! Who is here: arrivals, words, and silence.
+
+use super::*;
+
+/// What a worker cannot say in its right mind.
+enum Nonsense {
+    /// A step beyond the run's last.
+    Step(Step),
+    /// A generation that was never formed, as far as is known here.
+    Generation(Generation),
+}
+
+impl Membership {
+    /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
+    /// are: it stands where it stood, at most some steps further, or it is one of many members that begin to run. All
+    /// that a ring in good health ever says. The deadline may then be early, never late.
+    pub(super) fn is_quiet(&mut self, event: &Event) -> bool {
+        let Event::Stands { worker, stance } = event else { return false };
+        if self.nonsense(stance).is_some() {
+            return false;
+        }
+        let Some(known) = self.workers.get_mut(worker).filter(|known| known.linked) else { return false };
+        if self.faults.count > 0
+            || stance.leaving != known.stance.leaving
+            || stance.written != known.stance.written
+        {
+            return false;
+        }
+        let running = matches!(stance.activity, Activity::Running { .. });
+        if stance.activity != known.stance.activity {
+            let Ring::Alive { formation, .. } = &self.ring else { return false };
+            let ours = |activity: &Activity| activity.is_in(formation.generation);
+            let told = known
+                .told
+                .as_ref()
+                .is_some_and(|order| matches!(order, Order::Form(f) if Arc::ptr_eq(f, formation)));
+            let begins =
+                told && ours(&stance.activity) && !(running && self.running + 1 >= formation.members.len());
+            if !begins {
+                return false;
+            }
+            self.running += usize::from(running);
+        } else if !running && known.stance.holds != stance.holds {
+            return false;
+        }
+        known.heard = self.now;
+        known.stance.holds = stance.holds;
+        known.stance.activity = stance.activity.clone();
+        true
+    }
+
+    /// A process that slept through its deadline must not take its own silence for that of others.
+    pub(super) fn pass_time(&mut self, now: Millis) {
+        let late = self.deadline.map_or(Millis(0), |deadline| now.since(deadline));
+        if late > self.options.lease / 2 {
+            self.workers.values_mut().for_each(|worker| {
+                worker.heard = (worker.heard + late).max(Millis(now.0 - self.options.lease.0 / 2)).min(now)
+            });
+        }
+        self.now = self.now.max(now);
+    }
+
+    pub(super) fn linked(
+        &mut self,
+        id: WorkerId,
+        endpoints: Endpoints,
+        machine: String,
+        stance: Stance,
+        out: &mut Vec<Effect>,
+    ) {
+        if let Some(nonsense) = self.nonsense(&stance) {
+            return self.turn_away(id, nonsense, out);
+        }
+        if self.quarantined.contains(&machine) {
+            let reason =
+                format!("machine {machine} is quarantined: a worker's state there differed from all others'");
+            let order = Order::Leave { why: Leave::Evicted { reason } };
+            out.push(Effect::Send { worker: id, epoch: self.epoch, order });
+            return;
+        }
+        let arrival = self.workers.get(&id).map_or(self.arrivals, |known| known.arrival);
+        if !self.workers.contains_key(&id) {
+            self.arrivals += 1;
+            out.push(Effect::Record(Entry::Joined { worker: id, machine: machine.clone() }));
+        }
+        let heard = self.now;
+        let worker = Worker {
+            endpoints,
+            machine,
+            linked: true,
+            heard,
+            arrival,
+            stance,
+            told: None,
+            told_committed: BTreeSet::new(),
+        };
+        let stance = worker.stance.clone();
+        self.workers.insert(id, worker);
+        self.stands(id, stance, out);
+    }
+
+    /// What of a stance cannot be, however late it comes and whatever was lost on the way.
+    fn nonsense(&self, stance: &Stance) -> Option<Nonsense> {
+        let total = self.options.total;
+        let written = stance.written.iter();
+        let step = stance.holds.into_iter().chain(written.clone().map(|written| written.step)).max();
+        if let Some(step) = step.filter(|step| *step > total) {
+            return Some(Nonsense::Step(step));
+        }
+        let spoken_of = stance.activity.generation().into_iter();
+        let mut generations = spoken_of.chain(written.map(|written| written.generation));
+        // Nobody has heard of one that is not in the log yet.
+        let unheard = u64::from(matches!(self.ring, Ring::Recording(_)));
+        let known = Generation(1)..=Generation(self.generation.0 - unheard);
+        generations.find(|generation| !known.contains(generation)).map(Nonsense::Generation)
+    }
+
+    /// Has nothing to do with a worker that says what cannot be. What was known of it goes with its lease.
+    fn turn_away(&mut self, id: WorkerId, nonsense: Nonsense, out: &mut Vec<Effect>) {
+        if let Some(known) = self.workers.get_mut(&id) {
+            known.linked = false;
+        }
+        let reason = match nonsense {
+            Nonsense::Step(step) => {
+                let total = self.options.total;
+                format!("it speaks of step {step}, and the run has {total}; start workers of this run")
+            }
+            // It may be this coordinator that knows too little. The worker tries again, and finds the one that does.
+            Nonsense::Generation(generation) => {
+                let newest = self.generation;
+                format!(
+                    "it speaks of generation {generation}, of which nobody was told; the newest here is {newest}"
+                )
+            }
+        };
+        if matches!(nonsense, Nonsense::Step(_)) {
+            let order = Order::Leave { why: Leave::Refused { reason: reason.clone() } };
+            out.push(Effect::Send { worker: id, epoch: self.epoch, order });
+        }
+        out.push(Effect::Drop { worker: id, reason });
+    }
+
+    pub(super) fn stands(&mut self, id: WorkerId, stance: Stance, out: &mut Vec<Effect>) {
+        if self.workers.get(&id).is_none_or(|worker| !worker.linked) {
+            return;
+        }
+        if let Some(nonsense) = self.nonsense(&stance) {
+            return self.turn_away(id, nonsense, out);
+        }
+        let worker = self.workers.get_mut(&id).expect("just seen");
+        worker.heard = self.now;
+        for written in &stance.written {
+            if let Some(commit) = self.checkpoints.written(id, written) {
+                out.push(commit);
+            }
+        }
+        if self.faults.count > 0 && stance.holds > Some(self.faults.at) {
+            self.faults = Faults::default();
+        }
+        let worker = self.workers.get_mut(&id).expect("just seen");
+        worker.stance = stance;
+    }
+
+    /// Removes those that were silent for a lease, and those that left no trace worth waiting for.
+    pub(super) fn expire(&mut self, out: &mut Vec<Effect>) {
+        let (now, lease) = (self.now, self.options.lease);
+        let generation = self.formation().map(|formation| formation.generation);
+        let in_ring = |id| generation.is_some() && self.ranks.contains_key(id);
+        // A member whose connection is closed and whom a peer names as lost is dead: no time-out is needed.
+        let named: BTreeSet<WorkerId> = self
+            .workers
+            .values()
+            .filter_map(|worker| match &worker.stance.activity {
+                Activity::Holding { cause: Cause::Broken { lost, .. }, generation: of }
+                    if Some(*of) == generation =>
+                {
+                    *lost
+                }
+                _ => None,
+            })
+            .collect();
+        let mut gone = Vec::new();
+        for (id, worker) in &self.workers {
+            let silent = now.since(worker.heard) >= lease;
+            let reason = match (worker.linked, silent, in_ring(id)) {
+                (_, true, _) => format!("silent for {lease}"),
+                (false, false, false) => "it closed its connection".to_owned(),
+                (false, false, true) if named.contains(id) => {
+                    "it closed its connections to the coordinator and to its peers".to_owned()
+                }
+                _ => continue,
+            };
+            gone.push((*id, reason));
+        }
+        for (id, reason) in gone {
+            let worker = self.workers.remove(&id).expect("just seen");
+            if worker.linked {
+                out.push(Effect::Drop { worker: id, reason: reason.clone() });
+            }
+            if !matches!(self.ring, Ring::Over(_)) {
+                out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Chaos, and the launcher that mends.
+
+use super::*;
+
+impl World {
+    /// Keeps as many processes as are wanted.
+    pub(super) fn launch(&mut self) {
+        let wanted = u64::from(self.options.desired);
+        if (self.workers.len() as u64) < wanted {
+            self.next_worker += 1;
+            let worker = WorkerId(self.next_worker);
+            self.workers.insert(
+                worker,
+                Worker {
+                    machine: Machine::new(None),
+                    state: None,
+                    link: None,
+                    sent_up: 0,
+                    sent_down: 0,
+                    frozen_until: 0,
+                    mute_until: 0,
+                    ring: None,
+                    hold: 0,
+                    applying: false,
+                    last_members: Vec::new(),
+                    kept: Vec::new(),
+                },
+            );
+            let delay = self.below(30);
+            self.after(delay, Happening::Connect { worker });
+            self.after(HEARTBEAT, Happening::Heartbeat { worker });
+        }
+        let delay = 20 + self.below(80);
+        self.after(delay, Happening::Launch);
+    }
+
+    pub(super) fn wreak(&mut self) -> Result<(), String> {
+        if !self.chaos() {
+            // The last fault is over: there is a coordinator, and one that hears.
+            if !self.coordinators.iter().any(|coordinator| coordinator.alive) {
+                self.after(50, Happening::StartCoordinator);
+            }
+            return Ok(());
+        }
+        let delay = 20 + self.below(180);
+        self.after(delay, Happening::Chaos);
+        let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
+        let Some(&victim) = ids.get(self.below(ids.len().max(1) as u64) as usize) else { return Ok(()) };
+        match self.below(12) {
+            0 | 1 => self.kill(victim),
+            2 => {
+                self.report.freezes += 1;
+                let length = 50 + self.below(2500);
+                self.workers.get_mut(&victim).expect("known").frozen_until = self.now + length;
+            }
+            3 => {
+                self.report.cuts += 1;
+                self.cut(victim);
+            }
+            4 => {
+                // Nothing gets through, for longer than the lease at times; then the link turns out to be dead.
+                self.report.mutes += 1;
+                let length = 100 + self.below(1800);
+                let known = self.workers.get_mut(&victim).expect("known");
+                known.mute_until = self.now + length;
+                if let Some((coordinator, link)) = known.link {
+                    self.after(length, Happening::ClosedAtCoordinator { coordinator, link, worker: victim });
+                    self.after(length, Happening::ClosedAtWorker { worker: victim, link });
+                }
+            }
+            5 => {
+                self.report.preemptions += 1;
+                self.after(0, Happening::Terminate { worker: victim });
+            }
+            6 => {
+                if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive) {
+                    self.report.coordinator_crashes += 1;
+                    self.stop_coordinator(index);
+                    let delay = 50 + self.below(1500);
+                    self.after(delay, Happening::StartCoordinator);
+                }
+            }
+            7 => {
+                self.report.stale_coordinators += 1;
+                self.after(0, Happening::StartCoordinator);
+            }
+            8 => {
+                // Two peers lose their connection; both are well.
+                if let Some(generation) = self.workers[&victim].ring {
+                    self.tell_peers(generation, victim);
+                    self.after(1, Happening::PeerLost { worker: victim, generation, lost: ids[0] });
+                }
+            }
+            9 if self.faults_left > 0 && self.workers[&victim].ring.is_some() => {
+                let running =
+                    matches!(self.workers[&victim].machine.stance().activity, Activity::Running { .. });
+                if running && self.workers[&victim].frozen_until <= self.now {
+                    self.faults_left -= 1;
+                    self.report.faults += 1;
+                    let cause = Cause::Fault { reason: "the replicas differ".to_owned() };
+                    return self.leave_ring(victim, cause);
+                }
+            }
+            10 => {
+                let readable: Vec<Step> =
+                    self.manifests.keys().filter(|step| !self.unreadable.contains(step)).copied().collect();
+                if readable.len() > 1 {
+                    self.report.unreadable += 1;
+                    self.unreadable.insert(readable[readable.len() - 1]);
+                }
+            }
+            11 => {
+                if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive) {
+                    let event = match self.chance(3) {
+                        true => Event::Goal(Goal::Pause),
+                        false => {
+                            self.options.desired = (1 + self.below(5) as u32).max(self.options.min);
+                            Event::Desired(self.options.desired)
+                        }
+                    };
+                    return self.tell_core(index, event);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Kill -9, at times in the midst of handing out a step's result: then some peers have it and some have not.
+    pub(super) fn kill(&mut self, victim: WorkerId) {
+        self.report.kills += 1;
+        if let Some(generation) = self.workers[&victim].ring
+            && self.rings[&generation].stepping
+            && !self.rings[&generation].broken
+            && self.chance(3)
+        {
+            let members: Vec<WorkerId> =
+                self.rings[&generation].formation.members.iter().map(|member| member.worker).collect();
+            let word = members.iter().map(|id| self.workers[id].hold).max().unwrap_or(0);
+            let step = self.workers[&victim].state.expect("it trains").0;
+            for worker in members {
+                if worker != victim && self.chance(2) {
+                    self.deliver(worker, generation, step, word, false);
+                }
+            }
+        }
+        self.bury(victim);
+    }
+}

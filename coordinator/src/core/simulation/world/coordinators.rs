@@ -1,0 +1,218 @@
+//! Coordinators and the store.
+
+use super::*;
+
+pub(super) struct Coordinator {
+    pub(super) alive: bool,
+    pub(super) core: Membership,
+    pub(super) epoch: Epoch,
+    pub(super) next_record: u64,
+    pub(super) links: BTreeMap<WorkerId, u64>,
+    pub(super) tick_at: Option<u64>,
+    pub(super) appended_at: u64,
+}
+
+impl World {
+    pub(super) fn start_coordinator(&mut self) {
+        if self.completed {
+            return;
+        }
+        self.epoch = Epoch(self.epoch.0 + 1);
+        self.records += 1;
+        let found = Found {
+            formation: self.formations.last_key_value().map(|(_, formation)| Formation::clone(formation)),
+            checkpoints: self.manifests.keys().copied().collect(),
+            floor: Generation(0),
+            quarantined: Vec::new(),
+        };
+        let mut core = Membership::new(self.options.clone(), self.epoch, found, Millis(self.now));
+        core.plant(self.bug);
+        let (epoch, next_record) = (self.epoch, self.records);
+        self.coordinators.push(Coordinator {
+            alive: true,
+            core,
+            epoch,
+            next_record,
+            links: BTreeMap::new(),
+            tick_at: None,
+            appended_at: self.now,
+        });
+        let coordinator = self.coordinators.len() - 1;
+        self.after(700, Happening::CheckFence { coordinator });
+        self.after(0, Happening::Tick { coordinator });
+        self.coordinators[coordinator].tick_at = Some(self.now);
+    }
+
+    pub(super) fn fence(&mut self, coordinator: usize) -> Result<(), String> {
+        self.report.fenced += 1;
+        self.tell_core(coordinator, Event::Fenced { by: format!("epoch {}", self.epoch) })?;
+        self.stop_coordinator(coordinator);
+        Ok(())
+    }
+
+    pub(super) fn stop_coordinator(&mut self, coordinator: usize) {
+        self.coordinators[coordinator].alive = false;
+        let links = std::mem::take(&mut self.coordinators[coordinator].links);
+        for worker in self.workers.keys().copied().collect::<Vec<_>>() {
+            if let Some((of, link)) = self.workers[&worker].link
+                && of == coordinator
+            {
+                let delay = self.latency();
+                self.after(delay, Happening::ClosedAtWorker { worker, link });
+            }
+        }
+        drop(links);
+    }
+
+    pub(super) fn tell_core(&mut self, coordinator: usize, event: Event) -> Result<(), String> {
+        if !self.coordinators[coordinator].alive {
+            return Ok(());
+        }
+        let mut out = Vec::new();
+        let now = Millis(self.now);
+        self.coordinators[coordinator].core.handle(now, event, &mut out);
+        if self.verbose {
+            out.iter().for_each(|effect| println!("       coordinator {coordinator}: {effect:?}"));
+        }
+        for effect in out {
+            self.perform(coordinator, effect)?;
+        }
+        let deadline = self.coordinators[coordinator].core.deadline().map(|at| at.0);
+        if let Some(at) = deadline.filter(|_| self.coordinators[coordinator].alive) {
+            let known = &mut self.coordinators[coordinator];
+            if known.tick_at.is_none_or(|before| at < before || before < self.now) {
+                known.tick_at = Some(at);
+                self.at(at, Happening::Tick { coordinator });
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn perform(&mut self, coordinator: usize, effect: Effect) -> Result<(), String> {
+        match effect {
+            Effect::Send { worker, epoch, order } => {
+                let delay = self.latency();
+                let Some(&link) = self.coordinators[coordinator].links.get(&worker) else { return Ok(()) };
+                let Some(known) = self.workers.get_mut(&worker) else { return Ok(()) };
+                if known.link == Some((coordinator, link)) && known.mute_until <= self.now {
+                    known.sent_down = known.sent_down.max(self.now + delay);
+                    let at = known.sent_down;
+                    self.at(at, Happening::ToWorker { worker, link, epoch, order });
+                }
+            }
+            Effect::Drop { worker, .. } => {
+                if let Some(link) = self.coordinators[coordinator].links.remove(&worker) {
+                    let delay = self.latency();
+                    self.after(delay, Happening::ClosedAtWorker { worker, link });
+                }
+            }
+            Effect::Record(entry) => {
+                if let Entry::Formed(formation) = &entry {
+                    self.check_formation(coordinator, formation)?;
+                }
+                let delay = match self.chaos() && self.chance(10) {
+                    true => 100 + self.below(600),
+                    false => 1 + self.below(10),
+                };
+                let at = (self.now + delay).max(self.coordinators[coordinator].appended_at);
+                self.coordinators[coordinator].appended_at = at;
+                self.at(at, Happening::Appended { coordinator, entry });
+            }
+            Effect::List => {
+                let delay = 1 + self.below(20);
+                self.after(delay, Happening::Listed { coordinator });
+            }
+            Effect::Commit { step, generation, .. } => {
+                let delay = 1 + self.below(30);
+                self.after(delay, Happening::Commit { coordinator, step, generation });
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
+        lanes_are_covered_once(formation, self.options.lanes)?;
+        let known = &self.coordinators[coordinator];
+        let Some(before) = self.formations.get(&Generation(formation.generation.0.saturating_sub(1))) else {
+            return Ok(());
+        };
+        former_members_hold(
+            before,
+            |id| self.workers.get(&id).is_some_and(|worker| worker.ring == Some(before.generation)),
+            |id| {
+                known.links.get(&id).is_some_and(|link| {
+                    self.workers.get(&id).is_some_and(|worker| worker.link == Some((coordinator, *link)))
+                })
+            },
+        )
+    }
+
+    /// A record reaches the log, or another coordinator's is in its place.
+    pub(super) fn appended(&mut self, coordinator: usize, entry: Entry) -> Result<(), String> {
+        let known = &self.coordinators[coordinator];
+        if !known.alive && self.chance(2) {
+            return Ok(());
+        }
+        let known = &mut self.coordinators[coordinator];
+        if known.next_record != self.records {
+            return if known.alive { self.fence(coordinator) } else { Ok(()) };
+        }
+        known.next_record += 1;
+        self.records += 1;
+        match entry {
+            Entry::Formed(formation) => {
+                let generation = formation.generation;
+                let before = self.formations.last_key_value().map(|(generation, _)| *generation);
+                generations_rise(before, generation)?;
+                self.report.generations += 1;
+                self.formations.insert(generation, formation);
+                self.tell_core(coordinator, Event::Recorded { generation })
+            }
+            Entry::Ended { outcome } => {
+                if self.verbose {
+                    println!("       ended: {outcome:?}");
+                }
+                match outcome {
+                    Outcome::Completed => {
+                        let total = self.options.total;
+                        self.completed = self.manifests.contains_key(&total);
+                        match self.completed {
+                            true => Ok(()),
+                            false => Err("completed without a last checkpoint".to_owned()),
+                        }
+                    }
+                    Outcome::Paused => {
+                        self.report.pauses += 1;
+                        self.after(300, Happening::StartCoordinator);
+                        Ok(())
+                    }
+                    other => Err(format!("the run ended as {other:?}")),
+                }
+            }
+            Entry::PassedOver { step, .. } => {
+                self.manifests.remove(&step);
+                self.unreadable.remove(&step);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn commit(
+        &mut self,
+        coordinator: usize,
+        step: Step,
+        generation: Generation,
+    ) -> Result<(), String> {
+        if !self.coordinators[coordinator].alive && self.chance(2) {
+            return Ok(());
+        }
+        if self.chaos() && self.chance(8) {
+            let reason = "the store answers 500".to_owned();
+            return self.tell_core(coordinator, Event::CommitFailed { step, reason });
+        }
+        manifest_is_whole(step, &self.formations[&generation], &self.parts, &self.reference)?;
+        self.manifests.entry(step).or_insert(generation);
+        self.tell_core(coordinator, Event::Committed { step })
+    }
+}

@@ -1,0 +1,82 @@
+//! What can happen, and to whom.
+
+use super::*;
+
+#[derive(Clone, Debug)]
+pub(super) enum Happening {
+    Connect { worker: WorkerId },
+    Heartbeat { worker: WorkerId },
+    ToCoordinator { coordinator: usize, link: u64, worker: WorkerId, hello: bool, stance: Stance },
+    ClosedAtCoordinator { coordinator: usize, link: u64, worker: WorkerId },
+    ToWorker { worker: WorkerId, link: u64, epoch: Epoch, order: Order },
+    ClosedAtWorker { worker: WorkerId, link: u64 },
+    Formed { worker: WorkerId, generation: Generation },
+    Ready { worker: WorkerId, generation: Generation },
+    StepEnd { generation: Generation, token: u64 },
+    Apply { worker: WorkerId, generation: Generation, step: Step, word: u8, twisted: bool },
+    PeerLost { worker: WorkerId, generation: Generation, lost: WorkerId },
+    Wrote { worker: WorkerId, written: Written, state: u64, leave: Option<Cause> },
+    Appended { coordinator: usize, entry: Entry },
+    Commit { coordinator: usize, step: Step, generation: Generation },
+    Listed { coordinator: usize },
+    Tick { coordinator: usize },
+    CheckFence { coordinator: usize },
+    StartCoordinator,
+    Terminate { worker: WorkerId },
+    Launch,
+    Chaos,
+}
+
+/// Whom a happening is for, if for a worker's process.
+pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
+    match happening {
+        Happening::Connect { worker }
+        | Happening::Heartbeat { worker }
+        | Happening::ToWorker { worker, .. }
+        | Happening::ClosedAtWorker { worker, .. }
+        | Happening::Formed { worker, .. }
+        | Happening::Ready { worker, .. }
+        | Happening::Apply { worker, .. }
+        | Happening::PeerLost { worker, .. }
+        | Happening::Wrote { worker, .. }
+        | Happening::Terminate { worker } => Some(*worker),
+        Happening::ToCoordinator { .. }
+        | Happening::ClosedAtCoordinator { .. }
+        | Happening::StepEnd { .. }
+        | Happening::Appended { .. }
+        | Happening::Commit { .. }
+        | Happening::Listed { .. }
+        | Happening::Tick { .. }
+        | Happening::CheckFence { .. }
+        | Happening::StartCoordinator
+        | Happening::Launch
+        | Happening::Chaos => None,
+    }
+}
+
+pub(super) fn kind(happening: &Happening) -> u64 {
+    let kind = match happening {
+        Happening::Connect { .. } => 1,
+        Happening::Heartbeat { .. } => 2,
+        Happening::ToCoordinator { .. } => 3,
+        Happening::ClosedAtCoordinator { .. } => 4,
+        Happening::ToWorker { .. } => 5,
+        Happening::ClosedAtWorker { .. } => 6,
+        Happening::Formed { .. } => 7,
+        Happening::Ready { .. } => 8,
+        Happening::StepEnd { .. } => 9,
+        Happening::Apply { .. } => 10,
+        Happening::PeerLost { .. } => 11,
+        Happening::Wrote { .. } => 12,
+        Happening::Appended { .. } => 13,
+        Happening::Commit { .. } => 14,
+        Happening::Tick { .. } => 15,
+        Happening::CheckFence { .. } => 16,
+        Happening::StartCoordinator => 17,
+        Happening::Terminate { .. } => 18,
+        Happening::Launch => 19,
+        Happening::Chaos => 20,
+        Happening::Listed { .. } => 21,
+    };
+    kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
+}

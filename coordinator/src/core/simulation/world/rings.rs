@@ -1,0 +1,257 @@
+//! Rings: state for the members, steps, and how they end.
+
+use super::*;
+
+pub(super) struct Ring {
+    pub(super) formation: Arc<Formation>,
+    pub(super) ready: BTreeSet<WorkerId>,
+    pub(super) broken: bool,
+    /// Word and number of the step under way; a token that is over is ignored.
+    pub(super) token: u64,
+    pub(super) stepping: bool,
+}
+
+impl World {
+    /// The sockets of a worker in this ring are closed: its peers see that.
+    pub(super) fn tell_peers(&mut self, generation: Generation, lost: WorkerId) {
+        let Some(ring) = self.rings.get_mut(&generation) else { return };
+        ring.broken = true;
+        ring.token += 1;
+        let members: Vec<WorkerId> = ring.formation.members.iter().map(|member| member.worker).collect();
+        for worker in members {
+            if self.workers.get(&worker).is_some_and(|known| known.ring == Some(generation)) {
+                let delay = 1 + self.below(6);
+                self.after(delay, Happening::PeerLost { worker, generation, lost });
+            }
+        }
+    }
+
+    pub(super) fn leave_ring(&mut self, worker: WorkerId, cause: Cause) -> Result<(), String> {
+        let known = self.workers.get_mut(&worker).expect("known");
+        let Some(generation) = known.ring.take() else { return Ok(()) };
+        known.applying = false;
+        let holds = known.state.map(|(step, _)| step);
+        let planned = matches!(cause, Cause::Ordered | Cause::Ended);
+        if !planned {
+            self.tell_peers(generation, worker);
+        }
+        self.tell_worker(worker, Happens::Left { generation, holds, cause })
+    }
+
+    pub(super) fn form(&mut self, worker: WorkerId, formation: Arc<Formation>) -> Result<(), String> {
+        let generation = formation.generation;
+        let known = self.workers.get_mut(&worker).expect("known");
+        if known.ring.is_some() {
+            return Err(format!("worker {worker} is told to form while it is in a ring"));
+        }
+        (known.ring, known.hold, known.applying) = (Some(generation), 0, false);
+        known.last_members = formation.members.iter().map(|member| member.worker).collect();
+        // Blocks of members that are gone are written by those who kept a second copy.
+        let manifests = &self.manifests;
+        known.kept.retain(|kept| !manifests.contains_key(&kept.step));
+        for kept in known.kept.clone() {
+            let known = &self.workers[&worker];
+            if !known.last_members.contains(&kept.buddy) {
+                self.write(worker, &kept, None);
+            }
+        }
+        self.rings.entry(generation).or_insert_with(|| Ring {
+            formation,
+            ready: BTreeSet::new(),
+            broken: false,
+            token: 0,
+            stepping: false,
+        });
+        let delay = 2 + self.below(40);
+        self.after(delay, Happening::Formed { worker, generation });
+        Ok(())
+    }
+
+    /// A worker gets the state that the generation starts from.
+    pub(super) fn formed(&mut self, worker: WorkerId, generation: Generation) -> Result<(), String> {
+        if self.workers[&worker].ring != Some(generation) {
+            return Ok(());
+        }
+        let ring = &self.rings[&generation];
+        let (start, source) = (ring.formation.start, ring.formation.source.clone());
+        let holds = self.workers[&worker].state;
+        let state = match (&source, holds) {
+            (_, Some((step, state))) if step == start => Some(state),
+            (Source::Seed, _) => Some(self.reference[0]),
+            (Source::Checkpoint { step }, _) => {
+                if self.unreadable.contains(step) || !self.manifests.contains_key(step) {
+                    let cause = Cause::NoState { reason: format!("checkpoint {step} is damaged") };
+                    self.workers.get_mut(&worker).expect("known").state = None;
+                    return self.leave_ring(worker, cause);
+                }
+                let generation = self.manifests[step];
+                let part = self.parts.iter().find(|((s, g, _), _)| s == step && *g == generation);
+                Some(*part.expect("a manifest has parts").1)
+            }
+            (Source::Peers { holders }, _) => holders.iter().find_map(|holder| {
+                let peer = self.workers.get(holder)?;
+                let (step, state) = peer.state?;
+                (peer.ring == Some(generation) && step == start && peer.frozen_until <= self.now)
+                    .then_some(state)
+            }),
+        };
+        let Some(state) = state else {
+            if ring.broken {
+                let cause = Cause::Broken { lost: None, reason: "the ring broke while forming".to_owned() };
+                return self.leave_ring(worker, cause);
+            }
+            self.after(20, Happening::Formed { worker, generation });
+            return Ok(());
+        };
+        self.workers.get_mut(&worker).expect("known").state = Some((start, state));
+        self.check_state(worker)?;
+        let ring = self.rings.get_mut(&generation).expect("known");
+        ring.ready.insert(worker);
+        if ring.ready.len() == ring.formation.members.len() && !ring.broken {
+            let members: Vec<WorkerId> = ring.formation.members.iter().map(|member| member.worker).collect();
+            for worker in members {
+                let delay = 1 + self.below(5);
+                self.after(delay, Happening::Ready { worker, generation });
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn ready(&mut self, worker: WorkerId, generation: Generation) -> Result<(), String> {
+        if self.workers[&worker].ring != Some(generation) {
+            return Ok(());
+        }
+        let (start, save_first) = {
+            let formation = &self.rings[&generation].formation;
+            (formation.start, formation.save_first)
+        };
+        self.tell_worker(worker, Happens::Ready { generation, holds: start })?;
+        let due = start.0.is_multiple_of(self.every) || start == self.options.total;
+        if save_first && due {
+            self.save(worker, generation, (start == self.options.total).then_some(Cause::Ended));
+        }
+        self.begin_step(generation);
+        Ok(())
+    }
+
+    /// Begins the next step when all members are at the same one.
+    pub(super) fn begin_step(&mut self, generation: Generation) {
+        let Some(ring) = self.rings.get(&generation) else { return };
+        if ring.broken || ring.stepping {
+            return;
+        }
+        let mut at = BTreeSet::new();
+        let mut word = 0;
+        for member in &ring.formation.members {
+            let Some(known) = self.workers.get(&member.worker) else { return };
+            let runs = known.machine.stance().activity == Activity::Running { generation };
+            if known.ring != Some(generation) || known.applying || !runs {
+                return;
+            }
+            at.extend(known.state.map(|(step, _)| step));
+            word = word.max(known.hold);
+        }
+        if at.len() != 1 || at.first() >= Some(&self.options.total) {
+            return;
+        }
+        let delay = 5 + self.below(20);
+        let ring = self.rings.get_mut(&generation).expect("known");
+        ring.stepping = true;
+        ring.token += 1;
+        let token = ring.token;
+        let _ = word;
+        self.after(delay, Happening::StepEnd { generation, token });
+    }
+
+    /// The reduction is complete: everyone has, or will have, all that it needs to apply the step.
+    pub(super) fn step_end(&mut self, generation: Generation, token: u64) {
+        let ring = &self.rings[&generation];
+        if ring.broken || ring.token != token {
+            return;
+        }
+        let members: Vec<WorkerId> = ring.formation.members.iter().map(|member| member.worker).collect();
+        let thaws = members.iter().map(|id| self.workers[id].frozen_until).max().unwrap_or(0);
+        if thaws > self.now {
+            self.at(thaws, Happening::StepEnd { generation, token });
+            return;
+        }
+        self.rings.get_mut(&generation).expect("known").stepping = false;
+        let word = members.iter().map(|id| self.workers[id].hold).max().unwrap_or(0);
+        let step = self.workers[&members[0]].state.expect("it trains").0;
+        let twisted = self.bug == Some(Bug::StaleGradient) && self.stale_gradient(generation, step);
+        for worker in members {
+            self.deliver(worker, generation, step, word, twisted);
+        }
+    }
+
+    /// Whether a worker of an older generation is still at this step.
+    pub(super) fn stale_gradient(&self, generation: Generation, step: Step) -> bool {
+        self.workers.values().any(|other| {
+            other.ring.is_some_and(|of| of < generation) && other.state.is_some_and(|(at, _)| at == step)
+        })
+    }
+
+    pub(super) fn deliver(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        step: Step,
+        word: u8,
+        twisted: bool,
+    ) {
+        self.workers.get_mut(&worker).expect("known").applying = true;
+        let delay = self.below(4);
+        self.after(delay, Happening::Apply { worker, generation, step, word, twisted });
+    }
+
+    pub(super) fn apply(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        step: Step,
+        word: u8,
+        twisted: bool,
+    ) -> Result<(), String> {
+        let lanes = self.options.lanes;
+        let known = self.workers.get_mut(&worker).expect("known");
+        if known.ring != Some(generation) || !known.applying {
+            return Ok(());
+        }
+        known.applying = false;
+        let (at, state) = known.state.expect("it trains");
+        if at != step {
+            return Err(format!("worker {worker} applies step {step} to the state after {at}"));
+        }
+        let twice = if twisted { lanes } else { 0 };
+        let holds = Step(step.0 + 1);
+        known.state = Some((holds, advance_state(state, step, (0..lanes).chain(0..twice))));
+        self.report.steps += 1;
+        if holds <= self.reached {
+            self.report.replayed_steps +=
+                u64::from(self.rings[&generation].formation.members[0].worker == worker);
+        }
+        self.check_state(worker)?;
+        self.tell_worker(worker, Happens::Applied { holds })?;
+        let ended = holds == self.options.total;
+        let leave = match word {
+            _ if ended => Some(Cause::Ended),
+            0 => None,
+            _ => Some(Cause::Ordered),
+        };
+        self.reached = self.reached.max(holds);
+        if ended || word == 2 {
+            // It leaves once its parts are durable.
+            self.save(worker, generation, leave);
+            return Ok(());
+        } else {
+            if holds.0.is_multiple_of(self.every) {
+                self.save(worker, generation, None);
+            }
+            if let Some(cause) = leave {
+                return self.leave_ring(worker, cause);
+            }
+        }
+        self.begin_step(generation);
+        Ok(())
+    }
+}

@@ -1,0 +1,178 @@
+//! Worker processes: their links, their half of the membership, and the parts that they write.
+
+use super::*;
+
+pub(super) struct Worker {
+    pub(super) machine: Machine,
+    pub(super) state: Option<(Step, u64)>,
+    pub(super) link: Option<(usize, u64)>,
+    /// Last delivery on the present link, each way: links keep order.
+    pub(super) sent_up: u64,
+    pub(super) sent_down: u64,
+    pub(super) frozen_until: u64,
+    /// Nothing gets through its link, and nobody notices yet.
+    pub(super) mute_until: u64,
+    pub(super) ring: Option<Generation>,
+    pub(super) hold: u8,
+    /// All data of this step are here; it will be applied.
+    pub(super) applying: bool,
+    /// Members of the ring that it was told of last.
+    pub(super) last_members: Vec<WorkerId>,
+    /// Copies of states that are not known to be in a committed checkpoint.
+    pub(super) kept: Vec<Kept>,
+}
+
+/// What a member copied for a checkpoint: its own block, and that of the next member.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kept {
+    pub(super) step: Step,
+    pub(super) generation: Generation,
+    pub(super) state: u64,
+    pub(super) rank: u64,
+    pub(super) all: u64,
+    pub(super) buddy: WorkerId,
+}
+
+impl World {
+    pub(super) fn connect(&mut self, worker: WorkerId) {
+        if self.workers[&worker].link.is_some() {
+            return;
+        }
+        // What is lost on a link is never followed by what is not: a muted worker cannot open a new one either.
+        let muted = self.workers[&worker].mute_until;
+        if muted > self.now {
+            self.at(muted + 1, Happening::Connect { worker });
+            return;
+        }
+        let alive: Vec<usize> =
+            (0..self.coordinators.len()).filter(|&c| self.coordinators[c].alive).collect();
+        let Some(&newest) = alive.last() else {
+            self.after(100, Happening::Connect { worker });
+            return;
+        };
+        let stray = self.chaos() && self.chance(4);
+        let coordinator = if stray { alive[self.below(alive.len() as u64) as usize] } else { newest };
+        self.next_link += 1;
+        let link = self.next_link;
+        let known = self.workers.get_mut(&worker).expect("known");
+        known.link = Some((coordinator, link));
+        (known.sent_up, known.sent_down) = (self.now, self.now);
+        let mut out = Vec::new();
+        known.machine.handle(Happens::Linked, &mut out);
+        let stance = known.machine.stance().clone();
+        self.send_up(worker, true, stance);
+    }
+
+    pub(super) fn send_up(&mut self, worker: WorkerId, hello: bool, stance: Stance) {
+        let delay = self.latency();
+        let known = self.workers.get_mut(&worker).expect("known");
+        let Some((coordinator, link)) = known.link else { return };
+        if known.mute_until > self.now {
+            return;
+        }
+        known.sent_up = known.sent_up.max(self.now + delay);
+        let at = known.sent_up;
+        self.at(at, Happening::ToCoordinator { coordinator, link, worker, hello, stance });
+    }
+
+    pub(super) fn say(&mut self, worker: WorkerId, stance: Stance) {
+        self.send_up(worker, false, stance);
+    }
+
+    /// Closes a worker's link: both ends learn of it, at their own time.
+    pub(super) fn cut(&mut self, worker: WorkerId) {
+        let Some((coordinator, link)) = self.workers.get(&worker).and_then(|known| known.link) else {
+            return;
+        };
+        let (one, other) = (self.latency(), self.latency());
+        self.after(one, Happening::ClosedAtCoordinator { coordinator, link, worker });
+        self.after(other, Happening::ClosedAtWorker { worker, link });
+    }
+
+    pub(super) fn tell_worker(&mut self, worker: WorkerId, event: Happens) -> Result<(), String> {
+        let Some(known) = self.workers.get_mut(&worker) else { return Ok(()) };
+        let mut out = Vec::new();
+        known.machine.handle(event, &mut out);
+        for effect in out {
+            match effect {
+                Do::Say(stance) => self.say(worker, stance),
+                Do::Form(formation) => self.form(worker, formation)?,
+                Do::Hold { save } => {
+                    let known = self.workers.get_mut(&worker).expect("known");
+                    known.hold = known.hold.max(1 + u8::from(save));
+                }
+                Do::Abort { reason } => {
+                    let known = self.workers.get(&worker).expect("known");
+                    if known.ring.is_some() {
+                        let keeps = known.applying && self.chance(2);
+                        let known = self.workers.get_mut(&worker).expect("known");
+                        known.applying = false;
+                        if keeps {
+                            // The data are here and the update runs to its end.
+                            let (generation, (step, state)) = (known.ring, known.state.expect("it trains"));
+                            let lanes = self.options.lanes;
+                            known.state = Some((Step(step.0 + 1), advance_state(state, step, 0..lanes)));
+                            let _ = generation;
+                            self.check_state(worker)?;
+                        }
+                        self.leave_ring(worker, Cause::Broken { lost: None, reason })?;
+                    }
+                }
+                Do::Exit(_) => self.bury(worker),
+            }
+        }
+        Ok(())
+    }
+
+    /// The process is gone; its links and sockets close.
+    pub(super) fn bury(&mut self, worker: WorkerId) {
+        let generation = self.workers[&worker].ring;
+        if let Some((coordinator, link)) = self.workers[&worker].link {
+            let delay = self.latency();
+            self.after(delay, Happening::ClosedAtCoordinator { coordinator, link, worker });
+        }
+        self.workers.remove(&worker);
+        if let Some(generation) = generation {
+            self.tell_peers(generation, worker);
+        }
+    }
+
+    /// Copies the state and writes this worker's parts, in the background.
+    pub(super) fn save(&mut self, worker: WorkerId, generation: Generation, leave: Option<Cause>) {
+        let Some((step, state)) = self.workers[&worker].state else { return };
+        let formation = &self.rings[&generation].formation;
+        let (rank, all) = (formation.rank(worker).expect("a member") as u64, formation.members.len() as u64);
+        let buddy = (rank + 1) % all;
+        let kept =
+            Kept { step, generation, state, rank, all, buddy: formation.members[buddy as usize].worker };
+        self.write(worker, &kept, leave);
+        let known = self.workers.get_mut(&worker).expect("known");
+        known.kept.push(kept);
+        if known.kept.len() > 2 {
+            known.kept.remove(0);
+        }
+    }
+
+    /// Writes a member's own block of a checkpoint, and those of the member after it once that is gone.
+    pub(super) fn write(&mut self, worker: WorkerId, kept: &Kept, leave: Option<Cause>) {
+        let Kept { step, generation, state, rank, all, buddy } = *kept;
+        let mut blocks: Vec<_> = std::iter::once(rank..rank + 1).collect();
+        let gone = self.workers[&worker].last_members.iter().all(|member| *member != buddy);
+        if gone && all > 1 {
+            let next = (rank + 1) % all;
+            blocks.push(next..next + 1);
+        }
+        let facts = format!("{state:016x}");
+        let written = Written { step, generation, parts: String::new(), facts, blocks, all_blocks: all };
+        let delay = 5 + self.below(60);
+        self.after(delay, Happening::Wrote { worker, written, state, leave });
+    }
+
+    pub(super) fn check_state(&self, worker: WorkerId) -> Result<(), String> {
+        match self.workers[&worker].state {
+            Some((step, state)) => state_is_the_reference(step, state, &self.reference)
+                .map_err(|e| format!("worker {worker}: {e}")),
+            None => Ok(()),
+        }
+    }
+}
