@@ -144,7 +144,7 @@ fn disturbed_from_outside(seed: u64) {
             4 => {
                 coordinator.kill();
                 rest(Duration::from_millis(dice.below(1200)));
-                let (wanted, resume) = (wanted.to_string(), ["run", "--resume", &run, "--detection", "1"]);
+                let (wanted, resume) = (wanted.to_string(), ["run", "--resume", &run, "--detection", "1s"]);
                 let more = ["--workers", &wanted, "--sample", "0"];
                 let external = ["--external", "--port", &port];
                 coordinator = Process::start(&world().folder, &[&resume[..], &more, &external].concat());
