@@ -241,6 +241,7 @@ impl Thread {
             if due || control == 2 {
                 self.snapshot(&ring, formation);
             }
+            tracing::debug!(generation = formation.generation.0, step = at, "applied a step");
             self.event(Event::Applied { holds: Step(at) });
             if control > 0 && at < schedule.total_steps() {
                 if control == 2 {
