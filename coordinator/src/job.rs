@@ -8,7 +8,7 @@
 //!      └───────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
@@ -102,7 +102,9 @@ impl Opened {
         let quarantined = quarantined.collect();
         let formation = records.into_iter().rev().find_map(|record| formation_of(record.event));
         let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
-        let reported = metrics::read(&store)?.last().map_or(0, |row| row.step + 1);
+        // No row before a checkpoint is still to come.
+        let rows = metrics::read(&store)?.last().map_or(0, |row| row.step + 1);
+        let reported = rows.max(checkpoints.last().copied().unwrap_or(0));
         let found = Found {
             formation,
             checkpoints: checkpoints.into_iter().map(Step).collect(),
@@ -157,6 +159,8 @@ impl Opened {
             total: schedule.total_steps(),
             reported,
             waiting: Vec::new(),
+            ahead: None,
+            search: None,
             last_wait: None,
             stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),
             stage: None,
@@ -214,8 +218,21 @@ struct Kind {
 struct Waiting {
     step: Step,
     parts: Vec<String>,
-    since: Instant,
 }
+
+/// A search for rows that are not here, of steps before others or before a checkpoint: any worker that was in the ring at
+/// the time has them, though only rank 0 reports on its own.
+struct Search {
+    /// Who was asked since the last row came.
+    asked: BTreeSet<WorkerId>,
+    /// Looks so far, and the last one. Looks are counted, not time: a coordinator that slept has not waited.
+    looks: u32,
+    looked: Instant,
+}
+
+/// Looks a lease. After two leases, rows that no connected worker has are given up: whoever is to be expected is here, and
+/// whoever is dead is known to be.
+const LOOKS: u32 = 8;
 
 struct Running {
     epoch: Epoch,
@@ -232,6 +249,9 @@ struct Running {
     /// Steps whose rows are here.
     reported: u64,
     waiting: Vec<Waiting>,
+    /// The earliest step that was reported though one before it was not.
+    ahead: Option<u64>,
+    search: Option<Search>,
     last_wait: Option<String>,
     /// Names of the run's stages, and which one the last step was of.
     stages: Vec<String>,
@@ -249,8 +269,8 @@ impl Running {
         self.core_event(Event::Tick);
         loop {
             let deadline = self.core.deadline().map(|at| self.began + Duration::from_millis(at.0));
-            let commits = self.waiting.iter().map(|waiting| waiting.since + self.timings.lease).min();
-            let next = [deadline, commits].into_iter().flatten().min();
+            let look = self.search.as_ref().map(|search| search.looked + self.timings.lease / LOOKS);
+            let next = [deadline, look].into_iter().flatten().min();
             let input = match next {
                 Some(at) => tokio::time::timeout_at(at.into(), inbox.recv()).await,
                 None => Ok(inbox.recv().await),
@@ -260,6 +280,7 @@ impl Running {
                 Ok(None) => return Outcome::Cancelled,
                 Err(_) => self.core_event(Event::Tick),
             }
+            self.look_for_rows();
             self.commit_waiting();
             self.say_what_it_waits_for();
             if let Some(outcome) = self.core.outcome().cloned() {
@@ -322,14 +343,11 @@ impl Running {
             }
         }
         self.first.get_or_insert(Kind { build: hello.build.clone(), device: hello.device.clone() });
-        let welcome = v1::Welcome {
-            run: self.run.clone(),
-            heartbeat_ms: millis(self.timings.heartbeat).0,
-            reported: self.reported,
-        };
-        let order = Some(v1::to_worker::Order::Welcome(welcome));
-        let _ = orders.try_send(v1::ToWorker { epoch: self.epoch.0, order });
         self.links.insert(worker, Link { connection: hello.connection, orders });
+        if let Some(search) = &mut self.search {
+            search.asked.remove(&worker);
+        }
+        self.welcome(worker);
         let Hello { endpoints, machine, stance, .. } = hello;
         self.core_event(Event::Linked { worker, endpoints, machine, stance });
     }
@@ -349,10 +367,18 @@ impl Running {
         }
     }
 
-    /// A step's figures, from whoever is rank 0. One that is known is the same bits again, and is dropped.
+    /// A step's figures, from whoever is rank 0, or was asked. One that is known is the same bits again, and is dropped; so is
+    /// one that comes before its time: it is told again once those before it are here.
     fn step(&mut self, mut report: v1::StepReport) {
         if report.step < self.reported {
             return;
+        }
+        if report.step > self.reported {
+            self.ahead = Some(self.ahead.map_or(report.step, |ahead| ahead.min(report.step)));
+            return;
+        }
+        if let Some(search) = &mut self.search {
+            (search.looks, search.asked) = (0, BTreeSet::new());
         }
         let events = std::mem::take(&mut report.events);
         self.reported = report.step + 1;
@@ -436,21 +462,71 @@ impl Running {
             }
             Effect::Commit { step, parts, .. } => {
                 let parts = parts.into_iter().map(|written| written.parts).collect();
-                self.waiting.push(Waiting { step, parts, since: Instant::now() });
+                // Of two that are whole, from two generations, one is enough.
+                if self.waiting.iter().all(|waiting| waiting.step != step) {
+                    self.waiting.push(Waiting { step, parts });
+                }
             }
             Effect::List => self.desk.ask(Task::List),
         }
     }
 
-    /// Commits what has its steps reported; after a lease also what has not: then they died with whoever knew them.
+    /// Commits what has its steps reported: a checkpoint never stands after steps that are not in the metrics.
     fn commit_waiting(&mut self) {
-        let (reported, lease) = (self.reported, self.timings.lease);
-        let (ready, waiting) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|waiting: &Waiting| waiting.step.0 <= reported || waiting.since.elapsed() >= lease);
+        let reported = self.reported;
+        let (ready, waiting) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|w: &Waiting| w.step.0 <= reported);
         self.waiting = waiting;
-        for Waiting { step, parts, .. } in ready {
+        for Waiting { step, parts } in ready {
             self.desk.ask(Task::Commit { step, parts });
+        }
+    }
+
+    /// Asks one worker after the other for rows that are not here. Those that nobody has died with whoever knew them: with
+    /// their steps when nobody else holds state from after them, for then they are trained again.
+    fn look_for_rows(&mut self) {
+        let reported = self.reported;
+        self.ahead = self.ahead.filter(|ahead| *ahead > reported);
+        let first_waiting = self.waiting.iter().map(|w| w.step.0).filter(|step| *step > reported).min();
+        let Some(hole_end) = self.ahead.into_iter().chain(first_waiting).min() else {
+            self.search = None;
+            return;
+        };
+        let (pace, now) = (self.timings.lease / LOOKS, Instant::now());
+        let search = self.search.get_or_insert(Search { asked: BTreeSet::new(), looks: 0, looked: now });
+        if now - search.looked < pace {
+            return;
+        }
+        (search.looks, search.looked) = (search.looks + 1, now);
+        let share = self.links.len().div_ceil(LOOKS as usize);
+        let next: Vec<WorkerId> =
+            self.links.keys().filter(|id| !search.asked.contains(id)).take(share).copied().collect();
+        if next.is_empty() && search.looks > LOOKS {
+            tracing::error!(
+                from = reported,
+                to = hole_end,
+                "the figures of these steps are lost with all who knew them"
+            );
+            self.reported = hole_end;
+            self.search = None;
+            return;
+        }
+        search.asked.extend(&next);
+        for worker in next {
+            self.welcome(worker);
+        }
+    }
+
+    /// Says where the run is. Said a second time over one connection, it asks for rows.
+    fn welcome(&mut self, worker: WorkerId) {
+        let welcome = v1::Welcome {
+            run: self.run.clone(),
+            heartbeat_ms: millis(self.timings.heartbeat).0,
+            reported: self.reported,
+        };
+        if let Some(link) = self.links.get(&worker) {
+            let order = Some(v1::to_worker::Order::Welcome(welcome));
+            let _ = link.orders.try_send(v1::ToWorker { epoch: self.epoch.0, order });
         }
     }
 

@@ -102,6 +102,8 @@ pub struct Membership {
     /// Rings that failed for reasons of their own at this step, one after the other.
     faults: Faults,
     deadline: Option<Millis>,
+    /// When this process last found that it had slept.
+    forgave: Option<Millis>,
     /// Members of the living generation that run.
     running: usize,
     #[cfg(test)]
@@ -183,6 +185,7 @@ impl Membership {
             faults: Faults::default(),
             quarantined: found.quarantined.into_iter().collect(),
             deadline: Some(now),
+            forgave: None,
             running: 0,
             #[cfg(test)]
             planted: None,

@@ -247,6 +247,7 @@ impl Thread {
             if due {
                 self.snapshot(&ring, formation);
             }
+            tracing::debug!(generation = formation.generation.0, step = at, "applied a step");
             self.event(Event::Applied { holds: Step(at) });
             if control > 0 && at < schedule.total_steps() {
                 if control == 2 {

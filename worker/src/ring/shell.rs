@@ -69,6 +69,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         runtime: runtime.handle().clone(),
         ring: None,
         rank_zero: false,
+        welcomed: false,
         rows: VecDeque::new(),
         heartbeat: Duration::from_secs(1),
         said_at: Instant::now(),
@@ -107,6 +108,8 @@ struct Shell {
     runtime: tokio::runtime::Handle,
     ring: Option<RingHand>,
     rank_zero: bool,
+    /// The coordinator has greeted this worker over the present connection.
+    welcomed: bool,
     /// Rows of steps that are not known to be in a checkpoint.
     rows: VecDeque<v1::StepReport>,
     heartbeat: Duration,
@@ -190,6 +193,7 @@ impl Shell {
         match Link::open(&self.options.coordinator, hello).await {
             Ok(link) => {
                 self.link = Some(link);
+                self.welcomed = false;
                 self.pause = PAUSE.0;
                 self.said_at = Instant::now();
                 let mut effects = Vec::new();
@@ -203,12 +207,19 @@ impl Shell {
         }
     }
 
-    /// The coordinator says where the run is: the first time, the model thread starts.
+    /// The coordinator says where the run is: the first time, the model thread starts. Said again over one connection, it
+    /// asks for rows that rank 0 does not have.
     fn welcome(&mut self, _epoch: Epoch, welcome: v1::Welcome) -> Result<()> {
         self.heartbeat = Duration::from_millis(welcome.heartbeat_ms.max(1));
+        if std::mem::replace(&mut self.welcomed, true) {
+            self.report(welcome.reported);
+            return Ok(());
+        }
         // What happened since the hello was said.
         self.say_stance();
-        self.report(welcome.reported);
+        if self.rank_zero {
+            self.report(welcome.reported);
+        }
         if let Some((listener, shelf)) = self.parts_of_model.take() {
             let store = Store::durable(&welcome.run)?;
             let tell = self.tell.clone();
@@ -281,9 +292,9 @@ impl Shell {
         }
     }
 
-    /// Rank 0 says what the coordinator may not know: it drops what it does.
+    /// Says what the coordinator may not know: it drops what it does.
     fn report(&self, reported: u64) {
-        if let (true, Some(link)) = (self.rank_zero, &self.link) {
+        if let Some(link) = &self.link {
             for row in self.rows.iter().filter(|row| row.step >= reported) {
                 if !link.say(Said::Step(row.clone())) {
                     return;

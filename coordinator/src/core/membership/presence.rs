@@ -49,13 +49,15 @@ impl Membership {
         true
     }
 
-    /// A process that slept through its deadline must not take its own silence for that of others.
+    /// A process that slept through its deadline must not take its own silence for that of others: what they said
+    /// meanwhile has half a lease to be read. Once a lease, or a machine that is always late would find nobody dead.
     pub(super) fn pass_time(&mut self, now: Millis) {
-        let late = self.deadline.map_or(Millis(0), |deadline| now.since(deadline));
-        if late > self.options.lease / 2 {
-            self.workers.values_mut().for_each(|worker| {
-                worker.heard = (worker.heard + late).max(Millis(now.0 - self.options.lease.0 / 2)).min(now)
-            });
+        let (late, lease) =
+            (self.deadline.map_or(Millis(0), |deadline| now.since(deadline)), self.options.lease);
+        if late > lease / 8 && self.forgave.is_none_or(|before| now.since(before) > lease) {
+            self.forgave = Some(now);
+            let heard = Millis(now.0.saturating_sub(lease.0 / 2));
+            self.workers.values_mut().for_each(|worker| worker.heard = worker.heard.max(heard));
         }
         self.now = self.now.max(now);
     }
