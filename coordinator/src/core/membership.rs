@@ -32,7 +32,7 @@ use anello_proto::ring::*;
 use super::checkpoints::Checkpoints;
 #[cfg(test)]
 use super::simulation::Bug;
-use super::{Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
+use super::{Attendant, Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
 
 /// A worker that the coordinator knows.
 #[derive(Clone, Debug, PartialEq)]
@@ -103,6 +103,8 @@ pub struct Membership {
     deadline: Option<Millis>,
     /// Members of the living generation that run.
     running: usize,
+    /// A generation has trained, or one was found that may have.
+    has_trained: bool,
     #[cfg(test)]
     planted: Option<Bug>,
     /// Time of the last event.
@@ -138,6 +140,7 @@ impl Membership {
         let ranks = found.formation.as_ref().map(ranks_of).unwrap_or_default();
         let mut workers = BTreeMap::new();
         let checkpoints = Checkpoints::new(found.checkpoints);
+        let has_trained = found.formation.is_some();
         let ring = match found.formation {
             None => Ring::Gathering { since: now, listing: Listing::Fresh },
             Some(formation) => {
@@ -178,6 +181,7 @@ impl Membership {
             faults: Faults::default(),
             deadline: Some(now),
             running: 0,
+            has_trained,
             #[cfg(test)]
             planted: None,
             now,
@@ -223,6 +227,7 @@ impl Membership {
                 out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
             }
             Event::Fenced { by } => self.over(Outcome::Fenced { by }, out),
+            Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),
             Event::Goal(goal) => self.goal = goal,
             Event::Desired(workers) => self.options.desired = workers.max(1),
         }
@@ -231,6 +236,7 @@ impl Membership {
         self.tell(out);
         self.deadline = self.next_deadline();
         self.running = self.count_running();
+        self.has_trained |= self.trains();
     }
 
     /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
@@ -277,6 +283,11 @@ impl Membership {
         let Ring::Alive { formation, .. } = &self.ring else { return 0 };
         let runs = Activity::Running { generation: formation.generation };
         self.workers.values().filter(|worker| worker.stance.activity == runs).count()
+    }
+
+    /// Whether all members of the living generation run.
+    fn trains(&self) -> bool {
+        matches!(&self.ring, Ring::Alive { formation, .. } if self.running == formation.members.len())
     }
 
     fn next_deadline(&self) -> Option<Millis> {
