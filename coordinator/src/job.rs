@@ -18,7 +18,7 @@ use anello_proto::ring::{
     Endpoints, Epoch, Formation, Generation, Leave, Member, Order, Source, Stance, Step, WorkerId,
 };
 use anello_proto::v1;
-use anello_store::events::{self, Event as Logged, EventLog, RingMember};
+use anello_store::events::{self, Event as Logged, EventLog, Record, RingMember};
 use anello_store::metrics::{self, Seconds, StepRecord};
 use anello_store::{CONFIG, Notice, Store, checkpoint, read_config};
 use tokio::sync::{mpsc, oneshot};
@@ -85,6 +85,8 @@ pub struct Opened {
     store: Store,
     config: RunConfig,
     log: EventLog,
+    /// Its first record.
+    taken: Record,
     found: Found,
     /// Steps whose rows are durable.
     reported: u64,
@@ -114,7 +116,12 @@ impl Opened {
             checkpoints: checkpoints.into_iter().map(Step).collect(),
             floor: Generation(taken.number),
         };
-        Ok(Self { options, store, config, log, found, reported })
+        Ok(Self { options, store, config, log, taken, found, reported })
+    }
+
+    /// The record that took it up.
+    pub fn taken(&self) -> &Record {
+        &self.taken
     }
 
     /// The run's config.
@@ -128,7 +135,7 @@ impl Opened {
     /// # Errors
     /// A thread that cannot be started.
     pub fn start(self, notices: NoticeSender<Notice>) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
-        let Self { options, store, config, log, found, reported } = self;
+        let Self { options, store, config, log, taken: _, found, reported } = self;
         let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
         let epoch = Epoch(log.session());
         let back = inputs.clone();

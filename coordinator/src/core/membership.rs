@@ -407,10 +407,15 @@ impl Membership {
             };
             gone.push((*id, reason));
         }
+        // Once all is over, those that go are no loss.
+        let over = matches!(self.ring, Ring::Over(_));
         for (id, reason) in gone {
             let worker = self.workers.remove(&id).expect("just seen");
             if worker.linked {
                 out.push(Effect::Drop { worker: id, reason: reason.clone() });
+            }
+            if over {
+                continue;
             }
             out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
         }
