@@ -1,13 +1,12 @@
 //! `anello run --workers N`: a coordinator in this process, and N worker processes under it.
 
-use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
-use anello_coordinator::launch::{Crew, Local};
+use anello_coordinator::launch::Crew;
 use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use anello_worker::Ended;
@@ -20,6 +19,7 @@ use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
 use crate::screen::Screen;
+use crate::worker::{local, program, threads_of};
 
 /// Deaths that are replaced before a run is given up.
 const BUDGET: u32 = 1000;
@@ -44,7 +44,9 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     jobs.add(job.clone());
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
     let started = if args.external { 0 } else { workers };
-    let mut crew = Crew::start(local(server.address, &config, workers, args)?, started, BUDGET)?;
+    let threads = threads_of(args.threads.or(config.compute.threads), workers);
+    let launcher = local(&program()?, server.address, config.name.as_str(), threads);
+    let mut crew = Crew::start(launcher, started, BUDGET)?;
 
     let mut stopping = false;
     loop {
@@ -140,27 +142,6 @@ fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
             Err(Failure::Usage("there is no config; name a preset or a file, or --resume a run".to_owned()))
         }
     }
-}
-
-/// This program as a worker. Each gets its share of the cores.
-fn local(coordinator: SocketAddr, config: &RunConfig, workers: u32, args: &Args) -> Result<Local, Failure> {
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let threads = args.threads.or(config.compute.threads).unwrap_or((cores / workers).max(1));
-    let arguments = [
-        "worker",
-        "--coordinator",
-        &coordinator.to_string(),
-        "--job",
-        &config.name.to_string(),
-        "--threads",
-        &threads.to_string(),
-        "--until-eof",
-    ];
-    Ok(Local {
-        program: std::env::current_exe()?,
-        arguments: arguments.into_iter().map(OsString::from).collect(),
-        environment: Vec::new(),
-    })
 }
 
 /// Where the run stands, by its newest checkpoint.
