@@ -69,6 +69,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         runtime: runtime.handle().clone(),
         ring: None,
         rank_zero: false,
+        welcomed: false,
         rows: VecDeque::new(),
         heartbeat: Duration::from_secs(1),
         said_at: Instant::now(),
@@ -107,6 +108,9 @@ struct Shell {
     runtime: tokio::runtime::Handle,
     ring: Option<RingHand>,
     rank_zero: bool,
+    /// The coordinator has said over this connection which steps it knows. Before that none is reported: it would take
+    /// the newest for the next, and those before it for known.
+    welcomed: bool,
     /// Rows of steps that are not known to be in a checkpoint.
     rows: VecDeque<v1::StepReport>,
     heartbeat: Duration,
@@ -190,6 +194,7 @@ impl Shell {
         match Link::open(&self.options.coordinator, hello).await {
             Ok(link) => {
                 self.link = Some(link);
+                self.welcomed = false;
                 self.pause = PAUSE.0;
                 self.said_at = Instant::now();
                 let mut effects = Vec::new();
@@ -208,6 +213,7 @@ impl Shell {
         self.heartbeat = Duration::from_millis(welcome.heartbeat_ms.max(1));
         // What happened since the hello was said.
         self.say_stance();
+        self.welcomed = true;
         self.report(welcome.reported);
         if let Some((listener, shelf)) = self.parts_of_model.take() {
             let store = Store::durable(&welcome.run)?;
@@ -224,6 +230,7 @@ impl Shell {
             Told::Event(event) => self.member.handle(event, effects),
             Told::Step(report) => {
                 if self.rank_zero
+                    && self.welcomed
                     && let Some(link) = &self.link
                 {
                     link.say(Said::Step(report.clone()));
@@ -283,7 +290,7 @@ impl Shell {
 
     /// Rank 0 says what the coordinator may not know: it drops what it does.
     fn report(&self, reported: u64) {
-        if let (true, Some(link)) = (self.rank_zero, &self.link) {
+        if let (true, Some(link)) = (self.rank_zero && self.welcomed, &self.link) {
             for row in self.rows.iter().filter(|row| row.step >= reported) {
                 if !link.say(Said::Step(row.clone())) {
                     return;
