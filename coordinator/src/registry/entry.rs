@@ -32,7 +32,9 @@ pub(super) struct Entry<L: Launcher> {
     pub config: RunConfig,
     pub total_steps: u64,
     pub standing: Standing,
+    /// The last steps, for people.
     pub steps: VecDeque<StepRecord>,
+    /// The last records, for people: those of checkpoints are left out, since they would push out all others.
     pub events: VecDeque<Record>,
     /// Its ring, while this coordinator keeps one.
     pub ring: Option<Ring>,
@@ -64,6 +66,16 @@ fn keep<T>(recent: &mut VecDeque<T>, item: T) {
     }
 }
 
+fn last_of<T>(all: impl IntoIterator<Item = T>) -> VecDeque<T> {
+    let mut recent = VecDeque::new();
+    all.into_iter().for_each(|item| keep(&mut recent, item));
+    recent
+}
+
+fn is_shown(record: &Record) -> bool {
+    !matches!(record.event, Event::Checkpoint { .. })
+}
+
 impl<L: Launcher> Entry<L> {
     /// Reads a job's folder.
     pub fn load(spec: Spec, run: String) -> std::result::Result<Self, StoreError> {
@@ -71,11 +83,10 @@ impl<L: Launcher> Entry<L> {
         let (config, records, rows) = (read_config(&store)?, events::read(&store)?, metrics::read(&store)?);
         let mut standing = Standing::new(spec.desired);
         records.iter().for_each(|record| standing.observe(record));
-        let last = |len: usize| len.saturating_sub(RECENT);
         Ok(Self {
             total_steps: Schedule::new(&config).total_steps(),
-            steps: rows[last(rows.len())..].iter().cloned().collect(),
-            events: records[last(records.len())..].iter().cloned().collect(),
+            steps: last_of(rows),
+            events: last_of(records.into_iter().filter(is_shown)),
             spec,
             run,
             config,
@@ -130,7 +141,9 @@ impl<L: Launcher> Entry<L> {
 
     fn note(&mut self, record: Record) {
         self.standing.observe(&record);
-        keep(&mut self.events, record);
+        if is_shown(&record) {
+            keep(&mut self.events, record);
+        }
     }
 
     /// Takes the job up and starts its ring.
@@ -192,8 +205,8 @@ impl<L: Launcher> Entry<L> {
             Ok((records, rows)) => {
                 self.standing = Standing::new(self.spec.desired);
                 records.iter().for_each(|record| self.standing.observe(record));
-                self.events = records[records.len().saturating_sub(RECENT)..].iter().cloned().collect();
-                self.steps = rows[rows.len().saturating_sub(RECENT)..].iter().cloned().collect();
+                self.events = last_of(records.into_iter().filter(is_shown));
+                self.steps = last_of(rows);
             }
             Err(error) => {
                 tracing::warn!(%error, job = self.spec.name, "the log of a job that ended cannot be read now");

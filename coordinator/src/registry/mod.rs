@@ -248,7 +248,10 @@ impl<L: Launcher> Keeper<L> {
         match command {
             Command::Submit(submission, reply) => {
                 let submitted = self.submit(submission);
-                let job = submitted.map(|at| self.view(at));
+                let job = submitted.map(|at| {
+                    self.share();
+                    self.view(at)
+                });
                 let _ = reply.send(job);
             }
             Command::List(reply) => {
@@ -317,7 +320,7 @@ impl<L: Launcher> Keeper<L> {
         };
         if let Some(slots) = self.options.slots.filter(|slots| min > *slots) {
             return Err(Refusal::Invalid(format!(
-                "it needs at least {min} workers, and this coordinator has {slots} slots; ask for fewer, or start it with \
+                "it needs at least {min} workers, and this coordinator has --slots {slots}; ask for fewer, or start it with \
                  --slots {min}"
             )));
         }
@@ -381,7 +384,7 @@ impl<L: Launcher> Keeper<L> {
             && workers > slots
         {
             return Err(Refusal::Invalid(format!(
-                "job {name} cannot have {workers} workers, since this coordinator has {slots} slots; start it with more"
+                "job {name} cannot have {workers} workers, since this coordinator has --slots {slots}; start it with more"
             )));
         }
         if wish == Wish::Resume {

@@ -128,7 +128,7 @@ fn jobs_take_their_turn_and_what_is_over_stays_over() {
     let refused = world.want(&kept, "c", Wish::Pause).unwrap_err();
     assert_eq!(refused.to_string(), "there is no job c; there are: a, b");
     let refused = world.want(&kept, "a", Wish::Scale(2)).unwrap_err();
-    assert!(refused.to_string().contains("1 slots"), "{refused}");
+    assert!(refused.to_string().contains("--slots 1"), "{refused}");
 
     world.want(&kept, "a", Wish::Pause).unwrap();
     wait_for(&kept, "a", Phase::Paused);

@@ -217,6 +217,6 @@ fn what_is_not_there_is_said() {
     assert!(done.log.contains("there is no job a; there are none"), "{done:?}");
     done.expect(2);
     let done = coordinator.ask(&["submit", "small.toml", "--min", "2"]);
-    assert!(done.log.contains("at least 2 workers, and this coordinator has 1 slots"), "{done:?}");
+    assert!(done.log.contains("at least 2 workers, and this coordinator has --slots 1"), "{done:?}");
     done.expect(2);
 }
