@@ -6,13 +6,14 @@ use std::path::PathBuf;
 /// The section of `anello --help` on exit codes.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-  0    done (also: `--until` was reached)
+  0    done (also: `--until` was reached; of `watch`: the job is complete, or cancelled)
   1    failed; of `checkpoint verify` and `data verify`: something is broken; of `checkpoint diff`: they differ
   2    the arguments or the config are wrong; of `checkpoint diff`: they could not be compared
   3    of `worker`: refused, since it does not fit the job: starting it again changes nothing
   4    of `worker --until-eof`: the process that started it is gone
   5    of `worker`: sent away, since its state differed from all others': do not use this machine again
-  130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` command, goes on
+  130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` or `coordinator`
+       command, goes on
   131  interrupted a second time: left at once, what was not saved is lost";
 
 /// How a command that did not fail ends.
@@ -61,6 +62,9 @@ pub enum Failure {
     /// A ring that ended.
     #[error("{0}")]
     Ring(String),
+    /// A coordinator that cannot be reached, or cannot answer now.
+    #[error("{0}")]
+    Unreachable(String),
     /// The coordinator.
     #[error(transparent)]
     Coordinator(#[from] anello_coordinator::Error),
@@ -103,7 +107,7 @@ impl Failure {
             Self::Refused(_) => 3,
             Self::Evicted(_) => 5,
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
-            Self::Ring(_) | Self::Coordinator(_) => 1,
+            Self::Ring(_) | Self::Unreachable(_) | Self::Coordinator(_) => 1,
             Self::Worker(_) | Self::Store(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,
         }
     }

@@ -4,7 +4,8 @@
 //! thin shells   run         train or resume            data         tokenize, index, inspect, …
 //!               config      config, plan               checkpoint   list, verify, diff
 //!               log         events, metrics            report       one HTML page
-//!               worker      a worker process of a ring
+//!               worker      a worker process of a ring    coordinator  several jobs, as a service
+//!               jobs        submit, list, watch, pause, … at a coordinator
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -14,9 +15,11 @@
 
 mod checkpoint;
 mod config;
+mod coordinator;
 mod data;
 mod failure;
 mod interrupt;
+mod jobs;
 mod log;
 mod place;
 mod report;
@@ -52,6 +55,26 @@ enum Command {
     Run(run::Args),
     /// Serve some lanes of a run under a coordinator. `anello run --workers` starts these.
     Worker(worker::Args),
+    /// Keep the jobs of one place: a queue, a ring of worker processes for each, and the user's commands.
+    Coordinator(coordinator::Args),
+    /// Put a job into a coordinator's queue.
+    Submit(jobs::SubmitArgs),
+    /// List a coordinator's jobs.
+    List(jobs::ListArgs),
+    /// Tell all that there is to see of a job.
+    Describe(jobs::JobArgs),
+    /// Tell what happened in a job.
+    Logs(jobs::LogsArgs),
+    /// Show how a job goes, until it is over.
+    Watch(jobs::JobArgs),
+    /// Take a checkpoint of a job and stop it until it is resumed.
+    Pause(jobs::JobArgs),
+    /// Put a paused job back into the queue.
+    Resume(jobs::JobArgs),
+    /// Give a job another number of workers.
+    Scale(jobs::ScaleArgs),
+    /// Stop a job for good.
+    Cancel(jobs::JobArgs),
     /// Say what a run would take: steps, parameters, memory, time.
     Plan(config::PlanArgs),
     /// Print the config with all its layers and defaults resolved.
@@ -93,6 +116,16 @@ fn command(command: Command, screen: &Screen) -> Outcome {
     match command {
         Command::Run(args) => run::run(&args, screen),
         Command::Worker(args) => worker::run(&args),
+        Command::Coordinator(args) => coordinator::run(&args, screen),
+        Command::Submit(args) => jobs::submit(&args, screen),
+        Command::List(args) => jobs::list(&args, screen),
+        Command::Describe(args) => jobs::describe(&args, screen),
+        Command::Logs(args) => jobs::logs(&args, screen),
+        Command::Watch(args) => jobs::watch(&args, screen),
+        Command::Pause(args) => jobs::pause(&args, screen),
+        Command::Resume(args) => jobs::resume(&args, screen),
+        Command::Scale(args) => jobs::scale(&args, screen),
+        Command::Cancel(args) => jobs::cancel(&args, screen),
         Command::Plan(args) => config::plan(&args, screen),
         Command::Config(args) => config::show(&args, screen),
         Command::Data(command) => data::run(&command, screen),

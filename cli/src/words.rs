@@ -47,6 +47,13 @@ pub fn describe(event: &Event) -> String {
         Event::TakenUp { step: Some(step) } => {
             format!("a coordinator took the run up; the newest checkpoint is {}", grouped(*step))
         }
+        Event::Goal { goal, workers } => {
+            let wish = match goal.as_str() {
+                "run" => "train",
+                other => other,
+            };
+            format!("the user asks to {wish}, with {}", of_workers(*workers as usize))
+        }
         Event::Joined { worker, machine } => format!("worker {} joined from {machine}", short_digest(worker)),
         Event::Lost { worker, step, reason } => {
             let held = match step {
@@ -153,6 +160,8 @@ mod tests {
                 Event::TakenUp { step: Some(1200) },
                 "a coordinator took the run up; the newest checkpoint is 1 200",
             ),
+            (Event::Goal { goal: "pause".into(), workers: 1 }, "the user asks to pause, with 1 worker"),
+            (Event::Goal { goal: "run".into(), workers: 3 }, "the user asks to train, with 3 workers"),
             (
                 Event::Joined { worker: worker(), machine: "node-3".into() },
                 "worker 3f0000000000 joined from node-3",

@@ -1,7 +1,10 @@
 //! `anello worker`: one worker process of a ring.
 
-use std::net::IpAddr;
+use std::ffi::OsString;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 
+use anello_coordinator::launch::Local;
 use anello_proto::ring::Leave;
 use anello_worker::ring::{WorkerOptions, serve};
 
@@ -64,6 +67,30 @@ pub fn run(args: &Args) -> Outcome {
         Leave::Evicted { reason } => Err(Failure::Evicted(reason)),
         Leave::Failed { reason } => Err(Failure::Ring(reason)),
     }
+}
+
+/// This program as a worker of `job`, that ends with the process that starts it.
+pub fn local(program: &Path, coordinator: SocketAddr, job: &str, threads: u32) -> Local {
+    let (coordinator, threads) = (coordinator.to_string(), threads.to_string());
+    let arguments =
+        ["worker", "--coordinator", &coordinator, "--job", job, "--threads", &threads, "--until-eof"];
+    Local {
+        program: program.to_owned(),
+        machine: host_name(),
+        arguments: arguments.into_iter().map(OsString::from).collect(),
+        environment: Vec::new(),
+    }
+}
+
+/// This program.
+pub fn program() -> Result<PathBuf, Failure> {
+    Ok(std::env::current_exe()?)
+}
+
+/// Threads of each of `workers` workers on this machine: its share of the cores, unless the config says.
+pub fn threads_of(configured: Option<u32>, workers: u32) -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+    configured.unwrap_or((cores / workers.max(1)).max(1))
 }
 
 /// What this machine calls itself.

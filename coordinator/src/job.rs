@@ -8,7 +8,7 @@
 //!      └───────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
@@ -17,10 +17,10 @@ use anello_proto::ring::{
     Endpoints, Epoch, Formation, Generation, Hello, Leave, Member, Order, Source, Stance, Step, WorkerId,
 };
 use anello_proto::v1;
-use anello_store::events::{self, Event as Logged, EventLog, RingMember};
+use anello_store::events::{self, Event as Logged, EventLog, Record, RingMember};
 use anello_store::metrics::{self, Seconds, StepRecord};
 use anello_store::{CONFIG, Notice, Store, checkpoint, read_config};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::core::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Status};
 use crate::desk::{Desk, Done, Task};
@@ -57,12 +57,16 @@ pub(crate) enum Input {
     Closed { worker: WorkerId, connection: u64 },
     /// The desk is done with something.
     Done(Done),
-    /// The user wants something.
+    /// The user wants something, of this process alone.
     Goal(Goal),
+    /// The user wants something, and so many workers, of whoever has the job: the log has it first. Told when it has.
+    Amend { goal: Goal, workers: u32, recorded: oneshot::Sender<()> },
+    /// Nobody is left to train.
+    GiveUp { reason: String },
     /// The user wants another number of workers.
     Desired(u32),
     /// Somebody wants to know how it is.
-    Status(tokio::sync::oneshot::Sender<Status>),
+    Status(oneshot::Sender<Status>),
 }
 
 /// A hand on a job.
@@ -79,6 +83,8 @@ pub struct Opened {
     store: Store,
     config: RunConfig,
     log: EventLog,
+    /// Its first record.
+    taken: Record,
     found: Found,
     /// Steps whose rows are durable.
     reported: u64,
@@ -100,7 +106,13 @@ impl Opened {
             _ => None,
         });
         let quarantined = quarantined.collect();
-        let formation = records.into_iter().rev().find_map(|record| formation_of(record.event));
+        // A ring that ended by agreement has no members any more: nobody is waited for.
+        let formation = records
+            .into_iter()
+            .rev()
+            .map(|record| record.event)
+            .take_while(|event| !matches!(event, Logged::Ended { .. }))
+            .find_map(formation_of);
         let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
         // No row before a checkpoint is still to come.
         let rows = metrics::read(&store)?.last().map_or(0, |row| row.step + 1);
@@ -111,7 +123,12 @@ impl Opened {
             floor: Generation(taken.number),
             quarantined,
         };
-        Ok(Self { options, store, config, log, found, reported })
+        Ok(Self { options, store, config, log, taken, found, reported })
+    }
+
+    /// The record that took it up.
+    pub fn taken(&self) -> &Record {
+        &self.taken
     }
 
     /// The run's config.
@@ -125,7 +142,7 @@ impl Opened {
     /// # Errors
     /// A thread that cannot be started.
     pub fn start(self, notices: NoticeSender<Notice>) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
-        let Self { options, store, config, log, found, reported } = self;
+        let Self { options, store, config, log, taken: _, found, reported } = self;
         let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
         let epoch = Epoch(log.session());
         let back = inputs.clone();
@@ -161,6 +178,7 @@ impl Opened {
             waiting: Vec::new(),
             ahead: None,
             search: None,
+            amending: VecDeque::new(),
             last_wait: None,
             stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),
             stage: None,
@@ -186,9 +204,20 @@ impl Job {
         let _ = self.inputs.send(Input::Desired(desired)).await;
     }
 
+    /// Records what the user wants and how many workers, then acts on the first; the other is for [`Job::scale`].
+    /// `recorded` is told when it is durable, and dropped when the job ends before.
+    pub async fn amend(&self, goal: Goal, workers: u32, recorded: oneshot::Sender<()>) {
+        let _ = self.inputs.send(Input::Amend { goal, workers, recorded }).await;
+    }
+
+    /// Ends the job as failed: nobody is left to train it.
+    pub async fn give_up(&self, reason: String) {
+        let _ = self.inputs.send(Input::GiveUp { reason }).await;
+    }
+
     /// How it is; absent when it is over.
     pub async fn status(&self) -> Option<Status> {
-        let (answer, status) = tokio::sync::oneshot::channel();
+        let (answer, status) = oneshot::channel();
         self.inputs.send(Input::Status(answer)).await.ok()?;
         status.await.ok()
     }
@@ -252,6 +281,8 @@ struct Running {
     /// The earliest step that was reported though one before it was not.
     ahead: Option<u64>,
     search: Option<Search>,
+    /// What the user wants and the log does not hold yet, in the order in which the desk was asked.
+    amending: VecDeque<(Goal, oneshot::Sender<()>)>,
     last_wait: Option<String>,
     /// Names of the run's stages, and which one the last step was of.
     stages: Vec<String>,
@@ -309,6 +340,12 @@ impl Running {
             }
             Input::Done(done) => self.done(done),
             Input::Goal(goal) => self.core_event(Event::Goal(goal)),
+            Input::Amend { goal, workers, recorded } => {
+                self.amending.push_back((goal, recorded));
+                let event = Logged::Goal { goal: goal_name(goal).to_owned(), workers };
+                self.desk.ask(Task::Append { event, formed: None });
+            }
+            Input::GiveUp { reason } => self.core_event(Event::GivenUp { reason }),
             Input::Desired(desired) => self.core_event(Event::Desired(desired)),
             Input::Status(answer) => drop(answer.send(self.core.status())),
         }
@@ -411,7 +448,12 @@ impl Running {
     fn done(&mut self, done: Done) {
         match done {
             Done::Appended { record, formed } => {
+                let amended = matches!(record.event, Logged::Goal { .. });
                 let _ = self.notices.send(Notice::Logged(record));
+                if let Some((goal, recorded)) = amended.then(|| self.amending.pop_front()).flatten() {
+                    let _ = recorded.send(());
+                    self.core_event(Event::Goal(goal));
+                }
                 if let Some(generation) = formed {
                     if let (false, Some(formation)) = (self.ready, self.core.formation()) {
                         self.ready = true;
@@ -564,6 +606,26 @@ impl Running {
     }
 }
 
+/// What the log calls a goal.
+pub(crate) fn goal_name(goal: Goal) -> &'static str {
+    match goal {
+        Goal::Run => "run",
+        Goal::Pause => "pause",
+        Goal::Cancel => "cancel",
+    }
+}
+
+/// What the log calls an outcome.
+pub(crate) fn outcome_name(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::Completed => "completed",
+        Outcome::Paused => "paused",
+        Outcome::Cancelled => "cancelled",
+        Outcome::Failed { .. } => "failed",
+        Outcome::Fenced { .. } => "fenced",
+    }
+}
+
 fn event_of(entry: Entry) -> Logged {
     match entry {
         Entry::Joined { worker, machine } => Logged::Joined { worker: worker.to_string(), machine },
@@ -598,14 +660,13 @@ fn event_of(entry: Entry) -> Logged {
         Entry::PassedOver { step, reason } => Logged::PassedOver { step: step.0, reason },
         Entry::CheckpointFailed { step, reason } => Logged::CheckpointFailed { step: step.0, cause: reason },
         Entry::Ended { outcome } => {
-            let (outcome, reason) = match outcome {
-                Outcome::Completed => ("completed", None),
-                Outcome::Paused => ("paused", None),
-                Outcome::Cancelled => ("cancelled", None),
-                Outcome::Failed { reason } => ("failed", Some(reason)),
-                Outcome::Fenced { by } => ("fenced", Some(by)),
+            let name = outcome_name(&outcome).to_owned();
+            let reason = match outcome {
+                Outcome::Completed | Outcome::Paused | Outcome::Cancelled => None,
+                Outcome::Failed { reason } => Some(reason),
+                Outcome::Fenced { by } => Some(by),
             };
-            Logged::Ended { outcome: outcome.to_owned(), reason }
+            Logged::Ended { outcome: name, reason }
         }
     }
 }

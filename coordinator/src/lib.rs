@@ -2,20 +2,25 @@
 //!
 //! ```text
 //! decides  core      the membership of a job's ring, and when a checkpoint is complete: pure
-//! acts     job       one task a job: connections and the desk in, orders and tasks out
+//! acts     registry  the jobs of one place: their queue, their phases, what users want; the queue and phases are pure
+//!          job       one task a job: connections and the desk in, orders and tasks out
 //!          desk      the thread that works on the run folder: log, metrics, manifests
 //!          service   gRPC: workers' connections, handed to jobs
+//!          api       gRPC: users' requests, handed to the registry
 //!          launch    worker processes: started, watched, started again
 //! ```
 
+mod api;
 pub mod core;
 mod desk;
 mod error;
 mod job;
 pub mod launch;
+mod registry;
 mod service;
 
 pub use anello_configs::Timings;
 pub use error::{Error, Result};
 pub use job::{Job, JobOptions, Opened, create};
-pub use service::{Jobs, Server};
+pub use registry::{Refusal, Registry, RegistryOptions, Said};
+pub use service::{Bound, Jobs, Server};

@@ -7,14 +7,17 @@ use std::time::Duration;
 
 use anello_proto::ring::{Leave, Order, WorkerId};
 use anello_proto::v1;
+use anello_proto::v1::jobs_server::JobsServer;
 use anello_proto::v1::ring_server::{Ring, RingServer};
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::api::{Api, REQUEST_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::job::{Input, Job};
+use crate::registry::Registry;
 
 /// Time for a connection to say hello.
 const HELLO: Duration = Duration::from_secs(10);
@@ -59,24 +62,44 @@ pub struct Server {
     task: tokio::task::JoinHandle<()>,
 }
 
-impl Server {
-    /// Serves `jobs` on `address` (port 0: any free one). There is no TLS yet, so that only a loopback address is
-    /// accepted.
+/// A server that has its address and serves nothing yet.
+#[derive(Debug)]
+pub struct Bound {
+    /// Where it listens.
+    pub address: SocketAddr,
+    listener: tokio::net::TcpListener,
+}
+
+fn failed(address: SocketAddr, cause: impl ToString) -> Error {
+    Error::Serve { address: address.to_string(), cause: cause.to_string() }
+}
+
+impl Bound {
+    /// Serves workers of `jobs`, and users when there is a registry; besides, gRPC's own health and reflection services.
     ///
     /// # Errors
     /// [`Error::Serve`].
-    pub async fn start(address: SocketAddr, jobs: Jobs) -> Result<Self> {
-        let failed = |cause: String| Error::Serve { address: address.to_string(), cause };
-        if !address.ip().is_loopback() {
-            return Err(failed("it is not a loopback address, and this build has no TLS".to_owned()));
-        }
-        let listener = tokio::net::TcpListener::bind(address).await.map_err(|e| failed(e.to_string()))?;
-        let address = listener.local_addr().map_err(|e| failed(e.to_string()))?;
+    pub async fn serve(self, jobs: Jobs, registry: Option<Registry>) -> Result<Server> {
+        let Self { address, listener } = self;
         let (stop, stopped) = oneshot::channel::<()>();
         let ring = RingServer::new(Service { jobs }).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let (health, health_service) = tonic_health::server::health_reporter();
+        health.set_serving::<RingServer<Service>>().await;
+        let users = registry
+            .map(|registry| JobsServer::new(Api { registry }).max_decoding_message_size(REQUEST_BYTES_MAX));
+        if users.is_some() {
+            health.set_serving::<JobsServer<Api>>().await;
+        }
+        let reflection = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(anello_proto::DESCRIPTORS)
+            .build_v1()
+            .map_err(|cause| failed(address, cause))?;
         let server = tonic::transport::Server::builder()
             .tcp_nodelay(true)
             .add_service(ring)
+            .add_optional_service(users)
+            .add_service(health_service)
+            .add_service(reflection)
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
                 let _ = stopped.await;
             });
@@ -85,7 +108,31 @@ impl Server {
                 tracing::error!(%error, "the server has ended");
             }
         });
-        Ok(Self { address, stop, task })
+        Ok(Server { address, stop, task })
+    }
+}
+
+impl Server {
+    /// Takes `address` (port 0: any free one). There is no TLS yet, so that only a loopback address is accepted.
+    ///
+    /// # Errors
+    /// [`Error::Serve`].
+    pub async fn bind(address: SocketAddr) -> Result<Bound> {
+        if !address.ip().is_loopback() {
+            return Err(failed(address, "it is not a loopback address, and this build has no TLS"));
+        }
+        let listener =
+            tokio::net::TcpListener::bind(address).await.map_err(|cause| failed(address, cause))?;
+        let address = listener.local_addr().map_err(|cause| failed(address, cause))?;
+        Ok(Bound { address, listener })
+    }
+
+    /// Serves workers of `jobs` on `address`, and no users.
+    ///
+    /// # Errors
+    /// [`Error::Serve`].
+    pub async fn start(address: SocketAddr, jobs: Jobs) -> Result<Self> {
+        Self::bind(address).await?.serve(jobs, None).await
     }
 
     /// Ends it, and every connection.

@@ -1,5 +1,7 @@
 //! Between the words and the messages that carry them. What comes in is checked here and nowhere else.
 
+mod jobs;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 

@@ -1,10 +1,11 @@
 //! The wire of Anello: the `.proto` files, the code generated from them, and the checked values that they carry.
 //!
-//! [`ring`] has the words that coordinator and workers speak; [`convert`] turns them into messages and back, and is the
+//! [`ring`] has the words that coordinator and workers speak, [`jobs`] those of users; [`convert`] turns them into messages and back, and is the
 //! one place where what comes in is checked. A message is at most 4 MiB (gRPC's own limit): the longest is a
 //! [`v1::Formation`] of 4096 members at about 100 bytes each, and a [`v1::StateChunk`] of 3 MiB.
 
 pub mod convert;
+pub mod jobs;
 pub mod ring;
 
 /// The generated messages, clients and servers of package `anello.v1`.
@@ -12,3 +13,6 @@ pub mod ring;
 pub mod v1 {
     tonic::include_proto!("anello.v1");
 }
+
+/// The `.proto` files as a `FileDescriptorSet`, for the reflection service.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/anello.bin"));

@@ -83,6 +83,13 @@ pub enum Event {
         /// Step of the newest checkpoint; absent: there is none.
         step: Option<u64>,
     },
+    /// The user wants something else of the job, or another number of workers.
+    Goal {
+        /// What, in one word: `run`, `pause` or `cancel`.
+        goal: String,
+        /// Workers that are wanted.
+        workers: u32,
+    },
     /// A worker came to the ring's coordinator.
     Joined {
         /// Its id, 16 hex digits.
@@ -248,12 +255,26 @@ pub fn read(store: &Store) -> Result<Vec<Record>> {
     let mut records = Vec::new();
     for Object { path, .. } in store.list("events")?.iter().filter(|object| number_of(object).is_some()) {
         let Some(bytes) = store.get(path)? else { continue };
-        let record = serde_json::from_slice(&bytes).map_err(|cause| {
-            Error::malformed(store.place_of(path), cause, "restore it, or use a build that wrote it")
-        })?;
-        records.push(record);
+        records.push(parse(store, path, &bytes)?);
     }
     Ok(records)
+}
+
+/// Records after number `after`, in order, at most `most`: what a reader asks for that follows a log.
+pub fn read_after(store: &Store, after: u64, most: usize) -> Result<Vec<Record>> {
+    let mut records = Vec::new();
+    while records.len() < most {
+        let path = path_of(after + 1 + records.len() as u64);
+        let Some(bytes) = store.get(&path)? else { break };
+        records.push(parse(store, &path, &bytes)?);
+    }
+    Ok(records)
+}
+
+fn parse(store: &Store, path: &str, bytes: &[u8]) -> Result<Record> {
+    serde_json::from_slice(bytes).map_err(|cause| {
+        Error::malformed(store.place_of(path), cause, "restore it, or use a build that wrote it")
+    })
 }
 
 fn number_of(object: &Object) -> Option<u64> {
@@ -310,6 +331,7 @@ mod tests {
                 },
                 r#""kind":"formed","generation":7,"start":412,"source":"peers","holders":["3f00000000000001"]"#,
             ),
+            (Event::Goal { goal: text("pause"), workers: 3 }, r#""kind":"goal","goal":"pause","workers":3"#),
             (
                 Event::Ended { outcome: text("failed"), reason: Some(text("disk")) },
                 r#""kind":"ended","outcome":"failed","reason":"disk""#,
@@ -324,5 +346,10 @@ mod tests {
         }
         let back: Vec<Event> = read(&store).unwrap().into_iter().map(|record| record.event).collect();
         assert_eq!(back, cases.map(|(event, _)| event));
+        let numbers = |after, most| -> Vec<u64> {
+            read_after(&store, after, most).unwrap().into_iter().map(|record| record.number).collect()
+        };
+        assert_eq!((numbers(0, 2), numbers(back.len() as u64 - 1, 9)), (vec![1, 2], vec![back.len() as u64]));
+        assert_eq!(numbers(back.len() as u64, 9), [0; 0]);
     }
 }

@@ -145,6 +145,22 @@ impl Store {
         Ok(objects)
     }
 
+    /// Names of the folders right below `folder` (`""`: the prefix itself), in order. Whatever they hold is not listed.
+    pub fn folders(&self, folder: &str) -> Result<Vec<String>> {
+        let at = self.at(folder);
+        let found = self.runtime.block_on(self.inner.list_with_delimiter(Some(&at)));
+        let found = found.map_err(|e| self.failed("listing", folder, e))?;
+        let name = |path: Path| path.parts().next_back().map(|part| part.as_ref().to_owned());
+        let mut names: Vec<String> = found.common_prefixes.into_iter().filter_map(name).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// The place of the prefix `folder` of this one: [`Store::durable`] takes it.
+    pub fn below(&self, folder: &str) -> String {
+        format!("{}/{folder}", self.place)
+    }
+
     /// The object's bytes; `None` where there is none.
     pub fn get(&self, path: &str) -> Result<Option<Bytes>> {
         let at = self.at(path);

@@ -190,6 +190,7 @@ fn event_list(records: &[Record]) -> String {
             | Event::Epoch { .. }
             | Event::Checkpoint { .. }
             | Event::TakenUp { .. }
+            | Event::Goal { .. }
             | Event::Joined { .. }
             | Event::Formed { .. }
             | Event::Ended { .. }

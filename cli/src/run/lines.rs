@@ -79,6 +79,7 @@ pub fn news(notice: &Notice) -> Option<String> {
             | Event::Epoch { .. }
             | Event::SkippedData { .. }
             | Event::TakenUp { .. }
+            | Event::Goal { .. }
             | Event::Joined { .. }
             | Event::Lost { .. }
             | Event::Evicted { .. }

@@ -1,13 +1,12 @@
 //! `anello run --workers N`: a coordinator in this process, and N worker processes under it.
 
-use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
-use anello_coordinator::launch::{Crew, Local};
+use anello_coordinator::launch::Crew;
 use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use anello_worker::Ended;
@@ -19,6 +18,7 @@ use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
 use crate::screen::Screen;
+use crate::worker::{local, program, threads_of};
 
 /// Deaths that are replaced before a run is given up.
 const BUDGET: u32 = 1000;
@@ -33,6 +33,9 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let timings = Timings::new(args.detection.unwrap_or(Duration::from_millis(config.ring.detection_ms)));
+    // The address first: one that is in use must not fence the coordinator that uses it.
+    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port);
+    let bound = runtime.block_on(Server::bind(address))?;
     let jobs = Jobs::default();
     let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
     let (sender, notices) = channel();
@@ -40,11 +43,12 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let (job, task) = runtime.block_on(async { opened.start(sender) })?;
     // Before anyone can connect: a worker that is told of no such job goes.
     jobs.add(job.clone());
-    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port);
-    let server = runtime.block_on(Server::start(address, jobs.clone()))?;
+    let server = runtime.block_on(bound.serve(jobs.clone(), None))?;
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
     let started = if args.external { 0 } else { workers };
-    let mut crew = Crew::start(local(server.address, &config, workers, args)?, started, BUDGET)?;
+    let threads = threads_of(args.threads.or(config.compute.threads), workers);
+    let launcher = local(&program()?, server.address, config.name.as_str(), threads);
+    let mut crew = Crew::start(launcher, started, BUDGET)?;
 
     let mut stopping = false;
     loop {
@@ -134,28 +138,6 @@ fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
         }
         (None, None) => Err(no_config()),
     }
-}
-
-/// This program as a worker. Each gets its share of the cores.
-fn local(coordinator: SocketAddr, config: &RunConfig, workers: u32, args: &Args) -> Result<Local, Failure> {
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-    let threads = args.threads.or(config.compute.threads).unwrap_or((cores / workers).max(1));
-    let arguments = [
-        "worker",
-        "--coordinator",
-        &coordinator.to_string(),
-        "--job",
-        &config.name.to_string(),
-        "--threads",
-        &threads.to_string(),
-        "--until-eof",
-    ];
-    Ok(Local {
-        program: std::env::current_exe()?,
-        machine: crate::worker::host_name(),
-        arguments: arguments.into_iter().map(OsString::from).collect(),
-        environment: Vec::new(),
-    })
 }
 
 /// Where the run stands, by its newest checkpoint.

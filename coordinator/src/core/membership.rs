@@ -33,7 +33,7 @@ use anello_proto::ring::*;
 use super::checkpoints::Checkpoints;
 #[cfg(test)]
 use super::simulation::Bug;
-use super::{Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
+use super::{Attendant, Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
 
 /// A worker that the coordinator knows.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,6 +106,8 @@ pub struct Membership {
     forgave: Option<Millis>,
     /// Members of the living generation that run.
     running: usize,
+    /// A generation has trained, or one was found that may have.
+    has_trained: bool,
     #[cfg(test)]
     planted: Option<Bug>,
     /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
@@ -145,6 +147,7 @@ impl Membership {
         let ranks = found.formation.as_ref().map(ranks_of).unwrap_or_default();
         let mut workers = BTreeMap::new();
         let checkpoints = Checkpoints::new(found.checkpoints);
+        let has_trained = found.formation.is_some();
         let ring = match found.formation {
             None => Ring::Gathering { since: now, listing: Listing::Fresh },
             Some(formation) => {
@@ -187,6 +190,7 @@ impl Membership {
             deadline: Some(now),
             forgave: None,
             running: 0,
+            has_trained,
             #[cfg(test)]
             planted: None,
             now,
@@ -232,6 +236,7 @@ impl Membership {
                 out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
             }
             Event::Fenced { by } => self.over(Outcome::Fenced { by }, out),
+            Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),
             Event::Goal(goal) => self.goal = goal,
             Event::Desired(workers) => self.options.desired = workers.max(1),
         }
@@ -240,6 +245,7 @@ impl Membership {
         self.tell(out);
         self.deadline = self.next_deadline();
         self.running = self.count_running();
+        self.has_trained |= self.trains();
     }
 
     /// The time at which a [`Event::Tick`] is owed; absent: nothing waits for time.
@@ -251,6 +257,11 @@ impl Membership {
         let Ring::Alive { formation, .. } = &self.ring else { return 0 };
         let runs = Activity::Running { generation: formation.generation };
         self.workers.values().filter(|worker| worker.stance.activity == runs).count()
+    }
+
+    /// Whether all members of the living generation run.
+    fn trains(&self) -> bool {
+        matches!(&self.ring, Ring::Alive { formation, .. } if self.running == formation.members.len())
     }
 
     fn next_deadline(&self) -> Option<Millis> {

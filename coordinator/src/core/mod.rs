@@ -152,6 +152,11 @@ pub enum Event {
         /// What told so.
         by: String,
     },
+    /// Nobody is left to train, and nobody will come.
+    GivenUp {
+        /// Why, for people.
+        reason: String,
+    },
     /// The user wants something else.
     Goal(Goal),
     /// The user wants another number of workers.
@@ -252,8 +257,14 @@ pub struct Status {
     pub generation: Generation,
     /// The one that is alive or breaking up.
     pub formation: Option<Formation>,
+    /// All members of the newest generation train.
+    pub trains: bool,
+    /// A ring trained before the one that is to come: under this coordinator, or up to its reign.
+    pub has_trained: bool,
     /// Workers that are connected.
     pub workers: u32,
+    /// All that are known, members first and in rank order.
+    pub attendants: Vec<Attendant>,
     /// The newest step that is held or stored.
     pub step: Option<Step>,
     /// The newest checkpoint.
@@ -262,4 +273,19 @@ pub struct Status {
     pub waits_for: Option<String>,
     /// How it ended.
     pub outcome: Option<Outcome>,
+}
+
+/// A worker as people see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attendant {
+    /// Who.
+    pub worker: WorkerId,
+    /// Where it runs; empty when it has not reported in to this coordinator.
+    pub machine: String,
+    /// What it serves; absent: it is no member.
+    pub lanes: Option<std::ops::Range<u32>>,
+    /// Its connection is open.
+    pub linked: bool,
+    /// Where it stands.
+    pub stance: Stance,
 }

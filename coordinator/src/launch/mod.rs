@@ -55,14 +55,37 @@ struct Slot<P> {
     pause: Duration,
     again_at: Option<Instant>,
     over: bool,
+    /// It was asked to go, and is ended at this time if it has not.
+    until: Option<Instant>,
+}
+
+impl<P: Process> Slot<P> {
+    fn new(process: P) -> Self {
+        let started = Instant::now();
+        Self { process: Some(process), started, pause: PAUSE.0, again_at: None, over: false, until: None }
+    }
+
+    fn retire(&mut self, until: Instant) {
+        (self.over, self.again_at) = (true, None);
+        if let Some(process) = &mut self.process
+            && self.until.is_none()
+        {
+            self.until = Some(until);
+            process.terminate();
+        }
+    }
 }
 
 /// The workers of one job.
 pub struct Crew<L: Launcher> {
     launcher: L,
     slots: Vec<Slot<L::Process>>,
+    /// Workers that are wanted: those that have gone for good count.
+    wanted: u32,
     /// Deaths that are still replaced.
     budget: u32,
+    /// Why a worker was given up, the last time.
+    given_up: Option<String>,
 }
 
 impl<L: Launcher> Crew<L> {
@@ -77,20 +100,14 @@ impl<L: Launcher> Crew<L> {
         let mut slots: Vec<Slot<L::Process>> = Vec::new();
         for slot in 0..workers {
             match launcher.start(slot) {
-                Ok(process) => slots.push(Slot {
-                    process: Some(process),
-                    started: Instant::now(),
-                    pause: PAUSE.0,
-                    again_at: None,
-                    over: false,
-                }),
+                Ok(process) => slots.push(Slot::new(process)),
                 Err(error) => {
                     slots.iter_mut().filter_map(|slot| slot.process.as_mut()).for_each(Process::kill);
                     return Err(error);
                 }
             }
         }
-        Ok(Self { launcher, slots, budget })
+        Ok(Self { launcher, slots, wanted: workers, budget, given_up: None })
     }
 
     /// Looks after them: call it a few times a second. Returns what a person should hear.
@@ -100,12 +117,15 @@ impl<L: Launcher> Crew<L> {
             if let Some((exit, name)) = slot.process.as_mut().and_then(|p| Some((p.poll()?, p.name()))) {
                 slot.process = None;
                 match exit {
+                    _ if slot.over => {}
                     Exit::Done => slot.over = true,
                     Exit::Hopeless(code) => {
                         slot.over = true;
-                        said.push(format!(
+                        let why = format!(
                             "worker {number} ({name}) ended with code {code} and is not started again"
-                        ));
+                        );
+                        self.given_up = Some(why.clone());
+                        said.push(why);
                     }
                     Exit::Died(code) if self.budget > 0 => {
                         self.budget -= 1;
@@ -117,9 +137,11 @@ impl<L: Launcher> Crew<L> {
                     }
                     Exit::Died(_) => {
                         slot.over = true;
-                        said.push(format!(
+                        let why = format!(
                             "worker {number} ({name}) died, as too many did before: it is not started again"
-                        ));
+                        );
+                        self.given_up = Some(why.clone());
+                        said.push(why);
                     }
                 }
             }
@@ -129,12 +151,59 @@ impl<L: Launcher> Crew<L> {
                     Ok(process) => (slot.process, slot.started) = (Some(process), Instant::now()),
                     Err(error) => {
                         slot.over = true;
+                        self.given_up = Some(error.to_string());
                         said.push(error.to_string());
                     }
                 }
             }
+            if slot.until.is_some_and(|until| until <= Instant::now())
+                && let Some(process) = &mut slot.process
+            {
+                process.kill();
+                slot.process = None;
+            }
         }
         said
+    }
+
+    /// Wants `workers` workers from now on. More: they are started. Fewer: the newest are asked to go, and ended when
+    /// they have not within `grace`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Launch`]; those that were started stay.
+    pub fn resize(&mut self, workers: u32, grace: Duration) -> Result<()> {
+        while self.wanted < workers {
+            let process = self.launcher.start(self.slots.len() as u32)?;
+            self.slots.push(Slot::new(process));
+            self.wanted += 1;
+        }
+        let until = Instant::now() + grace;
+        for slot in self.slots.iter_mut().rev().filter(|slot| !slot.over) {
+            if self.wanted <= workers {
+                break;
+            }
+            self.wanted -= 1;
+            slot.retire(until);
+        }
+        // The rest of them had gone by themselves.
+        self.wanted = self.wanted.min(workers);
+        Ok(())
+    }
+
+    /// Asks all to go, and ends those that have not within `grace`, if it is tended on.
+    pub fn retire(&mut self, grace: Duration) {
+        let until = Instant::now() + grace;
+        self.slots.iter_mut().for_each(|slot| slot.retire(until));
+    }
+
+    /// Workers that live, or are about to be started again.
+    pub fn size(&self) -> u32 {
+        self.slots.iter().filter(|slot| slot.process.is_some() || slot.again_at.is_some()).count() as u32
+    }
+
+    /// Why a worker is not started again, when one had to be given up.
+    pub fn given_up(&self) -> Option<&str> {
+        self.given_up.as_deref()
     }
 
     /// Whether no worker lives and none will be started.
@@ -232,6 +301,54 @@ mod tests {
         end(&fake, 2, Exit::Done);
         assert_eq!(crew.tend(), Vec::<String>::new());
         assert!(crew.is_over());
+    }
+
+    #[test]
+    fn a_crew_grows_and_the_newest_go_first() {
+        let fake = Fake::default();
+        let mut crew = Crew::start(fake.clone(), 1, 10).unwrap();
+        crew.resize(3, Duration::from_secs(5)).unwrap();
+        assert_eq!((crew.size(), fake.0.lock().unwrap().started.clone()), (3, vec![0, 1, 2]));
+        crew.resize(2, Duration::from_secs(5)).unwrap();
+        assert_eq!(fake.0.lock().unwrap().ends, [(2, Exit::Done)], "the newest was asked to go");
+        assert_eq!((crew.tend(), crew.size()), (Vec::new(), 2));
+        crew.resize(3, Duration::from_secs(5)).unwrap();
+        assert_eq!(fake.0.lock().unwrap().started, [0, 1, 2, 3], "a number is not used twice");
+        end(&fake, 1, Exit::Died(None));
+        crew.tend();
+        crew.retire(Duration::from_secs(5));
+        crew.tend();
+        assert_eq!((crew.size(), crew.is_over(), crew.given_up()), (0, true, None));
+        assert!(fake.0.lock().unwrap().killed.is_empty());
+    }
+
+    #[test]
+    fn one_that_does_not_go_is_ended() {
+        #[derive(Clone, Default)]
+        struct Deaf(Arc<Mutex<u32>>);
+        impl Launcher for Deaf {
+            type Process = Self;
+            fn start(&mut self, _slot: u32) -> Result<Self> {
+                Ok(self.clone())
+            }
+        }
+        impl Process for Deaf {
+            fn poll(&mut self) -> Option<Exit> {
+                None
+            }
+            fn terminate(&mut self) {}
+            fn kill(&mut self) {
+                *self.0.lock().unwrap() += 1;
+            }
+            fn name(&self) -> String {
+                "deaf".to_owned()
+            }
+        }
+        let deaf = Deaf::default();
+        let mut crew = Crew::start(deaf.clone(), 2, 10).unwrap();
+        crew.resize(1, Duration::ZERO).unwrap();
+        crew.tend();
+        assert_eq!((*deaf.0.lock().unwrap(), crew.size()), (1, 1));
     }
 
     #[test]

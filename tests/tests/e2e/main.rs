@@ -1,6 +1,7 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs.
 
 mod disk;
+mod jobs;
 mod kill;
 mod links;
 mod ring;

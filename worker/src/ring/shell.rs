@@ -108,7 +108,7 @@ struct Shell {
     runtime: tokio::runtime::Handle,
     ring: Option<RingHand>,
     rank_zero: bool,
-    /// The coordinator has greeted this worker over the present connection.
+    /// The coordinator has said over this connection which steps it knows.
     welcomed: bool,
     /// Rows of steps that are not known to be in a checkpoint.
     rows: VecDeque<v1::StepReport>,
@@ -235,6 +235,7 @@ impl Shell {
             Told::Event(event) => self.member.handle(event, effects),
             Told::Step(report) => {
                 if self.rank_zero
+                    && self.welcomed
                     && let Some(link) = &self.link
                 {
                     link.say(Said::Step(report.clone()));

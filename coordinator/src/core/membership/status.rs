@@ -10,8 +10,25 @@ impl Membership {
         let waits_for = self.waits_for();
         let step = self.newest_held().max(self.checkpoints.newest());
         let workers = self.workers.values().filter(|worker| worker.linked).count() as u32;
+        let lanes = |id| formation.as_ref().and_then(|f| Some(f.member(id)?.lanes.clone()));
+        let mut attendants: Vec<Attendant> = self
+            .workers
+            .iter()
+            .map(|(&id, worker)| Attendant {
+                worker: id,
+                machine: worker.machine.clone(),
+                lanes: lanes(id),
+                linked: worker.linked,
+                stance: worker.stance.clone(),
+            })
+            .collect();
+        let rank = |id| formation.as_ref().and_then(|f| f.rank(id)).unwrap_or(usize::MAX);
+        attendants.sort_by_key(|attendant| (rank(attendant.worker), attendant.worker));
         Status {
+            trains: self.trains(),
+            has_trained: self.has_trained,
             workers,
+            attendants,
             generation,
             formation,
             step,

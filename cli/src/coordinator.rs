@@ -1,0 +1,98 @@
+//! `anello coordinator`: several jobs, as a service.
+
+use std::net::SocketAddr;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use anello_configs::RunConfig;
+use anello_coordinator::{Jobs, Registry, RegistryOptions, Said, Server, Timings};
+
+use crate::failure::{Exit, Failure, Outcome};
+use crate::interrupt::Interrupt;
+use crate::jobs::{DEFAULT_ADDRESS, absolute};
+use crate::screen::Screen;
+use crate::text::read_time;
+use crate::worker::{local, program, threads_of};
+
+/// Arguments of `anello coordinator`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Where to listen for users and workers: a loopback address and a port, 0 for any free one.
+    #[arg(long, value_name = "ADDRESS", default_value = DEFAULT_ADDRESS)]
+    listen: SocketAddr,
+    /// The folder, or URL, of the jobs: all that is known of them. A coordinator that is started on it goes on with them.
+    #[arg(long, value_name = "PLACE")]
+    jobs: String,
+    /// Worker processes on this machine at most (default: one a core); 0: none are started, they come from elsewhere, as
+    /// `anello worker --coordinator ADDRESS --job NAME`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
+    slots: Option<u32>,
+    /// How long a silent fault of a worker may go unseen.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = read_time)]
+    detection: Duration,
+}
+
+const POLL: Duration = Duration::from_millis(100);
+
+/// `anello coordinator`
+pub fn run(args: &Args, screen: &Screen) -> Outcome {
+    let interrupt = Interrupt::watch()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    // The address first: one that is in use must not fence the coordinator that uses it.
+    let bound = runtime.block_on(Server::bind(args.listen))?;
+    let address = bound.address;
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+    let slots = Some(args.slots.unwrap_or(cores)).filter(|slots| *slots > 0);
+    let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
+    let options = RegistryOptions {
+        place: place.clone(),
+        slots,
+        timings: Timings::new(args.detection),
+    };
+    let worker = program()?;
+    let launcher = move |job: &str, config: &RunConfig, workers: u32| {
+        let threads = threads_of(config.compute.threads, slots.unwrap_or(workers));
+        local(&worker, address, job, threads)
+    };
+    let (sender, said) = channel();
+    let (registry, thread) =
+        Registry::start(options, runtime.handle().clone(), jobs.clone(), sender, launcher)?;
+    let server = runtime.block_on(bound.serve(jobs, Some(registry.clone())))?;
+    let room = match slots {
+        Some(1) => "1 slot".to_owned(),
+        Some(slots) => format!("{slots} slots"),
+        None => "workers from elsewhere".to_owned(),
+    };
+    screen.line(&format!("coordinator at {address}, jobs in {place}, {room}"))?;
+
+    let mut stopping = false;
+    let mut fenced = None;
+    loop {
+        match said.recv_timeout(POLL) {
+            Ok(Said::Phase { job, phase, why }) => {
+                let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+                screen.line(&format!("job {job} is {phase}{why}"))?;
+            }
+            Ok(Said::Job { job, text }) => screen.line(&format!("job {job}: {text}"))?,
+            Ok(Said::Fenced { by }) => fenced = Some(by),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if interrupt.raised() && !stopping {
+            stopping = true;
+            runtime.block_on(registry.stop());
+            screen.line("stopping: every job takes a checkpoint; Ctrl-C again leaves at once")?;
+        }
+    }
+    let _ = thread.join();
+    runtime.block_on(server.stop());
+    match fenced {
+        Some(by) => Err(Failure::Ring(format!(
+            "another coordinator has taken over {place} ({by}): this one has ended its workers and leaves"
+        ))),
+        None if stopping => Ok(Exit::Interrupted),
+        None => {
+            Err(Failure::Ring("the registry's thread ended without a word; report this as a bug".to_owned()))
+        }
+    }
+}

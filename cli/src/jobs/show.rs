@@ -1,0 +1,288 @@
+//! Jobs as text. Pure.
+
+use anello_proto::jobs::Phase;
+use anello_proto::ring::WorkerId;
+use anello_proto::v1;
+
+use super::{phase_of, record_of};
+use crate::failure::Failure;
+use crate::text::{Table, grouped, nats, per_second, percent, utc};
+use crate::words::{describe as sentence_of, short_digest};
+
+/// `job small is queued; it waits for its turn: 1 job is before it`
+pub fn sentence(job: &v1::Job) -> Result<String, Failure> {
+    let phase = phase_of(job)?;
+    let waits = job.waits_for.as_ref().map(|what| format!("; it waits for {what}")).unwrap_or_default();
+    Ok(format!("job {} is {phase}{waits}", job.name))
+}
+
+/// The jobs as a table.
+pub fn list(jobs: &[v1::Job]) -> Result<String, Failure> {
+    if jobs.is_empty() {
+        return Ok("there are no jobs; `anello submit CONFIG` makes one\n".to_owned());
+    }
+    let mut table = Table::new(2);
+    table.row(["job", "phase", "step", "of", "loss", "tok/s", "workers"]);
+    for job in jobs {
+        table.row([
+            job.name.clone(),
+            phase_of(job)?.to_string(),
+            job.step.map_or("–".to_owned(), grouped),
+            grouped(job.total_steps),
+            job.loss.map_or("–".to_owned(), nats),
+            job.tokens_per_s.map_or("–".to_owned(), per_second),
+            format!("{} of {}", job.workers, job.desired),
+        ]);
+    }
+    let text = table.render();
+    let more = |job: &v1::Job| {
+        let waits = job.waits_for.as_ref().map(|what| format!("  waits for {what}"));
+        waits.or_else(|| job.reason.as_ref().map(|why| format!("  {why}"))).unwrap_or_default()
+    };
+    let suffixes = std::iter::once(String::new()).chain(jobs.iter().map(more));
+    Ok(text.lines().zip(suffixes).map(|(line, more)| format!("{line}{more}\n")).collect())
+}
+
+/// All of a job.
+pub fn describe(detail: &v1::JobDetail) -> Result<String, Failure> {
+    let job = job_of(detail)?;
+    let mut facts = vec![("job", job.name.clone()), ("phase", phase_of(job)?.to_string())];
+    facts.extend(job.waits_for.iter().map(|what| ("waits for", what.clone())));
+    facts.extend(job.reason.iter().map(|why| ("why", why.clone())));
+    let (min, desired, here) = (job.min, job.desired, job.workers);
+    facts.push(("workers", format!("{here} of {desired} that are wanted; at least {min} train")));
+    let total = job.total_steps;
+    facts.push((
+        "step",
+        match job.step {
+            Some(step) => format!("{} of {} ({})", grouped(step), grouped(total), percent(step, total)),
+            None => format!("none of {} is known", grouped(total)),
+        },
+    ));
+    facts.extend(job.loss.map(|loss| ("loss", nats(loss))));
+    facts.extend(job.tokens_per_s.map(|speed| ("speed", format!("{} tokens/s", per_second(speed)))));
+    facts.extend(detail.generation.map(|ring| ("ring", ring.to_string())));
+    facts.extend(detail.committed.map(|step| ("checkpoint", grouped(step))));
+    facts.push(("run folder", job.run.clone()));
+    facts.push(("submitted", format!("{} UTC", utc(job.created_unix_ms))));
+    let mut table = Table::new(2);
+    for (key, value) in facts {
+        table.row([key.to_owned(), value]);
+    }
+    let mut text = table.render();
+    if !detail.workers.is_empty() {
+        text.push('\n');
+        text.push_str(&workers(detail));
+    }
+    if !detail.events.is_empty() {
+        text.push('\n');
+        detail.events.iter().for_each(|event| text.push_str(&format!("{}\n", record(event))));
+    }
+    Ok(text)
+}
+
+/// Who serves what.
+pub fn workers(detail: &v1::JobDetail) -> String {
+    let mut table = Table::new(4);
+    table.row(["worker", "machine", "lanes", "", "state after"]);
+    for worker in &detail.workers {
+        let id = WorkerId(worker.worker).to_string();
+        let lanes = match (worker.first_lane, worker.end_lane) {
+            (Some(first), Some(end)) if first + 1 == end => format!("{first} of {}", detail.lanes),
+            (Some(first), Some(end)) if first < end => format!("{first} to {} of {}", end - 1, detail.lanes),
+            (Some(_), _) => "none".to_owned(),
+            (None, _) => "–".to_owned(),
+        };
+        let machine = if worker.machine.is_empty() { "–" } else { &worker.machine };
+        table.row([
+            short_digest(&id).to_owned(),
+            machine.to_owned(),
+            lanes,
+            worker.activity.clone(),
+            worker.holds.map_or("–".to_owned(), |step| format!("step {}", grouped(step))),
+        ]);
+    }
+    table.render()
+}
+
+/// The one line of a job that is watched: `small is running: step 12/31  38.7 %  loss 6.1  9 820 tok/s  3 of 3 workers`.
+pub fn line(detail: &v1::JobDetail) -> Result<String, Failure> {
+    let job = job_of(detail)?;
+    let (step, total) = (job.step.unwrap_or(0), job.total_steps);
+    let mut text = format!(
+        "{} is {}: step {}/{}  {}",
+        job.name,
+        phase_of(job)?,
+        grouped(step),
+        grouped(total),
+        percent(step, total)
+    );
+    text.extend(job.loss.map(|loss| format!("  loss {}", nats(loss))));
+    text.extend(job.tokens_per_s.map(|speed| format!("  {} tok/s", per_second(speed))));
+    if !phase_of(job)?.is_terminal() {
+        text.push_str(&format!("  {} of {} workers", job.workers, job.desired));
+    }
+    let lanes: Vec<String> = detail
+        .workers
+        .iter()
+        .filter_map(|worker| Some((worker.end_lane? - worker.first_lane?).to_string()))
+        .collect();
+    if !lanes.is_empty() {
+        text.push_str(&format!("  lanes {}", lanes.join("+")));
+    }
+    text.extend(job.waits_for.as_ref().map(|what| format!("  waits for {what}")));
+    text.extend(job.reason.as_ref().map(|why| format!("  {why}")));
+    Ok(text)
+}
+
+/// What a terminal shows while a job is watched.
+pub fn board(detail: &v1::JobDetail) -> Result<String, Failure> {
+    const EVENTS: usize = 6;
+    const STEPS: usize = 4;
+    let mut text = format!("{}\n", line(detail)?);
+    if !detail.workers.is_empty() {
+        text.push('\n');
+        text.push_str(&workers(detail));
+    }
+    if !detail.steps.is_empty() {
+        let mut table = Table::new(2);
+        table.row(["step", "stage", "loss", "tok/s"]);
+        for step in &detail.steps[detail.steps.len().saturating_sub(STEPS)..] {
+            let speed = step.batch_tokens as f64 / step.seconds;
+            table.row([grouped(step.step + 1), step.stage.clone(), nats(step.loss), per_second(speed)]);
+        }
+        text.push('\n');
+        text.push_str(&table.render());
+    }
+    if !detail.events.is_empty() {
+        text.push('\n');
+        let last = &detail.events[detail.events.len().saturating_sub(EVENTS)..];
+        last.iter().for_each(|event| text.push_str(&format!("{}\n", record(event))));
+    }
+    Ok(text)
+}
+
+/// A record of the log.
+pub fn record(record: &v1::LogRecord) -> String {
+    let words = record_of(record).map_or_else(|| record.json.clone(), |record| sentence_of(&record.event));
+    format!("{} UTC  {words}", utc(record.unix_ms))
+}
+
+/// The job of a detail.
+pub fn job_of(detail: &v1::JobDetail) -> Result<&v1::Job, Failure> {
+    detail.job.as_ref().ok_or_else(|| Failure::Unreachable("the coordinator tells of no job".to_owned()))
+}
+
+/// The phase of a detail.
+pub fn phase(detail: &v1::JobDetail) -> Result<Phase, Failure> {
+    phase_of(job_of(detail)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(name: &str, phase: Phase) -> v1::Job {
+        v1::Job {
+            name: name.into(),
+            phase: v1::Phase::from(phase).into(),
+            min: 1,
+            desired: 3,
+            run: format!("/jobs/{name}"),
+            total_steps: 1031,
+            ..Default::default()
+        }
+    }
+
+    fn running() -> v1::JobDetail {
+        let worker = |id: u64, first_lane, activity: &str| v1::Attendant {
+            worker: id << 60,
+            machine: "node-1".into(),
+            first_lane,
+            end_lane: first_lane.map(|first| first + 2),
+            holds: first_lane.map(|_| 412),
+            activity: activity.into(),
+        };
+        let job = v1::Job {
+            workers: 3,
+            step: Some(412),
+            loss: Some(4.3121),
+            tokens_per_s: Some(9820.0),
+            waits_for: Some("the next step boundary, to take in 1 more".into()),
+            ..job("small", Phase::Running)
+        };
+        let json = r#"{"number":7,"unix_ms":0,"kind":"goal","goal":"run","workers":3}"#;
+        v1::JobDetail {
+            job: Some(job),
+            generation: Some(7),
+            committed: Some(400),
+            workers: vec![
+                worker(3, Some(0), "training"),
+                worker(5, Some(2), "training"),
+                worker(1, None, "waiting"),
+            ],
+            steps: vec![v1::StepFigures {
+                step: 411,
+                stage: "stable".into(),
+                loss: 4.3121,
+                batch_tokens: 512,
+                seconds: 0.05,
+            }],
+            events: vec![v1::LogRecord { number: 7, unix_ms: 0, json: json.into() }],
+            lanes: 4,
+        }
+    }
+
+    #[test]
+    fn a_list_is_a_table_and_says_what_is_waited_for() {
+        let queued = v1::Job { waits_for: Some("free slots".into()), ..job("other", Phase::Queued) };
+        let failed = v1::Job { reason: Some("disk".into()), ..job("third", Phase::Failed) };
+        let text = list(&[running().job.unwrap(), queued, failed]).unwrap();
+        assert_eq!(
+            text,
+            "job    phase    step     of   loss  tok/s  workers\n\
+             small  running   412  1 031  4.312  9 820   3 of 3  waits for the next step boundary, to take in 1 more\n\
+             other  queued      –  1 031      –      –   0 of 3  waits for free slots\n\
+             third  failed      –  1 031      –      –   0 of 3  disk\n"
+        );
+        assert!(list(&[]).unwrap().contains("anello submit"));
+    }
+
+    #[test]
+    fn a_job_is_told_whole() {
+        assert_eq!(
+            describe(&running()).unwrap(),
+            "job         small\n\
+             phase       running\n\
+             waits for   the next step boundary, to take in 1 more\n\
+             workers     3 of 3 that are wanted; at least 1 train\n\
+             step        412 of 1 031 (40.0 %)\n\
+             loss        4.312\n\
+             speed       9 820 tokens/s\n\
+             ring        7\n\
+             checkpoint  400\n\
+             run folder  /jobs/small\n\
+             submitted   1970-01-01 00:00:00 UTC\n\
+             \n\
+             worker        machine  lanes                 state after\n\
+             300000000000  node-1   0 to 1 of 4  training     step 412\n\
+             500000000000  node-1   2 to 3 of 4  training     step 412\n\
+             100000000000  node-1   –            waiting             –\n\
+             \n\
+             1970-01-01 00:00:00 UTC  the user asks to train, with 3 workers\n"
+        );
+    }
+
+    #[test]
+    fn a_watched_job_is_a_line_or_a_board() {
+        assert_eq!(
+            line(&running()).unwrap(),
+            "small is running: step 412/1 031  40.0 %  loss 4.312  9 820 tok/s  3 of 3 workers  lanes 2+2  waits for the \
+             next step boundary, to take in 1 more"
+        );
+        let board = board(&running()).unwrap();
+        assert!(board.contains("\nstep  stage    loss   tok/s\n412   stable  4.312  10 240\n"), "{board}");
+        let unknown = v1::LogRecord { number: 1, unix_ms: 0, json: r#"{"kind":"new"}"#.into() };
+        assert_eq!(record(&unknown), r#"1970-01-01 00:00:00 UTC  {"kind":"new"}"#);
+    }
+}

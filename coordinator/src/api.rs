@@ -1,0 +1,184 @@
+//! The gRPC face for users: requests, checked and handed to the registry.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use anello_proto::convert::Malformed;
+use anello_proto::jobs::{JobName, Phase, Submission};
+use anello_proto::v1;
+use anello_proto::v1::jobs_server::Jobs;
+use anello_store::{Store, events};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::registry::{Command, Refusal, Registry, Wish, log_record};
+
+/// Bytes of a request: a config of 1 MiB, and names.
+pub(crate) const REQUEST_BYTES_MAX: usize = 2 << 20;
+/// How often a watcher is shown what changed.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
+/// Messages that may wait for a reader; a slower one is waited for.
+const STREAM_MAX: usize = 16;
+/// Records that are read at once.
+const RECORDS: usize = 256;
+
+type Answer<T> = Result<Response<T>, Status>;
+type Stream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+#[derive(Debug)]
+pub(crate) struct Api {
+    pub registry: Registry,
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        let text = refusal.to_string();
+        match refusal {
+            Refusal::NoSuchJob { .. } => Self::not_found(text),
+            Refusal::Taken { .. } => Self::already_exists(text),
+            Refusal::Over { .. } => Self::failed_precondition(text),
+            Refusal::Invalid(_) => Self::invalid_argument(text),
+            Refusal::Store(_) | Refusal::Ending(_) => Self::unavailable(text),
+        }
+    }
+}
+
+fn malformed(malformed: Malformed) -> Status {
+    Status::invalid_argument(malformed.to_string())
+}
+
+fn is_over(detail: &v1::JobDetail) -> bool {
+    let phase = detail.job.as_ref().and_then(|job| Phase::try_from(job.phase()).ok());
+    phase.is_none_or(Phase::is_terminal)
+}
+
+impl Api {
+    async fn detail(&self, name: &JobName) -> Result<v1::JobDetail, Refusal> {
+        self.registry.ask(|reply| Command::Describe(name.clone(), reply)).await
+    }
+
+    async fn want(&self, name: JobName, wish: Wish) -> Answer<v1::Job> {
+        let recorded = self.registry.ask(|reply| Command::Want(name.clone(), wish, reply)).await?;
+        if let Some(recorded) = recorded {
+            recorded.await.map_err(|_| Refusal::Ending("the job came to an end at this moment"))?;
+        }
+        let detail = self.detail(&name).await?;
+        Ok(Response::new(detail.job.unwrap_or_default()))
+    }
+}
+
+#[tonic::async_trait]
+impl Jobs for Api {
+    async fn submit(&self, request: Request<v1::SubmitRequest>) -> Answer<v1::Job> {
+        let submission = Submission::try_from(request.into_inner()).map_err(malformed)?;
+        let job = self.registry.ask(|reply| Command::Submit(submission, reply)).await?;
+        Ok(Response::new(job))
+    }
+
+    async fn list(&self, _: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
+        Ok(Response::new(v1::ListResponse { jobs: self.registry.ask(Command::List).await? }))
+    }
+
+    async fn describe(&self, request: Request<v1::JobRequest>) -> Answer<v1::JobDetail> {
+        let name = JobName::try_from(request.into_inner()).map_err(malformed)?;
+        Ok(Response::new(self.detail(&name).await?))
+    }
+
+    type WatchStream = Stream<v1::JobDetail>;
+
+    async fn watch(&self, request: Request<v1::JobRequest>) -> Answer<Self::WatchStream> {
+        let name = JobName::try_from(request.into_inner()).map_err(malformed)?;
+        let mut detail = self.detail(&name).await?;
+        let (sender, stream) = mpsc::channel(STREAM_MAX);
+        let api = Self { registry: self.registry.clone() };
+        tokio::spawn(async move {
+            loop {
+                if sender.send(Ok(detail.clone())).await.is_err() || is_over(&detail) {
+                    return;
+                }
+                loop {
+                    tokio::select! {
+                        () = sender.closed() => return,
+                        () = tokio::time::sleep(WATCH_EVERY) => {}
+                    }
+                    match api.detail(&name).await {
+                        Ok(now) if now == detail => {}
+                        Ok(now) => {
+                            detail = now;
+                            break;
+                        }
+                        Err(refusal) => {
+                            let _ = sender.send(Err(refusal.into())).await;
+                            return;
+                        }
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    type LogsStream = Stream<v1::LogRecord>;
+
+    async fn logs(&self, request: Request<v1::LogsRequest>) -> Answer<Self::LogsStream> {
+        let (name, follow, mut after) =
+            <(JobName, bool, u64)>::try_from(request.into_inner()).map_err(malformed)?;
+        let job = self.detail(&name).await?.job.unwrap_or_default();
+        let (sender, stream) = mpsc::channel(STREAM_MAX);
+        let api = Self { registry: self.registry.clone() };
+        tokio::spawn(async move {
+            loop {
+                // Asked before the log is read: what is over writes nothing more.
+                let last = !follow || api.detail(&name).await.is_ok_and(|detail| is_over(&detail));
+                let place = job.run.clone();
+                let read = tokio::task::spawn_blocking(move || {
+                    events::read_after(&Store::open(&place)?, after, RECORDS)
+                });
+                let records = match read.await {
+                    Ok(Ok(records)) => records,
+                    Ok(Err(error)) => {
+                        let _ = sender.send(Err(Refusal::Store(error).into())).await;
+                        return;
+                    }
+                    Err(_) => return,
+                };
+                let more = records.len() == RECORDS;
+                for record in records {
+                    after = record.number;
+                    if sender.send(Ok(log_record(&record))).await.is_err() {
+                        return;
+                    }
+                }
+                if more {
+                    continue;
+                }
+                if last {
+                    return;
+                }
+                tokio::select! {
+                    () = sender.closed() => return,
+                    () = tokio::time::sleep(WATCH_EVERY) => {}
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn pause(&self, request: Request<v1::JobRequest>) -> Answer<v1::Job> {
+        self.want(JobName::try_from(request.into_inner()).map_err(malformed)?, Wish::Pause).await
+    }
+
+    async fn resume(&self, request: Request<v1::JobRequest>) -> Answer<v1::Job> {
+        self.want(JobName::try_from(request.into_inner()).map_err(malformed)?, Wish::Resume).await
+    }
+
+    async fn scale(&self, request: Request<v1::ScaleRequest>) -> Answer<v1::Job> {
+        let (name, workers) = <(JobName, u32)>::try_from(request.into_inner()).map_err(malformed)?;
+        self.want(name, Wish::Scale(workers)).await
+    }
+
+    async fn cancel(&self, request: Request<v1::JobRequest>) -> Answer<v1::Job> {
+        self.want(JobName::try_from(request.into_inner()).map_err(malformed)?, Wish::Cancel).await
+    }
+}

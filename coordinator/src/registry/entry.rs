@@ -1,0 +1,220 @@
+//! One job of the registry: what its log says, and its ring while one is kept.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+
+use anello_configs::{RunConfig, Schedule, Timings};
+use anello_proto::jobs::Phase;
+use anello_store::events::{self, Event, EventLog, Record};
+use anello_store::metrics::{self, StepRecord};
+use anello_store::{Error as StoreError, Notice, Store, read_config};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+use super::phase::{Standing, phase};
+use super::place::Spec;
+use super::{AGAIN, Recorded, Refusal};
+use crate::core::{Goal, Outcome, Status};
+use crate::error::Result;
+use crate::job::{Job, JobOptions, Opened, goal_name};
+use crate::launch::{Crew, Launcher};
+
+/// Steps and records that are kept to be shown.
+pub(super) const RECENT: usize = 16;
+
+/// A job.
+pub(super) struct Entry<L: Launcher> {
+    pub spec: Spec,
+    /// Its run folder.
+    pub run: String,
+    pub config: RunConfig,
+    pub total_steps: u64,
+    pub standing: Standing,
+    /// The last steps, for people.
+    pub steps: VecDeque<StepRecord>,
+    /// The last records, for people: those of checkpoints are left out, since they would push out all others.
+    pub events: VecDeque<Record>,
+    /// Its ring, while this coordinator keeps one.
+    pub ring: Option<Ring>,
+    pub crew: Option<Crew<L>>,
+    /// Workers that the queue gave it; absent: it waits for its turn.
+    pub given: Option<u32>,
+    /// Why no ring can be kept for it, although it wants one.
+    pub trouble: Option<String>,
+    /// When that is tried again; absent with `trouble`: when the user asks to.
+    pub again_at: Option<Instant>,
+    /// The phase that was said last.
+    pub shown: Option<Phase>,
+}
+
+/// A job's ring.
+pub(super) struct Ring {
+    pub job: Job,
+    task: tokio::task::JoinHandle<Outcome>,
+    notices: Receiver<Notice>,
+    pub status: Option<Status>,
+    /// Workers that it was last told to want.
+    pub told: u32,
+}
+
+fn keep<T>(recent: &mut VecDeque<T>, item: T) {
+    recent.push_back(item);
+    if recent.len() > RECENT {
+        recent.pop_front();
+    }
+}
+
+fn last_of<T>(all: impl IntoIterator<Item = T>) -> VecDeque<T> {
+    let mut recent = VecDeque::new();
+    all.into_iter().for_each(|item| keep(&mut recent, item));
+    recent
+}
+
+fn is_shown(record: &Record) -> bool {
+    !matches!(record.event, Event::Checkpoint { .. })
+}
+
+impl<L: Launcher> Entry<L> {
+    /// Reads a job's folder.
+    pub fn load(spec: Spec, run: String) -> std::result::Result<Self, StoreError> {
+        let store = Store::open(&run)?;
+        let (config, records, rows) = (read_config(&store)?, events::read(&store)?, metrics::read(&store)?);
+        let mut standing = Standing::new(spec.desired);
+        records.iter().for_each(|record| standing.observe(record));
+        Ok(Self {
+            total_steps: Schedule::new(&config).total_steps(),
+            steps: last_of(rows),
+            events: last_of(records.into_iter().filter(is_shown)),
+            spec,
+            run,
+            config,
+            standing,
+            ring: None,
+            crew: None,
+            given: None,
+            trouble: None,
+            again_at: None,
+            shown: None,
+        })
+    }
+
+    /// Where it is in its life.
+    pub fn phase(&self) -> Phase {
+        phase(&self.standing, self.ring.as_ref().and_then(|ring| ring.status.as_ref()))
+    }
+
+    /// Why it failed, or is in trouble.
+    pub fn reason(&self) -> Option<String> {
+        match &self.standing.outcome {
+            Some(Outcome::Failed { reason }) => Some(reason.clone()),
+            _ => self.trouble.clone(),
+        }
+    }
+
+    /// Whether what kept it from running may be gone.
+    pub fn trouble_is_over(&self) -> bool {
+        self.trouble.is_none() || self.again_at.is_some()
+    }
+
+    /// Takes in what its ring has said, and asks how it is.
+    pub fn refresh(&mut self, runtime: &Handle) {
+        let Some(ring) = &mut self.ring else { return };
+        let mut heard = Vec::new();
+        heard.extend(ring.notices.try_iter());
+        if let Some(status) = runtime.block_on(ring.job.status()) {
+            ring.status = Some(status);
+        }
+        heard.extend(ring.notices.try_iter());
+        for notice in heard {
+            match notice {
+                Notice::Step(record) => keep(&mut self.steps, record),
+                Notice::Logged(record) => self.note(record),
+                Notice::Ready { .. }
+                | Notice::Stage { .. }
+                | Notice::Checkpoint { .. }
+                | Notice::CheckpointFailed { .. } => {}
+            }
+        }
+    }
+
+    fn note(&mut self, record: Record) {
+        self.standing.observe(&record);
+        if is_shown(&record) {
+            keep(&mut self.events, record);
+        }
+    }
+
+    /// Takes the job up and starts its ring.
+    pub fn start(&mut self, runtime: &Handle, timings: Timings, workers: u32) -> Result<()> {
+        let start = || {
+            let (name, min) = (self.spec.name.clone(), self.spec.min);
+            let options = JobOptions { name, min, desired: workers.max(1), timings };
+            let opened = Opened::take_up(Store::durable(&self.run)?, options)?;
+            let taken = opened.taken().clone();
+            let (sender, notices) = channel();
+            let _runtime = runtime.enter();
+            let (job, task) = opened.start(sender)?;
+            Ok((taken, Ring { job, task, notices, status: None, told: workers.max(1) }))
+        };
+        match start() {
+            Ok((taken, ring)) => {
+                (self.trouble, self.again_at) = (None, None);
+                self.note(taken);
+                if self.standing.goal != Goal::Run {
+                    runtime.block_on(ring.job.set_goal(self.standing.goal));
+                }
+                self.ring = Some(ring);
+                Ok(())
+            }
+            Err(error) => {
+                self.trouble = Some(crate::error::Error::to_string(&error));
+                self.again_at = Some(Instant::now() + AGAIN);
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes down what the user wants: by its ring's hand when there is one.
+    pub fn amend(
+        &mut self,
+        runtime: &Handle,
+        goal: Goal,
+        workers: u32,
+    ) -> std::result::Result<Recorded, Refusal> {
+        if let Some(ring) = &self.ring {
+            let (recorded, answer) = oneshot::channel();
+            runtime.block_on(ring.job.amend(goal, workers, recorded));
+            return Ok(Some(answer));
+        }
+        let mut log = EventLog::open(&Store::durable(&self.run)?)?;
+        let record = log.append(Event::Goal { goal: goal_name(goal).to_owned(), workers })?;
+        self.note(record);
+        Ok(None)
+    }
+
+    /// Lets go of a ring that is over, and reads what the log says of it.
+    pub fn end(&mut self, runtime: &Handle) -> Option<Outcome> {
+        let ring = self.ring.take_if(|ring| ring.task.is_finished())?;
+        let outcome = runtime.block_on(ring.task).unwrap_or_else(|cause| Outcome::Fenced {
+            by: format!("its ring ended without a word ({cause}); report this as a bug"),
+        });
+        self.given = None;
+        match Store::open(&self.run).and_then(|store| Ok((events::read(&store)?, metrics::read(&store)?))) {
+            Ok((records, rows)) => {
+                self.standing = Standing::new(self.spec.desired);
+                records.iter().for_each(|record| self.standing.observe(record));
+                self.events = last_of(records.into_iter().filter(is_shown));
+                self.steps = last_of(rows);
+            }
+            Err(error) => {
+                tracing::warn!(%error, job = self.spec.name, "the log of a job that ended cannot be read now");
+                self.standing.outcome = Some(outcome.clone());
+            }
+        }
+        if let Outcome::Fenced { by } = &outcome {
+            self.trouble = Some(format!("{by} (or `anello resume {}` here)", self.spec.name));
+        }
+        Some(outcome)
+    }
+}

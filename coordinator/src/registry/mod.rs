@@ -1,0 +1,532 @@
+//! The jobs of one place: which there are, whose turn it is, and what users want of them.
+//!
+//! ```text
+//! users ──── Command ──▶ ┌──────────┐ ── share (queue) ──▶ crews of worker processes
+//! rings ──── Notice ───▶ │ a thread │ ── start, amend ───▶ a ring each (job)
+//! clock ──── tick ─────▶ └──────────┘ ── Said ───────────▶ whoever runs the coordinator
+//! ```
+//! One plain thread, since store calls block. It keeps nothing that the place does not hold: a coordinator that is
+//! killed and started again on the same place takes up every job that is not over.
+
+mod entry;
+mod phase;
+mod place;
+mod queue;
+mod view;
+
+use std::sync::mpsc::Sender as SaidSender;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anello_configs::{RunConfig, Timings};
+use anello_proto::jobs::{JobName, Phase, Submission};
+use anello_proto::v1;
+use anello_store::{CONFIG, Store, read_config};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::core::Goal;
+use crate::error::{Error, Result};
+use crate::launch::{Crew, Launcher};
+use crate::service::Jobs;
+use entry::Entry;
+use place::{Place, Spec, unix_ms};
+use queue::{Ask, share};
+pub(crate) use view::log_record;
+
+/// Why a user's wish is not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// No job has this name.
+    #[error("there is no job {name}; there {}", match there.as_str() { "" => "are none".to_owned(), there => format!("are: {there}") })]
+    NoSuchJob {
+        /// The name.
+        name: String,
+        /// The jobs that there are.
+        there: String,
+    },
+    /// The name is taken.
+    #[error("there is a job {name} already, and it is {phase}; submit this one under another name")]
+    Taken {
+        /// The name.
+        name: String,
+        /// Its phase.
+        phase: String,
+    },
+    /// The job is over.
+    #[error("job {name} is {phase}, which is for good; submit it anew under another name")]
+    Over {
+        /// The name.
+        name: String,
+        /// Its phase.
+        phase: Phase,
+    },
+    /// What is asked for cannot be.
+    #[error("{0}")]
+    Invalid(String),
+    /// The place, or the job's run folder, cannot be used.
+    #[error(transparent)]
+    Store(#[from] anello_store::Error),
+    /// The coordinator is on its way out, or the job was at that moment.
+    #[error("{0}; ask again")]
+    Ending(&'static str),
+}
+
+type Reply<T> = oneshot::Sender<std::result::Result<T, Refusal>>;
+
+/// What is wanted of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    Pause,
+    Resume,
+    Cancel,
+    Scale(u32),
+}
+
+/// A wish that is on its way into the job's log: told when it is there.
+pub(crate) type Recorded = Option<oneshot::Receiver<()>>;
+
+pub(crate) enum Command {
+    Submit(Submission, Reply<v1::Job>),
+    List(Reply<Vec<v1::Job>>),
+    Describe(JobName, Reply<v1::JobDetail>),
+    Want(JobName, Wish, Reply<Recorded>),
+    Stop,
+}
+
+/// What the person who runs the coordinator is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// A job is in another phase.
+    Phase {
+        /// Its name.
+        job: String,
+        /// The phase.
+        phase: Phase,
+        /// Why, when there is more to say.
+        why: Option<String>,
+    },
+    /// Something about a job or its processes.
+    Job {
+        /// Its name.
+        job: String,
+        /// What.
+        text: String,
+    },
+    /// Another coordinator has the place: this one has ended its workers and does nothing more.
+    Fenced {
+        /// What told so.
+        by: String,
+    },
+}
+
+/// What a registry is to keep.
+#[derive(Clone, Debug)]
+pub struct RegistryOptions {
+    /// The place of its jobs: a path or URL.
+    pub place: String,
+    /// Worker processes at most; absent: none are started here, they come from elsewhere.
+    pub slots: Option<u32>,
+    /// The rings' times.
+    pub timings: Timings,
+}
+
+/// A hand on the registry.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    commands: mpsc::Sender<Command>,
+}
+
+/// Commands that may wait: more users than that at one moment wait for their turn.
+const COMMANDS_MAX: usize = 256;
+/// How often the registry looks around when nobody asks.
+const TICK: Duration = Duration::from_millis(50);
+/// Pause before what failed for now is tried again.
+const AGAIN: Duration = Duration::from_secs(3);
+/// Deaths of a job's workers that are replaced.
+const BUDGET: u32 = 1000;
+
+impl Registry {
+    /// Takes the place over and keeps its jobs, on a thread of its own. Rings run on `runtime` and are served by `jobs`;
+    /// `launcher` says how workers of a job are started, given its name, its run and how many it wants.
+    ///
+    /// # Errors
+    /// Those of the store; a thread that cannot be started.
+    pub fn start<L: Launcher + 'static>(
+        options: RegistryOptions,
+        runtime: Handle,
+        jobs: Jobs,
+        said: SaidSender<Said>,
+        launcher: impl Fn(&str, &RunConfig, u32) -> L + Send + 'static,
+    ) -> Result<(Self, JoinHandle<()>)> {
+        let place = Place::take(&options.place)?;
+        let mut entries = Vec::new();
+        for spec in place.specs()? {
+            let (name, run) = (spec.name.clone(), place.run_of(&spec));
+            match Entry::load(spec, run) {
+                Ok(entry) => entries.push(entry),
+                Err(error) => tracing::warn!(name, %error, "a job that cannot be read is left out"),
+            }
+        }
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let keeper = Keeper {
+            options,
+            place,
+            entries,
+            leaving: Vec::new(),
+            runtime,
+            jobs,
+            said,
+            launcher: Box::new(launcher),
+            stopping: false,
+            looked: Instant::now(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("registry".to_owned())
+            .spawn(move || keeper.run(inbox))
+            .map_err(|source| Error::System { action: "starting the registry's thread", source })?;
+        Ok((Self { commands }, thread))
+    }
+
+    /// Takes a checkpoint of every job and ends; the next coordinator goes on with them.
+    pub async fn stop(&self) {
+        let _ = self.commands.send(Command::Stop).await;
+    }
+
+    pub(crate) async fn ask<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> std::result::Result<T, Refusal> {
+        let (reply, answer) = oneshot::channel();
+        let ending = || Refusal::Ending("this coordinator is ending");
+        self.commands.send(command(reply)).await.map_err(|_| ending())?;
+        answer.await.map_err(|_| ending())?
+    }
+}
+
+type Launch<L> = Box<dyn Fn(&str, &RunConfig, u32) -> L + Send>;
+
+struct Keeper<L: Launcher> {
+    options: RegistryOptions,
+    place: Place,
+    /// In the order of the queue.
+    entries: Vec<Entry<L>>,
+    /// Processes of rings that are over.
+    leaving: Vec<Crew<L>>,
+    runtime: Handle,
+    jobs: Jobs,
+    said: SaidSender<Said>,
+    launcher: Launch<L>,
+    stopping: bool,
+    looked: Instant,
+}
+
+impl<L: Launcher> Keeper<L> {
+    fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+        let runtime = self.runtime.clone();
+        loop {
+            let command = runtime.block_on(async { tokio::time::timeout(TICK, inbox.recv()).await });
+            match command {
+                Ok(Some(command)) => self.obey(command),
+                Ok(None) => return,
+                Err(_) => {}
+            }
+            if let Err(fenced) = self.look_around() {
+                // Dropping the crews ends the workers: the other coordinator starts its own.
+                let _ = self.said.send(Said::Fenced { by: fenced.to_string() });
+                return;
+            }
+            let kept = self.entries.iter().any(|entry| entry.ring.is_some());
+            if self.stopping && !kept && self.leaving.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(submission, reply) => {
+                let submitted = self.submit(submission);
+                let job = submitted.map(|at| {
+                    self.share();
+                    self.view(at)
+                });
+                let _ = reply.send(job);
+            }
+            Command::List(reply) => {
+                let all = (0..self.entries.len()).map(|at| self.view(at)).collect();
+                let _ = reply.send(Ok(all));
+            }
+            Command::Describe(name, reply) => {
+                let detail = self.find(&name).map(|at| {
+                    self.refresh(at);
+                    self.entries[at].detail(self.queue_position(at))
+                });
+                let _ = reply.send(detail);
+            }
+            Command::Want(name, wish, reply) => {
+                let wanted = self.find(&name).and_then(|at| self.want(at, wish));
+                let _ = reply.send(wanted);
+            }
+            Command::Stop => {
+                self.stopping = true;
+                for ring in self.entries.iter().filter_map(|entry| entry.ring.as_ref()) {
+                    self.runtime.block_on(ring.job.set_goal(Goal::Pause));
+                }
+            }
+        }
+    }
+
+    fn find(&self, name: &JobName) -> std::result::Result<usize, Refusal> {
+        self.entries.iter().position(|entry| entry.spec.name == name.as_str()).ok_or_else(|| {
+            let names: Vec<&str> = self.entries.iter().map(|entry| entry.spec.name.as_str()).collect();
+            Refusal::NoSuchJob { name: name.to_string(), there: names.join(", ") }
+        })
+    }
+
+    fn view(&mut self, at: usize) -> v1::Job {
+        self.refresh(at);
+        self.entries[at].view(self.queue_position(at))
+    }
+
+    fn refresh(&mut self, at: usize) {
+        let runtime = self.runtime.clone();
+        self.entries[at].refresh(&runtime);
+    }
+
+    /// Jobs that wait before this one; absent unless it waits.
+    fn queue_position(&self, at: usize) -> Option<u32> {
+        let waits = |entry: &&Entry<L>| entry.phase() == Phase::Queued;
+        let entry = &self.entries[at];
+        waits(&entry).then(|| self.entries[..at].iter().filter(waits).count() as u32)
+    }
+
+    fn submit(&mut self, submission: Submission) -> std::result::Result<usize, Refusal> {
+        let Submission { config, name, min, desired, run } = submission;
+        if self.stopping {
+            return Err(Refusal::Ending("this coordinator is ending"));
+        }
+        let config = RunConfig::parse("the submitted config", &config)
+            .map_err(|problems| Refusal::Invalid(problems.to_string()))?;
+        let name = match name {
+            Some(name) => name,
+            None => JobName::new(config.name.as_str()).ok_or_else(|| {
+                Refusal::Invalid(format!(
+                    "the config's name `{}` is no name of a job; give one with --name",
+                    config.name
+                ))
+            })?,
+        };
+        if let Some(slots) = self.options.slots.filter(|slots| min > *slots) {
+            return Err(Refusal::Invalid(format!(
+                "it needs at least {min} workers, and this coordinator has --slots {slots}; ask for fewer, or start it with \
+                 --slots {min}"
+            )));
+        }
+        if let Ok(at) = self.find(&name) {
+            let phase = self.entries[at].phase().to_string();
+            return Err(Refusal::Taken { name: name.to_string(), phase });
+        }
+        let name = name.to_string();
+        let spec = Spec { name: name.clone(), min, desired, created_unix_ms: unix_ms(), run };
+        let run = self.place.run_of(&spec);
+        if let Some(other) = self.entries.iter().find(|entry| entry.run == run) {
+            let other = &other.spec.name;
+            return Err(Refusal::Invalid(format!("job {other} trains in {run}; give another run folder")));
+        }
+        self.place.check()?;
+        let store = Store::durable(&run)?;
+        if !store.create(CONFIG, config.to_toml())? {
+            // A run that is there goes on, if it is the same run.
+            let theirs = read_config(&store)?;
+            if let Some(differs) = theirs.diff_mathematics(&config).first() {
+                return Err(Refusal::Invalid(format!(
+                    "{run} holds a run whose {} differs; give another name or run folder",
+                    differs.key
+                )));
+            }
+        }
+        // The job exists from here on, and not before.
+        if !self.place.submit(&spec)? {
+            return Err(Refusal::Taken { name, phase: "another coordinator's".to_owned() });
+        }
+        let entry = Entry::load(spec, run)?;
+        self.entries.push(entry);
+        Ok(self.entries.len() - 1)
+    }
+
+    fn want(&mut self, at: usize, wish: Wish) -> std::result::Result<Recorded, Refusal> {
+        self.refresh(at);
+        self.place.check()?;
+        let slots = self.options.slots;
+        let entry = &mut self.entries[at];
+        let (name, phase) = (entry.spec.name.clone(), entry.phase());
+        if phase.is_terminal() {
+            return Err(Refusal::Over { name, phase });
+        }
+        let (goal, desired) = match wish {
+            Wish::Pause => (Goal::Pause, entry.standing.desired),
+            Wish::Resume => (Goal::Run, entry.standing.desired),
+            Wish::Cancel => (Goal::Cancel, entry.standing.desired),
+            Wish::Scale(workers) => (entry.standing.goal, workers),
+        };
+        if entry.standing.goal == Goal::Cancel && goal != Goal::Cancel {
+            return Err(Refusal::Invalid(format!("job {name} is being cancelled, which is for good")));
+        }
+        if desired < entry.spec.min {
+            let min = entry.spec.min;
+            return Err(Refusal::Invalid(format!(
+                "job {name} needs at least {min} workers; ask for {min} or more"
+            )));
+        }
+        if let (Wish::Scale(workers), Some(slots)) = (wish, slots)
+            && workers > slots
+        {
+            return Err(Refusal::Invalid(format!(
+                "job {name} cannot have {workers} workers, since this coordinator has --slots {slots}; start it with more"
+            )));
+        }
+        if wish == Wish::Resume {
+            (entry.trouble, entry.again_at) = (None, None);
+        }
+        if (goal, desired) == (entry.standing.goal, entry.standing.desired) {
+            return Ok(None);
+        }
+        entry.amend(&self.runtime, goal, desired)
+    }
+
+    /// Only a fence is an error.
+    fn look_around(&mut self) -> std::result::Result<(), anello_store::Error> {
+        let runtime = self.runtime.clone();
+        let mut fenced = false;
+        for at in 0..self.entries.len() {
+            self.refresh(at);
+            self.tend(at);
+            if let Some(outcome) = self.entries[at].end(&runtime) {
+                self.jobs.remove(&self.entries[at].spec.name);
+                if let Some(mut crew) = self.entries[at].crew.take() {
+                    crew.retire(self.options.timings.grace);
+                    self.leaving.push(crew);
+                }
+                fenced |= matches!(outcome, crate::core::Outcome::Fenced { .. });
+            }
+        }
+        self.leaving.retain_mut(|crew| {
+            crew.tend();
+            crew.size() > 0
+        });
+        if fenced || self.looked.elapsed() >= self.options.timings.watch {
+            self.looked = Instant::now();
+            match self.place.check() {
+                Err(fenced @ anello_store::Error::Fenced { .. }) => return Err(fenced),
+                Err(error) => tracing::warn!(%error, "the place cannot be read now"),
+                Ok(()) => {}
+            }
+        }
+        if !self.stopping {
+            self.share();
+        }
+        self.say_phases();
+        Ok(())
+    }
+
+    /// Looks after a job's processes.
+    fn tend(&mut self, at: usize) {
+        let Entry { crew, ring, given, spec, .. } = &mut self.entries[at];
+        let Some(alive) = crew else { return };
+        for text in alive.tend() {
+            let _ = self.said.send(Said::Job { job: spec.name.clone(), text });
+        }
+        let (Some(ring), true) = (ring, *given > Some(0) && alive.is_over()) else { return };
+        if !ring.status.as_ref().is_some_and(|status| status.workers == 0 && status.outcome.is_none()) {
+            return;
+        }
+        match alive.given_up() {
+            Some(why) => self.runtime.block_on(ring.job.give_up(format!("no worker is left: {why}"))),
+            // They were asked to go by somebody else: others are started when there is room.
+            None => (*crew, *given) = (None, Some(0)),
+        }
+    }
+
+    /// Gives slots to those whose turn it is.
+    fn share(&mut self) {
+        let leaving: u32 = self.leaving.iter().map(Crew::size).sum();
+        let now = Instant::now();
+        let takes_part = |entry: &Entry<L>| {
+            entry.standing.wants_ring()
+                && entry.again_at.is_none_or(|at| at <= now)
+                && entry.trouble_is_over()
+        };
+        let at: Vec<usize> = (0..self.entries.len()).filter(|&at| takes_part(&self.entries[at])).collect();
+        let ask = |entry: &Entry<L>| {
+            // One that is to come to its end needs a ring, and no more workers than it has.
+            let trains = entry.standing.goal == Goal::Run;
+            let taken = entry.crew.as_ref().map_or(0, Crew::size);
+            let desired = if trains { entry.standing.desired } else { entry.given.unwrap_or(0) };
+            let given = if trains { entry.given } else { entry.given.or(Some(0)) };
+            Ask { min: entry.spec.min, desired, given, taken }
+        };
+        let asks: Vec<Ask> = at.iter().map(|&at| ask(&self.entries[at])).collect();
+        let shares = match self.options.slots {
+            Some(slots) => share(slots.saturating_sub(leaving), &asks),
+            None => vec![Some(0); asks.len()],
+        };
+        for (at, given) in at.into_iter().zip(shares) {
+            let Some(given) = given else { continue };
+            self.give(at, given);
+        }
+    }
+
+    /// Gives a job so many workers, and starts its ring when it has none.
+    fn give(&mut self, at: usize, given: u32) {
+        let timings = self.options.timings;
+        let entry = &mut self.entries[at];
+        let name = entry.spec.name.clone();
+        let external = self.options.slots.is_none();
+        if entry.ring.is_none() {
+            let wanted = if external { entry.standing.desired } else { given };
+            if let Err(error) = entry.start(&self.runtime, timings, wanted) {
+                let _ = self.said.send(Said::Job { job: name, text: error.to_string() });
+                return;
+            }
+            if let Some(ring) = &entry.ring {
+                self.jobs.add(ring.job.clone());
+            }
+        }
+        entry.given = Some(given);
+        if given > 0 && entry.crew.is_none() {
+            let launcher = (self.launcher)(&name, &entry.config, given);
+            // Starting none cannot fail; those that are wanted come next.
+            entry.crew = Crew::start(launcher, 0, BUDGET).ok();
+        }
+        if let Some(crew) = &mut entry.crew
+            && let Err(error) = crew.resize(given, timings.grace)
+        {
+            let _ = self.said.send(Said::Job { job: name, text: error.to_string() });
+        }
+        let here = entry.crew.as_ref().map_or(0, Crew::size);
+        let wanted = if external { entry.standing.desired } else { given.max(here) };
+        if let Some(ring) = &mut entry.ring
+            && wanted > 0
+            && ring.told != wanted
+        {
+            // Those that are asked to go leave by themselves: until then there is room for them.
+            ring.told = wanted;
+            self.runtime.block_on(ring.job.scale(wanted));
+        }
+    }
+
+    fn say_phases(&mut self) {
+        for entry in &mut self.entries {
+            let phase = entry.phase();
+            if entry.shown != Some(phase) {
+                entry.shown = Some(phase);
+                let why = entry.reason();
+                let _ = self.said.send(Said::Phase { job: entry.spec.name.clone(), phase, why });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,222 @@
+//! Jobs at a coordinator: whatever its users want and whatever happens to it, a run that ends is the undisturbed one.
+
+use std::path::{Path, PathBuf};
+
+use anello_tests::{Done, Process, newest_checkpoint, objects, signal, wait_until};
+
+use super::world;
+
+/// A coordinator with its place.
+struct Coordinator {
+    process: Process,
+    address: String,
+    place: String,
+}
+
+impl Coordinator {
+    fn start(place: &str, slots: u32, detection: u32) -> Self {
+        let (slots, detection) = (slots.to_string(), detection.to_string());
+        let arguments = ["coordinator", "--listen", "127.0.0.1:0", "--jobs", place, "--slots", &slots];
+        let more = ["--detection", &detection];
+        let mut process = Process::start(&world().folder, &[&arguments[..], &more].concat());
+        let address = |out: &str| Some(out.strip_prefix("coordinator at ")?.split_once(',')?.0.to_owned());
+        wait_until("the coordinator listens", || address(&process.out()).is_some() || process.ended());
+        let address = address(&process.out()).unwrap_or_else(|| panic!("{}", process.log()));
+        Self { process, address, place: place.to_owned() }
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Done {
+        world().anello(&[arguments, &["--coordinator", &self.address]].concat())
+    }
+
+    fn submit(&self, name: &str, workers: u32) -> String {
+        let workers = workers.to_string();
+        self.ask(&["submit", "small.toml", "--name", name, "--workers", &workers]).expect(0)
+    }
+
+    fn folder(&self, job: &str) -> PathBuf {
+        world().folder.join(&self.place).join(job)
+    }
+
+    /// Waits until the coordinator has said that the job is in a phase, so many times.
+    fn wait_for(&mut self, job: &str, phase: &str, times: usize) {
+        let said = format!("job {job} is {phase}\n");
+        let seen = |out: String| out.matches(&said).count() >= times;
+        wait_until(&said, || seen(self.process.out()) || self.process.ended());
+        assert!(seen(self.process.out()), "{}\n{}", self.process.out(), self.process.log());
+    }
+
+    fn wait_for_checkpoint(&mut self, job: &str, step: u64) {
+        let folder = self.folder(job);
+        wait_until("it is so far", || newest_checkpoint(&folder) >= step || self.process.ended());
+    }
+
+    fn assert_undisturbed(&self, job: &str) {
+        let run = format!("{}/{job}", self.place);
+        world().assert_undisturbed(&run);
+        world().assert_same_checkpoints(&run);
+    }
+
+    /// SIGTERM, when nothing trains.
+    fn stop(self) -> Done {
+        self.process.signal("TERM", 1);
+        self.process.wait()
+    }
+}
+
+#[test]
+fn two_jobs_take_their_turn_at_one_slot() {
+    let mut coordinator = Coordinator::start("jobs-turns", 1, 1);
+    let told = coordinator.submit("a", 1);
+    assert!(told.contains("job a is ") && told.contains("anello watch a"), "{told}");
+    let told = coordinator.submit("b", 1);
+    assert!(told.contains("job b is queued; it waits for "), "{told}");
+    let follow = |command: &[&str]| {
+        Process::start(&world().folder, &[command, &["b", "--coordinator", &coordinator.address]].concat())
+    };
+    let (watch, logs) = (follow(&["watch"]), follow(&["logs", "--follow"]));
+
+    let told = coordinator.ask(&["list"]).expect(0);
+    let lines: Vec<&str> = told.lines().collect();
+    assert!(
+        lines[0].starts_with("job  phase") && lines[1].starts_with("a ") && lines[2].starts_with("b "),
+        "{told}"
+    );
+    let told = coordinator.ask(&["describe", "b"]).expect(0);
+    assert!(told.contains("0 of 1 that are wanted") && told.contains(&coordinator.place), "{told}");
+    let taken = coordinator.ask(&["submit", "small.toml", "--name", "a"]);
+    assert!(taken.log.contains("there is a job a already"), "{taken:?}");
+    taken.expect(2);
+
+    coordinator.wait_for("b", "completed", 1);
+    let said = coordinator.process.out();
+    let at = |text: &str| said.find(text).unwrap_or_else(|| panic!("{text}: {said}"));
+    assert!(at("job a is completed") < at("job b is forming"), "{said}");
+    let told = watch.wait().expect(0);
+    assert!(told.contains("b is completed: step 31/31  100.0 %  loss "), "{told}");
+    assert!(told.contains("with 1 worker from step 1"), "{told}");
+    let told = logs.wait().expect(0);
+    assert!(told.trim_end().ends_with("the coordinator ended the run: completed"), "{told}");
+    let told = coordinator.ask(&["describe", "b"]).expect(0);
+    assert!(told.contains("phase       completed") && told.contains("31 of 31 (100.0 %)"), "{told}");
+    coordinator.assert_undisturbed("a");
+    coordinator.assert_undisturbed("b");
+    coordinator.stop().expect(130);
+}
+
+#[test]
+fn a_paused_job_goes_on_where_it_was() {
+    let mut coordinator = Coordinator::start("jobs-paused", 2, 1);
+    coordinator.submit("a", 2);
+    coordinator.wait_for_checkpoint("a", 6);
+    coordinator.ask(&["pause", "a"]).expect(0);
+    coordinator.wait_for("a", "paused", 1);
+    let place = format!("{}/a", coordinator.place);
+    world().anello(&["checkpoint", "verify", &place]).expect(0);
+    let told = coordinator.ask(&["list"]).expect(0);
+    assert!(told.lines().nth(1).is_some_and(|line| line.starts_with("a    paused")), "{told}");
+    coordinator.ask(&["resume", "a"]).expect(0);
+    coordinator.wait_for("a", "completed", 1);
+    let told = coordinator.ask(&["logs", "a"]).expect(0);
+    assert!(told.contains("the user asks to pause, with 2 workers"), "{told}");
+    assert!(told.contains("the user asks to train, with 2 workers"), "{told}");
+    coordinator.assert_undisturbed("a");
+}
+
+/// Whether a record of the run's log tells of a generation of three.
+fn has_ring_of_three(run: &Path) -> bool {
+    let records = objects(&run.join("events")).into_iter().filter_map(|path| std::fs::read(path).ok());
+    let members = |record: serde_json::Value| record["members"].as_array().map_or(0, Vec::len);
+    records.filter_map(|bytes| serde_json::from_slice(&bytes).ok()).any(|record| members(record) == 3)
+}
+
+#[test]
+fn a_job_is_scaled_up_and_down_while_it_trains() {
+    // Nobody is taken for dead here: the first worker is frozen, so that the run is not over before the others come.
+    let mut coordinator = Coordinator::start("jobs-scaled", 3, 60);
+    coordinator.submit("a", 1);
+    coordinator.wait_for_checkpoint("a", 3);
+    let first = coordinator.process.children()[0];
+    let describe = |coordinator: &Coordinator| coordinator.ask(&["describe", "a"]).expect(0);
+    signal(first, "STOP");
+    coordinator.ask(&["scale", "a", "--workers", "3"]).expect(0);
+    wait_until("three workers are here", || describe(&coordinator).contains("3 of 3 that are wanted"));
+    signal(first, "CONT");
+    let formed = |told: &str| told.find("with 3 workers from step");
+    let mut step = 0;
+    wait_until("a ring of three is formed", || {
+        step = newest_checkpoint(&coordinator.folder("a"));
+        has_ring_of_three(&coordinator.folder("a")) || coordinator.process.ended()
+    });
+    coordinator.wait_for_checkpoint("a", step + 3);
+    signal(first, "STOP");
+    coordinator.ask(&["scale", "a", "--workers", "1"]).expect(0);
+    wait_until("two want to go", || describe(&coordinator).matches("  leaving ").count() == 2);
+    signal(first, "CONT");
+    coordinator.wait_for("a", "completed", 1);
+    let told = coordinator.ask(&["logs", "a"]).expect(0);
+    let after = formed(&told).map(|at| &told[at..]);
+    assert!(after.is_some_and(|after| after.contains("with 1 worker from step")), "{told}");
+    coordinator.assert_undisturbed("a");
+}
+
+#[test]
+fn a_cancelled_job_never_comes_back() {
+    let mut coordinator = Coordinator::start("jobs-cancelled", 1, 1);
+    coordinator.submit("a", 1);
+    coordinator.wait_for_checkpoint("a", 3);
+    coordinator.ask(&["cancel", "a"]).expect(0);
+    coordinator.wait_for("a", "cancelled", 1);
+    assert!(coordinator.process.kill());
+    let mut coordinator = Coordinator::start("jobs-cancelled", 1, 1);
+    coordinator.wait_for("a", "cancelled", 1);
+    let refused = coordinator.ask(&["resume", "a"]);
+    assert!(refused.log.contains("job a is cancelled, which is for good"), "{refused:?}");
+    refused.expect(2);
+    assert!(newest_checkpoint(&coordinator.folder("a")) < 31);
+    let done = coordinator.stop();
+    assert!(!done.out.contains("forming") && !done.out.contains("running"), "{done:?}");
+}
+
+#[test]
+fn a_coordinator_that_is_killed_and_started_again_takes_its_jobs_up() {
+    let mut coordinator = Coordinator::start("jobs-killed", 2, 1);
+    coordinator.submit("a", 2);
+    coordinator.wait_for_checkpoint("a", 6);
+    assert!(coordinator.process.kill());
+    let mut coordinator = Coordinator::start("jobs-killed", 2, 1);
+    coordinator.wait_for("a", "completed", 1);
+    let told = coordinator.ask(&["logs", "a"]).expect(0);
+    assert_eq!(told.matches("a coordinator took the run up").count(), 2, "{told}");
+    coordinator.assert_undisturbed("a");
+}
+
+#[test]
+fn of_two_coordinators_of_one_place_the_older_is_fenced_and_says_so() {
+    let mut older = Coordinator::start("jobs-fenced", 1, 1);
+    older.submit("a", 1);
+    older.wait_for_checkpoint("a", 3);
+    let mut newer = Coordinator::start("jobs-fenced", 1, 1);
+    let done = older.process.wait();
+    assert!(done.log.contains("another coordinator has taken over"), "{done:?}");
+    done.expect(1);
+    newer.wait_for("a", "completed", 1);
+    newer.assert_undisturbed("a");
+}
+
+#[test]
+fn what_is_not_there_is_said() {
+    let nobody = ["list", "--coordinator", "127.0.0.1:9"];
+    let done = world().anello(&nobody);
+    let text = "there is no coordinator at 127.0.0.1:9; start one with `anello coordinator --jobs DIR`";
+    assert!(done.log.contains(text), "{done:?}");
+    done.expect(1);
+    let coordinator = Coordinator::start("jobs-none", 1, 1);
+    assert!(coordinator.ask(&["list"]).expect(0).contains("there are no jobs"));
+    let done = coordinator.ask(&["watch", "a"]);
+    assert!(done.log.contains("there is no job a; there are none"), "{done:?}");
+    done.expect(2);
+    let done = coordinator.ask(&["submit", "small.toml", "--min", "2"]);
+    assert!(done.log.contains("at least 2 workers, and this coordinator has --slots 1"), "{done:?}");
+    done.expect(2);
+}
