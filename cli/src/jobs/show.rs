@@ -264,7 +264,7 @@ mod tests {
              run folder  /jobs/small\n\
              submitted   1970-01-01 00:00:00 UTC\n\
              \n\
-             worker        machine  lanes                 state after\n\
+             worker        machine  lanes                  state after\n\
              300000000000  node-1   0 to 1 of 4  training     step 412\n\
              500000000000  node-1   2 to 3 of 4  training     step 412\n\
              100000000000  node-1   –            waiting             –\n\
