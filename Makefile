@@ -51,6 +51,10 @@ clean:
 	$(CARGO) clean
 	rm -rf libtorch data/tiny .venv-bench
 
-## Simulated histories of the ring and whole runs with random faults, new ones until stopped.
+## Simulated histories of the ring, then whole runs of real processes, with faults of new seeds. The numbers bound it.
+soak: export ANELLO_SEED ?= $(shell date +%s)000
+soak: export ANELLO_SOAK_SCHEDULES ?= 1000000
+soak: export ANELLO_SOAK_RUNS ?= 300
 soak: setup
 	$(CARGO) test -p anello-coordinator --lib -- --ignored soak --nocapture
+	$(CARGO) test -p anello-tests --test e2e -- --ignored ring::soak --nocapture

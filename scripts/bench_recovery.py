@@ -3,7 +3,7 @@
     bench_recovery.py --anello PROGRAM     the comparison, and what a joiner costs those that run
     bench_recovery.py torch FOLDER         a worker under torchrun
 
-Both train the shape of the preset `tiny`. Anello's coordinator runs with
+Both train a model of the same shape, small enough that a step is short on any machine. Anello's coordinator runs with
 `--external`, and the killed worker is replaced from here, so that the pause before it is started again is not in it.
 A recovery ends when every survivor has applied a step of a later generation (torchrun: when every process has finished a
 step after the restart). A joiner's cost is the longest time between two steps of a survivor, from the joiner's start
@@ -25,9 +25,9 @@ from datetime import datetime
 from pathlib import Path
 
 WORKERS = 4
-# The shape of the preset `tiny`.
-LAYERS, HIDDEN, HEADS, FFN, VOCAB, LOOPS = 2, 192, 6, 512, 2048, 4
-SEQUENCE, BATCH = 128, 2048
+# Smaller than the preset `tiny`, whose step on two cores takes as long as a recovery may.
+LAYERS, HIDDEN, HEADS, FFN, VOCAB, LOOPS = 2, 64, 4, 128, 512, 2
+SEQUENCE, BATCH = 64, 512
 DEADLINE = 120
 
 CONFIG = f"""
@@ -59,7 +59,7 @@ keep_last = 3
 tokens = "1Gi"
 sequence = {SEQUENCE}
 batch = {BATCH}
-micro_batch = 4
+micro_batch = 2
 lr = 1e-3
 loops = {LOOPS}
 beta = 0.1
