@@ -44,11 +44,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let slots = Some(args.slots.unwrap_or(cores)).filter(|slots| *slots > 0);
     let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
-    let options = RegistryOptions {
-        place: place.clone(),
-        slots,
-        timings: Timings::new(args.detection),
-    };
+    let options = RegistryOptions { place: place.clone(), slots, timings: Timings::new(args.detection) };
     let worker = program()?;
     let launcher = move |job: &str, config: &RunConfig, workers: u32| {
         let threads = threads_of(config.compute.threads, slots.unwrap_or(workers));

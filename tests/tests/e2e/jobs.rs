@@ -15,7 +15,7 @@ struct Coordinator {
 
 impl Coordinator {
     fn start(place: &str, slots: u32, detection: u32) -> Self {
-        let (slots, detection) = (slots.to_string(), detection.to_string());
+        let (slots, detection) = (slots.to_string(), format!("{detection}s"));
         let arguments = ["coordinator", "--listen", "127.0.0.1:0", "--jobs", place, "--slots", &slots];
         let more = ["--detection", &detection];
         let mut process = Process::start(&world().folder, &[&arguments[..], &more].concat());
@@ -59,7 +59,7 @@ impl Coordinator {
 
     /// SIGTERM, when nothing trains.
     fn stop(self) -> Done {
-        self.process.signal("TERM", 1);
+        self.process.signal("TERM");
         self.process.wait()
     }
 }
