@@ -3,7 +3,7 @@
     bench_recovery.py --anello PROGRAM     the comparison, and what a joiner costs those that run
     bench_recovery.py torch FOLDER         a worker under torchrun
 
-Both train a model of the same shape, small enough that a step is short on any machine. Anello's coordinator runs with
+Both train a model of the same shape, small enough that a step is short on any machine (BENCH_SHAPE=tiny: the preset's). Anello's coordinator runs with
 `--external`, and the killed worker is replaced from here, so that the pause before it is started again is not in it.
 A recovery ends when every survivor has applied a step of a later generation (torchrun: when every process has finished a
 step after the restart). A joiner's cost is the longest time between two steps of a survivor, from the joiner's start
@@ -25,9 +25,10 @@ from datetime import datetime
 from pathlib import Path
 
 WORKERS = 4
-# Smaller than the preset `tiny`, whose step on two cores takes as long as a recovery may.
-LAYERS, HIDDEN, HEADS, FFN, VOCAB, LOOPS = 2, 64, 4, 128, 512, 2
-SEQUENCE, BATCH = 64, 512
+# `tiny` is the preset's shape, whose step on two cores takes as long as a recovery may: it is for what a joiner costs.
+SHAPES = {"small": (2, 64, 4, 128, 512, 2, 64, 512), "tiny": (2, 192, 6, 512, 2048, 4, 128, 2048)}
+SHAPE = os.environ.get("BENCH_SHAPE", "small")
+LAYERS, HIDDEN, HEADS, FFN, VOCAB, LOOPS, SEQUENCE, BATCH = SHAPES[SHAPE]
 DEADLINE = 120
 
 CONFIG = f"""
@@ -59,7 +60,7 @@ keep_last = 3
 tokens = "1Gi"
 sequence = {SEQUENCE}
 batch = {BATCH}
-micro_batch = 2
+micro_batch = {BATCH // SEQUENCE // WORKERS}
 lr = 1e-3
 loops = {LOOPS}
 beta = 0.1
@@ -279,7 +280,7 @@ def main():
         folders = [Path(scratch) / name for name in ("ours", "theirs")]
         [folder.mkdir() for folder in folders]
         recoveries, joins, entries, step = ours(str(Path(a.anello).resolve()), folders[0], a.kills, dice)
-        row = {"bench": "ring/recovery", "kills": a.kills, "median_seconds": statistics.median(recoveries), "max_seconds": max(recoveries),
+        row = {"bench": "ring/recovery", "shape": SHAPE, "kills": a.kills, "median_seconds": statistics.median(recoveries), "max_seconds": max(recoveries),
                "step_seconds": step, "join_steps_median": statistics.median(joins), "join_steps_max": max(joins),
                "entry_steps_median": statistics.median(entries), "entry_steps_max": max(entries)}
         if a.torch_kills:
