@@ -20,8 +20,8 @@ use anello_store::{Error as StoreError, Store};
 pub(crate) enum Task {
     /// Append to the log.
     Append { event: Event, formed: Option<Generation> },
-    /// Keep these rows, and write them with the next commit or when they are many or old.
-    Rows(Vec<StepRecord>),
+    /// Keep this row, and write it with the next commit or when there are many or old ones.
+    Row(StepRecord),
     /// Write the manifest of parts that are all durable.
     Commit { step: Step, parts: Vec<String> },
     /// List the checkpoints.
@@ -125,8 +125,8 @@ impl<F: Fn(Done)> Work<F> {
                 let record = self.again(|work| work.log.append(event.clone()))?;
                 (self.tell)(Done::Appended { record, formed });
             }
-            Task::Rows(rows) => {
-                self.rows.extend(rows);
+            Task::Row(row) => {
+                self.rows.push(row);
                 if self.rows.len() >= ROWS_MAX {
                     self.again(Self::flush)?;
                 }

@@ -5,6 +5,7 @@
 //! acts     registry  the jobs of one place: their queue, their phases, what users want; the queue and phases are pure
 //!          job       one task a job: connections and the desk in, orders and tasks out
 //!          desk      the thread that works on the run folder: log, metrics, manifests
+//!          records   between the core's words and the run folder's
 //!          service   gRPC: workers' connections, handed to jobs
 //!          api       gRPC: users' requests, handed to the registry
 //!          launch    worker processes: started, watched, started again
@@ -16,6 +17,7 @@ mod desk;
 mod error;
 mod job;
 pub mod launch;
+mod records;
 mod registry;
 mod service;
 

@@ -17,8 +17,9 @@ use super::place::Spec;
 use super::{AGAIN, Recorded, Refusal};
 use crate::core::{Goal, Outcome, Status};
 use crate::error::Result;
-use crate::job::{Job, JobOptions, Opened, goal_name};
+use crate::job::{Job, JobOptions, Opened};
 use crate::launch::{Crew, Launcher};
+use crate::records::goal_name;
 
 /// Steps and records that are kept to be shown.
 pub(super) const RECENT: usize = 16;

@@ -4,7 +4,7 @@ use anello_proto::jobs::Phase;
 use anello_store::events::{Event, Record};
 
 use crate::core::{Goal, Outcome, Status};
-use crate::job::{goal_name, outcome_name};
+use crate::records::{goal_name, outcome_name};
 
 /// What a job's log says of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use anello_collective::{
     tcp,
 };
 use anello_configs::{Fault, RunConfig, Schedule, StepPlan};
-use anello_dataloader::{Loader, LoaderOptions};
+use anello_dataloader::{LaneStep, Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Source, Step, WorkerId};
 use anello_proto::v1;
@@ -224,10 +224,10 @@ impl Thread {
         if formation.save_first && self.is_due(start.0) {
             self.snapshot(&ring, formation);
         }
+        let schedule = self.schedule.clone();
         let mut loader = None;
         let mut at = start.0;
         loop {
-            let schedule = self.schedule.clone();
             let Some(plan) = schedule.at(at) else {
                 self.writer.wait();
                 return Ok(Cause::Ended);
@@ -397,12 +397,7 @@ impl Thread {
         for lane in serving.lanes.clone() {
             let waited = Instant::now();
             let loader = loader.as_mut().expect("a worker with lanes has a loader");
-            let lane_step = loader
-                .next()
-                .ok_or_else(|| fault("the loader ends before the run"))?
-                .map_err(|error| fault(error.to_string()))?;
-            // A batch belongs to a step and a lane, never to an iterator's place.
-            assert_eq!((lane_step.step, lane_step.lane), (plan.step, lane), "the loader serves another step");
+            let lane_step = next_lane_step(loader, plan.step, lane)?;
             seconds.data += waited.elapsed().as_secs_f64();
             let computed = Instant::now();
             let (mut gradient, sums) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
@@ -536,8 +531,7 @@ impl Thread {
     /// Hash of the gradient of a lane that another member serves.
     fn recompute(&mut self, plan: &StepPlan<'_>, lane: u32) -> Served<Vec<u8>> {
         let mut loader = self.loader(&(lane..lane + 1), plan.step)?;
-        let lane_step = loader.next().ok_or_else(|| fault("the loader ends before the run"))?;
-        let lane_step = lane_step.map_err(|error| fault(error.to_string()))?;
+        let lane_step = next_lane_step(&mut loader, plan.step, lane)?;
         let engine = &mut self.held.as_mut().expect("state was taken").engine;
         let (gradient, _) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
         let hash = spot::hash(&gradient);
@@ -585,6 +579,15 @@ fn add_up<'a>(
     let words = reduction.finish(&partials, &mut total[own])?;
     ring.all_gather(RingStep(step), total)?;
     Ok(words)
+}
+
+/// What `lane` is to compute at `step`: the loader serves lanes in this very order.
+fn next_lane_step(loader: &mut Loader, step: u64, lane: u32) -> Served<LaneStep> {
+    let lane_step = loader.next().ok_or_else(|| fault("the loader ends before the run"))?;
+    let lane_step = lane_step.map_err(|error| fault(error.to_string()))?;
+    // A batch belongs to a step and a lane, never to an iterator's place.
+    assert_eq!((lane_step.step, lane_step.lane), (step, lane), "the loader serves another step");
+    Ok(lane_step)
 }
 
 /// For tests.

@@ -6,7 +6,6 @@
 //! alone, so that a death meanwhile costs none either.
 
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anello_proto::ring::{Generation, Step, WorkerId, Written};
@@ -46,10 +45,9 @@ const KEPT_MAX: usize = 2;
 
 /// The thread that writes. It has one copy to write at a time.
 pub(super) struct PartsWriter {
-    told: Option<Sender<Told>>,
+    told: Sender<Told>,
     done: Receiver<()>,
     writing: bool,
-    thread: Option<JoinHandle<()>>,
 }
 
 /// What [`PartsWriter::start`] listens to, besides its own handle.
@@ -67,7 +65,8 @@ impl PartsWriter {
     ) -> Result<Self> {
         let (finished, done) = sync_channel(1);
         let mut desk = Desk { store, part_bytes, tell, finished, members: Vec::new(), kept: Vec::new() };
-        let thread = std::thread::Builder::new()
+        // The shell has a handle on it too, so that it is not waited for: it ends with the process.
+        std::thread::Builder::new()
             .name("parts".to_owned())
             .spawn(move || {
                 for told in inbox {
@@ -75,7 +74,7 @@ impl PartsWriter {
                 }
             })
             .map_err(|source| Error::System { action: "starting the parts thread", source })?;
-        Ok(Self { told: Some(told), done, writing: false, thread: Some(thread) })
+        Ok(Self { told, done, writing: false })
     }
 
     /// Hands over a copy, after the one before is written or given up.
@@ -90,7 +89,7 @@ impl PartsWriter {
     }
 
     fn tell(&self, told: Told) -> bool {
-        self.told.as_ref().is_some_and(|thread| thread.send(told).is_ok())
+        self.told.send(told).is_ok()
     }
 
     /// Waits until nothing is being written.
@@ -104,9 +103,6 @@ impl PartsWriter {
 impl Drop for PartsWriter {
     fn drop(&mut self) {
         self.wait();
-        self.told = None;
-        // The shell may hold another handle: the thread ends with the process then.
-        self.thread = None;
     }
 }
 

@@ -45,14 +45,18 @@ pub(super) fn compare(
     Ok(Some(verdict(step, &roots, &all, state, formation)))
 }
 
+/// Takes in numbers as little-endian bytes.
+pub(super) fn hash_floats(hasher: &mut blake3::Hasher, values: &[f32]) {
+    hasher.update(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+}
+
 fn hashes(state: &State) -> Vec<blake3::Hash> {
     let buffers = [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(ffi::as_slice);
     (0..state.layout.blocks())
         .map(|block| {
             let mut hasher = blake3::Hasher::new();
             for buffer in buffers {
-                let values = &buffer[block * BLOCK..(block + 1) * BLOCK];
-                hasher.update(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+                hash_floats(&mut hasher, &buffer[block * BLOCK..(block + 1) * BLOCK]);
             }
             hasher.finalize()
         })

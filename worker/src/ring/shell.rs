@@ -139,7 +139,7 @@ impl Shell {
                     self.connect_at = Instant::now() + self.pause;
                     self.member.handle(Event::Unlinked, &mut effects);
                 }
-                Happened::Order(Some((epoch, Word::Welcome(welcome)))) => self.welcome(epoch, welcome)?,
+                Happened::Order(Some((_, Word::Welcome(welcome)))) => self.welcome(welcome)?,
                 Happened::Order(Some((epoch, Word::Order(order)))) => {
                     if let anello_proto::ring::Order::Committed { step } = &order {
                         let committed = step.0;
@@ -209,7 +209,7 @@ impl Shell {
 
     /// The coordinator says where the run is: the first time, the model thread starts. Said again over one connection, it
     /// asks for rows that rank 0 does not have.
-    fn welcome(&mut self, _epoch: Epoch, welcome: v1::Welcome) -> Result<()> {
+    fn welcome(&mut self, welcome: v1::Welcome) -> Result<()> {
         self.heartbeat = Duration::from_millis(welcome.heartbeat_ms.max(1));
         if std::mem::replace(&mut self.welcomed, true) {
             self.report(welcome.reported);

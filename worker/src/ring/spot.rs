@@ -8,7 +8,9 @@ use anello_configs::random::Stream;
 use anello_proto::ring::{Cause, Formation, WorkerId};
 use tch::Tensor;
 
+use super::replicas::hash_floats;
 use crate::ffi;
+use crate::params::BLOCK;
 
 /// Who computes which lane of a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,9 +81,7 @@ impl Spot {
 /// Hash of a flat gradient.
 pub(super) fn hash(gradient: &Tensor) -> Vec<u8> {
     let mut hasher = blake3::Hasher::new();
-    for values in ffi::as_slice(gradient).chunks(1 << 16) {
-        hasher.update(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
-    }
+    ffi::as_slice(gradient).chunks(BLOCK).for_each(|values| hash_floats(&mut hasher, values));
     hasher.finalize().as_bytes().to_vec()
 }
 

@@ -1,0 +1,124 @@
+//! Between the words of the core and of the wire, and those of the run folder.
+
+use anello_proto::ring::{Endpoints, Formation, Generation, Member, Source, Step, WorkerId};
+use anello_proto::v1;
+use anello_store::events::{Event as Logged, RingMember};
+use anello_store::metrics::{Seconds, StepRecord};
+
+use crate::core::{Entry, Goal, Outcome};
+
+/// What the log calls a goal.
+pub(crate) fn goal_name(goal: Goal) -> &'static str {
+    match goal {
+        Goal::Run => "run",
+        Goal::Pause => "pause",
+        Goal::Cancel => "cancel",
+    }
+}
+
+/// What the log calls an outcome.
+pub(crate) fn outcome_name(outcome: &Outcome) -> &'static str {
+    match outcome {
+        Outcome::Completed => "completed",
+        Outcome::Paused => "paused",
+        Outcome::Cancelled => "cancelled",
+        Outcome::Failed { .. } => "failed",
+        Outcome::Fenced { .. } => "fenced",
+    }
+}
+
+/// A record of the core, as the log has it.
+pub(crate) fn event_of(entry: Entry) -> Logged {
+    match entry {
+        Entry::Joined { worker, machine } => Logged::Joined { worker: worker.to_string(), machine },
+        Entry::Lost { worker, step, reason } => {
+            Logged::Lost { worker: worker.to_string(), step: step.map(|step| step.0), reason }
+        }
+        Entry::Evicted { worker, machine, step, reason } => {
+            Logged::Evicted { worker: worker.to_string(), machine, step: step.map(|step| step.0), reason }
+        }
+        Entry::Formed(formation) => {
+            let (source, holders) = match &formation.source {
+                Source::Seed => ("seed", Vec::new()),
+                Source::Checkpoint { .. } => ("checkpoint", Vec::new()),
+                Source::Peers { holders } => ("peers", holders.iter().map(WorkerId::to_string).collect()),
+            };
+            let member = |member: &Member| RingMember {
+                worker: member.worker.to_string(),
+                ring: member.endpoints.ring.clone(),
+                peers: member.endpoints.peers.clone(),
+                first_lane: member.lanes.start,
+                end_lane: member.lanes.end,
+            };
+            Logged::Formed {
+                generation: formation.generation.0,
+                start: formation.start.0,
+                source: source.to_owned(),
+                holders,
+                members: formation.members.iter().map(member).collect(),
+                save_first: formation.save_first,
+            }
+        }
+        Entry::PassedOver { step, reason } => Logged::PassedOver { step: step.0, reason },
+        Entry::CheckpointFailed { step, reason } => Logged::CheckpointFailed { step: step.0, cause: reason },
+        Entry::Ended { outcome } => {
+            let name = outcome_name(&outcome).to_owned();
+            let reason = match outcome {
+                Outcome::Completed | Outcome::Paused | Outcome::Cancelled => None,
+                Outcome::Failed { reason } => Some(reason),
+                Outcome::Fenced { by } => Some(by),
+            };
+            Logged::Ended { outcome: name, reason }
+        }
+    }
+}
+
+/// The formation that a record tells of; absent for any other record, and for one that no build of ours wrote.
+pub(crate) fn formation_of(event: Logged) -> Option<Formation> {
+    let Logged::Formed { generation, start, source, holders, members, save_first } = event else {
+        return None;
+    };
+    let id = |text: &String| u64::from_str_radix(text, 16).ok().map(WorkerId);
+    let source = match source.as_str() {
+        "seed" => Source::Seed,
+        "checkpoint" => Source::Checkpoint { step: Step(start) },
+        _ => Source::Peers { holders: holders.iter().filter_map(id).collect() },
+    };
+    let member = |member: RingMember| {
+        Some(Member {
+            worker: id(&member.worker)?,
+            endpoints: Endpoints { ring: member.ring, peers: member.peers },
+            lanes: member.first_lane..member.end_lane,
+        })
+    };
+    let members = members.into_iter().map(member).collect::<Option<Vec<_>>>()?;
+    Some(Formation { generation: Generation(generation), start: Step(start), source, members, save_first })
+}
+
+/// A worker's report, as the metrics have it.
+pub(crate) fn record_of(report: v1::StepReport) -> StepRecord {
+    let second = |at: usize| report.seconds.get(at).copied().unwrap_or(0.0);
+    let seconds = Seconds {
+        step: second(0),
+        data: second(1),
+        compute: second(2),
+        reduce: second(3),
+        update: second(4),
+        checkpoint: second(5),
+    };
+    StepRecord {
+        step: report.step,
+        stage: report.stage,
+        tokens: report.tokens,
+        batch_tokens: report.batch_tokens,
+        counted: report.counted,
+        lr: report.lr,
+        loss: report.loss,
+        loop_loss: report.loop_loss,
+        exit: report.exit,
+        entropy: report.entropy,
+        grad_norm: report.grad_norm,
+        applied: report.applied,
+        seconds,
+    }
+}
