@@ -27,7 +27,11 @@ impl Stamp {
     /// The stamp of this process for a run of `config` on `data`.
     pub fn new(config: &RunConfig, data: &LoaderOptions) -> Self {
         let digests = data.sources.iter().map(|(name, dataset)| (name.clone(), dataset.index().digest()));
-        Self { config: config.digest(), data: digests.collect(), environment: environment::of_cpu() }
+        Self {
+            config: config.digest(),
+            data: digests.collect(),
+            environment: environment::of_cpu(config.compute.threads),
+        }
     }
 
     /// The facts of a checkpoint of `state` at `position`.

@@ -149,9 +149,10 @@ impl Thread {
         outside: Outside,
     ) -> Result<Self> {
         let Outside { listener, shelf, runtime, tell } = outside;
-        let config = read_config(&store)?;
+        let mut config = read_config(&store)?;
         check_supported(&config)?;
-        if let Some(threads) = threads.or(config.compute.threads) {
+        config.compute.threads = threads.or(config.compute.threads);
+        if let Some(threads) = config.compute.threads {
             tch::set_num_threads(threads as i32);
         }
         let data = LoaderOptions::of(&config)?;

@@ -45,7 +45,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
     let peers = runtime
         .block_on(peers::start(options.address, shelf.clone()))
         .map_err(system("listening for peers that lack state"))?;
-    let here = environment::of_cpu();
+    let here = environment::of_cpu(options.threads);
     let hello = v1::Hello {
         job: options.job.clone(),
         worker: draw_id(),

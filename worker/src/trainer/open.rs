@@ -7,9 +7,7 @@ use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::{set_aside, steps};
 use anello_store::events::{Event, EventLog, Record};
-use anello_store::{
-    CONFIG, Cursor, ENVIRONMENT, Environment, Error as StoreError, Store, metrics, read_config,
-};
+use anello_store::{CONFIG, Cursor, ENVIRONMENT, Error as StoreError, Store, metrics, read_config};
 use tch::Device;
 
 use crate::account::{Epochs, Stamp};
@@ -71,10 +69,7 @@ impl Run {
         if !store.create(CONFIG, config.to_toml())? {
             return Err(StoreError::Fenced { place: store.place_of(CONFIG) }.into());
         }
-        let here = environment::of_cpu();
-        // The model thread will have as many.
-        let environment = Environment { threads: config.compute.threads.unwrap_or(here.threads), ..here };
-        store.put(ENVIRONMENT, environment.to_json())?;
+        store.put(ENVIRONMENT, environment::of_cpu(config.compute.threads).to_json())?;
         let (retry, changed) = (RETRY, Vec::new());
         Ok(Self { config, store, retry, data, resumed: false, allow: false, new_config: false, changed })
     }
