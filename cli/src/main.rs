@@ -7,7 +7,7 @@
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, pause, … at a coordinator
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
-//!               waiting     LibTorch's threads sleep
+//!               waiting     LibTorch's threads sleep    trace        a timeline of steps
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
 //! pure          text        numbers, times, tables     words        events as sentences
 //!               stages      what became of each stage
@@ -27,10 +27,12 @@ mod run;
 mod screen;
 mod stages;
 mod text;
+mod trace;
 mod waiting;
 mod words;
 mod worker;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -47,6 +49,10 @@ struct Cli {
     /// What is logged to standard error, as `info` or `anello_worker=debug` (default: RUST_LOG, or warnings).
     #[arg(long, global = true, value_name = "FILTER")]
     log: Option<String>,
+    /// Append a timeline of the first 20 steps to this file, those of the workers started from here included: open it in
+    /// Perfetto (ui.perfetto.dev).
+    #[arg(long, global = true, value_name = "FILE", env = trace::VARIABLE)]
+    trace: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -98,7 +104,7 @@ fn main() -> ExitCode {
     if matches!(cli.command, Command::Run(_) | Command::Worker(_)) {
         waiting::sleep_while_waiting();
     }
-    let screen = Screen::new();
+    let screen = Screen::new(cli.trace);
     let outcome =
         screen.log(cli.log.as_deref()).map(|()| Exit::Done).and_then(|_| command(cli.command, &screen));
     let _ = screen.clear();

@@ -28,7 +28,7 @@ mod tape;
 mod trainer;
 
 pub use account::{Epochs, Stamp, position_after, skip_event};
-pub use engine::{Engine, Outcome, Pass, check_supported, forward_backward};
+pub use engine::{Engine, Growing, Outcome, Pass, check_supported, forward_backward};
 pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
 pub use fold::{Fold, combine, fold_sums};

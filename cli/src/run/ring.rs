@@ -47,7 +47,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
     let started = if args.external { 0 } else { workers };
     let threads = threads_of(args.threads.or(config.compute.threads), workers);
-    let launcher = local(&program()?, server.address, config.name.as_str(), threads);
+    let launcher = local(&program()?, server.address, config.name.as_str(), threads, screen.timeline());
     let mut crew = Crew::start(launcher, started, BUDGET)?;
 
     let mut stopping = false;
