@@ -6,6 +6,7 @@
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, pause, … at a coordinator
+//!               interchange export, import
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep    trace        a timeline of steps
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -18,6 +19,7 @@ mod config;
 mod coordinator;
 mod data;
 mod failure;
+mod interchange;
 mod interrupt;
 mod jobs;
 mod log;
@@ -88,6 +90,10 @@ enum Command {
     /// Make, look at and check token sets.
     #[command(subcommand)]
     Data(data::Command),
+    /// Write a checkpoint in the published Ouro layout of Hugging Face.
+    Export(interchange::ExportArgs),
+    /// Make a run that begins with weights in that layout.
+    Import(interchange::ImportArgs),
     /// Look at the checkpoints of runs.
     #[command(subcommand)]
     Checkpoint(checkpoint::Command),
@@ -144,6 +150,8 @@ fn command(command: Command, screen: &Screen) -> Outcome {
             }
             outcome => outcome,
         },
+        Command::Export(args) => interchange::export(&args, screen),
+        Command::Import(args) => interchange::import(&args, screen),
         Command::Events(args) => log::events(&args, screen),
         Command::Metrics(args) => log::metrics(&args),
         Command::Report(args) => report::run(&args, screen),

@@ -203,9 +203,7 @@ impl Chain {
 impl Engine {
     /// An engine at the first step of `config`, with the initial weights of its seed.
     pub fn new(config: &RunConfig, device: Device) -> Self {
-        let layout = Layout::new(&config.model, config.model.layers);
-        let weights = layout.initial(config.seed, device);
-        Self::with_state(config, State::new(layout, weights))
+        Self::with_state(config, State::of_seed(config, device))
     }
 
     /// An engine that goes on from `state`.

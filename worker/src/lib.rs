@@ -7,6 +7,7 @@
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   generate   a sample of text
 //! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
+//!                   init       what a run begins with              interchange  the published layout, out and in
 //! the shells        trainer    one thread that owns the model, one that writes; commands in, notices out
 //!                   ring       the same in a ring of workers under a coordinator
 //! ```
@@ -19,6 +20,8 @@ mod error;
 mod ffi;
 mod fold;
 mod generate;
+mod init;
+pub mod interchange;
 mod model;
 mod objective;
 mod optimizer;
@@ -33,6 +36,7 @@ pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
 pub use fold::{Fold, combine, fold_sums};
 pub use generate::{Greedy, Sampled, greedy};
+pub use init::{initial_state, pin_init};
 pub use model::{Context, Model, Rotary};
 pub use objective::{LossSums, TokenLosses, log_exit, token_losses};
 pub use optimizer::{State, Update, block_square_sums};

@@ -1,6 +1,7 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs; weights out and in.
 
 mod disk;
+mod interchange;
 mod jobs;
 mod kill;
 mod links;

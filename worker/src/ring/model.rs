@@ -33,6 +33,7 @@ use crate::checkpoint::{self, Snapshot, state_of};
 use crate::engine::{Engine, Growing, check_supported};
 use crate::error::{Error, Result};
 use crate::ffi;
+use crate::init::initial_state;
 use crate::params::{BLOCK, Layout};
 
 /// What the model thread is told.
@@ -285,7 +286,9 @@ impl Thread {
                 }
             }
             Source::Seed if !holds => {
-                let engine = Engine::new(&self.config, Device::Cpu);
+                let state =
+                    initial_state(&self.config, Device::Cpu).map_err(|error| fault(error.to_string()))?;
+                let engine = Engine::with_state(&self.config, state);
                 let cursors = vec![Cursor::default(); self.config.lanes as usize];
                 self.held = Some(Held { engine, step: Step(0), cursors });
             }
