@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use anello_configs::{Dtype, RunConfig, Schedule, Stage};
+use anello_configs::{Dtype, Model, RunConfig, Schedule, Stage};
 use anello_store::checkpoint::Manifest;
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Environment, Store, read_config};
@@ -56,8 +56,17 @@ pub fn import(args: &ImportArgs, screen: &Screen) -> Outcome {
     let sizes = interchange::published_model(&Store::open(&args.folder)?)?;
     let folder = crate::jobs::absolute(&args.folder)?;
     let quoted = toml_text(&folder);
-    let mut sets: Vec<String> = sizes.into_iter().map(|(key, value)| format!("{key}={value}")).collect();
-    sets.push(format!("init.from={quoted}"));
+    let Model { layers, hidden, heads, kv_heads, ffn, vocab, rms_eps, .. } = sizes;
+    let mut sets = vec![
+        format!("model.layers={layers}"),
+        format!("model.hidden={hidden}"),
+        format!("model.heads={heads}"),
+        format!("model.kv_heads={kv_heads}"),
+        format!("model.ffn={ffn}"),
+        format!("model.vocab={vocab}"),
+        format!("model.rms_eps={rms_eps:?}"),
+        format!("init.from={quoted}"),
+    ];
     sets.extend(args.sets.iter().cloned());
     let loaded = load(&args.config, &sets)?;
     loaded.check_sources()?;

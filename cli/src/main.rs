@@ -6,7 +6,8 @@
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, pause, … at a coordinator
-//!               interchange export, import
+//!               interchange export, import             generate, eval
+//!                                                      weights      a model by its name
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep    trace        a timeline of steps
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -18,7 +19,9 @@ mod checkpoint;
 mod config;
 mod coordinator;
 mod data;
+mod eval;
 mod failure;
+mod generate;
 mod interchange;
 mod interrupt;
 mod jobs;
@@ -31,6 +34,7 @@ mod stages;
 mod text;
 mod trace;
 mod waiting;
+mod weights;
 mod words;
 mod worker;
 
@@ -90,6 +94,10 @@ enum Command {
     /// Make, look at and check token sets.
     #[command(subcommand)]
     Data(data::Command),
+    /// Continue text with a model, token by token.
+    Generate(generate::Args),
+    /// Say what a model is worth at each loop step on held-out data.
+    Eval(eval::Args),
     /// Write a checkpoint in the published Ouro layout of Hugging Face.
     Export(interchange::ExportArgs),
     /// Make a run that begins with weights in that layout.
@@ -107,7 +115,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if matches!(cli.command, Command::Run(_) | Command::Worker(_)) {
+    if matches!(cli.command, Command::Run(_) | Command::Worker(_) | Command::Generate(_) | Command::Eval(_)) {
         waiting::sleep_while_waiting();
     }
     let screen = Screen::new(cli.trace);
@@ -150,6 +158,8 @@ fn command(command: Command, screen: &Screen) -> Outcome {
             }
             outcome => outcome,
         },
+        Command::Generate(args) => generate::run(&args, screen),
+        Command::Eval(args) => eval::run(&args, screen),
         Command::Export(args) => interchange::export(&args, screen),
         Command::Import(args) => interchange::import(&args, screen),
         Command::Events(args) => log::events(&args, screen),

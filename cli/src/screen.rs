@@ -105,6 +105,11 @@ impl Screen {
         if self.color { format!("\x1b[2m{text}\x1b[0m") } else { text.to_owned() }
     }
 
+    /// `text` in one of the 256 colours of terminals.
+    pub fn in_color(&self, text: &str, color: u8) -> String {
+        if self.color { format!("\x1b[38;5;{color}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
     /// `text` in bold.
     pub fn bold(&self, text: &str) -> String {
         if self.color { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }

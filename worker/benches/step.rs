@@ -3,6 +3,7 @@
 //! ```text
 //! cargo bench -p anello-worker --profile dev --bench step                       memory, then the profile
 //! cargo bench -p anello-worker --profile dev --bench step -- memory | profile   one of them
+//! … -- generate                                                                     tokens/s by the loop step left at
 //! … -- serve CASE none|layer|loop THREADS DIR                                   for `scripts/bench_torch.py`
 //! ```
 //! Rows go to standard output, one JSON object a line, and to standard error as a table. Memory is measured in a
@@ -16,7 +17,10 @@ use std::time::Instant;
 
 use anello_configs::{Mask, RunConfig, Schedule};
 use anello_dataloader::MicroBatch;
-use anello_worker::{Context, Engine, Layout, Model, Pass, Rotary, State, forward_backward, token_losses};
+use anello_worker::{
+    Cache, Context, Engine, GenerateOptions, Generator, Layout, Leave, Model, Pass, Rotary, State,
+    forward_backward, token_losses,
+};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -35,6 +39,7 @@ fn main() {
         }
         ["memory"] => memory(),
         ["profile"] => profile(),
+        ["generate"] => generate(),
         ["child", mode] => println!("{}", child(mode)),
         ["steps", case, recompute, threads, count] => {
             let number = |word: &str| word.parse().unwrap_or_else(|_| fail(&format!("{word} is no number")));
@@ -237,6 +242,43 @@ fn steps(case: Case, recompute: &str, threads: u32, count: u32) {
         let cpu = cpu_seconds();
         stepper.step();
         eprintln!("{:.2}", cpu_seconds() - cpu);
+    }
+}
+
+// Text.
+
+/// Tokens a second when every token leaves at the same loop step, one thread, one text.
+fn generate() {
+    const TOKENS: usize = 256;
+    let case = Case::named("d256");
+    tch::set_num_threads(1);
+    let config = case.config("none", 1);
+    let engine = Engine::new(&config, Device::Cpu);
+    let mut deepest = f64::NAN;
+    for leave in (1..=LOOPS).rev() {
+        let options = GenerateOptions {
+            loops: LOOPS,
+            leave: Leave::Step(leave),
+            cache: Cache::Full,
+            temperature: 0.0,
+            top_p: 1.0,
+            seed: 1,
+        };
+        let mut generator = Generator::new(engine.model(), 1e4, 64 + TOKENS, options);
+        let mut next: Vec<u32> = (100..164).collect();
+        next = vec![generator.next(&next).id];
+        let start = Instant::now();
+        for _ in 1..TOKENS {
+            next = vec![generator.next(&next).id];
+        }
+        let rate = (TOKENS - 1) as f64 / start.elapsed().as_secs_f64();
+        if leave == LOOPS {
+            deepest = rate;
+        }
+        println!(
+            "{}",
+            json!({ "bench": "worker/generate", "step": leave, "loops": LOOPS, "tokens_per_second": rate, "ratio": rate / deepest })
+        );
     }
 }
 

@@ -1,4 +1,4 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs; weights out and in.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs; weights out and in, and used.
 
 mod disk;
 mod interchange;
@@ -8,6 +8,7 @@ mod links;
 mod ring;
 mod signals;
 mod twice;
+mod using;
 
 /// The world of these tests.
 fn world() -> &'static anello_tests::World {

@@ -20,32 +20,47 @@ pub fn is_published_layout(store: &Store) -> Result<bool> {
     Ok(store.get(CONFIG_JSON)?.is_some())
 }
 
-/// The sizes that the folder's `config.json` gives, in the keys of a run config: what a run that begins from it needs.
+/// The sizes that the folder's `config.json` gives.
 ///
 /// # Errors
-/// [`Error::Config`] when it is no config of an Ouro model, or a size is missing.
-pub fn published_model(store: &Store) -> Result<Vec<(&'static str, String)>> {
+/// [`Error::Config`] when it is no config of an Ouro model, or a size is missing or beyond what a run config allows.
+pub fn published_model(store: &Store) -> Result<Model> {
     let config = config(store)?;
-    let keys = [
-        ("model.layers", "num_hidden_layers"),
-        ("model.hidden", "hidden_size"),
-        ("model.heads", "num_attention_heads"),
-        ("model.kv_heads", "num_key_value_heads"),
-        ("model.ffn", "intermediate_size"),
-        ("model.vocab", "vocab_size"),
-        ("model.rms_eps", "rms_norm_eps"),
-    ];
-    let mut missing = Vec::new();
-    let mut found = Vec::new();
-    for (ours, theirs) in keys {
-        match config.get(theirs) {
-            Some(Value::Number(value)) => found.push((ours, value.to_string())),
-            Some(other) => missing.push(format!("{theirs} is {other}, not a number")),
-            None if theirs == "num_key_value_heads" => {}
-            None => missing.push(format!("{theirs} is missing")),
+    let mut problems = Vec::new();
+    let mut count = |key: &str, max: u64| match config.get(key).and_then(Value::as_u64) {
+        Some(value @ 1..) if value <= max => value as u32,
+        _ => {
+            let found = config.get(key).map_or("missing".to_owned(), Value::to_string);
+            problems.push(format!("{CONFIG_JSON}: {key} is {found}; a whole number up to {max} is wanted"));
+            1
         }
+    };
+    let heads = count("num_attention_heads", 4096);
+    let kv_heads =
+        if config.contains_key("num_key_value_heads") { count("num_key_value_heads", 4096) } else { heads };
+    let mut model = Model {
+        layers: count("num_hidden_layers", 4096),
+        hidden: count("hidden_size", 1 << 20),
+        heads,
+        kv_heads,
+        ffn: count("intermediate_size", 1 << 24),
+        vocab: count("vocab_size", 1 << 24),
+        rms_eps: config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6),
+        init_std: 0.02,
+        embed_std: 0.02,
+        post_norm: 1.0,
+    };
+    if let Some(std) = config.get("initializer_range").and_then(Value::as_f64) {
+        (model.init_std, model.embed_std) = (std, std);
     }
-    if missing.is_empty() { Ok(found) } else { Err(wrong(store, missing)) }
+    if problems.is_empty() && (!model.hidden.is_multiple_of(2 * heads) || !heads.is_multiple_of(kv_heads)) {
+        problems.push(format!(
+            "{CONFIG_JSON}: hidden_size {} does not divide into {heads} heads of {kv_heads} keys",
+            model.hidden
+        ));
+    }
+    check_sizes(&config, &model, &mut problems);
+    if problems.is_empty() { Ok(model) } else { Err(wrong(store, problems)) }
 }
 
 /// How the folder says that its weights are used; what it does not say is as in the published models.

@@ -4,3 +4,4 @@ mod interchange;
 mod numerics;
 mod runs;
 mod support;
+mod using;
