@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anello_collective::tcp::{Listener, Options, Tcp, connect};
 use anello_collective::{AbortHandle, Collective, Generation, Rank, Shape, Step};
-use anello_configs::{Schedule, StepPlan};
+use anello_configs::{Schedule, StepPlan, Trains};
 use anello_dataloader::MicroBatch;
 use anello_worker::ring::add_up;
 use anello_worker::{BLOCK, Engine, Growing, as_slice};
@@ -51,7 +51,7 @@ fn serve(rank: u32, members: usize, host: IpAddr) {
     let config = case.config("layer", 1);
     let engine = Engine::new(&config, Device::Cpu);
     let layout = engine.state().layout.clone();
-    let whole = layout.backward_blocks();
+    let whole = layout.backward_blocks(Trains::All);
     let order = whole.iter().cloned().flatten().map(|block| block as u32).collect();
     let shape = Shape { order, ..Shape::balanced(case.lanes, members, layout.blocks() as u32, BLOCK) };
     let lanes = shape.ranges[rank as usize].clone();

@@ -15,10 +15,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anello_configs::{Mask, RunConfig, Schedule};
+use anello_configs::{Loss, Mask, RunConfig, Schedule, Trains};
 use anello_dataloader::MicroBatch;
 use anello_worker::{
-    Cache, Context, Engine, GenerateOptions, Generator, Layout, Leave, Model, Pass, Rotary, State,
+    Cache, Context, Engine, GenerateOptions, Generator, Goal, Layout, Leave, Model, Pass, Rotary, State,
     forward_backward, token_losses,
 };
 use serde_json::{Value, json};
@@ -134,7 +134,8 @@ fn child(mode: &str) -> Value {
     let pass = || match mode {
         "naive" => naive(&model, &context, &ids_n, &targets_n, &gradient),
         _ => {
-            let pass = Pass { loops: LOOPS, beta: BETA, compute: &config.compute };
+            let goal = Goal { loss: Loss::Loop, beta: BETA, trains: Trains::All };
+            let pass = Pass { loops: LOOPS, goal, compute: &config.compute };
             forward_backward(&model, &context, &ids_n, &targets_n, pass, &gradient).loss
         }
     };

@@ -10,15 +10,14 @@
 
 use std::ops::Range;
 
-use anello_configs::{Compute, Loss, RunConfig, Stage, StepPlan, Trains};
+use anello_configs::{Compute, RunConfig, Stage, StepPlan, Trains};
 use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
-use crate::error::{Error, Result};
 use crate::fold::Fold;
-use crate::model::{Context, Model, Rotary};
-use crate::objective::{self, LossSums};
+use crate::model::{Context, Model, Rotary, Tokens};
+use crate::objective::{self, Goal, LossSums};
 use crate::optimizer::{State, Update};
 use crate::params::{BLOCK, Layout};
 use crate::tape::Tape;
@@ -42,24 +41,10 @@ pub struct Engine {
 pub struct Pass<'a> {
     /// Loop steps (T).
     pub loops: u32,
-    /// Weight of the entropy (β).
-    pub beta: f64,
+    /// What is minimised, and what moves.
+    pub goal: Goal,
     /// What is kept and the size of a loss chunk.
     pub compute: &'a Compute,
-}
-
-/// [`Error::Config`] when `config` has a stage that this engine cannot train.
-pub fn check_supported(config: &RunConfig) -> Result<()> {
-    match config.stages.iter().find(|s| s.loss != Loss::Loop || s.trains != Trains::All) {
-        None => Ok(()),
-        Some(stage) => {
-            let fact = format!("stage {} trains {:?} with loss {:?}", stage.name, stage.trains, stage.loss);
-            Err(Error::config(
-                fact.to_lowercase(),
-                "this build trains all parameters with the loop loss only",
-            ))
-        }
-    }
 }
 
 /// How far the way back through a micro-batch is.
@@ -107,22 +92,43 @@ fn walk(
     gradient: &Tensor,
     walked: &mut dyn FnMut(Walked<'_>),
 ) -> LossSums {
-    let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));
-    let forward = tracing::trace_span!("forward").entered();
-    let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute.recompute);
     let chunk = i64::from(pass.compute.loss_chunk_tokens);
+    let forward = tracing::trace_span!("forward").entered();
+    let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));
+    if pass.goal.trains == Trains::Gate {
+        let hidden = hidden(model, context, embedded_nd, pass.loops);
+        drop(forward);
+        let _losses = tracing::trace_span!("losses").entered();
+        let (sums, _) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
+        walked(Walked::Losses(&sums));
+        return sums;
+    }
+    let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute.recompute);
     drop(forward);
     let losses = tracing::trace_span!("losses").entered();
-    let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.beta, chunk, gradient);
-    drop(hidden);
-    drop(losses);
+    let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
+    let of_hidden = of_hidden.expect("all parameters move");
+    drop((hidden, losses));
     walked(Walked::Losses(&sums));
     let of_embedded_nd = tape.backward(of_hidden, gradient, &mut |layer| walked(Walked::Layer(layer)));
     let of_embedded_nd = of_embedded_nd.to_kind(model.wide());
-    let vocab = model.embed.value.size()[0];
-    let of_table = Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, vocab, -1, false);
+    let of_table =
+        Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, model.embed.value.size()[0], -1, false);
     model.embed.accumulate(gradient, &of_table);
     sums
+}
+
+/// h(1..=T), `[n, d]` each, of which no graph is kept.
+pub(crate) fn hidden(model: &Model, tokens: &dyn Tokens, embedded_nd: Tensor, loops: u32) -> Vec<Tensor> {
+    tch::no_grad(|| {
+        let mut h = embedded_nd;
+        (0..loops)
+            .map(|_| {
+                h = (0..model.layers.len()).fold(h.shallow_clone(), |h, l| model.layer_nd(l, &h, tokens));
+                h.shallow_clone()
+            })
+            .collect()
+    })
 }
 
 /// What a step came to.
@@ -178,6 +184,13 @@ impl Chain {
         let onto = fold.partials().iter().rev().take(merged).map(|(_, _, (gradient, _))| gradient);
         let buffers = [gradient].into_iter().chain(onto).map(Tensor::shallow_clone).collect();
         Self { buffers, whole: whole.into_iter() }
+    }
+
+    /// Adds what is left, once all is whole.
+    fn rest(&mut self, tell: &mut dyn FnMut(Growing<'_>)) {
+        while !self.whole.as_slice().is_empty() {
+            self.next(tell);
+        }
     }
 
     /// Adds the blocks that became whole, and tells of them.
@@ -302,7 +315,12 @@ impl Engine {
                 grown.push(lane, (gradient.shallow_clone(), sums.clone()), |(_, sums), (_, right)| {
                     sums.add(&right);
                 });
-                chain = Chain::new(&gradient, &self.fold, &grown, self.state.layout.backward_blocks());
+                chain = Chain::new(
+                    &gradient,
+                    &self.fold,
+                    &grown,
+                    self.state.layout.backward_blocks(stage.trains),
+                );
                 let partials = grown.partials().iter();
                 let (sums, buffers) = partials
                     .map(|(first, lanes, (gradient, sums))| {
@@ -321,7 +339,7 @@ impl Engine {
             }
         });
         tell(Growing::Lane(&mut gradient));
-        chain.next(tell);
+        chain.rest(tell);
         self.spare.extend(chain.into_free());
         self.fold = grown;
     }
@@ -344,7 +362,8 @@ impl Engine {
         walked: &mut dyn FnMut(Walked<'_>),
     ) -> LossSums {
         let (context, ids_n, targets_n) = self.on_device(stage, batch);
-        let pass = Pass { loops: stage.loops, beta: stage.beta, compute: &self.config.compute };
+        let goal = Goal { loss: stage.loss, beta: stage.beta, trains: stage.trains };
+        let pass = Pass { loops: stage.loops, goal, compute: &self.config.compute };
         walk(&self.model, &context, &ids_n, &targets_n, pass, gradient, walked)
     }
 
@@ -374,7 +393,9 @@ impl Engine {
     pub fn finish_with(&mut self, plan: &StepPlan<'_>, gradient: &Tensor, sums: LossSums) -> Outcome {
         let _span = tracing::trace_span!("update").entered();
         let finite = sums.loss.is_finite();
-        let update = self.state.update(&self.config.optimizer, plan.lr, gradient, sums.counted, finite);
+        let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
+        let update =
+            self.state.update(&self.config.optimizer, plan.lr, gradient, sums.counted, finite, moved);
         Outcome { sums, update }
     }
 

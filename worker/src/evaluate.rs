@@ -7,6 +7,7 @@ use anello_configs::Mask;
 use anello_dataloader::MicroBatch;
 use tch::{Kind, Tensor};
 
+use crate::engine::hidden;
 use crate::model::{Context, Model, Rotary};
 use crate::objective::log_exit;
 
@@ -57,14 +58,8 @@ impl Evaluation {
             let device = model.lm_head.value.device();
             let context = Context::new(batch, rotary, model.kind(), mask);
             let to = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-            let (mut h, targets_n) = (model.embed_nd(&to(&batch.input_ids)), to(&batch.targets));
-            let hidden: Vec<Tensor> = (0..self.steps.len())
-                .map(|_| {
-                    h = (0..model.layers.len())
-                        .fold(h.shallow_clone(), |h, l| model.layer_nd(l, &h, &context));
-                    h.shallow_clone()
-                })
-                .collect();
+            let (embedded_nd, targets_n) = (model.embed_nd(&to(&batch.input_ids)), to(&batch.targets));
+            let hidden = hidden(model, &context, embedded_nd, self.steps.len() as u32);
             let tokens = targets_n.size()[0];
             for start in (0..tokens).step_by(CHUNK as usize) {
                 let part = |x: &Tensor| x.narrow(0, start, CHUNK.min(tokens - start));

@@ -32,14 +32,14 @@ mod tape;
 mod trainer;
 
 pub use account::{Epochs, Stamp, position_after, skip_event};
-pub use engine::{Engine, Growing, Outcome, Pass, check_supported, forward_backward};
+pub use engine::{Engine, Growing, Outcome, Pass, forward_backward};
 pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
 pub use fold::{Fold, combine, fold_sums};
 pub use generate::{Cache, Generator, Leave, Options as GenerateOptions, Sampled};
 pub use init::{initial_state, pin_init};
 pub use model::{Context, Model, Rotary, Tokens};
-pub use objective::{LossSums, TokenLosses, log_exit, token_losses};
+pub use objective::{Goal, LossSums, TokenLosses, log_exit, token_losses};
 pub use optimizer::{State, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};
 pub use tape::Tape;

@@ -1,4 +1,5 @@
-//! The objective of pretraining (LOOPLM §2) and its backward, a chunk of tokens at a time.
+//! The objectives and their backward, a chunk of tokens at a time: pretraining (LOOPLM §2), the gate alone (§3),
+//! fine-tuning (§4).
 //!
 //! ```text
 //! p(t) = λ(t)·S(t−1) for t < T,  p(T) = S(T−1),  S(t) = Π_{j<=t} (1 − λ(j)),  λ = sigmoid(gate(h(t)))
@@ -16,6 +17,7 @@
 //! so that `[c, v]`, the logits of one chunk at one loop step, are the only ones that ever exist; autograd does the
 //! small rest. Shape suffixes as in [`crate::model`]; `c` is the tokens of a chunk.
 
+use anello_configs::{Loss, Trains};
 use tch::{Kind, Reduction, Tensor};
 
 use crate::model::Model;
@@ -122,40 +124,144 @@ fn sums(losses: &TokenLosses, counted: u64) -> LossSums {
     }
 }
 
-/// Loss sums, and their gradient: that of lm_head and gate is added to the flat `gradient`, that of the hidden
-/// states is returned, `[n, d]` for each loop step.
+/// What a stage minimises, and which parameters it moves for that.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Goal {
+    /// The objective.
+    pub loss: Loss,
+    /// Weight of the entropy (β), of [`Loss::Loop`] alone.
+    pub beta: f64,
+    /// What moves.
+    pub trains: Trains,
+}
+
+/// Slope (k) and threshold (γ, nats) of the weight that an improvement has in the training of the gate (LOOPLM §3).
+const GATE_SLOPE: f64 = 50.0;
+const GATE_THRESHOLD: f64 = 0.005;
+
+/// Loss sums, and their gradient: that of lm_head and gate is added to the flat `gradient`, that of the hidden states is
+/// returned, `[n, d]` for each loop step, unless only the gate moves.
 pub fn backward(
     model: &Model,
     hidden: &[Tensor],
     targets_n: &Tensor,
-    beta: f64,
+    goal: Goal,
     chunk: i64,
     gradient: &Tensor,
-) -> (LossSums, Vec<Tensor>) {
+) -> (LossSums, Option<Vec<Tensor>>) {
     let mut total = LossSums::zero(hidden.len());
     let mut of_hidden = Vec::new();
-    let leaves = [&model.gate_weight, &model.gate_bias];
     for_chunks(hidden, targets_n, chunk, |h_tcd, targets_c| {
-        let h_tcd = h_tcd.set_requires_grad(true);
-        let log_exit_tc = log_exit(&model.gate_logits(&h_tcd));
-        let (cross_entropy_tc, of_h_tcd) = tch::no_grad(|| {
-            let exit_tc = log_exit_tc.exp();
-            let (losses, gradients): (Vec<_>, Vec<_>) = (0..h_tcd.size()[0])
-                .map(|t| cross_entropy(model, &h_tcd.get(t), &targets_c, &exit_tc.get(t), gradient))
-                .unzip();
-            (Tensor::stack(&losses, 0), Tensor::stack(&gradients, 0))
-        });
-        let losses = combine(cross_entropy_tc, log_exit_tc, &targets_c, beta);
+        let (losses, of_h_tcd) = match (goal.trains, goal.loss) {
+            (Trains::All, Loss::Loop) => loop_backward(model, h_tcd, &targets_c, goal.beta, gradient),
+            (Trains::All, _) => last_backward(model, &h_tcd, &targets_c, gradient),
+            (Trains::Gate, _) => (gate_backward(model, &h_tcd, &targets_c, goal, gradient), Tensor::new()),
+        };
         total.add(&tch::no_grad(|| sums(&losses, counted(&targets_c))));
-        let loss = (losses.loss_c * losses.counts_c).sum(model.wide());
-        let inputs: Vec<&Tensor> = [&h_tcd].into_iter().chain(leaves.map(|leaf| &leaf.value)).collect();
-        let mut gradients = Tensor::run_backward(&[loss], &inputs, false, false);
-        for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
-            leaf.accumulate(gradient, &of_leaf);
-        }
-        of_hidden.push(gradients.remove(0) + of_h_tcd);
+        of_hidden.push(of_h_tcd);
     });
-    (total, Tensor::cat(&of_hidden, 1).unbind(0))
+    let of_hidden = (goal.trains == Trains::All).then(|| Tensor::cat(&of_hidden, 1).unbind(0));
+    (total, of_hidden)
+}
+
+/// The objective of pretraining on some tokens.
+fn loop_backward(
+    model: &Model,
+    h_tcd: Tensor,
+    targets_c: &Tensor,
+    beta: f64,
+    gradient: &Tensor,
+) -> (TokenLosses, Tensor) {
+    let leaves = [&model.gate_weight, &model.gate_bias];
+    let h_tcd = h_tcd.set_requires_grad(true);
+    let log_exit_tc = log_exit(&model.gate_logits(&h_tcd));
+    let (cross_entropy_tc, of_h_tcd) = tch::no_grad(|| {
+        let exit_tc = log_exit_tc.exp();
+        let (losses, gradients): (Vec<_>, Vec<_>) = (0..h_tcd.size()[0])
+            .map(|t| cross_entropy(model, &h_tcd.get(t), targets_c, &exit_tc.get(t), gradient))
+            .unzip();
+        (Tensor::stack(&losses, 0), Tensor::stack(&gradients, 0))
+    });
+    let losses = combine(cross_entropy_tc, log_exit_tc, targets_c, beta);
+    let loss = (&losses.loss_c * &losses.counts_c).sum(model.wide());
+    let inputs: Vec<&Tensor> = [&h_tcd].into_iter().chain(leaves.map(|leaf| &leaf.value)).collect();
+    let mut gradients = Tensor::run_backward(&[loss], &inputs, false, false);
+    for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
+        leaf.accumulate(gradient, &of_leaf);
+    }
+    let of_h_tcd = gradients.remove(0) + of_h_tcd;
+    (losses, of_h_tcd)
+}
+
+/// Fine-tuning (LOOPLM §4): L(T) alone. The gate has no part in it and no gradient.
+fn last_backward(
+    model: &Model,
+    h_tcd: &Tensor,
+    targets_c: &Tensor,
+    gradient: &Tensor,
+) -> (TokenLosses, Tensor) {
+    tch::no_grad(|| {
+        let log_exit_tc = log_exit(&model.gate_logits(h_tcd));
+        let last = h_tcd.size()[0] - 1;
+        let mut losses_tc: Vec<Tensor> =
+            (0..last).map(|t| plain_cross_entropy(model, &h_tcd.get(t), targets_c)).collect();
+        let ones_c = targets_c.ones_like().to_kind(model.wide());
+        let (of_last, of_h_cd) = cross_entropy(model, &h_tcd.get(last), targets_c, &ones_c, gradient);
+        losses_tc.push(of_last.shallow_clone());
+        let of_h_tcd = h_tcd.zeros_like();
+        of_h_tcd.get(last).copy_(&of_h_cd);
+        let losses = combine(Tensor::stack(&losses_tc, 0), log_exit_tc, targets_c, 0.0);
+        (TokenLosses { loss_c: of_last, ..losses }, of_h_tcd)
+    })
+}
+
+/// With the language model frozen: the pretraining objective's gradient for the gate, or adaptive gate training (LOOPLM
+/// §3), for t = 2..=T:
+///
+/// ```text
+/// I(t) = max(0, L(t−1) − L(t));  w(t) = sigmoid(k·(I(t) − γ)),  k = 50, γ = 0.005
+/// loss = 1/T · Σ_t [ −w(t)·ln(1−λ(t)) − (1−w(t))·ln λ(t) ]
+/// ```
+/// λ at the same t as the improvement is what is trained, as in the paper's text.
+fn gate_backward(
+    model: &Model,
+    h_tcd: &Tensor,
+    targets_c: &Tensor,
+    goal: Goal,
+    gradient: &Tensor,
+) -> TokenLosses {
+    let leaves = [&model.gate_weight, &model.gate_bias];
+    let loops = h_tcd.size()[0];
+    let cross_entropy_tc = tch::no_grad(|| {
+        let of = |t| plain_cross_entropy(model, &h_tcd.get(t), targets_c);
+        Tensor::stack(&(0..loops).map(of).collect::<Vec<_>>(), 0)
+    });
+    let gate_tc = model.gate_logits(h_tcd);
+    let mut losses = combine(cross_entropy_tc, log_exit(&gate_tc), targets_c, goal.beta);
+    if goal.loss == Loss::Gate {
+        let (before, after) = (
+            losses.cross_entropy_tc.narrow(0, 0, loops - 1),
+            losses.cross_entropy_tc.narrow(0, 1, loops - 1),
+        );
+        let weight = ((before - after).clamp_min(0.0) - GATE_THRESHOLD) * GATE_SLOPE;
+        let weight = tch::no_grad(|| weight.sigmoid());
+        let gate = gate_tc.narrow(0, 1, loops - 1);
+        let stays: Tensor = &weight * (-&gate).log_sigmoid();
+        let goes: Tensor = (1.0 - &weight) * gate.log_sigmoid();
+        let sum: Tensor = (stays + goes).sum_dim_intlist(0i64, false, model.wide());
+        losses.loss_c = sum / -(loops as f64);
+    }
+    let loss = (&losses.loss_c * &losses.counts_c).sum(model.wide());
+    let gradients = Tensor::run_backward(&[loss], &leaves.map(|leaf| &leaf.value), false, false);
+    for (leaf, of_leaf) in leaves.iter().zip(gradients) {
+        leaf.accumulate(gradient, &of_leaf);
+    }
+    losses
+}
+
+/// L(t) of some tokens at one loop step, `[c]`; 0 where there is no target.
+fn plain_cross_entropy(model: &Model, h_cd: &Tensor, targets_c: &Tensor) -> Tensor {
+    model.logits(h_cd).cross_entropy_loss::<Tensor>(targets_c, None, Reduction::None, IGNORE, 0.0)
 }
 
 /// L(t) of one chunk at one loop step, `[c]`, and the gradient of Σ p(t)·L(t) for the hidden states, `[c, d]`; that

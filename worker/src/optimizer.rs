@@ -10,13 +10,15 @@
 //! the vector body and the scalar tail of a LibTorch kernel), so the result does not depend on how the buffer is
 //! cut, by threads or by owners.
 
+use std::ops::Range;
+
 use anello_configs::{Optimizer, RunConfig};
 use tch::{Device, Kind, Tensor};
 
 use crate::params::{BLOCK, Layout};
 
 /// Elements updated at a time: its six operands stay in a core's cache on a CPU.
-const SLICE: i64 = BLOCK as i64;
+const SLICE: usize = BLOCK;
 /// Elements of one row of the norm: a row's sum is one output of LibTorch's reduction, added on one thread.
 const ROW: i64 = 1024;
 
@@ -81,7 +83,8 @@ impl State {
         Self { layout, weights, exp_avg, exp_avg_sq, updates: self.updates }
     }
 
-    /// One update from the gradient's sum over `counted` tokens, which is overwritten. `finite_loss` false skips it.
+    /// One update of the elements `moved` from the gradient's sum over `counted` tokens, which is overwritten; outside of
+    /// their blocks it is not looked at. `finite_loss` false skips it.
     pub fn update(
         &mut self,
         options: &Optimizer,
@@ -89,8 +92,11 @@ impl State {
         gradient: &Tensor,
         counted: u64,
         finite_loss: bool,
+        moved: Range<usize>,
     ) -> Update {
-        let squares: f64 = block_square_sums(gradient).iter().sum();
+        let blocks = moved.start / BLOCK * BLOCK..moved.end.next_multiple_of(BLOCK);
+        let squares: f64 =
+            block_square_sums(&gradient.narrow(0, blocks.start as i64, blocks.len() as i64)).iter().sum();
         let grad_norm = squares.sqrt() / counted.max(1) as f64;
         if !(grad_norm.is_finite() && finite_loss) {
             return Update { grad_norm, applied: false };
@@ -100,8 +106,9 @@ impl State {
         let scale = clip / counted.max(1) as f64;
         let power = |beta: f64| 1.0 - libm::pow(beta, self.updates as f64);
         let (correction1, correction2) = (power(options.beta1), power(options.beta2));
-        for start in (0..self.layout.len() as i64).step_by(SLICE as usize) {
-            let part = |flat: &Tensor| flat.narrow(0, start, SLICE);
+        for start in blocks.step_by(SLICE) {
+            let slice = start.max(moved.start)..(start + SLICE).min(moved.end);
+            let part = |flat: &Tensor| flat.narrow(0, slice.start as i64, slice.len() as i64);
             let (mut w, mut m, mut v) = (part(&self.weights), part(&self.exp_avg), part(&self.exp_avg_sq));
             let mut g = part(gradient);
             g *= scale;
@@ -110,7 +117,7 @@ impl State {
             v *= options.beta2;
             v += g.square() * (1.0 - options.beta2);
             let root = (&v / correction2).sqrt() + options.eps;
-            if start < self.layout.decayed_len() as i64 {
+            if start < self.layout.decayed_len() {
                 w *= 1.0 - lr * options.weight_decay;
             }
             w -= &m / root * (lr / correction1);
@@ -167,7 +174,7 @@ mod tests {
             let host = Vec::<f32>::try_from(&g).unwrap();
             let counted = 10;
             let lr = 1e-2 / step as f64;
-            let got = state.update(&options(), lr, &g, counted, true);
+            let got = state.update(&options(), lr, &g, counted, true, 0..n);
             let norm = host.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt() / counted as f64;
             assert!((got.grad_norm - norm).abs() < 1e-5 * norm, "{} against {norm}", got.grad_norm);
             assert!(norm > 1.0, "the clip is exercised");
@@ -194,14 +201,16 @@ mod tests {
             let before = state.weights.copy();
             let g = gradient(&state, 0.5, 1);
             let _ = g.narrow(0, 7, 1).fill_(poison);
-            let update = state.update(&options(), 1e-2, &g, 10, true);
+            let all = 0..state.layout.len();
+            let update = state.update(&options(), 1e-2, &g, 10, true, all);
             assert!(!update.applied && state.updates == 0);
             assert!(state.weights.equal(&before));
             assert_eq!(state.exp_avg.abs().max().double_value(&[]), 0.0);
         }
         let mut state = state();
         let g = gradient(&state, 0.5, 1);
-        assert!(!state.update(&options(), 1e-2, &g, 10, false).applied);
+        let all = 0..state.layout.len();
+        assert!(!state.update(&options(), 1e-2, &g, 10, false, all).applied);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use anello_configs::{Model, random::Stream};
+use anello_configs::{Loss, Model, Trains, random::Stream};
 pub use anello_store::checkpoint::BLOCK;
 use tch::{Device, Kind, Tensor};
 
@@ -137,9 +137,25 @@ impl Layout {
         &self.entries
     }
 
+    /// The elements that a stage moves: with the language model frozen the gate, when fine-tuning all but the gate.
+    pub fn moved(&self, trains: Trains, loss: Loss) -> Range<usize> {
+        let gate = self.find("model.early_exit_gate.weight").expect("the layout has a gate").offset;
+        let end = self.entries.last().expect("the layout has a gate").range().end;
+        match (trains, loss) {
+            (Trains::Gate, _) => gate..end,
+            (Trains::All, Loss::Sft) => 0..gate,
+            (Trains::All, _) => 0..self.len,
+        }
+    }
+
     /// The blocks whose gradient becomes whole on the way back through the first loop step, which is the last to be
-    /// walked: after the losses, after each layer from the last to the first, then norms and gate, then the embedding.
-    pub fn backward_blocks(&self) -> Vec<Range<usize>> {
+    /// walked: after the losses, after each layer from the last to the first, then norms and gate, then the embedding. With the
+    /// language model frozen it is the gate's alone, after the losses.
+    pub fn backward_blocks(&self, trains: Trains) -> Vec<Range<usize>> {
+        if trains == Trains::Gate {
+            let gate = self.moved(trains, Loss::Gate);
+            return vec![gate.start / BLOCK..gate.end.div_ceil(BLOCK)];
+        }
         let start = |name: &str| self.find(name).expect("the layout has every part of the model").offset;
         let layers = (0..self.layers).rev().map(|l| format!("model.layers.{l}.self_attn.q_proj.weight"));
         let mut until = self.decayed_len / BLOCK;
@@ -265,7 +281,7 @@ mod tests {
     fn a_block_is_whole_once_all_that_lies_in_it_was_walked() {
         let sizes = Model { hidden: 256, ffn: 700, ..model() };
         let layout = Layout::new(&sizes, 3);
-        let walked = layout.backward_blocks();
+        let walked = layout.backward_blocks(Trains::All);
         assert_eq!(walked.len(), 1 + 3 + 2, "losses, layers, norms and gate, embedding: {walked:?}");
         let mut seen: Vec<usize> = walked.iter().cloned().flatten().collect();
         seen.sort_unstable();
@@ -286,6 +302,26 @@ mod tests {
             }
         }
         assert!(walked[..4].iter().all(|blocks| !blocks.is_empty()), "{walked:?}");
+    }
+
+    #[test]
+    fn what_a_stage_moves_is_the_gate_or_the_rest_or_all() {
+        let layout = Layout::new(&model(), 2);
+        let gate = layout.moved(Trains::Gate, Loss::Gate);
+        for entry in layout.entries() {
+            let is_gate = entry.name.contains("early_exit_gate");
+            assert_eq!(gate.contains(&entry.offset), is_gate, "{}", entry.name);
+            assert_eq!(
+                layout.moved(Trains::All, Loss::Sft).contains(&entry.offset),
+                !is_gate,
+                "{}",
+                entry.name
+            );
+        }
+        assert_eq!(gate.len(), 64 + 1);
+        assert_eq!(layout.moved(Trains::All, Loss::Loop), 0..layout.len());
+        let [blocks] = &layout.backward_blocks(Trains::Gate)[..] else { panic!("the gate's") };
+        assert!(blocks.start * BLOCK <= gate.start && gate.end <= blocks.end * BLOCK && blocks.len() <= 2);
     }
 
     #[test]

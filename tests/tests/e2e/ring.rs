@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use anello_tests::{Dice, Process, newest_checkpoint, objects, signal, wait_until};
+use anello_tests::{Dice, Process, newest_checkpoint, objects, signal, wait_until, without_seconds};
 use serde_json::Value;
 
 use super::world;
@@ -87,6 +87,36 @@ fn the_sum_begins_while_the_last_lane_is_computed() {
             reductions.len()
         );
     }
+}
+
+/// What is frozen is not sent around, and the ring is formed anew where that changes: gate, fine-tuning, everything again.
+#[test]
+fn stages_that_freeze_parameters_are_the_same_in_a_ring() {
+    let stages = [
+        "stages=[\"warmup\",\"gate\",\"sft\",\"stable\"]",
+        "stage.gate={loss=\"gate\",tokens=512,sequence=16,batch=128,lr=1e-2,loops=2,mixture={tales=1}}",
+        "stage.sft={loss=\"sft\",tokens=512,sequence=16,batch=128,lr=1e-3,loops=2,mixture={tales=1}}",
+    ];
+    let sets: Vec<&str> = stages.iter().flat_map(|set| ["--set", set]).collect();
+    let one = [&["run", "small.toml", "--out", "late-one", "--sample", "0"], &sets[..]].concat();
+    world().anello(&one).expect(0);
+    start("late-two", 2, &sets).wait().expect(0);
+    // A worker is killed in the middle of it.
+    let mut disturbed = start("late-killed", 3, &sets);
+    wait_until("it is in the gate's stage", || {
+        newest_checkpoint(&world().folder.join("late-killed")) >= 5 || disturbed.ended()
+    });
+    if let Some(worker) = disturbed.children().first() {
+        signal(*worker, "KILL");
+    }
+    disturbed.wait().expect(0);
+    for run in ["late-two", "late-killed"] {
+        world().anello(&["checkpoint", "diff", "late-one", run]).expect(0);
+        let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
+        assert_eq!(figures(run), figures("late-one"), "{run}");
+    }
+    let formed = events("late-two").lines().filter(|line| line.contains("formed with")).count();
+    assert!(formed >= 3, "{formed} rings over two changes of what is trained");
 }
 
 /// Kills, freezes and preempts workers at random moments.

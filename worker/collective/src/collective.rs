@@ -34,7 +34,8 @@ pub trait Collective: Send {
     /// [`Error::Shape`](crate::Error::Shape) for a message too long; [`Error::Dead`](crate::Error::Dead).
     fn reduction<'a>(&'a mut self, step: Step, message: &[u8]) -> Result<Box<dyn Reduction + 'a>>;
 
-    /// Gives every member's own blocks of `buffer` (the whole flat buffer) to all members, in place.
+    /// Gives every member's own blocks of `buffer` (the whole flat buffer) to all members, in place: those that are summed
+    /// ([`Shape::order`](crate::Shape)).
     ///
     /// # Errors
     /// Those of the trait.

@@ -241,13 +241,13 @@ impl Collective for InProcess {
         self.ring.check_gather(buffer)?;
         self.begin()?;
         for rank in self.others() {
-            for block in self.ring.blocks(self.ring.rank()) {
+            for &block in self.ring.turns(self.ring.rank()) {
                 let values = buffer[self.ring.block(block)].to_vec();
                 self.post(rank, Operation::Gather, step, Body::Block { block, part: 0, values });
             }
         }
         let gathered = self.others().try_for_each(|rank| {
-            self.ring.blocks(rank).try_for_each(|block| {
+            self.ring.turns(rank).iter().try_for_each(|&block| {
                 let values = self.take_block(rank, Operation::Gather, step, (block, 0))?;
                 buffer[self.ring.block(block)].copy_from_slice(&values);
                 Ok(())

@@ -10,7 +10,7 @@ use anello_collective::{
     AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
     tcp,
 };
-use anello_configs::{Fault, RunConfig, Schedule, StepPlan};
+use anello_configs::{Fault, RunConfig, Schedule, StepPlan, Trains};
 use anello_dataloader::{LaneStep, Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Source, Step, WorkerId};
@@ -30,7 +30,7 @@ use super::sum::add_up;
 use super::word::{Agreed, Word, agree};
 use crate::account::{Epochs, Stamp, position_after, skip_event};
 use crate::checkpoint::{self, Snapshot, state_of};
-use crate::engine::{Engine, Growing, check_supported};
+use crate::engine::{Engine, Growing};
 use crate::error::{Error, Result};
 use crate::ffi;
 use crate::init::initial_state;
@@ -152,7 +152,6 @@ impl Thread {
     ) -> Result<Self> {
         let Outside { listener, shelf, runtime, tell } = outside;
         let mut config = read_config(&store)?;
-        check_supported(&config)?;
         config.compute.threads = threads.or(config.compute.threads);
         if let Some(threads) = config.compute.threads {
             tch::set_num_threads(threads as i32);
@@ -235,8 +234,10 @@ impl Thread {
                 self.writer.wait();
                 return Ok(Cause::Ended);
             };
-            // A stack that grows changes what the ring adds up: the next generation begins with the new one.
-            if plan.upcycle.is_some() && at > start.0 {
+            // A stack that grows, or parameters that freeze, change what the ring adds up: the next generation begins with that.
+            let before = at.checked_sub(1).and_then(|before| schedule.at(before));
+            let freezes = before.is_some_and(|before| before.stage.trains != plan.stage.trains);
+            if (plan.upcycle.is_some() || freezes) && at > start.0 {
                 return Ok(Cause::Ordered);
             }
             if loader.is_none() && !serving.lanes.is_empty() {
@@ -342,7 +343,9 @@ impl Thread {
     fn meet(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Served<tcp::Tcp> {
         let Formation { generation, start, members, .. } = serving.formation;
         let held = self.held.as_ref().expect("state was taken");
-        let upcycle = self.schedule.at(start.0).and_then(|plan| plan.upcycle);
+        let plan = self.schedule.at(start.0);
+        let upcycle = plan.as_ref().and_then(|plan| plan.upcycle);
+        let trains = plan.map_or(Trains::All, |plan| plan.stage.trains);
         let layers = upcycle.map_or(held.engine.state().layout.layers() as u32, |upcycle| upcycle.layers);
         let layout = Layout::new(&self.config.model, layers);
         let addresses = members.iter().map(|member| {
@@ -356,7 +359,12 @@ impl Thread {
                 ranges: members.iter().map(|member| member.lanes.clone()).collect(),
                 blocks: layout.blocks() as u32,
                 block_len: BLOCK,
-                order: layout.backward_blocks().into_iter().flatten().map(|block| block as u32).collect(),
+                order: layout
+                    .backward_blocks(trains)
+                    .into_iter()
+                    .flatten()
+                    .map(|block| block as u32)
+                    .collect(),
             },
             generation: RingGeneration(generation.0),
             job: self.job.clone(),

@@ -82,7 +82,7 @@ fn move_blocks(
     whole: &Receiver<Range<usize>>,
 ) -> Result<Words, RingError> {
     let _span = tracing::trace_span!("reduce").entered();
-    let mut missing = ring.ring().shape().blocks as usize;
+    let mut missing = ring.ring().summed();
     let mut reduction = ring.reduction(step, word)?;
     while missing > 0 {
         match whole.try_recv() {

@@ -12,7 +12,7 @@ use tch::Device;
 
 use crate::account::{Epochs, Stamp};
 use crate::checkpoint::{self, Loaded};
-use crate::engine::{Engine, check_supported};
+use crate::engine::Engine;
 use crate::environment;
 use crate::error::{Error, Result};
 use crate::init::initial_state;
@@ -61,7 +61,6 @@ const RETRY: Duration = Duration::from_secs(5);
 impl Run {
     /// A new run of `config` in `store`, which must hold none yet; a folder is to be a [`Store::durable`] one.
     pub fn create(store: Store, config: RunConfig) -> Result<Self> {
-        check_supported(&config)?;
         if store.get(CONFIG)?.is_some() {
             let fact = format!("{} holds a run already", store.place());
             return Err(Error::config(fact, "resume it, or give another folder"));
@@ -79,7 +78,6 @@ impl Run {
     pub fn resume(store: Store, resume: Resume) -> Result<Self> {
         let begun_with = read_config(&store)?;
         let config = resume.config.unwrap_or_else(|| begun_with.clone());
-        check_supported(&config)?;
         let shown = |value: Option<String>| value.unwrap_or_else(|| "absent".to_owned());
         let changed: Vec<(String, String, String)> = begun_with
             .diff_mathematics(&config)

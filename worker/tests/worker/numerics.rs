@@ -1,7 +1,7 @@
 //! Model and objective against something independent.
 
-use anello_configs::{Dtype, Mask, Recompute};
-use anello_worker::{LossSums, log_exit, token_losses};
+use anello_configs::{Dtype, Loss, Mask, Recompute, Trains};
+use anello_worker::{Goal, LossSums, log_exit, token_losses};
 use tch::{Kind, Tensor};
 
 use crate::support::{Fixture, compute, micro_batch, sizes};
@@ -39,6 +39,74 @@ fn gradients_match_finite_differences_in_f64() {
             (gradient.narrow(0, entry.offset as i64, entry.len() as i64) * &direction).sum(Kind::Double);
         close(ours.double_value(&[]), difference, 2e-6, &entry.name);
     }
+}
+
+/// The same for the other objectives: what they do not move has no gradient at all.
+#[test]
+fn gradients_of_the_other_objectives_match_finite_differences_in_f64() {
+    let f = Fixture::new(sizes(), Kind::Double, Dtype::Fp32);
+    let batch = micro_batch(24, &[13, 30, 5], 61, |at| at % 7 == 3);
+    let (compute, loops) = (compute(Recompute::Layer, 17), 3);
+    let goal = |loss, trains| Goal { loss, beta: 0.3, trains };
+    for goal in [goal(Loss::Gate, Trains::Gate), goal(Loss::Loop, Trains::Gate), goal(Loss::Sft, Trains::All)]
+    {
+        let (_, gradient) = f.pass_for(&batch, &compute, loops, goal);
+        let loss = || f.pass_for(&batch, &compute, loops, goal).0.loss;
+        let moved = f.layout.moved(goal.trains, goal.loss);
+        for (at, entry) in f.layout.entries().iter().enumerate() {
+            let place = |flat: &Tensor| flat.narrow(0, entry.offset as i64, entry.len() as i64);
+            if !moved.contains(&entry.offset) {
+                assert_eq!(place(&gradient).abs().max().double_value(&[]), 0.0, "{goal:?}, {}", entry.name);
+                continue;
+            }
+            let stream = anello_configs::random::Stream::new(17, "direction", &[at as u64]);
+            let direction: Vec<f64> = (0..entry.len()).map(|i| stream.unit_at(i as u64) - 0.5).collect();
+            let (direction, values) = (Tensor::from_slice(&direction), place(&f.flat));
+            let saved = values.copy();
+            let at_offset = |by: f64| {
+                values.shallow_clone().copy_(&(&saved + &direction * by));
+                loss()
+            };
+            let difference = (at_offset(1e-6) - at_offset(-1e-6)) / 2e-6;
+            values.shallow_clone().copy_(&saved);
+            let ours = (place(&gradient) * &direction).sum(Kind::Double).double_value(&[]);
+            close(ours, difference, 3e-6, &format!("{goal:?}, {}", entry.name));
+        }
+    }
+}
+
+/// Adaptive gate training by its formula (LOOPLM §3), token by token.
+#[test]
+fn the_gates_loss_is_that_of_the_formula() {
+    let f = Fixture::new(sizes(), Kind::Double, Dtype::Fp32);
+    let batch = micro_batch(24, &[13, 30, 5], 61, |at| at % 7 == 3);
+    let goal = Goal { loss: Loss::Gate, beta: 0.0, trains: Trains::Gate };
+    let (sums, _) = f.pass_for(&batch, &compute(Recompute::Layer, 17), 3, goal);
+    let hidden: Vec<Tensor> = f.hidden(&batch, 3);
+    let targets = Tensor::from_slice(&batch.targets);
+    let host = |x: Tensor| Vec::<f64>::try_from(x.detach()).unwrap();
+    let losses: Vec<Vec<f64>> = hidden
+        .iter()
+        .map(|h| {
+            host(f.model.logits(h).cross_entropy_loss::<Tensor>(
+                &targets,
+                None,
+                tch::Reduction::None,
+                -100,
+                0.0,
+            ))
+        })
+        .collect();
+    let lambda: Vec<Vec<f64>> = hidden.iter().map(|h| host(f.model.gate_logits(h).sigmoid())).collect();
+    let mut expected = 0.0;
+    for i in (0..batch.targets.len()).filter(|i| batch.targets[*i] != -100) {
+        for t in 1..3 {
+            let improvement = (losses[t - 1][i] - losses[t][i]).max(0.0);
+            let w = 1.0 / (1.0 + (-50.0 * (improvement - 0.005)).exp());
+            expected += (-w * (1.0 - lambda[t][i]).ln() - (1.0 - w) * lambda[t][i].ln()) / 3.0;
+        }
+    }
+    close(sums.loss, expected, 1e-9, "the gate's loss");
 }
 
 /// All logits at once, one graph: what the chunked, segmented pass must equal.

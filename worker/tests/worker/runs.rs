@@ -121,6 +121,29 @@ rope_base = 1_000_000
 mixture = { code = 1 }
 "#;
 
+/// What may follow pretraining: the gate alone, then fine-tuning.
+const LATE_STAGES: &str = r#"
+[stage.gate]
+loss = "gate"
+tokens = 384
+sequence = 32
+batch = 128
+lr = 1e-2
+loops = 3
+rope_base = 1_000_000
+mixture = { words = 1 }
+
+[stage.sft]
+loss = "sft"
+tokens = 256
+sequence = 32
+batch = 128
+lr = 1e-3
+loops = 3
+rope_base = 1_000_000
+mixture = { words = 1 }
+"#;
+
 /// Token sources in a folder of their own.
 pub struct Data {
     folder: TempDir,
@@ -148,7 +171,17 @@ impl Data {
 
     /// The small run over this data.
     pub fn config(&self) -> RunConfig {
-        let text = CONFIG.replace("DATA", self.folder.path().to_str().unwrap());
+        self.parse(CONFIG)
+    }
+
+    /// The small run, and the stages after pretraining: steps 15..18 train the gate, 18..20 fine-tune.
+    pub fn config_with_late_stages(&self) -> RunConfig {
+        let listed = CONFIG.replace("\"mid-training\"]", "\"mid-training\", \"gate\", \"sft\"]");
+        self.parse(&format!("{listed}{LATE_STAGES}"))
+    }
+
+    fn parse(&self, text: &str) -> RunConfig {
+        let text = text.replace("DATA", self.folder.path().to_str().unwrap());
         RunConfig::parse("small.toml", &text).unwrap_or_else(|e| panic!("{e}"))
     }
 }
@@ -205,17 +238,19 @@ pub struct Reference {
 /// The undisturbed run, trained once for all tests.
 pub fn reference() -> &'static Reference {
     static REFERENCE: OnceLock<Reference> = OnceLock::new();
-    REFERENCE.get_or_init(|| {
-        let (data, store) = (Data::new(), Store::memory().unwrap());
-        let mut config = data.config();
-        config.checkpoint.every_steps = 1;
-        let ended = begin(&store, &config, None);
-        let read = |step| checkpoint::verify(&store, step).unwrap();
-        let manifests: BTreeMap<_, _> =
-            checkpoint::steps(&store).unwrap().into_iter().map(|step| (step, read(step))).collect();
-        assert_eq!(manifests.len() as u64, total_steps(&config));
-        Reference { ended, records: metrics::read(&store).unwrap(), manifests }
-    })
+    REFERENCE.get_or_init(|| undisturbed(Data::new().config()).0)
+}
+
+/// What a run of `config` comes to when nothing disturbs it, and where it is.
+pub fn undisturbed(mut config: RunConfig) -> (Reference, Store) {
+    let store = Store::memory().unwrap();
+    config.checkpoint.every_steps = 1;
+    let ended = begin(&store, &config, None);
+    let read = |step| checkpoint::verify(&store, step).unwrap();
+    let manifests: BTreeMap<_, _> =
+        checkpoint::steps(&store).unwrap().into_iter().map(|step| (step, read(step))).collect();
+    assert_eq!(manifests.len() as u64, total_steps(&config));
+    (Reference { ended, records: metrics::read(&store).unwrap(), manifests }, store)
 }
 
 /// Everything of a manifest that must be the same whoever wrote it, and whatever its parts' size.

@@ -1,8 +1,8 @@
 //! Small models, micro-batches and data sets for the tests.
 
-use anello_configs::{Compute, Dtype, Mask, Model as Sizes, Recompute, random::Stream};
+use anello_configs::{Compute, Dtype, Loss, Mask, Model as Sizes, Recompute, Trains, random::Stream};
 use anello_dataloader::MicroBatch;
-use anello_worker::{Context, Layout, LossSums, Model, Pass, Rotary, forward_backward};
+use anello_worker::{Context, Goal, Layout, LossSums, Model, Pass, Rotary, forward_backward};
 use tch::{Device, Kind, Tensor};
 
 pub fn sizes() -> Sizes {
@@ -94,10 +94,20 @@ impl Fixture {
     }
 
     pub fn pass(&self, batch: &MicroBatch, compute: &Compute, loops: u32, beta: f64) -> (LossSums, Tensor) {
+        self.pass_for(batch, compute, loops, Goal { loss: Loss::Loop, beta, trains: Trains::All })
+    }
+
+    pub fn pass_for(
+        &self,
+        batch: &MicroBatch,
+        compute: &Compute,
+        loops: u32,
+        goal: Goal,
+    ) -> (LossSums, Tensor) {
         let gradient = self.layout.zeros(Device::Cpu).to_kind(self.flat.kind());
         let context = self.context(batch, Mask::Document);
         let (ids, targets) = (Tensor::from_slice(&batch.input_ids), Tensor::from_slice(&batch.targets));
-        let pass = Pass { loops, beta, compute };
+        let pass = Pass { loops, goal, compute };
         let sums = forward_backward(&self.model, &context, &ids, &targets, pass, &gradient);
         (sums, gradient)
     }

@@ -96,7 +96,7 @@ impl<'a> Gather<'a> {
 
 impl Traffic for Gather<'_> {
     fn outgoing(&self, _: Rank) -> usize {
-        self.checksums.len()
+        self.ring.turns(self.ring.rank()).len()
     }
 
     fn is_ready(&self, _: Rank, _: usize) -> bool {
@@ -104,7 +104,7 @@ impl Traffic for Gather<'_> {
     }
 
     fn frame(&self, _: Rank, index: usize) -> (Address, &[u8]) {
-        let block = self.ring.blocks(self.ring.rank()).start + index;
+        let block = self.ring.turns(self.ring.rank())[index];
         (self.address(block), self.buffer[self.ring.block(block)].as_bytes())
     }
 
@@ -116,7 +116,7 @@ impl Traffic for Gather<'_> {
     }
 
     fn incoming(&self, rank: Rank) -> usize {
-        self.ring.blocks(rank).len()
+        self.ring.turns(rank).len()
     }
 
     fn has_place(&self, _: Rank, _: usize) -> bool {
@@ -124,7 +124,7 @@ impl Traffic for Gather<'_> {
     }
 
     fn place(&mut self, rank: Rank, index: usize) -> (Address, &mut [u8]) {
-        let block = self.ring.blocks(rank).start + index;
+        let block = self.ring.turns(rank)[index];
         (self.address(block), self.buffer[self.ring.block(block)].as_mut_bytes())
     }
 
@@ -235,7 +235,7 @@ impl<'a> Reduce<'a> {
 
 impl Traffic for Reduce<'_> {
     fn outgoing(&self, rank: Rank) -> usize {
-        self.ring.blocks(rank).len() * self.own_parts
+        self.ring.turns(rank).len() * self.own_parts
     }
 
     fn is_ready(&self, rank: Rank, index: usize) -> bool {
@@ -259,7 +259,7 @@ impl Traffic for Reduce<'_> {
     }
 
     fn incoming(&self, rank: Rank) -> usize {
-        self.ring.blocks(self.ring.rank()).len() * self.ring.parts(rank).len()
+        self.ring.turns(self.ring.rank()).len() * self.ring.parts(rank).len()
     }
 
     fn has_place(&self, rank: Rank, index: usize) -> bool {

@@ -113,6 +113,20 @@ pub fn blocks_may_become_ready_in_any_order<F: Fabric>() {
     }
 }
 
+pub fn blocks_that_are_not_summed_stay_as_they_are<F: Fabric>() {
+    let shape = Shape { ranges: vec![0..1, 1..4], blocks: 6, block_len: 9, order: vec![4, 1, 3] };
+    let expected = whole(&shape, Step(3));
+    for sum in run(F::ring(&shape), |mut member| step(&mut *member, Step(3)).0) {
+        for block in 0..6 {
+            let elements = block * 9..(block + 1) * 9;
+            match [1, 3, 4].contains(&block) {
+                true => assert_bits(&sum[elements.clone()], &expected[elements], "a block that is summed"),
+                false => assert!(sum[elements].iter().all(|v| v.is_nan()), "block {block} was touched"),
+            }
+        }
+    }
+}
+
 pub fn buffers_larger_than_sockets_do_not_deadlock<F: Fabric>() {
     // 24 MiB each way between some pairs; the sockets hold 4 to 6.
     let shape = Shape { ranges: vec![0..1, 1..3, 3..4], blocks: 96, block_len: 1 << 16, order: vec![] };

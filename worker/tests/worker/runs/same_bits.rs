@@ -29,6 +29,58 @@ fn the_small_run_has_everything_that_a_real_one_has() {
     assert!(events_of(&store).iter().any(epochs), "a source runs out and starts anew");
 }
 
+/// What is frozen does not change by one bit, and neither do its moments; what is not frozen does.
+#[test]
+fn a_stage_moves_what_it_trains_and_nothing_else() {
+    let data = Data::new();
+    let config = data.config_with_late_stages();
+    let (reference, store) = undisturbed(config.clone());
+    let state = |step| load(&store, step, &config.model, tch::Device::Cpu).unwrap().state;
+    for (before, after, gate_moves, rest_moves) in
+        [(14, 15, true, true), (15, 18, true, false), (18, 20, false, true)]
+    {
+        let (before, after) = (state(before), state(after));
+        let buffers = |state: &anello_worker::State| {
+            [&state.weights, &state.exp_avg, &state.exp_avg_sq]
+                .map(|flat| Vec::<f32>::try_from(flat).unwrap())
+        };
+        for (name, (old, new)) in ["weights", "exp_avg", "exp_avg_sq"]
+            .into_iter()
+            .zip(buffers(&before).into_iter().zip(buffers(&after)))
+        {
+            for entry in before.layout.entries() {
+                let moves = if entry.name.contains("early_exit_gate") { gate_moves } else { rest_moves };
+                let changed = old[entry.range()]
+                    .iter()
+                    .zip(&new[entry.range()])
+                    .any(|(a, b)| a.to_bits() != b.to_bits());
+                assert_eq!(changed, moves, "{name} of {}", entry.name);
+            }
+        }
+    }
+    let records = &reference.records;
+    assert!(
+        records[15..18].iter().all(|r| r.loss > 0.0 && r.loss < 3.0),
+        "the gate's loss is no cross-entropy of tokens"
+    );
+    assert!(records[18..].iter().all(|r| r.loss == r.loop_loss[2]), "fine-tuning minimises L(T)");
+
+    // Stopped anywhere in these stages and at their borders, it goes on as if nothing had been.
+    for stop in 14..20 {
+        let again = Store::memory().unwrap();
+        begin(&again, &config, Some(stop));
+        assert_eq!(resume(&again, None).weights, reference.ended.weights, "stopped after {stop} steps");
+        for (ours, theirs) in metrics::read(&again).unwrap().iter().zip(records) {
+            assert_eq!(
+                ours.without_seconds(),
+                theirs.without_seconds(),
+                "stopped after {stop}: step {}",
+                ours.step
+            );
+        }
+    }
+}
+
 #[test]
 fn a_run_twice_is_the_same_run() {
     let data = Data::new();

@@ -49,7 +49,8 @@ fn step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) -> Vec<
 fn ring_step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) -> Vec<Outcome> {
     engines.iter_mut().for_each(|engine| engine.enter(plan));
     let layout = engines[0].state().layout.clone();
-    let order = layout.backward_blocks().into_iter().flatten().map(|block| block as u32).collect();
+    let order =
+        layout.backward_blocks(plan.stage.trains).into_iter().flatten().map(|block| block as u32).collect();
     let shape = Shape { ranges: CUTS.to_vec(), blocks: layout.blocks() as u32, block_len: BLOCK, order };
     let sums = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -105,7 +106,8 @@ fn last_lane(engine: &mut Engine, plan: &StepPlan<'_>, lane: &LaneStep, tell: &m
         tell(growing);
     });
     assert!(whole.iter().all(|(then, now)| then.equal(now)), "a block changed after it was told");
-    let order: Vec<usize> = engine.state().layout.backward_blocks().into_iter().flatten().collect();
+    let order: Vec<usize> =
+        engine.state().layout.backward_blocks(plan.stage.trains).into_iter().flatten().collect();
     assert_eq!(told, order);
 }
 
@@ -124,7 +126,8 @@ fn try_in_vain(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) 
 #[test]
 fn engines_that_share_the_lanes_are_the_one_worker() {
     let data = Data::new();
-    let config = data.config();
+    let config = data.config_with_late_stages();
+    let (reference, _) = undisturbed(config.clone());
     let options = LoaderOptions::of(&config).unwrap();
     let stamp = Stamp::new(&config, &options);
     let mut loader = Loader::open(options).unwrap();
@@ -144,7 +147,7 @@ fn engines_that_share_the_lanes_are_the_one_worker() {
         let step = if at % 2 == 0 { ring_step } else { step };
         let outcomes = step(&mut engines, &plan, &lanes);
         let record = outcomes[0].record(&plan, Seconds::default());
-        assert_eq!(record, reference().records[at as usize].without_seconds());
+        assert_eq!(record, reference.records[at as usize].without_seconds());
         assert!(outcomes.iter().all(|o| *o == outcomes[0] && skip_event(&plan, o).is_none()));
 
         // Each writes the blocks that it owns, one of them none; whoever has all parts commits.
@@ -164,7 +167,7 @@ fn engines_that_share_the_lanes_are_the_one_worker() {
         let facts = stamp.facts(engines[0].state(), position, cursors);
         checkpoint::commit(&store, Manifest::new(facts, written)).unwrap();
         let manifest = checkpoint::verify(&store, at + 1).unwrap();
-        assert_eq!(bits(&manifest), bits(&reference().manifests[&(at + 1)]), "after step {}", at + 1);
+        assert_eq!(bits(&manifest), bits(&reference.manifests[&(at + 1)]), "after step {}", at + 1);
 
         // One takes its state from the store, as a joiner would.
         if at % 4 == 2 {
