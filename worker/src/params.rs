@@ -154,7 +154,8 @@ impl Layout {
     pub fn backward_blocks(&self, trains: Trains) -> Vec<Range<usize>> {
         if trains == Trains::Gate {
             let gate = self.moved(trains, Loss::Gate);
-            return vec![gate.start / BLOCK..gate.end.div_ceil(BLOCK)];
+            let blocks = gate.start / BLOCK..gate.end.div_ceil(BLOCK);
+            return Vec::from([blocks]);
         }
         let start = |name: &str| self.find(name).expect("the layout has every part of the model").offset;
         let layers = (0..self.layers).rev().map(|l| format!("model.layers.{l}.self_attn.q_proj.weight"));

@@ -27,6 +27,7 @@ suite! {
     sums::any_ring_has_the_bits_of_one_worker,
     sums::random_rings_have_the_bits_of_one_worker,
     sums::blocks_may_become_ready_in_any_order,
+    sums::blocks_that_are_not_summed_stay_as_they_are,
     sums::buffers_larger_than_sockets_do_not_deadlock,
     sums::messages_come_in_the_order_of_ranks,
     sums::mistakes_of_the_caller_change_nothing,
