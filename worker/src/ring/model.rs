@@ -619,6 +619,7 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         RingError::Corrupt { .. }
         | RingError::Protocol { .. }
         | RingError::Refused { .. }
+        | RingError::Untrusted { .. }
         | RingError::Shape { .. } => fault(reason),
     }
 }
