@@ -6,6 +6,7 @@
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, pause, … at a coordinator
+//!               certs       a private CA, and how other commands are given its certificates
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -13,6 +14,7 @@
 //!               stages      what became of each stage
 //! ```
 
+mod certs;
 mod checkpoint;
 mod config;
 mod coordinator;
@@ -75,6 +77,9 @@ enum Command {
     Scale(jobs::ScaleArgs),
     /// Stop a job for good.
     Cancel(jobs::JobArgs),
+    /// Make a private CA and its certificates, for TLS between machines.
+    #[command(subcommand)]
+    Certs(certs::Command),
     /// Say what a run would take: steps, parameters, memory, time.
     Plan(config::PlanArgs),
     /// Print the config with all its layers and defaults resolved.
@@ -126,6 +131,7 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Resume(args) => jobs::resume(&args, screen),
         Command::Scale(args) => jobs::scale(&args, screen),
         Command::Cancel(args) => jobs::cancel(&args, screen),
+        Command::Certs(command) => certs::run(&command, screen),
         Command::Plan(args) => config::plan(&args, screen),
         Command::Config(args) => config::show(&args, screen),
         Command::Data(command) => data::run(&command, screen),

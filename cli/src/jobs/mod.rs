@@ -9,6 +9,7 @@ use anello_proto::jobs::Phase;
 use anello_proto::v1;
 use anello_store::events::Record;
 
+use crate::certs::TlsArgs;
 use crate::config::{ConfigArgs, load};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::screen::Screen;
@@ -24,6 +25,8 @@ pub struct At {
     /// The coordinator: host:port.
     #[arg(long, value_name = "ADDRESS", env = "ANELLO_COORDINATOR", default_value = DEFAULT_ADDRESS)]
     coordinator: String,
+    #[command(flatten)]
+    tls: TlsArgs,
 }
 
 /// Arguments of the commands about one job.

@@ -1,4 +1,4 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS.
 
 mod disk;
 mod jobs;
@@ -6,6 +6,7 @@ mod kill;
 mod links;
 mod ring;
 mod signals;
+mod tls;
 mod twice;
 
 /// The world of these tests.
