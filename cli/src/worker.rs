@@ -12,6 +12,7 @@ use anello_worker::ring::{WorkerOptions, serve};
 use crate::certs::{Handed, ListenArgs};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
+use crate::trace;
 
 /// Arguments of `anello worker`.
 #[derive(Debug, clap::Args)]
@@ -68,8 +69,15 @@ pub fn run(args: &Args) -> Outcome {
     }
 }
 
-/// This program as a worker of `job`, that ends with the process that starts it.
-pub fn local(program: &Path, coordinator: SocketAddr, handed: &Handed, job: &str, threads: u32) -> Local {
+/// This program as a worker of `job`, that ends with the process that starts it and appends to the same timeline.
+pub fn local(
+    program: &Path,
+    coordinator: SocketAddr,
+    handed: &Handed,
+    job: &str,
+    threads: u32,
+    timeline: Option<&Path>,
+) -> Local {
     let (address, port, threads) = (coordinator.ip(), coordinator.port(), threads.to_string());
     let reached = match address {
         // Wherever it listens, this machine is reached so.
@@ -85,11 +93,12 @@ pub fn local(program: &Path, coordinator: SocketAddr, handed: &Handed, job: &str
         arguments.extend(["--address", &address]);
         arguments.extend(handed.insecure.then_some("--insecure"));
     }
+    let timeline = timeline.map(|file| (trace::VARIABLE.into(), file.into()));
     Local {
         program: program.to_owned(),
         machine: host_name(),
         arguments: arguments.into_iter().map(OsString::from).collect(),
-        environment: vec![handed.environment()],
+        environment: std::iter::once(handed.environment()).chain(timeline).collect(),
     }
 }
 

@@ -1,6 +1,8 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS;
+//! weights out and in, and used.
 
 mod disk;
+mod interchange;
 mod jobs;
 mod kill;
 mod links;
@@ -8,6 +10,7 @@ mod ring;
 mod signals;
 mod tls;
 mod twice;
+mod using;
 
 /// The world of these tests.
 fn world() -> &'static anello_tests::World {
