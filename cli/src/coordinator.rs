@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_coordinator::{Jobs, Registry, RegistryOptions, Said, Server, Timings};
+use anello_tls::Role;
 
+use crate::certs::{Handed, ListenArgs};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::jobs::{DEFAULT_ADDRESS, absolute};
@@ -18,7 +20,8 @@ use crate::worker::{local, program, threads_of};
 /// Arguments of `anello coordinator`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where to listen for users and workers: a loopback address and a port, 0 for any free one.
+    /// Where to listen for users and workers: an address and a port, 0 for any free one. One that other machines reach
+    /// needs --tls, or --insecure.
     #[arg(long, value_name = "ADDRESS", default_value = DEFAULT_ADDRESS)]
     listen: SocketAddr,
     /// The folder, or URL, of the jobs: all that is known of them. A coordinator that is started on it goes on with them.
@@ -31,6 +34,8 @@ pub struct Args {
     /// How long a silent fault of a worker may go unseen.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = read_time)]
     detection: Duration,
+    #[command(flatten)]
+    protection: ListenArgs,
 }
 
 const POLL: Duration = Duration::from_millis(100);
@@ -39,18 +44,24 @@ const POLL: Duration = Duration::from_millis(100);
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let interrupt = Interrupt::watch()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let protection = args.protection.protection(Role::Coordinator)?;
+    let with_tls = if protection.tls().is_some() { " (TLS)" } else { "" };
     // The address first: one that is in use must not fence the coordinator that uses it.
-    let bound = runtime.block_on(Server::bind(args.listen))?;
+    let bound = runtime.block_on(Server::bind(args.listen, protection.clone()))?;
     let address = bound.address;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let slots = Some(args.slots.unwrap_or(cores)).filter(|slots| *slots > 0);
+    let handed = match slots {
+        Some(_) => args.protection.for_local_workers(&protection)?,
+        None => Handed::default(),
+    };
     let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
     let options = RegistryOptions { place: place.clone(), slots, timings: Timings::new(args.detection) };
     let worker = program()?;
     let timeline = screen.timeline().map(Path::to_owned);
     let launcher = move |job: &str, config: &RunConfig, workers: u32| {
         let threads = threads_of(config.compute.threads, slots.unwrap_or(workers));
-        local(&worker, address, job, threads, timeline.as_deref())
+        local(&worker, address, &handed, job, threads, timeline.as_deref())
     };
     let (sender, said) = channel();
     let (registry, thread) =
@@ -61,7 +72,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         Some(slots) => format!("{slots} slots"),
         None => "workers from elsewhere".to_owned(),
     };
-    screen.line(&format!("coordinator at {address}, jobs in {place}, {room}"))?;
+    screen.line(&format!("coordinator at {address}{with_tls}, jobs in {place}, {room}"))?;
 
     let mut stopping = false;
     let mut fenced = None;

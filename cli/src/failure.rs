@@ -9,7 +9,8 @@ Exit codes:
   0    done (also: `--until` was reached; of `watch`: the job is complete, or cancelled)
   1    failed; of `checkpoint verify` and `data verify`: something is broken; of `checkpoint diff`: they differ
   2    the arguments or the config are wrong; of `checkpoint diff`: they could not be compared
-  3    of `worker`: refused, since it does not fit the job: starting it again changes nothing
+  3    refused: of `worker`, since it does not fit the job; of what connects to a coordinator, since one side does
+       not accept the other's certificate. Starting it again changes nothing
   4    of `worker --until-eof`: the process that started it is gone
   5    of `worker`: sent away, since its state differed from all others': do not use this machine again
   130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` or `coordinator`
@@ -65,6 +66,9 @@ pub enum Failure {
     /// A coordinator that cannot be reached, or cannot answer now.
     #[error("{0}")]
     Unreachable(String),
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] anello_tls::Error),
     /// The coordinator.
     #[error(transparent)]
     Coordinator(#[from] anello_coordinator::Error),
@@ -104,6 +108,12 @@ impl Failure {
             {
                 2
             }
+            Self::Tls(source)
+            | Self::Worker(anello_worker::Error::Tls(source))
+            | Self::Coordinator(anello_coordinator::Error::Tls(source)) => match source {
+                anello_tls::Error::Refused { .. } => 3,
+                _ => 2,
+            },
             Self::Refused(_) => 3,
             Self::Evicted(_) => 5,
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),

@@ -6,6 +6,7 @@
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, pause, … at a coordinator
+//!               certs       a private CA, and how other commands are given its certificates
 //!               interchange export, import             generate, eval
 //!                                                      weights      a model by its name
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
@@ -15,6 +16,7 @@
 //!               stages      what became of each stage
 //! ```
 
+mod certs;
 mod checkpoint;
 mod config;
 mod coordinator;
@@ -87,6 +89,9 @@ enum Command {
     Scale(jobs::ScaleArgs),
     /// Stop a job for good.
     Cancel(jobs::JobArgs),
+    /// Make a private CA and its certificates, for TLS between machines.
+    #[command(subcommand)]
+    Certs(certs::Command),
     /// Say what a run would take: steps, parameters, memory, time.
     Plan(config::PlanArgs),
     /// Print the config with all its layers and defaults resolved.
@@ -146,6 +151,7 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Resume(args) => jobs::resume(&args, screen),
         Command::Scale(args) => jobs::scale(&args, screen),
         Command::Cancel(args) => jobs::cancel(&args, screen),
+        Command::Certs(command) => certs::run(&command, screen),
         Command::Plan(args) => config::plan(&args, screen),
         Command::Config(args) => config::show(&args, screen),
         Command::Data(command) => data::run(&command, screen),

@@ -1,13 +1,15 @@
 //! `anello worker`: one worker process of a ring.
 
 use std::ffi::OsString;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anello_coordinator::launch::Local;
 use anello_proto::ring::Leave;
+use anello_tls::Role;
 use anello_worker::ring::{WorkerOptions, serve};
 
+use crate::certs::{Handed, ListenArgs};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::trace;
@@ -21,7 +23,7 @@ pub struct Args {
     /// The job to work for.
     #[arg(long, value_name = "NAME")]
     job: String,
-    /// Address of this machine that the other workers reach: a loopback one, since there is no TLS yet.
+    /// Address of this machine that the other workers reach. One that other machines reach needs --tls, or --insecure.
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     address: IpAddr,
     /// Name of this machine, for people (default: its host name).
@@ -33,16 +35,12 @@ pub struct Args {
     /// End when standard input ends: so a worker never outlives the process that started it.
     #[arg(long)]
     until_eof: bool,
+    #[command(flatten)]
+    protection: ListenArgs,
 }
 
 /// `anello worker`
 pub fn run(args: &Args) -> Outcome {
-    if !args.address.is_loopback() {
-        let address = args.address;
-        return Err(Failure::Usage(format!(
-            "{address} is not a loopback address, and this build has no TLS"
-        )));
-    }
     let interrupt = Interrupt::watch()?;
     if args.until_eof {
         std::thread::Builder::new().name("stdin".to_owned()).spawn(|| {
@@ -55,6 +53,7 @@ pub fn run(args: &Args) -> Outcome {
         coordinator: args.coordinator.clone(),
         job: args.job.clone(),
         address: args.address,
+        protection: args.protection.protection(Role::Worker)?,
         machine: args.machine.clone().unwrap_or_else(host_name),
         threads: args.threads,
     };
@@ -74,18 +73,32 @@ pub fn run(args: &Args) -> Outcome {
 pub fn local(
     program: &Path,
     coordinator: SocketAddr,
+    handed: &Handed,
     job: &str,
     threads: u32,
     timeline: Option<&Path>,
 ) -> Local {
-    let (coordinator, threads) = (coordinator.to_string(), threads.to_string());
-    let arguments =
-        ["worker", "--coordinator", &coordinator, "--job", job, "--threads", &threads, "--until-eof"];
+    let (address, port, threads) = (coordinator.ip(), coordinator.port(), threads.to_string());
+    let reached = match address {
+        // Wherever it listens, this machine is reached so.
+        IpAddr::V4(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        address => address,
+    };
+    let (coordinator, address) = (SocketAddr::new(reached, port).to_string(), reached.to_string());
+    let mut arguments =
+        vec!["worker", "--coordinator", &coordinator, "--job", job, "--threads", &threads, "--until-eof"];
+    if !reached.is_loopback() {
+        // Workers of other machines may come too.
+        arguments.extend(["--address", &address]);
+        arguments.extend(handed.insecure.then_some("--insecure"));
+    }
+    let timeline = timeline.map(|file| (trace::VARIABLE.into(), file.into()));
     Local {
         program: program.to_owned(),
         machine: host_name(),
         arguments: arguments.into_iter().map(OsString::from).collect(),
-        environment: timeline.map(|file| (trace::VARIABLE.into(), file.into())).into_iter().collect(),
+        environment: std::iter::once(handed.environment()).chain(timeline).collect(),
     }
 }
 

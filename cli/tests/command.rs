@@ -8,7 +8,8 @@ fn anello(directory: &Path, arguments: &[&str]) -> (i32, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_anello"));
     command.current_dir(directory).args(arguments).env_remove("RUST_LOG");
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("ANELLO_SET__") {
+        let ours = ["ANELLO_SET__", "ANELLO_TLS_DIR", "ANELLO_COORDINATOR"];
+        if ours.iter().any(|ours| name.to_string_lossy().starts_with(ours)) {
             command.env_remove(name);
         }
     }
@@ -147,4 +148,97 @@ fn data_is_made_looked_at_and_found_broken() {
     assert!(code == 0 && told.contains("set: 1 documents") && told.contains("in 1 shards\n"), "{told}");
     let (_, told, _) = anello(directory.path(), &tokenize);
     assert!(told.contains("of which 1 were there already"), "{told}");
+}
+
+#[test]
+fn certificates_are_made_shown_and_never_replaced_unasked() {
+    let directory = folder();
+    let (code, told, complaint) = anello(directory.path(), &["certs", "init", "--days", "30"]);
+    assert_eq!((code, complaint.as_str()), (0, ""));
+    let lines: Vec<&str> = told.lines().collect();
+    assert!(lines[0].starts_with("a private CA in certs, until 20") && lines[0].ends_with(" UTC"), "{told}");
+    assert_eq!(
+        lines[1..6],
+        [
+            "  ca.pem                            for all: who shows a certificate of this CA is believed",
+            "  ca.key                            for you alone: makes certificates; keep it off the machines that train",
+            "  coordinator.pem, coordinator.key  for the coordinator",
+            "  worker.pem, worker.key            for workers, and for a coordinator that starts some itself",
+            "  user.pem, user.key                for who submits jobs, and watches and stops them",
+        ]
+    );
+    let mut there: Vec<String> = std::fs::read_dir(directory.path().join("certs"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    there.sort();
+    let all =
+        ["ca.key", "ca.pem", "coordinator.key", "coordinator.pem", "user.key", "user.pem", "worker.key"];
+    assert_eq!(there, [&all[..], &["worker.pem"]].concat());
+
+    for again in [&["certs", "init"][..], &["certs", "issue", "worker"]] {
+        let (code, told, complaint) = anello(directory.path(), again);
+        assert_eq!((code, told.as_str()), (2, ""));
+        assert!(complaint.contains(" is there already; ") && complaint.contains("--force"), "{complaint}");
+    }
+    let (code, told, _) = anello(directory.path(), &["certs", "issue", "user", "--force", "--days", "1"]);
+    assert!(code == 0 && told.starts_with("certs/user.pem and certs/user.key, until 20"), "{told}");
+    let (code, _, complaint) = anello(directory.path(), &["certs", "issue", "root"]);
+    assert!(
+        code == 2 && complaint.contains("`root` is no role; give coordinator, worker or user"),
+        "{complaint}"
+    );
+
+    let (code, told, _) = anello(directory.path(), &["certs", "show"]);
+    let rows: Vec<Vec<&str>> =
+        told.lines().map(|line| line.split("  ").filter(|cell| !cell.is_empty()).collect()).collect();
+    assert_eq!((code, rows.len()), (0, 5), "{told}");
+    assert_eq!((rows[1][..2].to_vec(), rows[1][4].trim()), (vec!["certs/ca.pem", " CA"], "valid"), "{told}");
+    let roles: Vec<&str> = rows[2..].iter().map(|row| row[1].trim()).collect();
+    assert_eq!(roles, ["coordinator", "user", "worker"], "{told}");
+}
+
+#[test]
+fn certificates_that_cannot_be_used_are_told_with_the_file_and_what_to_do() {
+    let directory = folder();
+    anello(directory.path(), &["certs", "init"]);
+    std::fs::create_dir(directory.path().join("empty")).unwrap();
+    let list = |more: &[&str]| {
+        let (code, told, complaint) = anello(directory.path(), &[&["list"], more].concat());
+        assert_eq!((code, told.as_str()), (2, ""), "{more:?}: {complaint}");
+        complaint
+    };
+    let told = list(&["--tls", "empty"]);
+    assert!(told.contains("empty/ca.pem is missing; `anello certs init` makes all files"), "{told}");
+    let told = list(&["--tls-ca", "certs/ca.pem", "--tls-cert", "certs/user.pem"]);
+    assert!(told.contains("TLS needs a private key too; give --tls DIR, or all of --tls-ca"), "{told}");
+    let told = list(&["--tls", "certs", "--tls-key", "certs/worker.key"]);
+    assert!(told.contains("certs/worker.key is not the key of certs/user.pem"), "{told}");
+    let told = list(&["--tls", "certs", "--tls-cert", "certs/worker.pem", "--tls-key", "certs/worker.key"]);
+    assert!(told.contains("certs/worker.pem is the certificate of worker, not of a user"), "{told}");
+
+    // What speaks both ways at once, and what is not for anybody.
+    let coordinator = ["coordinator", "--jobs", "jobs", "--listen", "127.0.0.1:0"];
+    let refused = |more: &[&str]| anello(directory.path(), &[&coordinator, more].concat());
+    let (code, _, told) = refused(&["--tls", "certs", "--insecure"]);
+    assert!(code == 2 && told.contains("leave one of them out"), "{told}");
+    let files = [
+        "--tls-ca",
+        "certs/ca.pem",
+        "--tls-cert",
+        "certs/coordinator.pem",
+        "--tls-key",
+        "certs/coordinator.key",
+    ];
+    let (code, _, told) = refused(&files);
+    assert!(
+        code == 2 && told.contains("workers that are started here need certificates of their own"),
+        "{told}"
+    );
+    let (code, _, told) = anello(directory.path(), &["run", "tiny", "--workers", "2", "--tls", "certs"]);
+    assert!(code == 2 && told.contains("TLS is for workers from elsewhere (--external)"), "{told}");
+    std::fs::remove_file(directory.path().join("certs/worker.pem")).unwrap();
+    let (code, _, told) = refused(&["--tls", "certs"]);
+    assert!(code == 2 && told.contains("certs/worker.pem is missing"), "{told}");
+    assert!(!directory.path().join("jobs").exists());
 }

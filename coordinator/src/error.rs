@@ -14,6 +14,9 @@ pub enum Error {
         /// What the system said.
         cause: String,
     },
+    /// Certificates, or an address that needs them.
+    #[error(transparent)]
+    Tls(#[from] anello_tls::Error),
     /// A worker process cannot be started.
     #[error("cannot start a worker ({program}): {source}")]
     Launch {

@@ -9,9 +9,12 @@ use anello_proto::ring::{Leave, Order, WorkerId};
 use anello_proto::v1;
 use anello_proto::v1::jobs_server::JobsServer;
 use anello_proto::v1::ring_server::{Ring, RingServer};
+use anello_tls::grpc::{incoming, only};
+use anello_tls::{Protection, Role};
 use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::interceptor::InterceptedService;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::api::{Api, REQUEST_BYTES_MAX};
@@ -68,6 +71,7 @@ pub struct Bound {
     /// Where it listens.
     pub address: SocketAddr,
     listener: tokio::net::TcpListener,
+    protection: Protection,
 }
 
 fn failed(address: SocketAddr, cause: impl ToString) -> Error {
@@ -76,11 +80,12 @@ fn failed(address: SocketAddr, cause: impl ToString) -> Error {
 
 impl Bound {
     /// Serves workers of `jobs`, and users when there is a registry; besides, gRPC's own health and reflection services.
+    /// With TLS the first are for certificates of workers, the second for those of users, the others for both.
     ///
     /// # Errors
     /// [`Error::Serve`].
     pub async fn serve(self, jobs: Jobs, registry: Option<Registry>) -> Result<Server> {
-        let Self { address, listener } = self;
+        let Self { address, listener, protection } = self;
         let (stop, stopped) = oneshot::channel::<()>();
         let ring = RingServer::new(Service { jobs }).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let (health, health_service) = tonic_health::server::health_reporter();
@@ -94,13 +99,14 @@ impl Bound {
             .register_encoded_file_descriptor_set(anello_proto::DESCRIPTORS)
             .build_v1()
             .map_err(|cause| failed(address, cause))?;
+        let connections =
+            incoming(listener, protection.tls().map(|tls| (tls, &[Role::Worker, Role::User][..])));
         let server = tonic::transport::Server::builder()
-            .tcp_nodelay(true)
-            .add_service(ring)
-            .add_optional_service(users)
+            .add_service(InterceptedService::new(ring, only(Role::Worker)))
+            .add_optional_service(users.map(|users| InterceptedService::new(users, only(Role::User))))
             .add_service(health_service)
             .add_service(reflection)
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+            .serve_with_incoming_shutdown(connections, async {
                 let _ = stopped.await;
             });
         let task = tokio::spawn(async move {
@@ -113,26 +119,24 @@ impl Bound {
 }
 
 impl Server {
-    /// Takes `address` (port 0: any free one). There is no TLS yet, so that only a loopback address is accepted.
+    /// Takes `address` (port 0: any free one).
     ///
     /// # Errors
-    /// [`Error::Serve`].
-    pub async fn bind(address: SocketAddr) -> Result<Bound> {
-        if !address.ip().is_loopback() {
-            return Err(failed(address, "it is not a loopback address, and this build has no TLS"));
-        }
+    /// [`Error::Serve`]; [`Error::Tls`] for an address that others reach when there is no TLS.
+    pub async fn bind(address: SocketAddr, protection: Protection) -> Result<Bound> {
+        protection.check(address.ip())?;
         let listener =
             tokio::net::TcpListener::bind(address).await.map_err(|cause| failed(address, cause))?;
         let address = listener.local_addr().map_err(|cause| failed(address, cause))?;
-        Ok(Bound { address, listener })
+        Ok(Bound { address, listener, protection })
     }
 
-    /// Serves workers of `jobs` on `address`, and no users.
+    /// Serves workers of `jobs` on the loopback address `address`, and no users.
     ///
     /// # Errors
-    /// [`Error::Serve`].
+    /// Those of [`Server::bind`].
     pub async fn start(address: SocketAddr, jobs: Jobs) -> Result<Self> {
-        Self::bind(address).await?.serve(jobs, None).await
+        Self::bind(address, Protection::Loopback).await?.serve(jobs, None).await
     }
 
     /// Ends it, and every connection.

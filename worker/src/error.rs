@@ -17,6 +17,9 @@ pub enum Error {
     /// The data could not be read.
     #[error(transparent)]
     Data(#[from] anello_dataloader::Error),
+    /// Certificates, an address that needs them, or a coordinator that does not accept ours.
+    #[error(transparent)]
+    Tls(#[from] anello_tls::Error),
     /// A file outside of the run folder.
     #[error("{action} {path}: {source}")]
     File {

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use anello_proto::v1;
 use anello_proto::v1::jobs_client::JobsClient;
+use anello_tls::Role;
+use anello_tls::grpc::{ConnectError, To};
 use tokio::runtime::Runtime;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
 use super::At;
@@ -20,7 +22,7 @@ const ANSWER: Duration = Duration::from_secs(60);
 pub struct Client {
     runtime: Runtime,
     jobs: JobsClient<Channel>,
-    address: String,
+    to: To,
 }
 
 macro_rules! calls {
@@ -39,18 +41,20 @@ impl Client {
     /// Connects.
     pub fn connect(at: &At) -> Result<Self, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let address = at.coordinator.clone();
-        let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| {
-            Failure::Usage(format!("`{address}` is no address of a coordinator; give one as 127.0.0.1:7700"))
+        let to =
+            To { address: at.coordinator.clone(), role: Role::Coordinator, tls: at.tls.load(Role::User)? };
+        let channel = runtime.block_on(to.connect(CONNECT)).map_err(|error| match error {
+            ConnectError::Address(address) => Failure::Usage(format!(
+                "`{address}` is no address of a coordinator; give one as 127.0.0.1:7700"
+            )),
+            ConnectError::Refused(error) => error.into(),
+            ConnectError::Away(_) => Failure::Unreachable(format!(
+                "there is no coordinator at {}; start one with `anello coordinator --jobs DIR`, or give the address \
+                 of another with --coordinator",
+                to.address
+            )),
         })?;
-        let endpoint = endpoint.connect_timeout(CONNECT).tcp_nodelay(true);
-        let channel = runtime.block_on(endpoint.connect()).map_err(|_| {
-            Failure::Unreachable(format!(
-                "there is no coordinator at {address}; start one with `anello coordinator --jobs DIR`, or give the address \
-                 of another with --coordinator"
-            ))
-        })?;
-        Ok(Self { runtime, jobs: JobsClient::new(channel), address })
+        Ok(Self { runtime, jobs: JobsClient::new(channel), to })
     }
 
     calls! {
@@ -75,14 +79,17 @@ impl Client {
     }
 
     fn silent(&self) -> Failure {
-        let (address, seconds) = (&self.address, ANSWER.as_secs());
+        let (address, seconds) = (&self.to.address, ANSWER.as_secs());
         Failure::Unreachable(format!(
             "the coordinator at {address} has not answered for {seconds} s; try again"
         ))
     }
 
     fn failed(&self, status: Status) -> Failure {
-        let (address, text) = (&self.address, status.message().to_owned());
+        if let Some(refused) = self.runtime.block_on(self.to.refusal(&status)) {
+            return refused.into();
+        }
+        let (address, text) = (&self.to.address, status.message().to_owned());
         match status.code() {
             Code::NotFound | Code::AlreadyExists | Code::FailedPrecondition | Code::InvalidArgument => {
                 Failure::Usage(text)

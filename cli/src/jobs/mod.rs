@@ -10,6 +10,7 @@ use anello_proto::v1;
 use anello_store::events::Record;
 use anello_worker::pin_init;
 
+use crate::certs::TlsArgs;
 use crate::config::{ConfigArgs, load};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::screen::Screen;
@@ -25,6 +26,8 @@ pub struct At {
     /// The coordinator: host:port.
     #[arg(long, value_name = "ADDRESS", env = "ANELLO_COORDINATOR", default_value = DEFAULT_ADDRESS)]
     coordinator: String,
+    #[command(flatten)]
+    tls: TlsArgs,
 }
 
 /// Arguments of the commands about one job.

@@ -7,6 +7,7 @@ mod summary;
 mod tracker;
 mod view;
 
+use std::net::IpAddr;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use anello_worker::{Control, Ended, Resume, Run, Training, pin_init};
 
 use tokenizers::Tokenizer;
 
+use crate::certs::ListenArgs;
 use crate::config::load;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
@@ -55,15 +57,21 @@ pub struct Args {
     /// With --workers: how long a silent fault of a worker may go unseen (default: `ring.detection` of the config).
     #[arg(long, value_name = "TIME", value_parser = read_time, requires = "workers")]
     detection: Option<Duration>,
-    /// With --workers: the coordinator's port on 127.0.0.1; 0 for any free one.
+    /// With --workers: the coordinator's port; 0 for any free one.
     #[arg(long, value_name = "PORT", default_value_t = 0, requires = "workers")]
     port: u16,
+    /// With --external: where the coordinator listens. An address that other machines reach needs --tls, or --insecure.
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1", requires = "external")]
+    address: IpAddr,
     /// Tokens of each sample of text at the end; 0 for none.
     #[arg(long, value_name = "TOKENS", default_value_t = 48)]
     sample: usize,
     /// Resume although the config or the data changes the mathematics of the run.
     #[arg(long, requires = "resume")]
     allow: bool,
+    /// For workers from elsewhere.
+    #[command(flatten)]
+    protection: ListenArgs,
 }
 
 /// How often the loop looks for an interrupt when nothing happens.
@@ -71,6 +79,12 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// `anello run`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
+    if args.protection.are_given() && !args.external {
+        return Err(Failure::Usage(
+            "TLS is for workers from elsewhere (--external); those that are started here speak over loopback"
+                .to_owned(),
+        ));
+    }
     if let Some(workers) = args.workers {
         return ring::run(args, workers, screen);
     }

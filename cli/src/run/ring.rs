@@ -1,6 +1,6 @@
 //! `anello run --workers N`: a coordinator in this process, and N worker processes under it.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -9,11 +9,13 @@ use anello_coordinator::core::{Goal, Outcome as RingOutcome};
 use anello_coordinator::launch::Crew;
 use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
+use anello_tls::{Protection, Role};
 use anello_worker::{Ended, pin_init};
 
 use super::tracker::Tracker;
 use super::view::View;
 use super::{Args, POLL, adopt_init, config_of, lines, no_config, samples, say_where_it_stands, summary};
+use crate::certs::Handed;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
@@ -26,6 +28,12 @@ const BUDGET: u32 = 1000;
 /// Trains with `workers` worker processes.
 pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let interrupt = Interrupt::watch()?;
+    let protection = match args.external {
+        true => args.protection.protection(Role::Coordinator)?,
+        false => Protection::Loopback,
+    };
+    // Before a run is made that nobody can serve.
+    protection.check(args.address)?;
     let (store, config) = open(args)?;
     let mut tracker = Tracker::new(&config, None);
     let mut view = View::new(screen);
@@ -34,8 +42,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let timings = Timings::new(args.detection.unwrap_or(Duration::from_millis(config.ring.detection_ms)));
     // The address first: one that is in use must not fence the coordinator that uses it.
-    let address = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port);
-    let bound = runtime.block_on(Server::bind(address))?;
+    let bound = runtime.block_on(Server::bind(SocketAddr::new(args.address, args.port), protection))?;
     let jobs = Jobs::default();
     let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
     let (sender, notices) = channel();
@@ -47,7 +54,9 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
     let started = if args.external { 0 } else { workers };
     let threads = threads_of(args.threads.or(config.compute.threads), workers);
-    let launcher = local(&program()?, server.address, config.name.as_str(), threads, screen.timeline());
+    let handed = Handed::default();
+    let name = config.name.as_str();
+    let launcher = local(&program()?, server.address, &handed, name, threads, screen.timeline());
     let mut crew = Crew::start(launcher, started, BUDGET)?;
 
     let mut stopping = false;

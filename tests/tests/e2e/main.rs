@@ -1,4 +1,5 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs; weights out and in, and used.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS;
+//! weights out and in, and used.
 
 mod disk;
 mod interchange;
@@ -7,6 +8,7 @@ mod kill;
 mod links;
 mod ring;
 mod signals;
+mod tls;
 mod twice;
 mod using;
 

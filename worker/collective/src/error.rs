@@ -57,6 +57,12 @@ pub enum Error {
         /// All that differs, with both values.
         differs: String,
     },
+    /// At the rendezvous: a member that we dial does not prove that it is a worker, or we do not to it.
+    #[error("{reason}")]
+    Untrusted {
+        /// Who, what is wrong, and what to do.
+        reason: String,
+    },
     /// At the rendezvous: not all members came in time.
     #[error("{generation} is not complete after {deadline_ms} ms: {waiting}")]
     Deadline {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anello_collective::tcp::{Listener, Options, connect};
 use anello_collective::{AbortHandle, Collective, Generation, InProcess, Rank, Shape, Step};
+use anello_tls::{Files, Role, Tls, authority};
 
 /// Open descriptors and threads of this process.
 fn held() -> (usize, usize) {
@@ -13,9 +14,16 @@ fn held() -> (usize, usize) {
 
 #[test]
 fn a_ring_leaves_no_descriptor_and_no_thread() {
+    let listener = || Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    leaves_nothing((0..3).map(|_| listener()).collect());
+    let dir = tempfile::tempdir().unwrap();
+    authority::init(dir.path(), 30, false).unwrap();
+    let tls = Tls::load(Files::in_dir(dir.path(), Role::Worker), Role::Worker).unwrap();
+    leaves_nothing((0..3).map(|_| listener().with_tls(tls.clone())).collect());
+}
+
+fn leaves_nothing(mut listeners: Vec<Listener>) {
     let shape = Shape::balanced(4, 3, 4, 1000);
-    let mut listeners: Vec<Listener> =
-        (0..3).map(|_| Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap()).collect();
     let members: Vec<_> = listeners.iter().map(|listener| vec![listener.address().unwrap()]).collect();
     let before = held();
     // The handles outlive their rings, as the coordinator's side may.

@@ -6,6 +6,7 @@ use anello_proto::convert::Word;
 use anello_proto::ring::Epoch;
 use anello_proto::v1;
 use anello_proto::v1::ring_client::RingClient;
+use anello_tls::grpc::{ConnectError, To};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -25,27 +26,27 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Connects to `coordinator` (`host:port`) and says `hello`.
+    /// Connects to `coordinator` and says `hello`.
     ///
     /// # Errors
-    /// In words.
-    pub async fn open(coordinator: &str, hello: v1::Hello) -> Result<Self, String> {
-        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{coordinator}"))
-            .map_err(|cause| format!("{coordinator} is no address ({cause}); give host:port"))?
-            .connect_timeout(CONNECT)
-            .tcp_nodelay(true);
+    /// [`ConnectError`].
+    pub async fn open(coordinator: &To, hello: v1::Hello) -> Result<Self, ConnectError> {
+        let away = |cause: &dyn ToString| ConnectError::Away(cause.to_string());
         let connect = async {
-            let channel = endpoint.connect().await.map_err(|cause| causes(&cause))?;
+            let channel = coordinator.connect(CONNECT).await?;
             let mut client = RingClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
             let (words, outbox) = mpsc::channel(WORDS_MAX);
             let first = v1::FromWorker { word: Some(v1::from_worker::Word::Hello(hello)) };
-            words.send(first).await.map_err(|cause| cause.to_string())?;
-            let stream =
-                client.attach(ReceiverStream::new(outbox)).await.map_err(|status| status.to_string())?;
-            Ok::<_, String>((words, stream.into_inner()))
+            words.send(first).await.map_err(|cause| away(&cause))?;
+            match client.attach(ReceiverStream::new(outbox)).await {
+                Ok(stream) => Ok((words, stream.into_inner())),
+                Err(status) => {
+                    Err(coordinator.refusal(&status).await.map_or_else(|| away(&status), Into::into))
+                }
+            }
         };
         let (words, mut stream) =
-            tokio::time::timeout(CONNECT, connect).await.map_err(|_| "no answer".to_owned())??;
+            tokio::time::timeout(CONNECT, connect).await.map_err(|_| away(&"no answer"))??;
         let (tell, orders) = mpsc::channel(WORDS_MAX);
         tokio::spawn(async move {
             while let Some(message) = stream.next().await {
@@ -76,14 +77,4 @@ impl Link {
     pub fn say(&self, word: v1::from_worker::Word) -> bool {
         self.words.try_send(v1::FromWorker { word: Some(word) }).is_ok()
     }
-}
-
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

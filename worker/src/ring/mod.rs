@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anello_proto::ring::Leave;
+use anello_tls::Protection;
 
 pub use sum::add_up;
 
@@ -39,6 +40,8 @@ pub struct WorkerOptions {
     pub job: String,
     /// Address of this machine that peers reach; ports are free ones.
     pub address: IpAddr,
+    /// Of all connections: those of peers and that to the coordinator.
+    pub protection: Protection,
     /// Where this runs, for people.
     pub machine: String,
     /// CPU threads of LibTorch; absent: the config's, or all cores.
@@ -48,8 +51,9 @@ pub struct WorkerOptions {
 /// Takes part until sent away. `terminate`, once true, asks to go at the next step boundary.
 ///
 /// # Errors
-/// Sockets or threads that cannot be had, a run folder that cannot be read or whose run this build cannot train. A ring
-/// that breaks is no error.
+/// Sockets or threads that cannot be had, an address that needs TLS, a coordinator that does not accept our certificate or
+/// whose we do not accept, a run folder that cannot be read or whose run this build cannot train. A ring that breaks is
+/// no error.
 pub fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Result<Leave> {
     shell::serve(options, terminate)
 }

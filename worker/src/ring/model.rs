@@ -18,6 +18,7 @@ use anello_proto::v1;
 use anello_store::events::Event as Logged;
 use anello_store::metrics::{Seconds, StepRecord};
 use anello_store::{Cursor, ENVIRONMENT, Error as StoreError, Store, read_config};
+use anello_tls::Tls;
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -55,6 +56,8 @@ pub(super) struct Outside {
     pub listener: tcp::Listener,
     /// Where state for peers that lack it is laid.
     pub shelf: Shelf,
+    /// On the way to peers that have state.
+    pub tls: Option<Tls>,
     /// What drives the connections to peers that have state.
     pub runtime: tokio::runtime::Handle,
     /// Who hears what happens.
@@ -126,6 +129,7 @@ struct Thread {
     told: Option<Epochs>,
     listener: tcp::Listener,
     shelf: Shelf,
+    tls: Option<Tls>,
     runtime: tokio::runtime::Handle,
     tell: UnboundedSender<Told>,
     held: Option<Held>,
@@ -150,7 +154,7 @@ impl Thread {
         parts: (Sender<parts::Told>, Receiver<parts::Told>),
         outside: Outside,
     ) -> Result<Self> {
-        let Outside { listener, shelf, runtime, tell } = outside;
+        let Outside { listener, shelf, tls, runtime, tell } = outside;
         let mut config = read_config(&store)?;
         config.compute.threads = threads.or(config.compute.threads);
         if let Some(threads) = config.compute.threads {
@@ -177,6 +181,7 @@ impl Thread {
             told: None,
             listener,
             shelf,
+            tls,
             runtime,
             tell,
             held: None,
@@ -274,7 +279,8 @@ impl Thread {
                         .filter(|member| holders.contains(&member.worker))
                         .map(|member| member.endpoints.peers.clone())
                         .collect();
-                    let gathered = self.runtime.block_on(gather(addresses, *generation, *start, abort));
+                    let tls = self.tls.as_ref();
+                    let gathered = self.runtime.block_on(gather(addresses, tls, *generation, *start, abort));
                     let state = gathered.map_err(|reason| broken(None, reason))?;
                     self.hold_host_state(state);
                 } else if holders.len() < members.len() {
@@ -634,6 +640,7 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         RingError::Corrupt { .. }
         | RingError::Protocol { .. }
         | RingError::Refused { .. }
+        | RingError::Untrusted { .. }
         | RingError::Shape { .. } => fault(reason),
     }
 }

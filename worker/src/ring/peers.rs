@@ -11,7 +11,8 @@ use anello_proto::v1::peers_client::PeersClient;
 use anello_proto::v1::peers_server::{Peers, PeersServer};
 use anello_proto::v1::{StateBlocks, StateChunk, StateHead, StateRequest, state_chunk::Chunk};
 use anello_store::Cursor;
-use tokio_stream::wrappers::TcpListenerStream;
+use anello_tls::grpc::{To, incoming};
+use anello_tls::{Role, Tls};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 
@@ -44,14 +45,13 @@ pub(super) struct HostState {
 /// What the service hands out now.
 pub(super) type Shelf = Arc<RwLock<Option<Arc<HostState>>>>;
 
-/// Serves what is on `shelf` at a free port of `address`.
-pub(super) async fn start(address: IpAddr, shelf: Shelf) -> std::io::Result<SocketAddr> {
+/// Serves what is on `shelf` at a free port of `address`, with TLS to workers alone.
+pub(super) async fn start(address: IpAddr, tls: Option<&Tls>, shelf: Shelf) -> std::io::Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind((address, 0)).await?;
     let address = listener.local_addr()?;
     let server = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .add_service(PeersServer::new(Service { shelf }))
-        .serve_with_incoming(TcpListenerStream::new(listener));
+        .serve_with_incoming(incoming(listener, tls.map(|tls| (tls, &[Role::Worker][..]))));
     tokio::spawn(async move {
         if let Err(error) = server.await {
             tracing::error!(%error, "the service that hands out state has ended");
@@ -115,6 +115,7 @@ fn digest(buffers: [&[u8]; 3]) -> Vec<u8> {
 /// In words: a holder that is lost, a chunk with another digest, the abort.
 pub(super) async fn gather(
     holders: Vec<String>,
+    tls: Option<&Tls>,
     generation: Generation,
     step: Step,
     abort: &AbortHandle,
@@ -128,18 +129,25 @@ pub(super) async fn gather(
         }
     };
     tokio::select! {
-        state = gather_all(holders, generation, step) => state,
+        state = gather_all(holders, tls, generation, step) => state,
         reason = aborted => Err(reason),
     }
 }
 
-async fn gather_all(holders: Vec<String>, generation: Generation, step: Step) -> Result<HostState, String> {
+async fn gather_all(
+    holders: Vec<String>,
+    tls: Option<&Tls>,
+    generation: Generation,
+    step: Step,
+) -> Result<HostState, String> {
+    let holders = holders.into_iter().map(|address| To { address, role: Role::Worker, tls: tls.cloned() });
+    let holders: Vec<To> = holders.collect();
     let request =
         |first_block, blocks| StateRequest { generation: generation.0, step: step.0, first_block, blocks };
     let first = holders.first().ok_or("nobody holds the state")?;
     let (head, _) = fetch(first.clone(), request(0, 0)).await?;
     let cursors: Vec<Cursor> = serde_json::from_str(&head.cursors)
-        .map_err(|cause| format!("{first} tells of no cursors: {cause}"))?;
+        .map_err(|cause| format!("{} tells of no cursors: {cause}", first.address))?;
     let (count, all) = (holders.len() as u64, head.blocks);
     let mut tasks = tokio::task::JoinSet::new();
     for (at, holder) in (0u64..).zip(holders) {
@@ -171,13 +179,10 @@ async fn gather_all(holders: Vec<String>, generation: Generation, step: Step) ->
 }
 
 /// One holder's part. A holder that has not got there yet is asked again.
-async fn fetch(holder: String, request: StateRequest) -> Result<(StateHead, Vec<StateBlocks>), String> {
-    let failed = |what: String| format!("state from {holder}: {what}");
-    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{holder}"))
-        .map_err(|cause| failed(cause.to_string()))?
-        .connect_timeout(CONNECT)
-        .tcp_nodelay(true);
-    let mut client = PeersClient::new(endpoint.connect().await.map_err(|cause| failed(cause.to_string()))?);
+async fn fetch(holder: To, request: StateRequest) -> Result<(StateHead, Vec<StateBlocks>), String> {
+    let failed = |what: String| format!("state from {}: {what}", holder.address);
+    let channel = holder.connect(CONNECT).await.map_err(|cause| failed(cause.to_string()))?;
+    let mut client = PeersClient::new(channel);
     let mut stream = loop {
         match client.state(request).await {
             Ok(stream) => break stream.into_inner(),

@@ -13,6 +13,8 @@ use anello_proto::ring::{Epoch, Leave, WorkerId};
 use anello_proto::v1;
 use anello_proto::v1::from_worker::Word as Said;
 use anello_store::Store;
+use anello_tls::Role;
+use anello_tls::grpc::{ConnectError, To};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -38,12 +40,17 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         .enable_all()
         .build()
         .map_err(system("starting the worker's runtime"))?;
-    let listener =
+    options.protection.check(options.address)?;
+    let tls = options.protection.tls();
+    let mut listener =
         tcp::Listener::bind(SocketAddr::new(options.address, 0)).map_err(system("listening for peers"))?;
+    if let Some(tls) = tls {
+        listener = listener.with_tls(tls.clone());
+    }
     let ring = listener.address().map_err(system("listening for peers"))?;
     let shelf = peers::Shelf::default();
     let peers = runtime
-        .block_on(peers::start(options.address, shelf.clone()))
+        .block_on(peers::start(options.address, tls, shelf.clone()))
         .map_err(system("listening for peers that lack state"))?;
     let here = environment::of_cpu(options.threads);
     let hello = v1::Hello {
@@ -57,8 +64,10 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         stance: None,
     };
     let (tell, told) = mpsc::unbounded_channel();
+    let coordinator = To { address: options.coordinator.clone(), role: Role::Coordinator, tls: tls.cloned() };
     let shell = Shell {
         options,
+        coordinator,
         member: Member::new(None),
         hello,
         link: None,
@@ -98,6 +107,7 @@ struct RingHand {
 
 struct Shell {
     options: WorkerOptions,
+    coordinator: To,
     member: Member,
     hello: v1::Hello,
     link: Option<Link>,
@@ -129,7 +139,7 @@ impl Shell {
         let mut terminating = false;
         loop {
             if self.link.is_none() && self.connect_at <= Instant::now() {
-                self.connect().await;
+                self.connect().await?;
             }
             let happened = self.wait().await;
             let mut effects = Vec::new();
@@ -186,11 +196,12 @@ impl Shell {
         }
     }
 
-    async fn connect(&mut self) {
+    /// Tries to. Who was never welcomed gives up where trying again changes nothing; who was may have what all wait for.
+    async fn connect(&mut self) -> Result<()> {
         self.hello.connection += 1;
         let stance = Some(self.member.stance().into());
         let hello = v1::Hello { stance, ..self.hello.clone() };
-        match Link::open(&self.options.coordinator, hello).await {
+        match Link::open(&self.coordinator, hello).await {
             Ok(link) => {
                 self.link = Some(link);
                 self.welcomed = false;
@@ -199,12 +210,25 @@ impl Shell {
                 let mut effects = Vec::new();
                 self.member.handle(Event::Linked, &mut effects);
             }
+            Err(ConnectError::Refused(error)) if self.model.is_none() => return Err(error.into()),
+            Err(ConnectError::Address(address)) => {
+                return Err(Error::config(format!("{address} is no address"), "give host:port"));
+            }
             Err(cause) => {
-                tracing::debug!(cause, coordinator = self.options.coordinator, "no coordinator");
+                match &cause {
+                    // Once, until there was a connection again.
+                    ConnectError::Refused(error) if self.pause == PAUSE.0 => {
+                        tracing::warn!(%error, "the way to the coordinator is closed");
+                    }
+                    cause => {
+                        tracing::debug!(%cause, coordinator = self.coordinator.address, "no coordinator")
+                    }
+                }
                 self.pause = (self.pause * 2).min(PAUSE.1);
                 self.connect_at = Instant::now() + self.pause;
             }
         }
+        Ok(())
     }
 
     /// The coordinator says where the run is: the first time, the model thread starts. Said again over one connection, it
@@ -223,7 +247,8 @@ impl Shell {
         if let Some((listener, shelf)) = self.parts_of_model.take() {
             let store = Store::durable(&welcome.run)?;
             let tell = self.tell.clone();
-            let outside = Outside { listener, shelf, runtime: self.runtime.clone(), tell };
+            let tls = self.coordinator.tls.clone();
+            let outside = Outside { listener, shelf, tls, runtime: self.runtime.clone(), tell };
             let model = Model::start(store, &self.options, outside)?;
             self.model = Some(model);
         }

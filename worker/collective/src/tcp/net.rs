@@ -7,13 +7,13 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
 use super::frame::{Address, Fault, Kind, Message, MessageReceiver, Progress, Receiver, Sender, message};
 use super::socket::{Poll, Wake};
+use super::stream::Stream;
 use super::traffic::Traffic;
 use crate::farewell::Farewell;
 use crate::{AbortHandle, Error, Generation, Rank, Result, Step};
@@ -31,8 +31,8 @@ const ROUNDS: usize = 4;
 #[derive(Debug)]
 struct Link {
     rank: Rank,
-    control: TcpStream,
-    data: TcpStream,
+    control: Stream,
+    data: Stream,
     /// Bytes for the control connection.
     outbox: Vec<u8>,
     outbox_at: usize,
@@ -88,7 +88,7 @@ impl Net {
         generation: Generation,
         abort: AbortHandle,
         wake: Wake,
-        streams: Vec<(Rank, TcpStream, TcpStream)>,
+        streams: Vec<(Rank, Stream, Stream)>,
     ) -> Self {
         let link = |(rank, control, data)| Link {
             rank,
@@ -189,13 +189,13 @@ impl Net {
         for (at, link) in self.links.iter().enumerate() {
             if link.gone.is_none() {
                 let out = if link.outbox.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
-                poll.push(&link.control, PollFlags::IN | out, Mark::Control(at));
+                poll.push_stream(&link.control, PollFlags::IN | out, Mark::Control(at));
             }
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::OUT, link.can_send(traffic));
             flags.set(PollFlags::IN, link.can_receive(traffic));
-            if link.broken.is_none() && !flags.is_empty() {
-                poll.push(&link.data, flags, Mark::Data(at));
+            if link.broken.is_none() && (!flags.is_empty() || link.data.has_unsent()) {
+                poll.push_stream(&link.data, flags, Mark::Data(at));
             }
         }
         poll
@@ -215,7 +215,7 @@ impl Net {
             if link.outbox.is_empty() {
                 let _ = link.control.write(&frame);
             }
-            let _ = link.control.shutdown(Shutdown::Write);
+            link.control.shutdown();
             // Unread bytes would make the kernel cut the connection, last words included.
             let mut rest = [0; 4096];
             for _ in 0..64 {
@@ -242,9 +242,9 @@ impl Link {
             Some("blocks from it")
         } else if wanted.is_some() && self.inbox.is_empty() {
             Some("a message from it")
-        } else if self.sent < traffic.outgoing(self.rank) {
+        } else if self.sent < traffic.outgoing(self.rank) || self.data.has_unsent() {
             Some("blocks to it")
-        } else if !self.outbox.is_empty() {
+        } else if !self.outbox.is_empty() || self.control.has_unsent() {
             Some("a message to it")
         } else {
             None
@@ -306,6 +306,8 @@ impl Link {
         }
         self.outbox.clear();
         self.outbox_at = 0;
+        // What it does not take now is unsent; what it never takes shows when it is read.
+        let _ = self.control.flush();
     }
 
     fn close_control(&mut self, reason: String) {
@@ -382,6 +384,12 @@ impl Link {
     }
 
     fn send(&mut self, traffic: &impl Traffic) {
+        match self.data.flush() {
+            Err(error) if error.kind() != ErrorKind::WouldBlock => {
+                self.broken = Some((told(&error), Instant::now()));
+            }
+            _ => {}
+        }
         let mut moved = 0;
         while moved < TURN_BYTES && self.broken.is_none() && self.can_send(traffic) {
             let (address, payload) = traffic.frame(self.rank, self.sent);

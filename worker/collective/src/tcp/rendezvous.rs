@@ -9,11 +9,15 @@
 //! ```
 //! One loop over non-blocking sockets: it sleeps until something happens, the deadline or an abort. Two connections a
 //! pair: one for blocks, one for messages and last words, so that these are never behind a block cut in the middle.
+//!
+//! With TLS a connection begins with its handshake, which reading and writing greetings makes on the way: whoever does
+//! not show a worker's certificate gets no further than that, within the same 5 s, and is counted.
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use anello_tls::{Role, Tls};
 use rustix::event::PollFlags;
 
 use super::frame::{Kind, MessageReceiver};
@@ -21,6 +25,7 @@ use super::hello::{
     Channel, Greeting, GreetingReader, Hello, NoGreeting, TEXT_BYTES_MAX, encode, lanes_checksum,
 };
 use super::socket::{Poll, Wake, dial, set_buffers};
+use super::stream::{Security, Stream, tls_error};
 use super::{Options, farewell_frame};
 use crate::farewell::Farewell;
 use crate::{Error, Generation, Rank, Result, Ring};
@@ -43,24 +48,33 @@ pub struct Refusals {
     pub foreign: u64,
     /// Connections that said something else, or nothing for 5 s.
     pub garbage: u64,
+    /// With TLS: connections without a certificate that makes them workers.
+    pub untrusted: u64,
 }
 
 /// The port of a worker. It outlives generations: each rendezvous takes the connections that came meanwhile.
 #[derive(Debug)]
 pub struct Listener {
     socket: TcpListener,
+    security: Option<Security>,
     refusals: Refusals,
 }
 
 impl Listener {
-    /// Listens on `address`; port 0 takes a free one.
+    /// Listens on `address`; port 0 takes a free one. Without TLS: for a network where only the job's workers are.
     ///
     /// # Errors
     /// Those of the system.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
         let socket = TcpListener::bind(address)?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, refusals: Refusals::default() })
+        Ok(Self { socket, security: None, refusals: Refusals::default() })
+    }
+
+    /// The same with TLS, here and on the way to others: all members must have it.
+    #[must_use]
+    pub fn with_tls(self, tls: Tls) -> Self {
+        Self { security: Some(Security::new(tls)), ..self }
     }
 
     /// Where it listens.
@@ -80,7 +94,7 @@ impl Listener {
 /// A connection that has yet to say who it is.
 struct Stranger {
     /// Taken when it was dealt with.
-    stream: Option<TcpStream>,
+    stream: Option<Stream>,
     reader: GreetingReader,
     until: Instant,
 }
@@ -88,7 +102,7 @@ struct Stranger {
 enum Dialing {
     Idle(Instant),
     Connecting(TcpStream, Instant),
-    Greeting(TcpStream, GreetingReader),
+    Greeting(Stream, GreetingReader),
     Done,
 }
 
@@ -114,12 +128,12 @@ enum Mark {
 /// Both connections to a rank.
 #[derive(Default)]
 struct Pair {
-    control: Option<TcpStream>,
-    data: Option<TcpStream>,
+    control: Option<Stream>,
+    data: Option<Stream>,
 }
 
 impl Pair {
-    fn channel(&mut self, channel: Channel) -> &mut Option<TcpStream> {
+    fn channel(&mut self, channel: Channel) -> &mut Option<Stream> {
         match channel {
             Channel::Control => &mut self.control,
             Channel::Data => &mut self.data,
@@ -146,7 +160,7 @@ pub(crate) fn meet(
     options: &Options,
     ring: &Ring,
     wake: &Wake,
-) -> Result<Vec<(Rank, TcpStream, TcpStream)>> {
+) -> Result<Vec<(Rank, Stream, Stream)>> {
     let texts = [("job", &options.job), ("config digest", &options.config_digest), ("build", &options.build)];
     for (what, text) in texts {
         if text.len() > TEXT_BYTES_MAX {
@@ -242,6 +256,9 @@ impl Rendezvous<'_> {
                         if flags.intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR) {
                             return Err(self.lost(rank));
                         }
+                        let Pair { control, data } = &mut self.pairs[rank.index()];
+                        // An end shows by itself.
+                        [control, data].into_iter().flatten().for_each(|stream| drop(stream.flush()));
                     }
                 }
             }
@@ -284,18 +301,18 @@ impl Rendezvous<'_> {
         for (at, dial) in self.dials.iter().enumerate() {
             match &dial.state {
                 Dialing::Connecting(stream, _) => poll.push(stream, PollFlags::OUT, Mark::Dial(at)),
-                Dialing::Greeting(stream, _) => poll.push(stream, PollFlags::IN, Mark::Dial(at)),
+                Dialing::Greeting(stream, _) => poll.push_stream(stream, PollFlags::IN, Mark::Dial(at)),
                 Dialing::Idle(_) | Dialing::Done => {}
             }
         }
         for (at, stranger) in self.strangers.iter().enumerate() {
             if let Some(stream) = &stranger.stream {
-                poll.push(stream, PollFlags::IN, Mark::Stranger(at));
+                poll.push_stream(stream, PollFlags::IN, Mark::Stranger(at));
             }
         }
         for (rank, pair) in (0..).map(Rank).zip(&self.pairs) {
             for stream in [&pair.control, &pair.data].into_iter().flatten() {
-                poll.push(stream, PollFlags::RDHUP, Mark::Connected(rank));
+                poll.push_stream(stream, PollFlags::RDHUP, Mark::Connected(rank));
             }
         }
         poll
@@ -312,10 +329,9 @@ impl Rendezvous<'_> {
                     let prepared = stream
                         .set_nonblocking(true)
                         .and_then(|()| stream.set_nodelay(true))
-                        .and_then(|()| set_buffers(&stream, self.options.socket_buffer_bytes));
-                    if prepared.is_err() {
-                        continue;
-                    }
+                        .and_then(|()| set_buffers(&stream, self.options.socket_buffer_bytes))
+                        .and_then(|()| Stream::accepted(stream, self.listener.security.as_ref()));
+                    let Ok(stream) = prepared else { continue };
                     if self.strangers.iter().filter(|stranger| stranger.stream.is_some()).count()
                         >= strangers_max
                     {
@@ -353,14 +369,17 @@ impl Rendezvous<'_> {
                 self.listener.refusals.garbage += 1;
                 return Ok(());
             }
-            Err(NoGreeting::Io(_)) => return Ok(()),
+            Err(NoGreeting::Io(error)) => {
+                self.listener.refusals.untrusted += u64::from(tls_error(&error).is_some());
+                return Ok(());
+            }
         };
         let ours = Hello { to: theirs.rank, channel: theirs.channel, ..self.own.clone() };
         let refusals = &mut self.listener.refusals;
         let differs = ours.differences(&theirs);
         if theirs.job == ours.job && theirs.generation > ours.generation {
             refusals.early += 1;
-            answer(&stream, &Greeting::Later);
+            answer(&mut stream, &Greeting::Later);
             return Ok(());
         }
         let expected = theirs.rank > ours.rank && theirs.rank < ours.members;
@@ -371,7 +390,7 @@ impl Rendezvous<'_> {
                 says =
                     format!("{} dialed {}; higher ranks dial lower ones", Rank(theirs.rank), Rank(ours.rank));
             }
-            answer(&stream, &Greeting::Refused(says.clone()));
+            answer(&mut stream, &Greeting::Refused(says.clone()));
             if theirs.job != ours.job {
                 refusals.foreign += 1;
                 return Ok(());
@@ -387,7 +406,7 @@ impl Rendezvous<'_> {
                 differs,
             });
         }
-        if answer(&stream, &Greeting::Welcome(ours)) {
+        if answer(&mut stream, &Greeting::Welcome(ours)) {
             *self.pairs[theirs.rank as usize].channel(theirs.channel) = Some(stream);
         }
         Ok(())
@@ -399,15 +418,19 @@ impl Rendezvous<'_> {
         match std::mem::replace(&mut dial.state, Dialing::Done) {
             Dialing::Connecting(stream, _) => {
                 let connected = match stream.take_error() {
-                    Ok(None) => stream.set_nodelay(true),
+                    Ok(None) => stream
+                        .set_nodelay(true)
+                        .and_then(|()| Stream::dialed(stream, self.listener.security.as_ref())),
                     Ok(Some(error)) | Err(error) => Err(error),
                 };
-                dial.state = match connected {
-                    Ok(()) if answer(&stream, &Greeting::Hello(ours)) => {
+                let greeted =
+                    connected.map(|mut stream| answer(&mut stream, &Greeting::Hello(ours)).then_some(stream));
+                dial.state = match greeted {
+                    Ok(Some(stream)) => {
                         dial.seen = "it does not answer our hello yet".into();
                         Dialing::Greeting(stream, GreetingReader::default())
                     }
-                    Ok(()) => dial.failed("closed at once".into()),
+                    Ok(None) => dial.failed("closed at once".into()),
                     Err(error) => dial.failed(error.to_string()),
                 };
             }
@@ -428,9 +451,19 @@ impl Rendezvous<'_> {
                 Ok(Some(Greeting::Hello(_))) | Err(NoGreeting::Garbage) => {
                     dial.state = dial.failed("something else answers there".into());
                 }
-                Err(NoGreeting::Io(error)) => {
-                    dial.state = dial.failed(format!("closed before an answer: {error}"))
-                }
+                Err(NoGreeting::Io(error)) => match (tls_error(&error), &self.listener.security) {
+                    // Whatever answers there, it is not the member: that may yet come.
+                    (None | Some(rustls::Error::InvalidMessage(_)), _) | (_, None) => {
+                        dial.state = dial.failed(format!("closed before an answer: {error}"));
+                    }
+                    (Some(cause), Some(Security { tls, .. })) => {
+                        let addresses = &self.options.members[dial.rank.index()];
+                        let peer = format!("{} at {}", dial.rank, addresses[dial.address % addresses.len()]);
+                        return Err(Error::Untrusted {
+                            reason: tls.explain(cause, &peer, Role::Worker).to_string(),
+                        });
+                    }
+                },
             },
             other @ (Dialing::Idle(_) | Dialing::Done) => dial.state = other,
         }
@@ -466,10 +499,11 @@ impl Rendezvous<'_> {
             })
             .collect();
         let more = if missing.len() > 8 { format!(" and {} more", missing.len() - 8) } else { String::new() };
-        let Refusals { stale, early, foreign, garbage } = self.listener.refusals;
+        let Refusals { stale, early, foreign, garbage, untrusted } = self.listener.refusals;
+        let strangers = garbage + untrusted;
         format!(
             "{}{more} missing; refused so far: {stale} of older generations, {early} of newer ones, {foreign} of other jobs, \
-             {garbage} strangers",
+             {strangers} strangers",
             missing[..missing.len().min(8)].join(", ")
         )
     }
@@ -487,8 +521,9 @@ fn refused(peer: Rank, own: u32, differs: String) -> Error {
     Error::Refused { peer: peer.to_string(), own: Rank(own).to_string(), differs }
 }
 
-/// Sends a greeting; true when all of it went out, as a few KiB on a new connection do.
-fn answer(mut stream: &TcpStream, greeting: &Greeting) -> bool {
+/// Sends a greeting; true when all of it went out, as a few KiB on a new connection do. Before the end of a handshake it
+/// is kept until then.
+fn answer(stream: &mut Stream, greeting: &Greeting) -> bool {
     let bytes = encode(greeting);
-    stream.write(&bytes).is_ok_and(|written| written == bytes.len())
+    stream.write(&bytes).is_ok_and(|written| written == bytes.len()) && !stream.has_unsent()
 }

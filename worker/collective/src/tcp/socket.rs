@@ -10,26 +10,41 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
+use super::stream::Stream;
 use crate::{AbortHandle, Error, Result};
 
 /// What is waited for, each with a mark of the caller.
 pub(crate) struct Poll<'a, T> {
     fds: Vec<PollFd<'a>>,
     marks: Vec<T>,
+    /// What holds whatever the kernel says.
+    at_once: Vec<PollFlags>,
 }
 
 impl<'a, T> Poll<'a, T> {
     pub fn new() -> Self {
-        Self { fds: Vec::new(), marks: Vec::new() }
+        Self { fds: Vec::new(), marks: Vec::new(), at_once: Vec::new() }
     }
 
     pub fn push(&mut self, fd: &'a impl AsFd, flags: PollFlags, mark: T) {
         self.fds.push(PollFd::new(fd, flags));
         self.marks.push(mark);
+        self.at_once.push(PollFlags::empty());
+    }
+
+    /// The same for a connection that may hold bytes itself: those that came are ready, those that go are waited for.
+    pub fn push_stream(&mut self, stream: &'a Stream, mut flags: PollFlags, mark: T) {
+        flags.set(PollFlags::OUT, flags.contains(PollFlags::OUT) || stream.has_unsent());
+        self.push(stream, flags, mark);
+        if stream.has_unread() {
+            self.at_once[self.fds.len() - 1] = flags & PollFlags::IN;
+        }
     }
 
     /// Waits until something is ready or `timeout` (none: for ever) is over; what is ready, with its flags.
     pub fn wait(mut self, timeout: Option<Duration>) -> Result<Vec<(T, PollFlags)>> {
+        let is_ready = self.at_once.iter().any(|flags| !flags.is_empty());
+        let timeout = if is_ready { Some(Duration::ZERO) } else { timeout };
         // Rounded up, so that a deadline is over when the wait is.
         let timeout = timeout.map(|timeout| Timespec {
             tv_sec: timeout.as_secs().min(1 << 30) as i64,
@@ -39,8 +54,8 @@ impl<'a, T> Poll<'a, T> {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(Error::system("waiting for connections")(errno.into())),
         }
-        let ready = self.marks.into_iter().zip(self.fds).map(|(mark, fd)| (mark, fd.revents()));
-        Ok(ready.filter(|(_, flags)| !flags.is_empty()).collect())
+        let flags = self.fds.iter().zip(self.at_once).map(|(fd, at_once)| fd.revents() | at_once);
+        Ok(self.marks.into_iter().zip(flags).filter(|(_, flags)| !flags.is_empty()).collect())
     }
 }
 

@@ -1,11 +1,14 @@
 //! Rings to test, and the definition of what they must compute.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anello_collective::tcp::{Listener, Options, Tcp, connect};
 use anello_collective::tree::Subtree;
 use anello_collective::{AbortHandle, Collective, Generation, InProcess, Rank, Result, Shape, Step};
+use anello_tls::{Files, Role, Tls, authority};
 
 /// Long enough for a loaded machine; a test that waits for it fails.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,6 +35,36 @@ impl Fabric for OverTcp {
         let ring = meet(&mut listeners, shape, Generation(1));
         ring.into_iter().map(|member| Box::new(member.unwrap()) as _).collect()
     }
+}
+
+/// The same under TLS.
+pub struct OverTls;
+
+impl Fabric for OverTls {
+    fn ring(shape: &Shape) -> Vec<Box<dyn Collective>> {
+        let mut listeners = secured(shape.ranges.len());
+        let ring = meet(&mut listeners, shape, Generation(1));
+        ring.into_iter().map(|member| Box::new(member.unwrap()) as _).collect()
+    }
+}
+
+/// A folder with a CA and certificates of all roles, made once.
+pub fn certificates() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("conformance-certs");
+        authority::init(&dir, 30, true).unwrap();
+        dir
+    })
+}
+
+/// What a worker has of the folder.
+pub fn worker(dir: &Path) -> Tls {
+    Tls::load(Files::in_dir(dir, Role::Worker), Role::Worker).unwrap()
+}
+
+pub fn secured(members: usize) -> Vec<Listener> {
+    listeners(members).into_iter().map(|listener| listener.with_tls(worker(certificates()))).collect()
 }
 
 pub fn localhost() -> SocketAddr {

@@ -5,9 +5,10 @@ mod failures;
 mod generations;
 mod strangers;
 mod sums;
+mod untrusted;
 mod wire;
 
-use fabric::{InProcesses, OverTcp};
+use fabric::{InProcesses, OverTcp, OverTls};
 
 /// Runs each test of the suite over each implementation.
 macro_rules! suite {
@@ -19,6 +20,10 @@ macro_rules! suite {
         mod tcp {
             use super::*;
             $(#[test] fn $test() { $module::$test::<OverTcp>(); })*
+        }
+        mod tls {
+            use super::*;
+            $(#[test] fn $test() { $module::$test::<OverTls>(); })*
         }
     };
 }
