@@ -158,6 +158,17 @@ pub struct Written {
     pub blocks: Vec<Range<u64>>,
     /// Blocks of the whole checkpoint.
     pub all_blocks: u64,
+    /// A second copy that is in the worker's memory and in no part of its.
+    pub kept: Option<Kept>,
+}
+
+/// Blocks of another worker, of which this one has a copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// Whose they are to write.
+    pub owner: WorkerId,
+    /// The blocks.
+    pub blocks: Range<u64>,
 }
 
 /// A generation: who is in it, and from where it goes on.
@@ -268,6 +279,13 @@ pub enum Order {
     Committed {
         /// Its step.
         step: Step,
+    },
+    /// Write the second copy that is kept for a checkpoint: nobody else may have it.
+    WriteKept {
+        /// The checkpoint's step.
+        step: Step,
+        /// The generation in which the state was copied.
+        generation: Generation,
     },
     /// Go, and do not come back unless started again.
     Leave {

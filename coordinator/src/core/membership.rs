@@ -17,6 +17,7 @@
 //! remembers a conversation, only what was last said on the present connection.
 
 mod alive;
+mod copies;
 mod gather;
 mod orders;
 mod presence;
@@ -51,6 +52,8 @@ struct Worker {
     /// What it was told last over the present connection.
     told: Option<Order>,
     told_committed: BTreeSet<Step>,
+    /// Second copies that it was asked to write, over the same connection.
+    asked: BTreeSet<(Step, Generation)>,
 }
 
 /// The ring's state.
@@ -168,6 +171,7 @@ impl Membership {
                         stance,
                         told: None,
                         told_committed: BTreeSet::new(),
+                        asked: BTreeSet::new(),
                     };
                     workers.insert(member.worker, worker);
                 }
@@ -220,6 +224,7 @@ impl Membership {
                     known.linked = false;
                     known.told = None;
                     known.told_committed.clear();
+                    known.asked.clear();
                 }
             }
             Event::Stands { worker, stance } => self.stands(worker, stance, out),
@@ -232,16 +237,21 @@ impl Membership {
                 }
             }
             Event::CommitFailed { step, reason } => {
-                self.checkpoints.failed(step);
+                self.checkpoints.failed(step, self.now + self.options.lease / 8);
                 out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
             }
             Event::Fenced { by } => self.over(Outcome::Fenced { by }, out),
+            Event::GivenUp { .. } if self.is_trained() => self.over(Outcome::Completed, out),
             Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),
             Event::Goal(goal) => self.goal = goal,
             Event::Desired(workers) => self.options.desired = workers.max(1),
         }
+        if !matches!(self.ring, Ring::Over(_)) {
+            self.checkpoints.try_again(self.now, out);
+        }
         self.expire(out);
         self.advance(out);
+        self.ask_for_copies(out);
         self.tell(out);
         self.deadline = self.next_deadline();
         self.running = self.count_running();
@@ -273,7 +283,7 @@ impl Membership {
             Ring::Gathering { since, .. } => Some(since + self.options.gather),
             _ => None,
         };
-        leases.chain(gathering.filter(|at| *at > self.now)).min()
+        leases.chain(gathering.filter(|at| *at > self.now)).chain(self.checkpoints.again_at()).min()
     }
 
     /// The generation that is alive or breaking.

@@ -160,8 +160,7 @@ fn disturbed_from_outside(seed: u64) {
     println!("seed {seed}, {wanted} workers wanted: {struck:?}");
     coordinator.wait().expect(0);
     drop(workers);
-    // Not which checkpoints are kept: one whose parts died with two workers while there was no coordinator is left out.
-    world().assert_undisturbed(&run);
+    assert_undisturbed(&run);
 }
 
 /// Says how to see a failure again.

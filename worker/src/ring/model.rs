@@ -90,6 +90,11 @@ impl Model {
         let _ = self.parts.send(parts::Told::Committed(step));
     }
 
+    /// The second copy that is kept for this checkpoint is to be written.
+    pub fn write_kept(&self, step: Step, generation: Generation) {
+        let _ = self.parts.send(parts::Told::WriteKept(step, generation));
+    }
+
     pub fn command(&self, command: Command) {
         // A thread that is gone has told why.
         let _ = self.commands.send(command);
@@ -160,10 +165,9 @@ impl Thread {
         // Where the run was started: by the first worker that came.
         store.create(ENVIRONMENT, stamp.environment.to_json())?;
         let told = tell.clone();
-        let writer =
-            PartsWriter::start(store.clone(), config.checkpoint.part_bytes, parts, move |written| {
-                let _ = told.send(Told::Event(Event::Wrote(written)));
-            })?;
+        let writer = PartsWriter::start(store.clone(), config.checkpoint.part_bytes, parts, move |event| {
+            let _ = told.send(Told::Event(event));
+        })?;
         let schedule = Schedule::new(&config);
         Ok(Self {
             store,
@@ -216,7 +220,6 @@ impl Thread {
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
-        self.writer.members(formation.members.iter().map(|member| member.worker).collect());
         self.take_state(&serving, abort)?;
         let mut ring = self.meet(&serving, abort)?;
         *self.shelf.write().expect("no holder panics") = None;

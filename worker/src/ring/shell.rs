@@ -201,7 +201,8 @@ impl Shell {
             }
             Err(cause) => {
                 tracing::debug!(cause, coordinator = self.options.coordinator, "no coordinator");
-                self.pause = (self.pause * 2).min(PAUSE.1);
+                // A coordinator that comes back gives its workers a lease to report, which is some heartbeats.
+                self.pause = (self.pause * 2).min(PAUSE.1.min(self.heartbeat));
                 self.connect_at = Instant::now() + self.pause;
             }
         }
@@ -276,6 +277,11 @@ impl Shell {
                 Effect::Abort { reason } => {
                     if let Some(ring) = &self.ring {
                         ring.abort.abort(reason);
+                    }
+                }
+                Effect::WriteKept { step, generation } => {
+                    if let Some(model) = &self.model {
+                        model.write_kept(step, generation);
                     }
                 }
                 Effect::Exit(leave) => return Some(leave),

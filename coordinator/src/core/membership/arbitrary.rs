@@ -33,9 +33,14 @@ fn cause() -> impl Strategy<Value = Cause> {
 fn written() -> impl Strategy<Value = Written> {
     let block = prop_oneof![9 => 0u64..4, 1 => any::<u64>()];
     let blocks = vec((block.clone(), block.clone()).prop_map(|(start, end)| Range { start, end }), 0..3);
-    (step(), generation(), 0..2u8, blocks, block).prop_map(|(step, generation, facts, blocks, all_blocks)| {
-        Written { step, generation, parts: String::new(), facts: facts.to_string(), blocks, all_blocks }
-    })
+    let kept = (worker(), block.clone(), block.clone())
+        .prop_map(|(owner, start, end)| Kept { owner, blocks: Range { start, end } });
+    (step(), generation(), 0..2u8, blocks, block, option::of(kept)).prop_map(
+        |(step, generation, facts, blocks, all_blocks, kept)| {
+            let (parts, facts) = (String::new(), facts.to_string());
+            Written { step, generation, parts, facts, blocks, all_blocks, kept }
+        },
+    )
 }
 
 fn stance() -> impl Strategy<Value = Stance> {
@@ -145,6 +150,11 @@ impl Watched {
                         stance.activity = Activity::Holding { generation: *generation, cause };
                     }
                     Order::Committed { step } => stance.written.retain(|written| written.step != *step),
+                    Order::WriteKept { step, .. } => {
+                        for written in stance.written.iter_mut().filter(|written| written.step == *step) {
+                            written.blocks.extend(written.kept.take().map(|kept| kept.blocks));
+                        }
+                    }
                     Order::Leave { .. } => return self.event(Event::Unlinked { worker }),
                 }
                 Event::Stands { worker, stance }
@@ -198,6 +208,13 @@ impl Watched {
                     }
                     Order::Hold { generation, .. } => Some(*generation) != newest,
                     Order::Abort { generation, .. } => Some(*generation) > newest,
+                    // Only what it says that it keeps is asked of it.
+                    Order::WriteKept { step, generation } => {
+                        !self.said[&worker].written.iter().any(|written| {
+                            (written.step, written.generation) == (*step, *generation)
+                                && written.kept.is_some()
+                        })
+                    }
                     Order::Committed { .. } | Order::Leave { .. } => false,
                 };
                 if stale {

@@ -11,12 +11,15 @@ impl Membership {
         let saved = held <= committed;
         let total = self.options.total;
         let outcome = match self.goal {
-            _ if committed == Some(total) => Some(Outcome::Completed),
+            _ if self.is_trained() => Some(Outcome::Completed),
             Goal::Cancel => Some(Outcome::Cancelled),
             Goal::Pause if saved => Some(Outcome::Paused),
             Goal::Run | Goal::Pause => None,
         };
         if let Some(outcome) = outcome {
+            if outcome != Outcome::Cancelled && self.late_checkpoint(since).is_some() {
+                return None;
+            }
             out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
             return Some(Ring::Over(outcome));
         }

@@ -95,6 +95,7 @@ impl Membership {
             stance,
             told: None,
             told_committed: BTreeSet::new(),
+            asked: BTreeSet::new(),
         };
         let stance = worker.stance.clone();
         self.workers.insert(id, worker);

@@ -236,6 +236,7 @@ fn a_checkpoint_exists_once_every_writer_has_written_the_same_state() {
         facts: weights.to_owned(),
         blocks: blocks(2 * half..2 * half + 2),
         all_blocks: 4,
+        kept: None,
     };
     let with = |half, weights: &str| Stance {
         written: vec![written(half, weights)],
@@ -325,6 +326,7 @@ fn the_end_needs_the_last_checkpoint() {
         facts: "a".to_owned(),
         blocks: blocks(0..4),
         all_blocks: 4,
+        kept: None,
     };
     let ended = Stance { written: vec![parts], ..stance(Some(100), holding(2, Cause::Ended)) };
     assert!(matches!(story.stands(1, ended)[..], [Effect::Commit { .. }]));
@@ -452,4 +454,91 @@ fn a_worker_that_says_what_cannot_be_is_turned_away() {
     story.now += 1;
     let out = story.event(Event::Tick);
     assert!(matches!(&out[0], Effect::Record(Entry::Lost { worker: WorkerId(2), .. })), "{out:?}");
+}
+
+/// What worker 1 says of checkpoint `step` of generation 1, of which it wrote the first half; worker 2 owns the second.
+fn half(step: u64, kept: bool) -> Written {
+    Written {
+        step: Step(step),
+        generation: Generation(1),
+        parts: "[]".to_owned(),
+        facts: "a".to_owned(),
+        blocks: blocks(0..2),
+        all_blocks: 4,
+        kept: kept.then_some(Kept { owner: WorkerId(2), blocks: 2..4 }),
+    }
+}
+
+fn whole(step: u64) -> Written {
+    Written { blocks: blocks(0..4), ..half(step, false) }
+}
+
+fn write_kept(id: u64, step: u64) -> Effect {
+    send(id, Order::WriteKept { step: Step(step), generation: Generation(1) })
+}
+
+#[test]
+fn who_keeps_blocks_of_one_that_is_gone_is_asked_for_them_and_not_sent_away_before() {
+    let mut story = Story::running(2);
+    let holds =
+        |written| Stance { written: vec![written], leaving: true, ..stance(Some(21), holding(1, lost(2))) };
+    story.stands(1, Stance { written: vec![half(20, true)], ..stance(Some(21), running(1)) });
+    story.event(Event::Unlinked { worker: WorkerId(2) });
+    let out = story.stands(1, holds(half(20, true)));
+    assert_eq!(out.last(), Some(&write_kept(1, 20)));
+    assert_eq!(story.stands(1, holds(half(20, true))), [], "it is asked once");
+    let out = story.stands(1, holds(whole(20)));
+    let [Effect::Commit { step: Step(20), .. }, Effect::Send { order: Order::Leave { .. }, .. }] = &out[..]
+    else {
+        panic!("{out:?}")
+    };
+}
+
+#[test]
+fn the_end_waits_for_a_checkpoint_of_which_there_are_copies_and_a_while_for_those_who_may_have_them() {
+    let ended = |written: Vec<Written>| Stance { written, ..stance(Some(100), holding(1, Cause::Ended)) };
+    let completed = Effect::Record(Entry::Ended { outcome: Outcome::Completed });
+    let with_last_committed = |kept| {
+        let mut story = Story::running(2);
+        let out = story.stands(1, ended(vec![half(90, kept), whole(100)]));
+        assert!(matches!(out[..], [Effect::Commit { step: TOTAL, .. }]), "{out:?}");
+        story.stands(2, ended(Vec::new()));
+        let out = story.event(Event::Committed { step: TOTAL });
+        (story, out)
+    };
+    // Its owner lives, and will write nothing more.
+    let (mut story, out) = with_last_committed(true);
+    assert_eq!(out, [write_kept(1, 90), send(1, Order::Committed { step: TOTAL })]);
+    assert_eq!(story.core.status().waits_for.as_deref(), Some("the parts of checkpoint 90"));
+    story.now = 900;
+    assert_eq!(story.stands(2, ended(Vec::new())), []);
+    let out = story.stands(1, ended(vec![whole(90)]));
+    assert!(matches!(out[..], [Effect::Commit { step: Step(90), .. }]), "{out:?}");
+    // A manifest that cannot be written is tried again.
+    let reason = "the store answers 500".to_owned();
+    let failed = Entry::CheckpointFailed { step: Step(90), reason: reason.clone() };
+    assert_eq!(story.event(Event::CommitFailed { step: Step(90), reason }), [Effect::Record(failed)]);
+    assert_eq!(story.core.deadline(), Some(Millis(1025)));
+    story.now = 1025;
+    let out = story.event(Event::Tick);
+    assert!(matches!(out[..], [Effect::Commit { step: Step(90), .. }]), "{out:?}");
+    assert_eq!(story.event(Event::Committed { step: Step(90) })[0], completed);
+    // Nobody who is here has the rest.
+    let (mut story, out) = with_last_committed(false);
+    assert_eq!(out, [send(1, Order::Committed { step: TOTAL })]);
+    assert_eq!(story.core.deadline(), Some(Millis(500)));
+    story.now = 500;
+    assert_eq!(story.event(Event::Tick)[0], completed);
+}
+
+#[test]
+fn nobody_left_to_train_is_no_failure_when_all_is_trained() {
+    let mut story = Story::running(1);
+    story.stands(
+        1,
+        Stance { written: vec![half(90, false), whole(100)], ..stance(Some(100), holding(1, Cause::Ended)) },
+    );
+    story.event(Event::Committed { step: TOTAL });
+    let out = story.event(Event::GivenUp { reason: "no worker is left".to_owned() });
+    assert_eq!(out[0], Effect::Record(Entry::Ended { outcome: Outcome::Completed }));
 }

@@ -34,6 +34,8 @@ pub enum Bug {
     StaleGradient,
     /// A manifest is written when the first part is there.
     EarlyManifest,
+    /// The job ends though a checkpoint lacks blocks that a worker keeps a copy of.
+    AbandonedCheckpoint,
 }
 
 fn mix(a: u64, b: u64) -> u64 {
@@ -67,6 +69,7 @@ pub struct World {
     epoch: Epoch,
     formations: BTreeMap<Generation, Arc<Formation>>,
     manifests: BTreeMap<Step, Generation>,
+    ever_committed: BTreeSet<Step>,
     unreadable: BTreeSet<Step>,
     parts: BTreeMap<(Step, Generation, u64), u64>,
     coordinators: Vec<Coordinator>,
@@ -112,6 +115,7 @@ impl World {
             epoch: Epoch(0),
             formations: BTreeMap::new(),
             manifests: BTreeMap::new(),
+            ever_committed: BTreeSet::new(),
             unreadable: BTreeSet::new(),
             parts: BTreeMap::new(),
             coordinators: Vec::new(),

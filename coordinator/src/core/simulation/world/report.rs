@@ -20,10 +20,11 @@ pub struct Report {
     pub unreadable: u64,
     pub pauses: u64,
     pub replayed_steps: u64,
+    pub copies: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 14] {
+    pub fn counts(&self) -> [(&'static str, u64); 15] {
         [
             ("a generation", self.generations),
             ("a step", self.steps),
@@ -39,6 +40,7 @@ impl Report {
             ("an unreadable checkpoint", self.unreadable),
             ("a pause", self.pauses),
             ("a step done again", self.replayed_steps),
+            ("a second copy that was asked for", self.copies),
         ]
     }
 
@@ -62,6 +64,7 @@ impl Report {
             unreadable,
             pauses,
             again,
+            copies,
         ] = sum;
         *self = Self {
             trace: mix(self.trace, other.trace),
@@ -79,6 +82,7 @@ impl Report {
             unreadable,
             pauses,
             replayed_steps: again,
+            copies,
         };
     }
 }
