@@ -5,7 +5,7 @@
 //!               config      config, plan               checkpoint   list, verify, diff
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
-//!               jobs        submit, list, watch, pause, … at a coordinator
+//!               jobs        submit, list, watch, top, pause, … at a coordinator
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -67,6 +67,8 @@ enum Command {
     Logs(jobs::LogsArgs),
     /// Show how a job goes, until it is over.
     Watch(jobs::JobArgs),
+    /// Show where the time of a job's workers goes, and which of them are slow.
+    Top(jobs::JobArgs),
     /// Take a checkpoint of a job and stop it until it is resumed.
     Pause(jobs::JobArgs),
     /// Put a paused job back into the queue.
@@ -122,6 +124,7 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Describe(args) => jobs::describe(&args, screen),
         Command::Logs(args) => jobs::logs(&args, screen),
         Command::Watch(args) => jobs::watch(&args, screen),
+        Command::Top(args) => jobs::top(&args, screen),
         Command::Pause(args) => jobs::pause(&args, screen),
         Command::Resume(args) => jobs::resume(&args, screen),
         Command::Scale(args) => jobs::scale(&args, screen),

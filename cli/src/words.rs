@@ -56,11 +56,11 @@ pub fn describe(event: &Event) -> String {
         }
         Event::Joined { worker, machine } => format!("worker {} joined from {machine}", short_digest(worker)),
         Event::Lost { worker, step, reason } => {
-            let held = match step {
-                Some(step) => format!("it held the state after step {}", grouped(*step)),
-                None => "it held no state".to_owned(),
+            let at = match step {
+                Some(step) => format!(" at step {}", grouped(*step)),
+                None => "; it held no state".to_owned(),
             };
-            format!("worker {} lost ({reason}); {held}", short_digest(worker))
+            format!("worker {} lost ({reason}){at}", short_digest(worker))
         }
         Event::Evicted { worker, machine, step, reason } => {
             let step = step.map_or(String::new(), |step| format!(" after step {}", grouped(step)));
@@ -83,6 +83,34 @@ pub fn describe(event: &Event) -> String {
                 grouped(start + 1)
             )
         }
+        Event::Recovered { workers, took_ms, again, checkpoint, .. } => {
+            let steps = match again {
+                1 => "1 step".to_owned(),
+                again => format!("{} steps", grouped(*again)),
+            };
+            let cost = match (checkpoint, again) {
+                (_, 0) => "no step lost".to_owned(),
+                (None, _) => format!("{steps} computed again"),
+                (Some(step), _) => {
+                    format!("went back to the checkpoint of step {}: {steps} lost", grouped(*step))
+                }
+            };
+            let took = *took_ms as f64 / 1000.0;
+            format!("ring re-formed with {} in {took:.2} s; {cost}", of_workers(*workers as usize))
+        }
+        Event::Slow { worker, machine, step, percent } => format!(
+            "worker {} on {machine} is slow: its lanes take {} as long as the others' at step {}",
+            short_digest(worker),
+            times(f64::from(*percent) / 100.0),
+            grouped(*step)
+        ),
+        Event::InStep { worker, step } => {
+            format!(
+                "worker {} is as fast as the others again, at step {}",
+                short_digest(worker),
+                grouped(*step)
+            )
+        }
         Event::Ended { outcome, reason } => {
             let reason = reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
             format!("the coordinator ended the run: {outcome}{reason}")
@@ -100,6 +128,11 @@ pub fn where_it_runs(environment: &Environment) -> String {
     let revision = revision.as_deref().map(|revision| format!(" ({revision})")).unwrap_or_default();
     let threads = if *threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
     format!("{device}, {threads}, {system}; anello {anello}{revision}, libtorch {libtorch}")
+}
+
+/// `2.5 ×`
+pub fn times(factor: f64) -> String {
+    format!("{factor:.1} ×")
 }
 
 /// Enough of a digest to tell two apart.
@@ -149,6 +182,10 @@ mod tests {
             members: vec![member(0), member(2), member(4)],
             save_first,
         };
+        let recovered = |again, checkpoint| {
+            let took_ms = 214;
+            Event::Recovered { generation: 7, workers: 3, took_ms, again, checkpoint }
+        };
         let silent = || "silent for 1.000 s".to_owned();
         let ended = |outcome: &str, reason: Option<&str>| Event::Ended {
             outcome: outcome.into(),
@@ -168,7 +205,7 @@ mod tests {
             ),
             (
                 Event::Lost { worker: worker(), step: Some(412), reason: silent() },
-                "worker 3f0000000000 lost (silent for 1.000 s); it held the state after step 412",
+                "worker 3f0000000000 lost (silent for 1.000 s) at step 412",
             ),
             (
                 Event::Lost { worker: worker(), step: None, reason: silent() },
@@ -194,6 +231,22 @@ mod tests {
             (
                 formed("seed", Vec::new(), false),
                 "ring 7 formed with 3 workers from step 413, state from the run's seed",
+            ),
+            (
+                Event::Slow { worker: worker(), machine: "node-3".into(), step: 412, percent: 253 },
+                "worker 3f0000000000 on node-3 is slow: its lanes take 2.5 × as long as the others' at step 412",
+            ),
+            (
+                Event::InStep { worker: worker(), step: 1412 },
+                "worker 3f0000000000 is as fast as the others again, at step 1 412",
+            ),
+            (recovered(0, None), "ring re-formed with 3 workers in 0.21 s; no step lost"),
+            (recovered(0, Some(412)), "ring re-formed with 3 workers in 0.21 s; no step lost"),
+            (recovered(1, None), "ring re-formed with 3 workers in 0.21 s; 1 step computed again"),
+            (recovered(2, None), "ring re-formed with 3 workers in 0.21 s; 2 steps computed again"),
+            (
+                recovered(12, Some(400)),
+                "ring re-formed with 3 workers in 0.21 s; went back to the checkpoint of step 400: 12 steps lost",
             ),
             (ended("finished", None), "the coordinator ended the run: finished"),
             (ended("failed", Some("no data")), "the coordinator ended the run: failed: no data"),

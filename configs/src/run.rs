@@ -161,6 +161,10 @@ pub struct Ring {
     pub digest_every_steps: u64,
     /// Steps between two checks of one lane's gradient by a second worker; 0 = never.
     pub spot_check_every_steps: u64,
+    /// A worker whose time for a lane is more than so many times the members' median is told of as slow; 0 = never.
+    pub straggler_factor: f64,
+    /// Steps over which that is measured.
+    pub straggler_window_steps: u32,
     /// For tests: a bit that is flipped on purpose.
     pub fault: Option<Fault>,
 }

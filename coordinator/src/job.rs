@@ -13,14 +13,16 @@ use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
 use anello_configs::{RunConfig, Schedule, Timings};
-use anello_proto::ring::{Epoch, Generation, Hello, Leave, Order, Stance, Step, WorkerId};
+use anello_proto::ring::{Epoch, Generation, Hello, Leave, Order, Pace, Stance, Step, WorkerId};
 use anello_proto::v1;
 use anello_store::events::{self, Event as Logged, EventLog, Record};
 use anello_store::metrics;
 use anello_store::{CONFIG, Notice, Store, checkpoint, read_config};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::core::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Status};
+use crate::core::{
+    Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Status, Straggling,
+};
 use crate::desk::{Desk, Done, Task};
 use crate::error::{Error, Result};
 use crate::records::{event_of, formation_of, goal_name, record_of};
@@ -159,6 +161,10 @@ impl Opened {
             lease: millis(timings.lease),
             gather: millis(timings.gather),
             faults_max: FAULTS_MAX,
+            straggling: Straggling {
+                factor_permille: (config.ring.straggler_factor * 1000.0).round() as u32,
+                window_steps: config.ring.straggler_window_steps,
+            },
         };
         let job = Job { name: options.name.clone(), inputs };
         let core = Membership::new(core, epoch, found, Millis(0));
@@ -395,6 +401,10 @@ impl Running {
                 Ok(stance) => self.core_event(Event::Stands { worker, stance }),
                 Err(malformed) => self.drop_link(worker, &malformed.to_string()),
             },
+            v1::from_worker::Word::Pace(pace) => match Pace::try_from(pace) {
+                Ok(pace) => self.core_event(Event::Paced { worker, pace }),
+                Err(malformed) => self.drop_link(worker, &malformed.to_string()),
+            },
             v1::from_worker::Word::Step(report) if report.step >= self.total => {
                 let reason = format!("it reports step {}, and the run has {}", report.step, self.total);
                 self.drop_link(worker, &reason);
@@ -440,6 +450,7 @@ impl Running {
             self.stage = Some(index);
             let _ = self.notices.send(Notice::Stage { index });
         }
+        self.core_event(Event::Reported { step: Step(record.step + 1) });
         self.desk.ask(Task::Row(record.clone()));
         let _ = self.notices.send(Notice::Step(record));
     }

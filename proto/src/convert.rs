@@ -182,6 +182,44 @@ impl TryFrom<v1::Written> for Written {
     }
 }
 
+/// Microseconds that a worker may have spent on the steps between two of its words: some years.
+const SPENT_US_MAX: u64 = 1 << 47;
+
+impl From<&Pace> for v1::Pace {
+    fn from(pace: &Pace) -> Self {
+        let Pace { generation, lanes, steps, spent } = *pace;
+        let Spent { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us } = spent;
+        Self {
+            generation: generation.0,
+            lanes,
+            steps,
+            step_us,
+            data_us,
+            compute_us,
+            reduce_us,
+            update_us,
+            checkpoint_us,
+        }
+    }
+}
+
+impl TryFrom<v1::Pace> for Pace {
+    type Error = Malformed;
+    fn try_from(message: v1::Pace) -> Result<Self, Malformed> {
+        let v1::Pace { generation, lanes, steps, .. } = message;
+        let v1::Pace { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us, .. } = message;
+        if lanes == 0 || steps == 0 {
+            return Err(malformed(format!("the time of {steps} steps of {lanes} lanes")));
+        }
+        let all = [step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us];
+        if let Some(long) = all.into_iter().find(|us| *us > SPENT_US_MAX) {
+            return Err(malformed(format!("steps of {long} µs, of at most {SPENT_US_MAX}")));
+        }
+        let spent = Spent { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us };
+        Ok(Self { generation: Generation(generation), lanes, steps, spent })
+    }
+}
+
 impl From<&Endpoints> for v1::Endpoints {
     fn from(endpoints: &Endpoints) -> Self {
         Self { ring: endpoints.ring.clone(), peers: endpoints.peers.clone() }

@@ -32,6 +32,7 @@ use std::sync::Arc;
 use anello_proto::ring::*;
 
 use super::checkpoints::Checkpoints;
+use super::paces::{Paces, Verdict};
 #[cfg(test)]
 use super::simulation::Bug;
 use super::{Attendant, Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
@@ -111,6 +112,12 @@ pub struct Membership {
     running: usize,
     /// A generation has trained, or one was found that may have.
     has_trained: bool,
+    /// When the generation that trained last was seen to break or to hold; absent while one trains, and before the first.
+    broke: Option<Millis>,
+    /// The newest step that anyone was heard to have applied.
+    reached: Step,
+    /// How fast the members are.
+    paces: Paces,
     #[cfg(test)]
     planted: Option<Bug>,
     /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
@@ -179,6 +186,7 @@ impl Membership {
             }
         };
         let arrivals = workers.len() as u64;
+        let paces = Paces::new(options.straggling);
         Self {
             options,
             epoch,
@@ -195,6 +203,9 @@ impl Membership {
             forgave: None,
             running: 0,
             has_trained,
+            broke: None,
+            reached: Step(0),
+            paces,
             #[cfg(test)]
             planted: None,
             now,
@@ -211,11 +222,12 @@ impl Membership {
     /// Takes in one event and appends what is to be done, in that order.
     pub fn handle(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
         self.pass_time(now);
-        if self.is_quiet(&event) {
+        if self.is_quiet(&event, out) {
             return;
         }
         match event {
-            Event::Tick => {}
+            // The last two are quiet.
+            Event::Tick | Event::Reported { .. } | Event::Paced { .. } => {}
             Event::Linked { worker, endpoints, machine, stance } => {
                 self.linked(worker, endpoints, machine, stance, out);
             }
@@ -255,7 +267,25 @@ impl Membership {
         self.tell(out);
         self.deadline = self.next_deadline();
         self.running = self.count_running();
-        self.has_trained |= self.trains();
+        self.note_recovery(out);
+    }
+
+    /// All members train: after another generation, that is told.
+    fn note_recovery(&mut self, out: &mut Vec<Effect>) {
+        let Ring::Alive { formation, .. } = &self.ring else { return };
+        if !self.trains() {
+            return;
+        }
+        self.has_trained = true;
+        let Some(broke) = self.broke.take() else { return };
+        let checkpoint = match formation.source {
+            Source::Checkpoint { step } => Some(step),
+            Source::Seed | Source::Peers { .. } => None,
+        };
+        let (start, workers) = (formation.start, formation.members.len() as u32);
+        let again = std::mem::replace(&mut self.reached, start).0.saturating_sub(start.0);
+        let (generation, took) = (formation.generation, self.now.since(broke));
+        out.push(Effect::Record(Entry::Recovered { generation, workers, took, again, checkpoint }));
     }
 
     /// The time at which a [`Event::Tick`] is owed; absent: nothing waits for time.
@@ -325,8 +355,12 @@ impl Membership {
                     return;
                 }
             }
-            if let Ring::Recording(formation) = &ring {
-                self.generation = formation.generation;
+            match (&self.ring, &ring) {
+                (Ring::Alive { .. }, Ring::Breaking { .. }) if self.has_trained => {
+                    self.broke.get_or_insert(self.now);
+                }
+                (_, Ring::Recording(formation)) => self.generation = formation.generation,
+                _ => {}
             }
             self.ring = ring;
         }

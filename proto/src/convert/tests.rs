@@ -151,6 +151,31 @@ fn take_hello(message: v1::Hello) {
     }
 }
 
+fn pace() -> impl Strategy<Value = v1::Pace> {
+    let times = (number(), number(), number(), number(), number(), number());
+    (number(), small(), small(), times).prop_map(|(generation, lanes, steps, times)| {
+        let (step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us) = times;
+        v1::Pace {
+            generation,
+            lanes,
+            steps,
+            step_us,
+            data_us,
+            compute_us,
+            reduce_us,
+            update_us,
+            checkpoint_us,
+        }
+    })
+}
+
+fn take_pace(message: v1::Pace) {
+    if let Ok(pace) = Pace::try_from(message) {
+        assert!(pace.lanes > 0 && pace.steps > 0);
+        assert_eq!(Pace::try_from(again(&v1::Pace::from(&pace))), Ok(pace));
+    }
+}
+
 fn take_order(message: v1::ToWorker) {
     if let Ok((epoch, Word::Order(order))) = <(Epoch, Word)>::try_from(message) {
         let message = v1::ToWorker { epoch: epoch.0, order: Some((&order).into()) };
@@ -172,6 +197,11 @@ proptest! {
     }
 
     #[test]
+    fn any_pace_is_taken_whole_or_refused(message in pace()) {
+        take_pace(message);
+    }
+
+    #[test]
     fn any_order_is_taken_whole_or_refused(message in to_worker()) {
         take_order(message);
     }
@@ -183,6 +213,7 @@ proptest! {
                 v1::from_worker::Word::Hello(hello) => take_hello(hello),
                 v1::from_worker::Word::Stance(stance) => take_stance(stance),
                 v1::from_worker::Word::Step(_) => {}
+                v1::from_worker::Word::Pace(pace) => take_pace(pace),
             }
         }
         if let Ok(message) = v1::ToWorker::decode(&bytes[..]) {

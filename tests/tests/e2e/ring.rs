@@ -222,6 +222,9 @@ fn a_death_is_told_in_plain_words_and_costs_no_step() {
     let told = events(run);
     assert!(told.contains("lost (it closed its connections to the coordinator and to its peers)"), "{told}");
     assert!(told.contains("with 2 workers from step"), "{told}");
+    let re_formed =
+        told.lines().find(|line| line.contains("ring re-formed with 2 workers in ")).expect(&told);
+    assert!(re_formed.ends_with("no step lost") || re_formed.ends_with("1 step computed again"), "{told}");
     assert_undisturbed(run);
 }
 

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use super::link::Link;
 use super::model::{Command, Model, Outside, Told};
+use super::pace::Tally;
 use super::{WorkerOptions, peers};
 use crate::environment;
 use crate::error::{Error, Result};
@@ -71,6 +72,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         rank_zero: false,
         welcomed: false,
         rows: VecDeque::new(),
+        tally: Tally::default(),
         heartbeat: Duration::from_secs(1),
         said_at: Instant::now(),
         connect_at: Instant::now(),
@@ -112,6 +114,8 @@ struct Shell {
     welcomed: bool,
     /// Rows of steps that are not known to be in a checkpoint.
     rows: VecDeque<v1::StepReport>,
+    /// Time of the steps since the last word about it.
+    tally: Tally,
     heartbeat: Duration,
     said_at: Instant,
     connect_at: Instant,
@@ -162,6 +166,7 @@ impl Shell {
             }
             if self.link.is_some() && self.said_at.elapsed() >= self.heartbeat {
                 self.say_stance();
+                self.say_pace();
             }
         }
     }
@@ -235,6 +240,7 @@ impl Shell {
         match told {
             Told::Event(event) => self.member.handle(event, effects),
             Told::Step(report) => {
+                self.tally.add(&report);
                 if self.rank_zero
                     && self.welcomed
                     && let Some(link) = &self.link
@@ -259,6 +265,7 @@ impl Shell {
                 Effect::Form(formation) => {
                     let worker = WorkerId(self.hello.worker);
                     self.rank_zero = formation.rank(worker) == Some(0);
+                    self.tally.begin(&formation, worker);
                     if self.rank_zero {
                         self.report(0);
                     }
@@ -296,6 +303,13 @@ impl Shell {
             && !link.say(Said::Stance(self.member.stance().into()))
         {
             tracing::debug!("a word for the coordinator is lost; the next one says it all");
+        }
+    }
+
+    /// For people, and to find one that is slow: what is lost is not said again.
+    fn say_pace(&mut self) {
+        if let (Some(pace), Some(link)) = (self.tally.take(), &self.link) {
+            link.say(Said::Pace((&pace).into()));
         }
     }
 

@@ -4,6 +4,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
+use super::super::Straggling;
 use super::super::simulation::invariants::*;
 use super::*;
 
@@ -80,6 +81,13 @@ fn act() -> impl Strategy<Value = Act> {
         2 => worker().prop_map(|worker| Event::Unlinked { worker }),
         6 => (worker(), stance()).prop_map(|(worker, stance)| Event::Stands { worker, stance }),
         1 => generation().prop_map(|generation| Event::Recorded { generation }),
+        1 => step().prop_map(|step| Event::Reported { step }),
+        2 => (worker(), generation(), 1u32..9, 1u32..40, any::<u32>()).prop_map(
+            |(worker, generation, lanes, steps, us)| {
+                let spent = Spent { compute_us: us.into(), ..Spent::default() };
+                Event::Paced { worker, pace: Pace { generation, lanes, steps, spent } }
+            }
+        ),
         1 => (0u64..=TOTAL.0).prop_map(|step| Event::Committed { step: Step(step) }),
         1 => step().prop_map(move |step| Event::CommitFailed { step, reason: reason() }),
         1 => vec((0u64..=TOTAL.0).prop_map(Step), 0..3).prop_map(|steps| Event::Listed { steps }),
@@ -112,7 +120,8 @@ struct Watched {
 impl Watched {
     fn new(lanes: u32, min: u32, desired: u32) -> Self {
         let (lease, gather) = (Millis(1000), Millis(500));
-        let options = Options { lanes, total: TOTAL, min, desired, lease, gather, faults_max: 2 };
+        let straggling = Straggling { factor_permille: 1500, window_steps: 20 };
+        let options = Options { lanes, total: TOTAL, min, desired, lease, gather, faults_max: 2, straggling };
         let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
         let (said, told) = Default::default();
         Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }

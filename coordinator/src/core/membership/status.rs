@@ -20,6 +20,8 @@ impl Membership {
                 lanes: lanes(id),
                 linked: worker.linked,
                 stance: worker.stance.clone(),
+                pace: self.paces.pace(id),
+                slow: self.paces.slow(id),
             })
             .collect();
         let rank = |id| formation.as_ref().and_then(|f| f.rank(id)).unwrap_or(usize::MAX);

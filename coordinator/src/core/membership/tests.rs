@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::super::Straggling;
 use super::*;
 
 const TOTAL: Step = Step(100);
@@ -15,6 +16,7 @@ fn options(desired: u32) -> Options {
         lease: Millis(1000),
         gather: Millis(500),
         faults_max: 3,
+        straggling: Straggling { factor_permille: 1500, window_steps: 20 },
     }
 }
 
@@ -541,4 +543,62 @@ fn nobody_left_to_train_is_no_failure_when_all_is_trained() {
     story.event(Event::Committed { step: TOTAL });
     let out = story.event(Event::GivenUp { reason: "no worker is left".to_owned() });
     assert_eq!(out[0], Effect::Record(Entry::Ended { outcome: Outcome::Completed }));
+}
+
+#[test]
+fn a_ring_that_follows_another_says_how_long_it_took_and_what_it_cost() {
+    let recovered = |generation, took, again, checkpoint: Option<u64>| {
+        let (generation, took) = (Generation(generation), Millis(took));
+        let checkpoint = checkpoint.map(Step);
+        Effect::Record(Entry::Recovered { generation, workers: 1, took, again, checkpoint })
+    };
+    let mut story = Story::running(2);
+    story.event(Event::Reported { step: Step(42) });
+    (story.now, _) = (300, story.event(Event::Unlinked { worker: WorkerId(2) }));
+    // Rank 0, which is gone or not, has told of one step more than the survivor holds.
+    story.stands(1, stance(Some(41), holding(1, lost(2))));
+    story.now = 450;
+    story.event(Event::Recorded { generation: Generation(2) });
+    assert_eq!(story.stands(1, stance(Some(41), running(2))), [recovered(2, 150, 1, None)]);
+    story.event(Event::Committed { step: Step(40) });
+    // Two that differ in turn: what is held is not used, and the time counts from the first.
+    let diverged = || Cause::Diverged { workers: Vec::new(), reason: "they differ".to_owned() };
+    story.now = 500;
+    story.stands(1, stance(Some(52), holding(2, diverged())));
+    story.event(Event::Listed { steps: vec![Step(40)] });
+    story.event(Event::Recorded { generation: Generation(3) });
+    story.now = 700;
+    let broken = Cause::Broken { lost: None, reason: "connection reset".to_owned() };
+    story.stands(1, stance(Some(40), holding(3, broken)));
+    story.event(Event::Listed { steps: vec![Step(40)] });
+    story.event(Event::Recorded { generation: Generation(4) });
+    story.now = 900;
+    let out = story.stands(1, stance(Some(40), running(4)));
+    let Effect::Record(Entry::Recovered { took: Millis(400), again: 12, .. }) = &out[0] else {
+        panic!("{out:?}")
+    };
+}
+
+#[test]
+fn a_slow_member_is_told_of_and_nothing_else_comes_of_it() {
+    let mut story = Story::running(2);
+    let paced = |id, lane_us: u64| {
+        let spent = Spent { compute_us: lane_us * 4 * 20, ..Spent::default() };
+        let pace = Pace { generation: Generation(1), lanes: 4, steps: 20, spent };
+        Event::Paced { worker: WorkerId(id), pace }
+    };
+    let before = story.core.clone();
+    assert_eq!(story.event(paced(2, 250)), []);
+    let slow = Entry::Slow { worker: WorkerId(2), machine: "m".to_owned(), step: Step(10), percent: 250 };
+    assert_eq!(story.event(paced(1, 100)), [Effect::Record(slow)]);
+    let shown = |story: &Story| {
+        let status = story.core.status();
+        status.attendants.iter().map(|a| (a.slow, a.pace.map(|pace| pace.steps))).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&story), [(None, Some(20)), (Some(250), Some(20))]);
+    assert_eq!(story.event(paced(2, 100)), []);
+    let in_step = Entry::InStep { worker: WorkerId(2), step: Step(10) };
+    assert_eq!(story.event(paced(1, 100)), [Effect::Record(in_step)]);
+    story.core.paces = before.paces.clone();
+    assert_eq!(story.core, before);
 }

@@ -17,7 +17,7 @@ use anello_configs::random::Stream;
 use anello_member::{Effect as Do, Event as Happens, Member as Machine};
 use anello_proto::ring::*;
 
-use super::super::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome};
+use super::super::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Straggling};
 use super::invariants::*;
 use coordinators::Coordinator;
 use happening::{Happening, kind, target};
@@ -95,6 +95,7 @@ impl World {
             lease: Millis(1000),
             gather: Millis(500),
             faults_max: 5,
+            straggling: Straggling { factor_permille: 1500, window_steps: 20 },
         };
         let mut world = Self {
             stream,
