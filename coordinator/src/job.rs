@@ -8,7 +8,7 @@
 //!      └───────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ use anello_store::{CONFIG, Notice, Store, checkpoint, read_config};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::core::{
-    Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Status, Straggling,
+    Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Rows, Status, Straggling,
 };
 use crate::desk::{Desk, Done, Task};
 use crate::error::{Error, Result};
@@ -179,10 +179,8 @@ impl Opened {
             links: BTreeMap::new(),
             first: None,
             total: schedule.total_steps(),
-            reported,
+            rows: Rows::new(reported, millis(timings.lease)),
             waiting: Vec::new(),
-            ahead: None,
-            search: None,
             amending: VecDeque::new(),
             last_wait: None,
             stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),
@@ -254,20 +252,6 @@ struct Waiting {
     parts: Vec<String>,
 }
 
-/// A search for rows that are not here, of steps before others or before a checkpoint: any worker that was in the ring at
-/// the time has them, though only rank 0 reports on its own.
-struct Search {
-    /// Who was asked since the last row came.
-    asked: BTreeSet<WorkerId>,
-    /// Looks so far, and the last one. Looks are counted, not time: a coordinator that slept has not waited.
-    looks: u32,
-    looked: Instant,
-}
-
-/// Looks a lease. After two leases, rows that no connected worker has are given up: whoever is to be expected is here, and
-/// whoever is dead is known to be.
-const LOOKS: u32 = 8;
-
 struct Running {
     epoch: Epoch,
     run: String,
@@ -280,12 +264,8 @@ struct Running {
     first: Option<Kind>,
     /// Steps of the whole run.
     total: u64,
-    /// Steps whose rows are here.
-    reported: u64,
+    rows: Rows,
     waiting: Vec<Waiting>,
-    /// The earliest step that was reported though one before it was not.
-    ahead: Option<u64>,
-    search: Option<Search>,
     /// What the user wants and the log does not hold yet, in the order in which the desk was asked.
     amending: VecDeque<(Goal, oneshot::Sender<()>)>,
     last_wait: Option<String>,
@@ -304,10 +284,8 @@ impl Running {
     async fn run(mut self, mut inbox: mpsc::Receiver<Input>) -> Outcome {
         self.core_event(Event::Tick);
         loop {
-            let deadline = self.core.deadline().map(|at| self.began + Duration::from_millis(at.0));
-            let look = self.search.as_ref().map(|search| search.looked + self.timings.lease / LOOKS);
-            let next = [deadline, look].into_iter().flatten().min();
-            let input = match next {
+            let next = self.core.deadline().into_iter().chain(self.rows.deadline()).min();
+            let input = match next.map(|at| self.began + Duration::from_millis(at.0)) {
                 Some(at) => tokio::time::timeout_at(at.into(), inbox.recv()).await,
                 None => Ok(inbox.recv().await),
             };
@@ -386,9 +364,7 @@ impl Running {
         }
         self.first.get_or_insert(Kind { build: hello.build.clone(), device: hello.device.clone() });
         self.links.insert(worker, Link { connection: hello.connection, orders });
-        if let Some(search) = &mut self.search {
-            search.asked.remove(&worker);
-        }
+        self.rows.connected(worker);
         self.welcome(worker);
         let Hello { endpoints, machine, stance, .. } = hello;
         self.core_event(Event::Linked { worker, endpoints, machine, stance });
@@ -413,21 +389,12 @@ impl Running {
         }
     }
 
-    /// A step's figures, from whoever is rank 0, or was asked. One that is known is the same bits again, and is dropped; so is
-    /// one that comes before its time: it is told again once those before it are here.
+    /// A step's figures, from whoever is rank 0, or was asked.
     fn step(&mut self, mut report: v1::StepReport) {
-        if report.step < self.reported {
+        if !self.rows.take(report.step) {
             return;
-        }
-        if report.step > self.reported {
-            self.ahead = Some(self.ahead.map_or(report.step, |ahead| ahead.min(report.step)));
-            return;
-        }
-        if let Some(search) = &mut self.search {
-            (search.looks, search.asked) = (0, BTreeSet::new());
         }
         let events = std::mem::take(&mut report.events);
-        self.reported = report.step + 1;
         for text in events {
             match serde_json::from_str(&text) {
                 // Only what a step can bring about: the rest of the log is the coordinator's.
@@ -485,9 +452,13 @@ impl Running {
         }
     }
 
+    fn now(&self) -> Millis {
+        millis(self.began.elapsed())
+    }
+
     fn core_event(&mut self, event: Event) {
         let mut out = Vec::new();
-        self.core.handle(millis(self.began.elapsed()), event, &mut out);
+        self.core.handle(self.now(), event, &mut out);
         out.into_iter().for_each(|effect| self.perform(effect));
     }
 
@@ -525,7 +496,7 @@ impl Running {
 
     /// Commits what has its steps reported: a checkpoint never stands after steps that are not in the metrics.
     fn commit_waiting(&mut self) {
-        let reported = self.reported;
+        let reported = self.rows.reported();
         let (ready, waiting) =
             std::mem::take(&mut self.waiting).into_iter().partition(|w: &Waiting| w.step.0 <= reported);
         self.waiting = waiting;
@@ -534,39 +505,14 @@ impl Running {
         }
     }
 
-    /// Asks one worker after the other for rows that are not here. Those that nobody has died with whoever knew them: with
-    /// their steps when nobody else holds state from after them, for then they are trained again.
+    /// Asks for figures that are missing before others, or before a checkpoint.
     fn look_for_rows(&mut self) {
-        let reported = self.reported;
-        self.ahead = self.ahead.filter(|ahead| *ahead > reported);
-        let first_waiting = self.waiting.iter().map(|w| w.step.0).filter(|step| *step > reported).min();
-        let Some(hole_end) = self.ahead.into_iter().chain(first_waiting).min() else {
-            self.search = None;
-            return;
-        };
-        let (pace, now) = (self.timings.lease / LOOKS, Instant::now());
-        let search = self.search.get_or_insert(Search { asked: BTreeSet::new(), looks: 0, looked: now });
-        if now - search.looked < pace {
-            return;
+        let waiting = self.waiting.iter().map(|waiting| waiting.step.0);
+        let look = self.rows.look(millis(self.began.elapsed()), waiting, self.links.keys().copied());
+        if let Some(std::ops::Range { start: from, end: to }) = look.lost {
+            tracing::error!(from, to, "the figures of these steps are lost with all who knew them");
         }
-        (search.looks, search.looked) = (search.looks + 1, now);
-        let share = self.links.len().div_ceil(LOOKS as usize);
-        let next: Vec<WorkerId> =
-            self.links.keys().filter(|id| !search.asked.contains(id)).take(share).copied().collect();
-        if next.is_empty() && search.looks > LOOKS {
-            tracing::error!(
-                from = reported,
-                to = hole_end,
-                "the figures of these steps are lost with all who knew them"
-            );
-            self.reported = hole_end;
-            self.search = None;
-            return;
-        }
-        search.asked.extend(&next);
-        for worker in next {
-            self.welcome(worker);
-        }
+        look.ask.into_iter().for_each(|worker| self.welcome(worker));
     }
 
     /// Says where the run is. Said a second time over one connection, it asks for rows.
@@ -574,7 +520,7 @@ impl Running {
         let welcome = v1::Welcome {
             run: self.run.clone(),
             heartbeat_ms: millis(self.timings.heartbeat).0,
-            reported: self.reported,
+            reported: self.rows.reported(),
         };
         if let Some(link) = self.links.get(&worker) {
             let order = Some(v1::to_worker::Order::Welcome(welcome));

@@ -3,6 +3,7 @@
 mod checkpoints;
 mod membership;
 mod paces;
+mod rows;
 #[cfg(test)]
 mod simulation;
 
@@ -14,6 +15,7 @@ use anello_proto::ring::{Endpoints, Formation, Generation, Order, Pace, Stance, 
 
 pub use membership::{Found, Membership, lane_ranges};
 pub use paces::Straggling;
+pub(crate) use rows::Rows;
 
 /// Milliseconds on the shell's monotonic clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

@@ -602,3 +602,29 @@ fn a_slow_member_is_told_of_and_nothing_else_comes_of_it() {
     story.core.paces = before.paces.clone();
     assert_eq!(story.core, before);
 }
+
+/// Who is found dead when the first look comes at `first`, and the one after it at `second`; the leases end at 1000.
+fn found_dead(first: u64, second: u64) -> [usize; 2] {
+    let mut story = Story::running(2);
+    assert_eq!(story.core.deadline(), Some(Millis(1000)));
+    [first, second].map(|at| {
+        story.now = at;
+        let out = story.event(Event::Tick);
+        out.iter().filter(|effect| matches!(effect, Effect::Record(Entry::Lost { .. }))).count()
+    })
+}
+
+#[test]
+fn one_that_slept_through_its_deadline_listens_for_half_a_lease_before_it_finds_anyone_dead() {
+    assert_eq!(found_dead(1000, 1001), [2, 0], "in time");
+    assert_eq!(found_dead(1125, 1126), [2, 0], "an eighth of a lease late is no sleep");
+    assert_eq!(found_dead(1126, 1625), [0, 0], "half a lease from when it woke");
+    assert_eq!(found_dead(1126, 1626), [0, 2]);
+    assert_eq!(found_dead(60_000, 60_500), [0, 2]);
+}
+
+#[test]
+fn it_forgives_once_a_lease_or_a_machine_that_is_always_late_would_find_nobody_dead() {
+    assert_eq!(found_dead(1126, 2126), [0, 2], "late again, and no more than a lease after it forgave");
+    assert_eq!(found_dead(1126, 2127), [0, 0]);
+}
