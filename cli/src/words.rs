@@ -1,7 +1,7 @@
 //! The event log in plain words.
 
 use anello_store::Environment;
-use anello_store::events::Event;
+use anello_store::events::{Event, RingMember};
 
 use crate::text::grouped;
 
@@ -78,8 +78,9 @@ pub fn describe(event: &Event) -> String {
             };
             let save = if *save_first { "; a checkpoint comes first" } else { "" };
             format!(
-                "ring {generation} formed with {} from step {}, state from {whence}{save}",
+                "ring {generation} formed with {}{} from step {}, state from {whence}{save}",
                 of_workers(members.len()),
+                shares(members),
                 grouped(start + 1)
             )
         }
@@ -140,6 +141,19 @@ pub fn short_digest(digest: &str) -> &str {
     digest.get(..12).unwrap_or(digest)
 }
 
+/// ` (lanes 3+1)`, when they are not shared out evenly.
+fn shares(members: &[RingMember]) -> String {
+    let lanes: Vec<u32> =
+        members.iter().map(|member| member.end_lane.saturating_sub(member.first_lane)).collect();
+    match (lanes.iter().min(), lanes.iter().max()) {
+        (Some(least), Some(most)) if most - least > 1 => {
+            let lanes: Vec<String> = lanes.iter().map(u32::to_string).collect();
+            format!(" (lanes {})", lanes.join("+"))
+        }
+        _ => String::new(),
+    }
+}
+
 fn of_workers(number: usize) -> String {
     match number {
         1 => "1 worker".to_owned(),
@@ -160,8 +174,6 @@ fn ordinal(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use anello_store::events::RingMember;
-
     use super::*;
 
     #[test]
@@ -223,6 +235,20 @@ mod tests {
             (
                 formed("peers", vec![worker()], false),
                 "ring 7 formed with 3 workers from step 413, state from 1 worker",
+            ),
+            (
+                Event::Formed {
+                    generation: 8,
+                    start: 412,
+                    source: "peers".into(),
+                    holders: vec![worker(), worker()],
+                    members: vec![
+                        RingMember { end_lane: 3, ..member(0) },
+                        RingMember { end_lane: 4, ..member(3) },
+                    ],
+                    save_first: false,
+                },
+                "ring 8 formed with 2 workers (lanes 3+1) from step 413, state from 2 workers",
             ),
             (
                 formed("checkpoint", Vec::new(), true),

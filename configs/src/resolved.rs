@@ -173,6 +173,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         spot_check_every_steps,
         straggler_factor,
         straggler_window_steps,
+        lanes,
         fault,
     } = ring;
     section("ring", &|s| {
@@ -180,7 +181,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         s.rest("digest_every_steps", *digest_every_steps);
         s.rest("spot_check_every_steps", *spot_check_every_steps);
         s.rest("straggler_factor", *straggler_factor);
-        s.rest("straggler_window_steps", *straggler_window_steps);
+        s.rest("straggler_window_steps", *straggler_window_steps).rest("lanes", lanes.name());
         if let Some(Fault { buffer, step, rank }) = fault {
             s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());
         }

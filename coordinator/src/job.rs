@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
-use anello_configs::{RunConfig, Schedule, Timings};
+use anello_configs::{LaneShares, RunConfig, Schedule, Timings};
 use anello_proto::ring::{Epoch, Generation, Hello, Leave, Order, Pace, Stance, Step, WorkerId};
 use anello_proto::v1;
 use anello_store::events::{self, Event as Logged, EventLog, Record};
@@ -165,6 +165,7 @@ impl Opened {
                 factor_permille: (config.ring.straggler_factor * 1000.0).round() as u32,
                 window_steps: config.ring.straggler_window_steps,
             },
+            by_speed: config.ring.lanes == LaneShares::BySpeed,
         };
         let job = Job { name: options.name.clone(), inputs };
         let core = Membership::new(core, epoch, found, Millis(0));

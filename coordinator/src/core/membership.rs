@@ -21,9 +21,8 @@ mod copies;
 mod gather;
 mod orders;
 mod presence;
+mod shares;
 mod status;
-
-pub use gather::lane_ranges;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -32,7 +31,8 @@ use std::sync::Arc;
 use anello_proto::ring::*;
 
 use super::checkpoints::Checkpoints;
-use super::paces::{Paces, Verdict};
+use super::cut;
+use super::paces::{self, Paces, Verdict};
 #[cfg(test)]
 use super::simulation::Bug;
 use super::{Attendant, Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};

@@ -1,6 +1,7 @@
 //! The decisions, as pure values: events in, effects out, time as an input.
 
 mod checkpoints;
+mod cut;
 mod membership;
 mod paces;
 mod rows;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use anello_proto::ring::{Endpoints, Formation, Generation, Order, Pace, Stance, Step, WorkerId, Written};
 
-pub use membership::{Found, Membership, lane_ranges};
+pub use membership::{Found, Membership};
 pub use paces::Straggling;
 pub(crate) use rows::Rows;
 
@@ -67,6 +68,8 @@ pub struct Options {
     pub faults_max: u32,
     /// When a member is slow.
     pub straggling: Straggling,
+    /// Lanes are shared out by how fast members were, not evenly.
+    pub by_speed: bool,
 }
 
 /// What the job's user wants of it.

@@ -1,4 +1,5 @@
-//! How fast the members of a ring are, and which of them are slow. It tells people, and changes no bit.
+//! How fast the members of a ring are, and which of them are slow. It tells people, shares out lanes when asked, and changes no
+//! bit.
 //!
 //! ```text
 //!            its time for a lane > factor × the median, over a window of steps
@@ -42,6 +43,8 @@ pub(super) struct Paces {
     of: BTreeMap<WorkerId, VecDeque<Pace>>,
     /// Who is slow, and how slow when that was seen last.
     slow: BTreeMap<WorkerId, u32>,
+    /// Nanoseconds for a lane over the last whole window, in this generation or in one before.
+    lane_ns: BTreeMap<WorkerId, u64>,
 }
 
 /// Words that a window is made of at most: with more steps to a window than that, the words of a small run are still a few
@@ -50,7 +53,13 @@ const WORDS_MAX: usize = 64;
 
 impl Paces {
     pub fn new(options: Straggling) -> Self {
-        Self { options, generation: Generation(0), of: BTreeMap::new(), slow: BTreeMap::new() }
+        Self {
+            options,
+            generation: Generation(0),
+            of: BTreeMap::new(),
+            slow: BTreeMap::new(),
+            lane_ns: BTreeMap::new(),
+        }
     }
 
     /// A member tells. All are compared when the first of them does, so that it costs one look at all a heartbeat.
@@ -60,6 +69,7 @@ impl Paces {
             self.of.clear();
             let members: BTreeSet<WorkerId> = formation.members.iter().map(|member| member.worker).collect();
             self.slow.retain(|worker, _| members.contains(worker));
+            self.lane_ns.retain(|worker, _| members.contains(worker));
         }
         let lanes = formation.member(worker).map(|member| member.lanes.len() as u32);
         if (pace.generation, Some(pace.lanes)) != (self.generation, lanes) {
@@ -72,6 +82,9 @@ impl Paces {
             || steps(words).saturating_sub(words[0].steps.into()) >= self.options.window_steps.into()
         {
             words.pop_front();
+        }
+        if let Some(cost) = self.cost(worker) {
+            self.lane_ns.insert(worker, cost);
         }
         if formation.members.first().is_none_or(|first| first.worker != worker) {
             return Vec::new();
@@ -122,6 +135,11 @@ impl Paces {
         Some(Pace { steps, spent, ..*words.back()? })
     }
 
+    /// Its time for a lane's forward and backward, when a whole window of it was told: at least 1.
+    pub fn lane_ns(&self, worker: WorkerId) -> Option<u64> {
+        self.lane_ns.get(&worker).copied()
+    }
+
     /// Its time for a lane, in hundredths of the median, when it is slow.
     pub fn slow(&self, worker: WorkerId) -> Option<u32> {
         self.slow.get(&worker).copied()
@@ -129,7 +147,7 @@ impl Paces {
 }
 
 /// The lower median of some numbers; 1 of none.
-fn median(of: impl Iterator<Item = u64>) -> u64 {
+pub(super) fn median(of: impl Iterator<Item = u64>) -> u64 {
     let mut all: Vec<u64> = of.collect();
     all.sort_unstable();
     all.get(all.len().saturating_sub(1) / 2).copied().unwrap_or(1)

@@ -120,8 +120,9 @@ struct Watched {
 impl Watched {
     fn new(lanes: u32, min: u32, desired: u32) -> Self {
         let (lease, gather) = (Millis(1000), Millis(500));
-        let straggling = Straggling { factor_permille: 1500, window_steps: 20 };
-        let options = Options { lanes, total: TOTAL, min, desired, lease, gather, faults_max: 2, straggling };
+        let straggling = Straggling { factor_permille: 1500, window_steps: 1 };
+        let (total, faults_max, by_speed) = (TOTAL, 2, true);
+        let options = Options { lanes, total, min, desired, lease, gather, faults_max, straggling, by_speed };
         let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
         let (said, told) = Default::default();
         Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }

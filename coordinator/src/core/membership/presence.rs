@@ -14,7 +14,7 @@ impl Membership {
     /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
     /// are: it stands where it stood, at most some steps further, or it is one of many members that begin to run. All
     /// that a ring in good health ever says. The deadline may then be early, never late. What comes of words about time is
-    /// for people, and changes nothing either.
+    /// for people, and changes nothing either, unless lanes are to be shared out anew.
     pub(super) fn is_quiet(&mut self, event: &Event, out: &mut Vec<Effect>) -> bool {
         let (worker, stance) = match event {
             Event::Stands { worker, stance } => (worker, stance),
@@ -24,7 +24,7 @@ impl Membership {
             }
             Event::Paced { worker, pace } => {
                 self.paced(*worker, *pace, out);
-                return true;
+                return !self.is_cut_due();
             }
             _ => return false,
         };

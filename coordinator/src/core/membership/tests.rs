@@ -17,6 +17,7 @@ fn options(desired: u32) -> Options {
         gather: Millis(500),
         faults_max: 3,
         straggling: Straggling { factor_permille: 1500, window_steps: 20 },
+        by_speed: false,
     }
 }
 
@@ -627,4 +628,37 @@ fn one_that_slept_through_its_deadline_listens_for_half_a_lease_before_it_finds_
 fn it_forgives_once_a_lease_or_a_machine_that_is_always_late_would_find_nobody_dead() {
     assert_eq!(found_dead(1126, 2126), [0, 2], "late again, and no more than a lease after it forgave");
     assert_eq!(found_dead(1126, 2127), [0, 0]);
+}
+
+#[test]
+fn lanes_are_cut_by_speed_when_that_is_worth_a_new_ring_and_not_too_soon() {
+    let mut story = Story::running(2);
+    story.core.options.by_speed = true;
+    let paced = |generation, id, lanes: u64, lane_us: u64| {
+        let spent = Spent { compute_us: lane_us * lanes * 20, ..Spent::default() };
+        let (generation, lanes) = (Generation(generation), lanes as u32);
+        Event::Paced { worker: WorkerId(id), pace: Pace { generation, lanes, steps: 20, spent } }
+    };
+    let hold = |id| send(id, Order::Hold { generation: Generation(1), save: false });
+    // Not slow enough to be told of, but for the lanes: 100 × 6 and 140 × 4.
+    story.event(paced(1, 2, 4, 140));
+    story.event(Event::Reported { step: Step(99) });
+    assert_eq!(story.event(paced(1, 1, 4, 100)), [], "it has not trained for five windows");
+    story.event(Event::Reported { step: Step(100) });
+    assert_eq!(story.event(paced(1, 1, 4, 100)), [hold(1), hold(2)]);
+    assert_eq!(
+        story.core.status().waits_for.as_deref(),
+        Some("the next step boundary, to share the lanes out by speed")
+    );
+    assert_eq!(story.event(paced(1, 1, 4, 100)), [], "it is asked once");
+    story.stands(1, stance(Some(90), holding(1, Cause::Ordered)));
+    let next = formation(2, 90, peers(&[1, 2]), &[(1, 0..5), (2, 5..8)]);
+    assert_eq!(story.stands(2, stance(Some(90), holding(1, Cause::Ordered))), [formed(&next)]);
+    // The same speeds ask for nothing more, and a newcomer counts as one of the others.
+    story.event(Event::Recorded { generation: Generation(2) });
+    (1..=2).for_each(|id| drop(story.stands(id, stance(Some(90), running(2)))));
+    story.event(Event::Reported { step: Step(300) });
+    story.event(paced(2, 2, 3, 140));
+    assert_eq!(story.event(paced(2, 1, 5, 100)), []);
+    assert_eq!(story.core.cut(&[1, 2, 3].map(WorkerId)), [0..3, 3..5, 5..8]);
 }

@@ -96,6 +96,7 @@ impl World {
             gather: Millis(500),
             faults_max: 5,
             straggling: Straggling { factor_permille: 1500, window_steps: 20 },
+            by_speed: false,
         };
         let mut world = Self {
             stream,
