@@ -25,6 +25,7 @@ use crate::core::{
 };
 use crate::desk::{Desk, Done, Task};
 use crate::error::{Error, Result};
+use crate::news::{Herald, News};
 use crate::records::{event_of, formation_of, goal_name, record_of};
 
 /// What a job asks for, besides its run.
@@ -116,7 +117,7 @@ impl Opened {
             .find_map(formation_of);
         let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
         // No row before a checkpoint is still to come.
-        let rows = metrics::read(&store)?.last().map_or(0, |row| row.step + 1);
+        let rows = metrics::read_last(&store, 1)?.last().map_or(0, |row| row.step + 1);
         let reported = rows.max(checkpoints.last().copied().unwrap_or(0));
         let found = Found {
             formation,
@@ -138,11 +139,15 @@ impl Opened {
     }
 
     /// Starts the job on the current runtime. The handle's task ends with the job's outcome; `notices` hears of every
-    /// step, checkpoint and record.
+    /// step, checkpoint and record, and `news` when there is one, or when the job's status is another but for heartbeats.
     ///
     /// # Errors
     /// A thread that cannot be started.
-    pub fn start(self, notices: NoticeSender<Notice>) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
+    pub fn start(
+        self,
+        notices: NoticeSender<Notice>,
+        news: News,
+    ) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
         let Self { options, store, config, log, taken: _, found, reported } = self;
         let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
         let epoch = Epoch(log.session());
@@ -177,6 +182,7 @@ impl Opened {
             began: Instant::now(),
             desk,
             notices,
+            news: Herald(news),
             links: BTreeMap::new(),
             first: None,
             total: schedule.total_steps(),
@@ -261,6 +267,7 @@ struct Running {
     began: Instant,
     desk: Desk,
     notices: NoticeSender<Notice>,
+    news: Herald,
     links: BTreeMap<WorkerId, Link>,
     first: Option<Kind>,
     /// Steps of the whole run.
@@ -299,6 +306,7 @@ impl Running {
             self.commit_waiting();
             self.say_what_it_waits_for();
             if let Some(outcome) = self.core.outcome().cloned() {
+                self.news.0.tell();
                 self.see_off(&outcome, &mut inbox).await;
                 drop(inbox);
                 let desk = self.desk;
@@ -319,6 +327,7 @@ impl Running {
             Input::Closed { worker, connection } => {
                 if self.links.get(&worker).is_some_and(|link| link.connection == connection) {
                     self.links.remove(&worker);
+                    self.news.0.tell();
                     self.core_event(Event::Unlinked { worker });
                 }
             }
@@ -365,6 +374,7 @@ impl Running {
         }
         self.first.get_or_insert(Kind { build: hello.build.clone(), device: hello.device.clone() });
         self.links.insert(worker, Link { connection: hello.connection, orders });
+        self.news.0.tell();
         self.rows.connected(worker);
         self.welcome(worker);
         let Hello { endpoints, machine, stance, .. } = hello;
@@ -416,18 +426,18 @@ impl Running {
             && self.stage != Some(index)
         {
             self.stage = Some(index);
-            let _ = self.notices.send(Notice::Stage { index });
+            self.notify(Notice::Stage { index });
         }
         self.core_event(Event::Reported { step: Step(record.step + 1) });
         self.desk.ask(Task::Row(record.clone()));
-        let _ = self.notices.send(Notice::Step(record));
+        self.notify(Notice::Step(record));
     }
 
     fn done(&mut self, done: Done) {
         match done {
             Done::Appended { record, formed } => {
                 let amended = matches!(record.event, Logged::Goal { .. });
-                let _ = self.notices.send(Notice::Logged(record));
+                self.notify(Notice::Logged(record));
                 if let Some((goal, recorded)) = amended.then(|| self.amending.pop_front()).flatten() {
                     let _ = recorded.send(());
                     self.core_event(Event::Goal(goal));
@@ -435,22 +445,27 @@ impl Running {
                 if let Some(generation) = formed {
                     if let (false, Some(formation)) = (self.ready, self.core.formation()) {
                         self.ready = true;
-                        let _ = self.notices.send(Notice::Ready { step: formation.start.0 });
+                        self.notify(Notice::Ready { step: formation.start.0 });
                     }
                     self.core_event(Event::Recorded { generation });
                 }
             }
             Done::Committed { step, seconds } => {
-                let _ = self.notices.send(Notice::Checkpoint { step: step.0, seconds });
+                self.notify(Notice::Checkpoint { step: step.0, seconds });
                 self.core_event(Event::Committed { step });
             }
             Done::CommitFailed { step, reason } => {
-                let _ = self.notices.send(Notice::CheckpointFailed { step: step.0, cause: reason.clone() });
+                self.notify(Notice::CheckpointFailed { step: step.0, cause: reason.clone() });
                 self.core_event(Event::CommitFailed { step, reason });
             }
             Done::Listed { steps } => self.core_event(Event::Listed { steps }),
             Done::Fenced { by } => self.core_event(Event::Fenced { by }),
         }
+    }
+
+    fn notify(&self, notice: Notice) {
+        let _ = self.notices.send(notice);
+        self.news.0.tell();
     }
 
     fn now(&self) -> Millis {
@@ -531,6 +546,7 @@ impl Running {
 
     fn drop_link(&mut self, worker: WorkerId, reason: &str) {
         if self.links.remove(&worker).is_some() {
+            self.news.0.tell();
             tracing::info!(%worker, reason, "closed a worker's connection");
             self.core_event(Event::Unlinked { worker });
         }
@@ -539,6 +555,7 @@ impl Running {
     fn say_what_it_waits_for(&mut self) {
         let waits_for = self.core.waits_for();
         if waits_for != self.last_wait {
+            self.news.0.tell();
             if let Some(what) = &waits_for {
                 tracing::debug!(what, "the ring waits");
             }

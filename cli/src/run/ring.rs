@@ -7,7 +7,7 @@ use std::time::Duration;
 use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
 use anello_coordinator::launch::Crew;
-use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
+use anello_coordinator::{JobOptions, Jobs, News, Opened, Server, Timings, create};
 use anello_proto::ring::Step;
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use anello_worker::Ended;
@@ -41,7 +41,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
     let (sender, notices) = channel();
     let opened = Opened::take_up(store.clone(), options)?;
-    let (job, task) = runtime.block_on(async { opened.start(sender) })?;
+    let (job, task) = runtime.block_on(async { opened.start(sender, News::default()) })?;
     // Before anyone can connect: a worker that is told of no such job goes.
     jobs.add(job.clone());
     let server = runtime.block_on(bound.serve(jobs.clone(), None))?;
