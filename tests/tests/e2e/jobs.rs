@@ -97,6 +97,8 @@ fn two_jobs_take_their_turn_at_one_slot() {
     assert!(told.contains("with 1 worker from step 1"), "{told}");
     let told = logs.wait().expect(0);
     assert!(told.trim_end().ends_with("the coordinator ended the run: completed"), "{told}");
+    let told = coordinator.ask(&["top", "b"]).expect(0);
+    assert!(told.starts_with("b is completed: step 31/31"), "into a pipe it is told once: {told}");
     let told = coordinator.ask(&["describe", "b"]).expect(0);
     assert!(told.contains("phase       completed") && told.contains("31 of 31 (100.0 %)"), "{told}");
     coordinator.assert_undisturbed("a");

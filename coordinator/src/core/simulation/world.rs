@@ -95,7 +95,7 @@ impl World {
             lease: Millis(1000),
             gather: Millis(500),
             faults_max: 5,
-            straggling: Straggling { factor_permille: 1500, window_steps: 20 },
+            straggling: Straggling { factor_permille: 1500, window_steps: 1 },
             by_speed: false,
         };
         let mut world = Self {
@@ -132,6 +132,7 @@ impl World {
         world.options.desired = 1 + world.below(5) as u32;
         world.options.min = 1 + world.below(u64::from(world.options.desired).min(2)) as u32;
         world.options.lanes = 1 << (1 + world.below(3));
+        world.options.by_speed = world.chance(2);
         world.every = 2 + world.below(6);
         world.chaos_until = 500 + world.below(2500);
         let mut state = mix(seed, 7);
@@ -212,7 +213,13 @@ impl World {
             Happening::Heartbeat { worker } => {
                 let stance = self.workers[&worker].machine.stance().clone();
                 self.say(worker, stance);
+                self.say_pace(worker);
                 self.after(HEARTBEAT, Happening::Heartbeat { worker });
+            }
+            Happening::Paced { coordinator, link, worker, pace } => {
+                if self.coordinators[coordinator].links.get(&worker) == Some(&link) {
+                    return self.tell_core(coordinator, Event::Paced { worker, pace });
+                }
             }
             Happening::ToCoordinator { coordinator, link, worker, hello, stance } => {
                 let known = &mut self.coordinators[coordinator];

@@ -108,7 +108,12 @@ impl World {
             }
             Effect::Record(entry) => {
                 match &entry {
-                    Entry::Formed(formation) => self.check_formation(coordinator, formation)?,
+                    Entry::Formed(formation) => {
+                        self.check_formation(coordinator, formation)?;
+                        let lanes = || formation.members.iter().map(|member| member.lanes.len());
+                        self.report.recuts += u64::from(lanes().max() > lanes().min().map(|least| least + 1));
+                    }
+                    Entry::Slow { .. } => self.report.slow += 1,
                     Entry::Ended { outcome: Outcome::Completed } => self.check_checkpoints(coordinator)?,
                     _ => {}
                 }

@@ -21,10 +21,12 @@ pub struct Report {
     pub pauses: u64,
     pub replayed_steps: u64,
     pub copies: u64,
+    pub slow: u64,
+    pub recuts: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 15] {
+    pub fn counts(&self) -> [(&'static str, u64); 17] {
         [
             ("a generation", self.generations),
             ("a step", self.steps),
@@ -41,6 +43,8 @@ impl Report {
             ("a pause", self.pauses),
             ("a step done again", self.replayed_steps),
             ("a second copy that was asked for", self.copies),
+            ("a slow member", self.slow),
+            ("lanes shared out by speed", self.recuts),
         ]
     }
 
@@ -65,6 +69,8 @@ impl Report {
             pauses,
             again,
             copies,
+            slow,
+            recuts,
         ] = sum;
         *self = Self {
             trace: mix(self.trace, other.trace),
@@ -83,6 +89,8 @@ impl Report {
             pauses,
             replayed_steps: again,
             copies,
+            slow,
+            recuts,
         };
     }
 }

@@ -79,6 +79,21 @@ impl World {
         self.send_up(worker, false, stance);
     }
 
+    /// With a heartbeat, where the time of its steps went: some are slow, and none is twice as fast as another time.
+    pub(super) fn say_pace(&mut self, worker: WorkerId) {
+        let known = &self.workers[&worker];
+        let (Some((coordinator, link)), Some(generation)) = (known.link, known.ring) else { return };
+        let lanes = self.rings[&generation].formation.member(worker).map_or(0, |member| member.lanes.len());
+        if lanes == 0 || known.mute_until > self.now {
+            return;
+        }
+        let lane_us = (100 + self.below(60)) * (1 + mix(worker.0, 3) % 3);
+        let spent = Spent { compute_us: lane_us * lanes as u64, ..Spent::default() };
+        let pace = Pace { generation, lanes: lanes as u32, steps: 1, spent };
+        let delay = self.latency();
+        self.after(delay, Happening::Paced { coordinator, link, worker, pace });
+    }
+
     /// Closes a worker's link: both ends learn of it, at their own time.
     pub(super) fn cut(&mut self, worker: WorkerId) {
         let Some((coordinator, link)) = self.workers.get(&worker).and_then(|known| known.link) else {
