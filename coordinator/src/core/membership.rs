@@ -226,7 +226,7 @@ impl Membership {
             return;
         }
         match event {
-            // The last two are quiet.
+            // What they tell is noted already; words about time come here when lanes are to be shared out anew.
             Event::Tick | Event::Reported { .. } | Event::Paced { .. } => {}
             Event::Linked { worker, endpoints, machine, stance } => {
                 self.linked(worker, endpoints, machine, stance, out);
