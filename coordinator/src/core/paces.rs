@@ -13,7 +13,7 @@
 //! median is the lower one of the two in the middle, so that of two members the faster one is the measure. The way back is
 //! further than the way there, or one at the threshold would be told of again and again.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use anello_proto::ring::{Formation, Generation, Pace, Spent, WorkerId};
 
@@ -40,6 +40,8 @@ pub(super) enum Verdict {
 pub(super) struct Paces {
     options: Straggling,
     generation: Generation,
+    /// How many each member of it serves.
+    lanes: BTreeMap<WorkerId, u32>,
     of: BTreeMap<WorkerId, VecDeque<Pace>>,
     /// Who is slow, and how slow when that was seen last.
     slow: BTreeMap<WorkerId, u32>,
@@ -56,6 +58,7 @@ impl Paces {
         Self {
             options,
             generation: Generation(0),
+            lanes: BTreeMap::new(),
             of: BTreeMap::new(),
             slow: BTreeMap::new(),
             lane_ns: BTreeMap::new(),
@@ -67,12 +70,12 @@ impl Paces {
         if formation.generation != self.generation {
             self.generation = formation.generation;
             self.of.clear();
-            let members: BTreeSet<WorkerId> = formation.members.iter().map(|member| member.worker).collect();
-            self.slow.retain(|worker, _| members.contains(worker));
-            self.lane_ns.retain(|worker, _| members.contains(worker));
+            let lanes = formation.members.iter().map(|member| (member.worker, member.lanes.len() as u32));
+            self.lanes = lanes.collect();
+            self.slow.retain(|worker, _| self.lanes.contains_key(worker));
+            self.lane_ns.retain(|worker, _| self.lanes.contains_key(worker));
         }
-        let lanes = formation.member(worker).map(|member| member.lanes.len() as u32);
-        if (pace.generation, Some(pace.lanes)) != (self.generation, lanes) {
+        if (pace.generation, Some(&pace.lanes)) != (self.generation, self.lanes.get(&worker)) {
             return Vec::new();
         }
         let words = self.of.entry(worker).or_default();

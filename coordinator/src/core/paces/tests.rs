@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use anello_proto::ring::{Endpoints, Member, Source, Step};
 use proptest::prelude::*;
 
