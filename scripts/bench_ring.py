@@ -2,6 +2,7 @@
 
     bench_ring.py gloo RANK MEMBERS MIB HOST PORT    a member that takes an all_reduce for each line it reads
     bench_ring.py --ring PROGRAM                     the comparison: PROGRAM is that of `worker/collective/benches/ring.rs`
+    bench_ring.py --step PROGRAM                     a step of two workers: that of `worker/benches/ring_step.rs`
 
 Ours is `reduce_scatter` + `all_gather`, with checksums and in the fixed order over lanes; gloo's is `all_reduce`, which
 promises neither. A step takes as long as its slowest member; CPU time is that of all members. Over loopback, and, where
@@ -158,24 +159,58 @@ def compare(net, ring, members, mib, seconds):
     }
 
 
+def step_costs(net, program, seconds):
+    """What a step of two workers costs beyond the compute of each half and the transfer that nothing can hide: that of
+    the blocks that are whole only at the end, and the gather."""
+    members = Members(net, [[program, "serve", rank, 2, net.host(rank)] for rank in range(2)])
+    members.tell(json.dumps([answer["address"] for answer in members.answers()]))
+    ready = members.answers()[0]
+    taken = {"compute": [], "ring": [], "apart": [], "transfer": []}
+    until = time.monotonic() + seconds
+    while time.monotonic() < until or len(taken["ring"]) < 6:
+        for kind, answers in taken.items():
+            members.tell(kind)
+            answers.append(members.answers())
+    members.close()
+    rounds = lambda kind, key: [max(answer[key] for answer in answers) for answers in taken[kind][1:]]
+    reduce, gather = (statistics.median(rounds("transfer", key)) for key in ("reduce_seconds", "gather_seconds"))
+    bare = reduce * ready["whole_at_the_end"] + gather
+    over = lambda kind: statistics.median(
+        step / (compute + bare) for step, compute in zip(rounds(kind, "seconds"), rounds("compute", "seconds")))
+    return {
+        "bench": "worker/ring_step", "net": net.name, "mib": ready["mib"], "rounds": len(taken["ring"]) - 1,
+        "compute_seconds": statistics.median(rounds("compute", "seconds")), "step_seconds": statistics.median(rounds("ring", "seconds")),
+        "reduce_seconds": reduce, "gather_seconds": gather, "bare_seconds": bare,
+        "ratio": over("ring"), "ratio_apart": over("apart"),
+    }
+
+
 def main():
     if sys.argv[1:2] == ["gloo"]:
         rank, members, mib, host, port = sys.argv[2:]
         return gloo(int(rank), int(members), int(mib), host, int(port))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ring", required=True, help="the program of worker/collective/benches/ring.rs")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ring", help="the program of worker/collective/benches/ring.rs")
+    what.add_argument("--step", help="the program of worker/benches/ring_step.rs")
     parser.add_argument("--members", default="2,4")
     parser.add_argument("--mib", type=int, default=256, help="size of the buffer, fp32")
     parser.add_argument("--seconds", type=float, default=20, help="for each row")
     a = parser.parse_args()
-    for members in a.members.split(","):
-        print(json.dumps(compare(Loopback(), a.ring, int(members), a.mib, a.seconds)), flush=True)
+    if a.ring:
+        rows = [lambda net, members=members: compare(net, a.ring, int(members), a.mib, a.seconds) for members in a.members.split(",")]
+        over_link = lambda net: compare(net, a.ring, 2, a.mib, a.seconds)
+    else:
+        rows = [lambda net: step_costs(net, a.step, a.seconds)]
+        over_link = rows[0]
+    for row in rows:
+        print(json.dumps(row(Loopback())), flush=True)
     try:
         link = Link()
     except RuntimeError as error:
-        return print(json.dumps({"bench": "collective/ring", "net": Link.name, "skipped": str(error).strip()}), flush=True)
+        return print(json.dumps({"bench": "collective/ring" if a.ring else "worker/ring_step", "net": Link.name, "skipped": str(error).strip()}), flush=True)
     try:
-        print(json.dumps(compare(link, a.ring, 2, a.mib, a.seconds)), flush=True)
+        print(json.dumps(over_link(link)), flush=True)
     finally:
         link.close()
 

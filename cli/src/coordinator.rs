@@ -1,6 +1,7 @@
 //! `anello coordinator`: several jobs, as a service.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -46,9 +47,10 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
     let options = RegistryOptions { place: place.clone(), slots, timings: Timings::new(args.detection) };
     let worker = program()?;
+    let timeline = screen.timeline().map(Path::to_owned);
     let launcher = move |job: &str, config: &RunConfig, workers: u32| {
         let threads = threads_of(config.compute.threads, slots.unwrap_or(workers));
-        local(&worker, address, job, threads)
+        local(&worker, address, job, threads, timeline.as_deref())
     };
     let (sender, said) = channel();
     let (registry, thread) =

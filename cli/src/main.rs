@@ -6,8 +6,10 @@
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, top, pause, … at a coordinator
+//!               interchange export, import             generate, eval
+//!                                                      weights      a model by its name
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
-//!               waiting     LibTorch's threads sleep
+//!               waiting     LibTorch's threads sleep    trace        a timeline of steps
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
 //! pure          text        numbers, times, tables     words        events as sentences
 //!               stages      what became of each stage
@@ -17,7 +19,10 @@ mod checkpoint;
 mod config;
 mod coordinator;
 mod data;
+mod eval;
 mod failure;
+mod generate;
+mod interchange;
 mod interrupt;
 mod jobs;
 mod log;
@@ -27,10 +32,13 @@ mod run;
 mod screen;
 mod stages;
 mod text;
+mod trace;
 mod waiting;
+mod weights;
 mod words;
 mod worker;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -47,6 +55,10 @@ struct Cli {
     /// What is logged to standard error, as `info` or `anello_worker=debug` (default: RUST_LOG, or warnings).
     #[arg(long, global = true, value_name = "FILTER")]
     log: Option<String>,
+    /// Append a timeline of the first 20 steps to this file, those of the workers started from here included: open it in
+    /// Perfetto (ui.perfetto.dev).
+    #[arg(long, global = true, value_name = "FILE", env = trace::VARIABLE)]
+    trace: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -84,6 +96,14 @@ enum Command {
     /// Make, look at and check token sets.
     #[command(subcommand)]
     Data(data::Command),
+    /// Continue text with a model, token by token.
+    Generate(generate::Args),
+    /// Say what a model is worth at each loop step on held-out data.
+    Eval(eval::Args),
+    /// Write a checkpoint in the published Ouro layout of Hugging Face.
+    Export(interchange::ExportArgs),
+    /// Make a run that begins with weights in that layout.
+    Import(interchange::ImportArgs),
     /// Look at the checkpoints of runs.
     #[command(subcommand)]
     Checkpoint(checkpoint::Command),
@@ -97,10 +117,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if matches!(cli.command, Command::Run(_) | Command::Worker(_)) {
+    if matches!(cli.command, Command::Run(_) | Command::Worker(_) | Command::Generate(_) | Command::Eval(_)) {
         waiting::sleep_while_waiting();
     }
-    let screen = Screen::new();
+    let screen = Screen::new(cli.trace);
     let outcome =
         screen.log(cli.log.as_deref()).map(|()| Exit::Done).and_then(|_| command(cli.command, &screen));
     let _ = screen.clear();
@@ -141,6 +161,10 @@ fn command(command: Command, screen: &Screen) -> Outcome {
             }
             outcome => outcome,
         },
+        Command::Generate(args) => generate::run(&args, screen),
+        Command::Eval(args) => eval::run(&args, screen),
+        Command::Export(args) => interchange::export(&args, screen),
+        Command::Import(args) => interchange::import(&args, screen),
         Command::Events(args) => log::events(&args, screen),
         Command::Metrics(args) => log::metrics(&args),
         Command::Report(args) => report::run(&args, screen),

@@ -20,14 +20,9 @@ pub struct CheckpointName {
 impl FromStr for CheckpointName {
     type Err = Infallible;
 
-    /// Splits at the last `@` when digits alone follow it; any other `@` belongs to the folder's name.
     fn from_str(text: &str) -> Result<Self, Infallible> {
-        let digits = |step: &str| step.bytes().all(|b| b.is_ascii_digit());
-        let split = text.rsplit_once('@').filter(|(run, step)| !run.is_empty() && digits(step));
-        Ok(match split.and_then(|(run, step)| Some((run, step.parse().ok()?))) {
-            Some((run, step)) => Self { run: run.to_owned(), step: Some(step) },
-            None => Self { run: text.to_owned(), step: None },
-        })
+        let (run, step) = checkpoint::split_name(text);
+        Ok(Self { run: run.to_owned(), step })
     }
 }
 

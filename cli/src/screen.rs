@@ -1,12 +1,17 @@
 //! The terminal, or what stands in its place: where progress is drawn and lines are written without tearing it.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{EnvFilter, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::failure::Failure;
+use crate::trace::Timeline;
 
 /// Where progress is drawn. One a process.
 #[derive(Clone, Debug)]
@@ -14,15 +19,22 @@ pub struct Screen {
     bars: MultiProgress,
     live: bool,
     color: bool,
+    timeline: Option<PathBuf>,
 }
 
 impl Screen {
     /// The screen of this process: bars are drawn when standard output is a terminal, colours used unless `NO_COLOR`.
-    pub fn new() -> Self {
+    /// `timeline` is the file for `--trace`.
+    pub fn new(timeline: Option<PathBuf>) -> Self {
         let live = io::stdout().is_terminal();
         let target = if live { ProgressDrawTarget::stdout() } else { ProgressDrawTarget::hidden() };
         let color = live && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        Self { bars: MultiProgress::with_draw_target(target), live, color }
+        Self { bars: MultiProgress::with_draw_target(target), live, color, timeline }
+    }
+
+    /// The file for `--trace`.
+    pub fn timeline(&self) -> Option<&Path> {
+        self.timeline.as_deref()
     }
 
     /// Whether a person watches.
@@ -30,7 +42,8 @@ impl Screen {
         self.live
     }
 
-    /// Sends what is traced to standard error, above the bars. `filter` wins over `RUST_LOG`; without both, warnings.
+    /// Sends what is logged to standard error, above the bars, and the spans of the first steps to the timeline. `filter`
+    /// wins over `RUST_LOG`; without both, warnings.
     pub fn log(&self, filter: Option<&str>) -> Result<(), Failure> {
         let variable = std::env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
         let (origin, text) = match (filter, &variable) {
@@ -46,7 +59,18 @@ impl Screen {
         let filter = EnvFilter::builder().parse(text).map_err(wrong)?;
         let color =
             io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(self.clone()).init();
+        let log =
+            tracing_subscriber::fmt::layer().with_ansi(color).with_writer(self.clone()).with_filter(filter);
+        let timeline = self
+            .timeline
+            .as_deref()
+            .map(|file| {
+                Timeline::append(file)
+                    .map_err(|e| Failure::Usage(format!("the trace {}: {e}", file.display())))
+            })
+            .transpose()?
+            .map(|timeline| timeline.with_filter(filter_fn(Timeline::wants)));
+        tracing_subscriber::registry().with(log).with(timeline).init();
         Ok(())
     }
 
@@ -79,6 +103,11 @@ impl Screen {
     /// `text` in the faint colour.
     pub fn faint(&self, text: &str) -> String {
         if self.color { format!("\x1b[2m{text}\x1b[0m") } else { text.to_owned() }
+    }
+
+    /// `text` in one of the 256 colours of terminals.
+    pub fn in_color(&self, text: &str, color: u8) -> String {
+        if self.color { format!("\x1b[38;5;{color}m{text}\x1b[0m") } else { text.to_owned() }
     }
 
     /// `text` in bold.

@@ -10,6 +10,7 @@ use anello_worker::ring::{WorkerOptions, serve};
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
+use crate::trace;
 
 /// Arguments of `anello worker`.
 #[derive(Debug, clap::Args)]
@@ -69,8 +70,14 @@ pub fn run(args: &Args) -> Outcome {
     }
 }
 
-/// This program as a worker of `job`, that ends with the process that starts it.
-pub fn local(program: &Path, coordinator: SocketAddr, job: &str, threads: u32) -> Local {
+/// This program as a worker of `job`, that ends with the process that starts it and appends to the same timeline.
+pub fn local(
+    program: &Path,
+    coordinator: SocketAddr,
+    job: &str,
+    threads: u32,
+    timeline: Option<&Path>,
+) -> Local {
     let (coordinator, threads) = (coordinator.to_string(), threads.to_string());
     let arguments =
         ["worker", "--coordinator", &coordinator, "--job", job, "--threads", &threads, "--until-eof"];
@@ -78,7 +85,7 @@ pub fn local(program: &Path, coordinator: SocketAddr, job: &str, threads: u32) -
         program: program.to_owned(),
         machine: host_name(),
         arguments: arguments.into_iter().map(OsString::from).collect(),
-        environment: Vec::new(),
+        environment: timeline.map(|file| (trace::VARIABLE.into(), file.into())).into_iter().collect(),
     }
 }
 

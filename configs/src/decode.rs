@@ -46,6 +46,7 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
             post_norm: 1.0,
         }
     });
+    let init = top.optional("init").then(|| top.section("init", init)).flatten();
     let optimizer = top.section_or_empty("optimizer", optimizer);
     let compute = top.section_or_empty("compute", compute);
     let data = top.section_or_empty("data", data);
@@ -53,7 +54,7 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
     let ring = top.section_or_empty("ring", ring);
     let stages = stages(&mut top, &data.sources);
     top.finish();
-    (RunConfig { name, seed, lanes, model, optimizer, compute, data, checkpoint, ring, stages }, found)
+    (RunConfig { name, seed, lanes, model, init, optimizer, compute, data, checkpoint, ring, stages }, found)
 }
 
 fn model(s: &mut Section<'_, '_>) -> Model {
@@ -71,6 +72,18 @@ fn model(s: &mut Section<'_, '_>) -> Model {
         init_std,
         embed_std: s.number("embed_std", std, |v| v > 0.0 && v <= 1.0, Some(init_std)),
         post_norm: s.number("post_norm", "a number from 0 to 1", |v| (0.0..=1.0).contains(&v), Some(1.0)),
+    }
+}
+
+fn init(s: &mut Section<'_, '_>) -> Init {
+    let digest =
+        "the digest of the weights, 64 hexadecimal digits; or leave it out, to be found when the run is made";
+    let is_digest = |text: &str| {
+        text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    Init {
+        from: s.location("from"),
+        weights: s.optional("weights").then(|| s.text("weights", digest, is_digest)),
     }
 }
 

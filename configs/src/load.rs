@@ -353,6 +353,11 @@ impl Stack {
 
 /// Makes the relative paths in a layer relative to where the layer stands.
 fn anchor(table: &mut Table, directory: &Path) {
+    if let Some(Entry { node: Node { value: Value::Table(init), .. }, .. }) = table.entries.get_mut("init")
+        && let Some(from) = init.entries.get_mut("from")
+    {
+        anchor_path(&mut from.node, directory);
+    }
     let Some(Entry { node: Node { value: Value::Table(data), .. }, .. }) = table.entries.get_mut("data")
     else {
         return;

@@ -50,7 +50,7 @@ impl RunConfig {
     /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`; `ring.*`;
     /// `data.prefetch_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
-    /// the data's own digest to say.
+    /// the data's own digest to say. Of weights to begin with, `init.weights` counts, and not where they lie.
     ///
     /// Kept, though it often makes no difference: `data.on_corrupt`, since it decides which tokens are trained on.
     pub fn mathematics(&self) -> BTreeMap<String, String> {
@@ -121,7 +121,8 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
     let mut section = |name: &str, fill: &dyn Fn(&mut Section<'_>)| {
         fill(&mut Section { entries: &mut entries, name: name.to_owned() })
     };
-    let RunConfig { name, seed, lanes, model, optimizer, compute, data, checkpoint, ring, stages } = config;
+    let RunConfig { name, seed, lanes, model, init, optimizer, compute, data, checkpoint, ring, stages } =
+        config;
     section("", &|s| {
         let names: Vec<String> = stages.iter().map(|stage| stage.name.as_str().toml()).collect();
         s.rest("name", name.as_str()).bits("seed", *seed).bits("lanes", *lanes);
@@ -134,6 +135,14 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         s.bits("ffn", *ffn).bits("vocab", *vocab).bits("rms_eps", *rms_eps).bits("init_std", *init_std);
         s.bits("embed_std", *embed_std).bits("post_norm", *post_norm);
     });
+    if let Some(Init { from, weights }) = init {
+        section("init", &|s| {
+            s.rest("from", from.as_str());
+            if let Some(weights) = weights {
+                s.bits("weights", weights.as_str());
+            }
+        });
+    }
     section("optimizer", &|s| {
         let Optimizer { beta1, beta2, eps, weight_decay, clip } = optimizer;
         s.bits("beta1", *beta1).bits("beta2", *beta2).bits("eps", *eps);

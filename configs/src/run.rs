@@ -15,6 +15,8 @@ pub struct RunConfig {
     pub lanes: u32,
     /// Sizes of the model at the first step (an upcycling stage may change `layers`).
     pub model: Model,
+    /// Weights to begin with, in place of the seed's.
+    pub init: Option<Init>,
     /// AdamW and clipping.
     pub optimizer: Optimizer,
     /// How the mathematics is carried out.
@@ -54,6 +56,16 @@ pub struct Model {
     /// far below it, a token's own identity is lost in the residual until the norms have shrunk, which takes more steps
     /// than a small run has.
     pub post_norm: f64,
+}
+
+/// Weights that a run begins with: those of another run's checkpoint, or of a folder in the published layout. With fewer
+/// layers there the stack is repeated, as by an upcycling.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Init {
+    /// `RUN`, `RUN@STEP`, or the folder with `config.json`; a relative path in a file is relative to that file.
+    pub from: String,
+    /// Digest of the weights, as a checkpoint of step 0 would have it; found out when the run is made.
+    pub weights: Option<String>,
 }
 
 /// AdamW with decoupled weight decay on matrices, and the global gradient clip.

@@ -3,6 +3,7 @@
 //! ```text
 //! cargo bench -p anello-worker --profile dev --bench step                       memory, then the profile
 //! cargo bench -p anello-worker --profile dev --bench step -- memory | profile   one of them
+//! … -- generate                                                                     tokens/s by the loop step left at
 //! … -- serve CASE none|layer|loop THREADS DIR                                   for `scripts/bench_torch.py`
 //! ```
 //! Rows go to standard output, one JSON object a line, and to standard error as a table. Memory is measured in a
@@ -14,115 +15,19 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anello_configs::{Mask, RunConfig, Schedule, random::Stream};
-use anello_dataloader::{Document, MicroBatch, Packer};
-use anello_worker::{Context, Engine, Layout, Model, Pass, Rotary, State, forward_backward, token_losses};
+use anello_configs::{Mask, RunConfig, Schedule};
+use anello_dataloader::MicroBatch;
+use anello_worker::{
+    Cache, Context, Engine, GenerateOptions, Generator, Layout, Leave, Model, Pass, Rotary, State,
+    forward_backward, token_losses,
+};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-const LOOPS: u32 = 4;
-const BETA: f64 = 0.1;
+#[path = "cases/mod.rs"]
+mod cases;
 
-/// A model, and the batch of a step: `lanes` micro-batches of `sequences` × `sequence` tokens.
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    name: &'static str,
-    layers: u32,
-    hidden: u32,
-    ffn: u32,
-    vocab: u32,
-    sequence: u32,
-    sequences: u32,
-    lanes: u32,
-}
-
-const CASES: [Case; 4] = [
-    Case {
-        name: "tiny-128",
-        layers: 2,
-        hidden: 128,
-        ffn: 352,
-        vocab: 2048,
-        sequence: 128,
-        sequences: 16,
-        lanes: 1,
-    },
-    Case {
-        name: "tiny-512",
-        layers: 2,
-        hidden: 128,
-        ffn: 352,
-        vocab: 2048,
-        sequence: 512,
-        sequences: 4,
-        lanes: 1,
-    },
-    Case {
-        name: "d256",
-        layers: 4,
-        hidden: 256,
-        ffn: 704,
-        vocab: 4096,
-        sequence: 512,
-        sequences: 4,
-        lanes: 1,
-    },
-    // Where logits matter: all of them at once are 512 MiB.
-    Case {
-        name: "memory",
-        layers: 4,
-        hidden: 256,
-        ffn: 704,
-        vocab: 16384,
-        sequence: 2048,
-        sequences: 1,
-        lanes: 1,
-    },
-];
-
-impl Case {
-    fn named(name: &str) -> Self {
-        *CASES.iter().find(|case| case.name == name).unwrap_or_else(|| fail(&format!("no case {name}")))
-    }
-
-    fn config(&self, recompute: &str, threads: u32) -> RunConfig {
-        let Case { name, layers, hidden, ffn, vocab, sequence, sequences, lanes } = *self;
-        let batch = lanes * sequences * sequence;
-        let text = format!(
-            "name = \"bench-{name}\"\nseed = 1\nlanes = {lanes}\nstages = [\"all\"]\n\
-             [model]\nlayers = {layers}\nhidden = {hidden}\nheads = 4\nffn = {ffn}\nvocab = {vocab}\n\
-             [compute]\ndtype = \"fp32\"\nrecompute = \"{recompute}\"\nthreads = {threads}\n\
-             [data]\nsources.none.url = \"none\"\n\
-             [stage.all]\ntokens = {}\nsequence = {sequence}\nbatch = {batch}\nmicro_batch = {sequences}\n\
-             lr_curve = \"constant\"\nlr = 1e-3\nloops = {LOOPS}\nbeta = {BETA}\nrope_base = 10_000\n\
-             mixture = {{ none = 1 }}\n",
-            u64::from(batch) * 1_000_000
-        );
-        RunConfig::parse("bench.toml", &text).unwrap_or_else(|e| fail(&e.to_string()))
-    }
-
-    /// The micro-batch of each lane: documents of log-normal lengths (median 400 tokens), packed.
-    fn batches(&self) -> Vec<MicroBatch> {
-        let mut documents = (0u64..).map(|at| {
-            let stream = Stream::new(1, "bench", &[at]);
-            let length = (f64::from(stream.normals_at(0)[0]) + 400f64.ln()).exp().clamp(8.0, 16384.0) as u64;
-            (0..length).map(|i| stream.below_at(4 + i, u64::from(self.vocab)) as i32).collect::<Vec<_>>()
-        });
-        let (mut tokens, mut from) = (Vec::new(), 0);
-        (0..self.lanes)
-            .map(|_| {
-                let mut packer = Packer::new(self.sequences, self.sequence, Mask::Document);
-                while packer.room() > 0 {
-                    if from == tokens.len() {
-                        (tokens, from) = (documents.next().expect("documents never end"), 0);
-                    }
-                    from += packer.push(Document { tokens: &tokens, counted: None }, from);
-                }
-                packer.finish()
-            })
-            .collect()
-    }
-}
+use cases::{BETA, Case, LOOPS, fail};
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
@@ -134,6 +39,7 @@ fn main() {
         }
         ["memory"] => memory(),
         ["profile"] => profile(),
+        ["generate"] => generate(),
         ["child", mode] => println!("{}", child(mode)),
         ["steps", case, recompute, threads, count] => {
             let number = |word: &str| word.parse().unwrap_or_else(|_| fail(&format!("{word} is no number")));
@@ -145,11 +51,6 @@ fn main() {
         }
         _ => fail("usage: step [memory | profile | serve CASE RECOMPUTE THREADS DIR]"),
     }
-}
-
-fn fail(said: &str) -> ! {
-    eprintln!("step: {said}");
-    std::process::exit(2)
 }
 
 /// Standard output of this program called again with `arguments`.
@@ -341,6 +242,43 @@ fn steps(case: Case, recompute: &str, threads: u32, count: u32) {
         let cpu = cpu_seconds();
         stepper.step();
         eprintln!("{:.2}", cpu_seconds() - cpu);
+    }
+}
+
+// Text.
+
+/// Tokens a second when every token leaves at the same loop step, one thread, one text.
+fn generate() {
+    const TOKENS: usize = 256;
+    let case = Case::named("d256");
+    tch::set_num_threads(1);
+    let config = case.config("none", 1);
+    let engine = Engine::new(&config, Device::Cpu);
+    let mut deepest = f64::NAN;
+    for leave in (1..=LOOPS).rev() {
+        let options = GenerateOptions {
+            loops: LOOPS,
+            leave: Leave::Step(leave),
+            cache: Cache::Full,
+            temperature: 0.0,
+            top_p: 1.0,
+            seed: 1,
+        };
+        let mut generator = Generator::new(engine.model(), 1e4, 64 + TOKENS, options);
+        let mut next: Vec<u32> = (100..164).collect();
+        next = vec![generator.next(&next).id];
+        let start = Instant::now();
+        for _ in 1..TOKENS {
+            next = vec![generator.next(&next).id];
+        }
+        let rate = (TOKENS - 1) as f64 / start.elapsed().as_secs_f64();
+        if leave == LOOPS {
+            deepest = rate;
+        }
+        println!(
+            "{}",
+            json!({ "bench": "worker/generate", "step": leave, "loops": LOOPS, "tokens_per_second": rate, "ratio": rate / deepest })
+        );
     }
 }
 

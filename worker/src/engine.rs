@@ -1,11 +1,14 @@
 //! The step: lanes in, one update out. No I/O, no clock: what is called when is the trainer's business.
 //!
 //! 1. [`Engine::enter`] prepares for a step (upcycling, moment reset and rotary table at stage boundaries).
-//! 2. [`Engine::lane`] runs one lane's micro-batches forward and backward into one fp32 gradient and folds it.
+//! 2. [`Engine::lane`] runs one lane's micro-batches forward and backward into one fp32 gradient and folds it;
+//!    [`Engine::last_lane`] tells meanwhile which blocks are whole.
 //! 3. [`Engine::finish`] takes the tree's total, divides once by the tokens that count, clips and updates.
 //!
 //! With several workers 3 is [`Engine::take_partials`], the exchange between them, and [`Engine::finish_with`]; a step
 //! that comes to nothing ends with [`Engine::abandon`].
+
+use std::ops::Range;
 
 use anello_configs::{Compute, Loss, RunConfig, Stage, StepPlan, Trains};
 use anello_dataloader::MicroBatch;
@@ -17,7 +20,7 @@ use crate::fold::Fold;
 use crate::model::{Context, Model, Rotary};
 use crate::objective::{self, LossSums};
 use crate::optimizer::{State, Update};
-use crate::params::Layout;
+use crate::params::{BLOCK, Layout};
 use crate::tape::Tape;
 
 /// Model, state and the sums of the step under way, on one device and one thread.
@@ -59,6 +62,28 @@ pub fn check_supported(config: &RunConfig) -> Result<()> {
     }
 }
 
+/// How far the way back through a micro-batch is.
+#[derive(Debug)]
+pub enum Walked<'a> {
+    /// The loss sums are known, and the gradients of lm_head and gate are whole.
+    Losses(&'a LossSums),
+    /// That of this layer is whole.
+    Layer(usize),
+}
+
+/// What a worker's last lane tells while it is computed, in this order: [`Growing::Sums`], [`Growing::Whole`] again and
+/// again, [`Growing::Lane`], and the rest of the blocks.
+#[derive(Debug)]
+pub enum Growing<'a> {
+    /// The worker's partial sums, one for each maximal aligned subtree of its lanes: (first lane, number of lanes, loss
+    /// sums), and the gradient buffer of each, which is still written to.
+    Sums(Vec<(u32, u32, LossSums)>, Vec<Tensor>),
+    /// These blocks of all partial sums are whole.
+    Whole(Range<usize>),
+    /// The gradient of the lane alone, whole. Block 0 is not yet part of a sum.
+    Lane(&'a mut Tensor),
+}
+
 /// Forward and backward of one micro-batch: `ids_n` and `targets_n` are `[n]`. Adds the gradient of the loss's sum to
 /// the flat `gradient` and returns the sums.
 pub fn forward_backward(
@@ -69,12 +94,31 @@ pub fn forward_backward(
     pass: Pass<'_>,
     gradient: &Tensor,
 ) -> LossSums {
+    walk(model, context, ids_n, targets_n, pass, gradient, &mut |_| {})
+}
+
+/// [`forward_backward`] that says how far it is.
+fn walk(
+    model: &Model,
+    context: &Context,
+    ids_n: &Tensor,
+    targets_n: &Tensor,
+    pass: Pass<'_>,
+    gradient: &Tensor,
+    walked: &mut dyn FnMut(Walked<'_>),
+) -> LossSums {
     let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));
+    let forward = tracing::trace_span!("forward").entered();
     let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute.recompute);
     let chunk = i64::from(pass.compute.loss_chunk_tokens);
+    drop(forward);
+    let losses = tracing::trace_span!("losses").entered();
     let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.beta, chunk, gradient);
     drop(hidden);
-    let of_embedded_nd = tape.backward(of_hidden, gradient).to_kind(model.wide());
+    drop(losses);
+    walked(Walked::Losses(&sums));
+    let of_embedded_nd = tape.backward(of_hidden, gradient, &mut |layer| walked(Walked::Layer(layer)));
+    let of_embedded_nd = of_embedded_nd.to_kind(model.wide());
     let vocab = model.embed.value.size()[0];
     let of_table = Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, vocab, -1, false);
     model.embed.accumulate(gradient, &of_table);
@@ -113,12 +157,53 @@ impl Outcome {
     }
 }
 
+/// The additions that a lane's gradient sets off in the tree, made as far as it is whole.
+#[derive(Default)]
+struct Chain {
+    /// The lane's own buffer, then each that the one before it is added to.
+    buffers: Vec<Tensor>,
+    /// Blocks that become whole, one part of the model after the other.
+    whole: std::vec::IntoIter<Range<usize>>,
+}
+
+impl Chain {
+    /// That of the lane of `gradient`, which makes `grown` of `fold`.
+    fn new<T>(
+        gradient: &Tensor,
+        fold: &Fold<(Tensor, T)>,
+        grown: &Fold<(Tensor, T)>,
+        whole: Vec<Range<usize>>,
+    ) -> Self {
+        let merged = fold.partials().len() + 1 - grown.partials().len();
+        let onto = fold.partials().iter().rev().take(merged).map(|(_, _, (gradient, _))| gradient);
+        let buffers = [gradient].into_iter().chain(onto).map(Tensor::shallow_clone).collect();
+        Self { buffers, whole: whole.into_iter() }
+    }
+
+    /// Adds the blocks that became whole, and tells of them.
+    fn next(&mut self, tell: &mut dyn FnMut(Growing<'_>)) {
+        let blocks = self.whole.next().expect("the walk has as many stations as the model has parts");
+        if !blocks.is_empty() {
+            let _span = tracing::trace_span!("fold", blocks = blocks.len()).entered();
+            let (start, len) = ((blocks.start * BLOCK) as i64, (blocks.len() * BLOCK) as i64);
+            for pair in self.buffers.windows(2) {
+                let _ = pair[1].narrow(0, start, len).g_add_(&pair[0].narrow(0, start, len));
+            }
+            tell(Growing::Whole(blocks));
+        }
+    }
+
+    /// The buffers that are in no sum any more.
+    fn into_free(mut self) -> Vec<Tensor> {
+        self.buffers.pop();
+        self.buffers
+    }
+}
+
 impl Engine {
     /// An engine at the first step of `config`, with the initial weights of its seed.
     pub fn new(config: &RunConfig, device: Device) -> Self {
-        let layout = Layout::new(&config.model, config.model.layers);
-        let weights = layout.initial(config.seed, device);
-        Self::with_state(config, State::new(layout, weights))
+        Self::with_state(config, State::of_seed(config, device))
     }
 
     /// An engine that goes on from `state`.
@@ -180,13 +265,65 @@ impl Engine {
 
     /// The flat gradient and the loss sums of one lane's micro-batches, which no other lane has a part in.
     pub fn lane_gradient(&mut self, stage: &Stage, micro_batches: &[MicroBatch]) -> (Tensor, LossSums) {
-        let mut gradient = self.spare.pop().unwrap_or_else(|| self.state.layout.zeros(self.device));
-        let _ = gradient.zero_();
+        let gradient = self.zeros();
         let mut sums = LossSums::zero(stage.loops as usize);
         for micro_batch in micro_batches {
-            sums.add(&self.forward_backward(stage, micro_batch, &gradient));
+            sums.add(&self.walk(stage, micro_batch, &gradient, &mut |_| {}));
         }
         (gradient, sums)
+    }
+
+    fn zeros(&mut self) -> Tensor {
+        let mut gradient = self.spare.pop().unwrap_or_else(|| self.state.layout.zeros(self.device));
+        gradient.zero_()
+    }
+
+    /// [`Engine::lane`] for the last of this worker's lanes: the tree's additions are made block by block as soon as the
+    /// lane's gradient is whole there, and `tell` hears of it, so that the sum over workers can begin meanwhile. Same
+    /// additions, same bits.
+    pub fn last_lane(
+        &mut self,
+        stage: &Stage,
+        lane: u32,
+        micro_batches: &[MicroBatch],
+        tell: &mut dyn FnMut(Growing<'_>),
+    ) {
+        let mut gradient = self.zeros();
+        let (last, before) = micro_batches.split_last().expect("a lane has at least one micro-batch a step");
+        let mut sums = LossSums::zero(stage.loops as usize);
+        for micro_batch in before {
+            sums.add(&self.walk(stage, micro_batch, &gradient, &mut |_| {}));
+        }
+        let (mut grown, mut chain) = (Fold::default(), Chain::default());
+        self.walk(stage, last, &gradient, &mut |walked| match walked {
+            Walked::Losses(of_last) => {
+                sums.add(of_last);
+                grown = self.fold.map(|(gradient, sums)| (gradient.shallow_clone(), sums.clone()));
+                grown.push(lane, (gradient.shallow_clone(), sums.clone()), |(_, sums), (_, right)| {
+                    sums.add(&right);
+                });
+                chain = Chain::new(&gradient, &self.fold, &grown, self.state.layout.backward_blocks());
+                let partials = grown.partials().iter();
+                let (sums, buffers) = partials
+                    .map(|(first, lanes, (gradient, sums))| {
+                        ((*first, *lanes, sums.clone()), gradient.shallow_clone())
+                    })
+                    .unzip();
+                tell(Growing::Sums(sums, buffers));
+                chain.next(tell);
+            }
+            Walked::Layer(layer) => {
+                chain.next(tell);
+                if layer == 0 {
+                    // Norms and gate, which all layers have a part in.
+                    chain.next(tell);
+                }
+            }
+        });
+        tell(Growing::Lane(&mut gradient));
+        chain.next(tell);
+        self.spare.extend(chain.into_free());
+        self.fold = grown;
     }
 
     /// Puts a lane's gradient and sums into the tree: lanes come in order, each once a step.
@@ -199,10 +336,16 @@ impl Engine {
         });
     }
 
-    fn forward_backward(&self, stage: &Stage, batch: &MicroBatch, gradient: &Tensor) -> LossSums {
+    fn walk(
+        &self,
+        stage: &Stage,
+        batch: &MicroBatch,
+        gradient: &Tensor,
+        walked: &mut dyn FnMut(Walked<'_>),
+    ) -> LossSums {
         let (context, ids_n, targets_n) = self.on_device(stage, batch);
         let pass = Pass { loops: stage.loops, beta: stage.beta, compute: &self.config.compute };
-        forward_backward(&self.model, &context, &ids_n, &targets_n, pass, gradient)
+        walk(&self.model, &context, &ids_n, &targets_n, pass, gradient, walked)
     }
 
     fn on_device(&self, stage: &Stage, batch: &MicroBatch) -> (Context, Tensor, Tensor) {
@@ -229,6 +372,7 @@ impl Engine {
 
     /// Ends the step with the total of all lanes of the run: the flat `gradient`, which is overwritten, and the sums.
     pub fn finish_with(&mut self, plan: &StepPlan<'_>, gradient: &Tensor, sums: LossSums) -> Outcome {
+        let _span = tracing::trace_span!("update").entered();
         let finite = sums.loss.is_finite();
         let update = self.state.update(&self.config.optimizer, plan.lr, gradient, sums.counted, finite);
         Outcome { sums, update }

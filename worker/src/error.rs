@@ -17,6 +17,16 @@ pub enum Error {
     /// The data could not be read.
     #[error(transparent)]
     Data(#[from] anello_dataloader::Error),
+    /// A file outside of the run folder.
+    #[error("{action} {path}: {source}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: String,
+        /// The cause.
+        source: std::io::Error,
+    },
     /// A thread could not be had.
     #[error("{action}: {source}")]
     System {
@@ -42,6 +52,10 @@ pub enum Error {
 impl Error {
     pub(crate) fn config(fact: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self::Config { fact: fact.into(), remedy: remedy.into() }
+    }
+
+    pub(crate) fn file(action: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::File { action, path: path.display().to_string(), source }
     }
 
     /// Whether another process writes to the same run, so that this one must leave.

@@ -1,8 +1,10 @@
-//! The only unsafe code: what the C library offers and no crate of ours wraps, and the memory of a tensor as a slice.
+//! The only unsafe code: what the C library offers and no crate of ours wraps, and the memory of tensors as slices.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
 use std::sync::Once;
 
+use anello_collective::Partials;
 use tch::{Device, Kind, Tensor};
 
 /// The elements of a contiguous fp32 tensor on the CPU, in place. Panics on any other.
@@ -23,6 +25,50 @@ pub fn as_mut_slice(tensor: &mut Tensor) -> &mut [f32] {
     // SAFETY: as in `as_slice`; the tensor is borrowed for writing, and that nobody uses another over the same memory
     // is the caller's part of the bargain.
     unsafe { std::slice::from_raw_parts_mut(data, len) }
+}
+
+/// Flat buffers that one thread reads, where they are whole, while another writes to the rest of them.
+#[derive(Debug)]
+pub struct Shared {
+    parts: Vec<(*const f32, usize)>,
+    /// Keep the memory.
+    _tensors: Vec<Tensor>,
+}
+
+// SAFETY: the pointers are to memory that the tensors keep alive and in place. It is only read through them, and only
+// where the caller of `Partials::elements` knows that nobody writes any more. The tensors themselves are dropped, which
+// LibTorch allows on any thread (their count is atomic), and otherwise not used.
+unsafe impl Send for Shared {}
+// SAFETY: as above; a shared reference gives nothing but reads of the memory.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Views of `tensors`: contiguous, fp32, on the CPU. Panics on any other.
+    pub fn new(tensors: Vec<Tensor>) -> Self {
+        let parts = tensors
+            .iter()
+            .map(|tensor| {
+                let (data, len) = elements(tensor);
+                (data.cast_const(), len)
+            })
+            .collect();
+        Self { parts, _tensors: tensors }
+    }
+}
+
+impl Partials for Shared {
+    fn lens(&self) -> Vec<usize> {
+        self.parts.iter().map(|(_, len)| *len).collect()
+    }
+
+    fn elements(&self, part: usize, range: Range<usize>) -> &[f32] {
+        let (data, len) = self.parts[part];
+        assert!(range.start <= range.end && range.end <= len, "elements {range:?} of {len}");
+        // SAFETY: within the buffer, as just checked, whose memory lives as long as `self`; nobody writes to these
+        // elements any more: they are asked for once their blocks were said to be whole, which the thread that wrote
+        // them did after it wrote, over a channel.
+        unsafe { std::slice::from_raw_parts(data.add(range.start), range.len()) }
+    }
 }
 
 fn elements(tensor: &Tensor) -> (*mut f32, usize) {

@@ -41,6 +41,16 @@ impl<T> Fold<T> {
         self.partials.push((first, lanes, sum));
     }
 
+    /// The partial sums, as [`into_partials`](Self::into_partials).
+    pub fn partials(&self) -> &[(u32, u32, T)] {
+        &self.partials
+    }
+
+    /// The same subtrees with something else of each.
+    pub fn map<U>(&self, of: impl Fn(&T) -> U) -> Fold<U> {
+        Fold { partials: self.partials.iter().map(|(first, lanes, sum)| (*first, *lanes, of(sum))).collect() }
+    }
+
     /// The partial sums, one for each maximal aligned subtree: (first lane, number of lanes, sum).
     pub fn into_partials(self) -> Vec<(u32, u32, T)> {
         self.partials

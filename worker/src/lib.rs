@@ -5,8 +5,9 @@
 //!                   model      the looped language model          objective  loss and its backward by chunks
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
-//!                   generate   a sample of text
+//!                   generate   texts, with early exit         evaluate   figures of each loop step
 //! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
+//!                   init       what a run begins with              interchange  the published layout, out and in
 //! the shells        trainer    one thread that owns the model, one that writes; commands in, notices out
 //!                   ring       the same in a ring of workers under a coordinator
 //! ```
@@ -16,9 +17,12 @@ pub mod checkpoint;
 mod engine;
 mod environment;
 mod error;
+pub mod evaluate;
 mod ffi;
 mod fold;
 mod generate;
+mod init;
+pub mod interchange;
 mod model;
 mod objective;
 mod optimizer;
@@ -28,12 +32,13 @@ mod tape;
 mod trainer;
 
 pub use account::{Epochs, Stamp, position_after, skip_event};
-pub use engine::{Engine, Outcome, Pass, check_supported, forward_backward};
+pub use engine::{Engine, Growing, Outcome, Pass, check_supported, forward_backward};
 pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
 pub use fold::{Fold, combine, fold_sums};
-pub use generate::{Greedy, Sampled, greedy};
-pub use model::{Context, Model, Rotary};
+pub use generate::{Cache, Generator, Leave, Options as GenerateOptions, Sampled};
+pub use init::{initial_state, pin_init};
+pub use model::{Context, Model, Rotary, Tokens};
 pub use objective::{LossSums, TokenLosses, log_exit, token_losses};
 pub use optimizer::{State, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};

@@ -121,6 +121,11 @@ impl Model {
         }
     }
 
+    /// Size of an attention head (K).
+    pub fn head_size(&self) -> i64 {
+        i64::from(self.sizes.hidden / self.sizes.heads)
+    }
+
     /// Format of the matrices.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -137,10 +142,10 @@ impl Model {
     }
 
     /// One layer at one loop step, `[n, d] -> [n, d]`; the last layer of the stack includes the final norm.
-    pub fn layer_nd(&self, index: usize, h_nd: &Tensor, context: &Context) -> Tensor {
+    pub fn layer_nd(&self, index: usize, h_nd: &Tensor, tokens: &dyn Tokens) -> Tensor {
         let layer = &self.layers[index];
         let [norm1, norm2, norm3, norm4] = &layer.norms;
-        let attended_nd = self.attention_nd(layer, &self.norm(h_nd, norm1), context);
+        let attended_nd = self.attention_nd(index, &self.norm(h_nd, norm1), tokens);
         let h_nd = h_nd + self.norm(&attended_nd, norm2);
         let fed_nd = self.mlp_nd(layer, &self.norm(&h_nd, norm3));
         let h_nd = h_nd + self.norm(&fed_nd, norm4);
@@ -154,20 +159,16 @@ impl Model {
         (x_wide * (mean_square + self.sizes.rms_eps).rsqrt() * &weight.value).to_kind(self.kind)
     }
 
-    fn attention_nd(&self, layer: &Layer, x_nd: &Tensor, context: &Context) -> Tensor {
+    fn attention_nd(&self, index: usize, x_nd: &Tensor, tokens: &dyn Tokens) -> Tensor {
+        let layer = &self.layers[index];
         let (heads, kv_heads) = (i64::from(self.sizes.heads), i64::from(self.sizes.kv_heads));
         let k = i64::from(self.sizes.hidden) / heads;
         let n = x_nd.size()[0];
         // [n, d] x [d, (h + 2g)·k] -> [n, h + 2g, k]
         let qkv = x_nd.matmul(&layer.qkv.value.to_kind(self.kind).tr()).view([n, heads + 2 * kv_heads, k]);
         let parts = qkv.split_with_sizes([heads + kv_heads, kv_heads], 1);
-        let rotated = context.rotate(&parts[0]).split_with_sizes([heads, kv_heads], 1);
-        let spread = |x_ngk: &Tensor| match heads / kv_heads {
-            1 => x_ngk.shallow_clone(),
-            group => x_ngk.repeat_interleave_self_int(group, 1, heads),
-        };
-        let (q_nhk, k_nhk, v_nhk) = (&rotated[0], spread(&rotated[1]), spread(&parts[1]));
-        let mixed_nd = context.attend(q_nhk, &k_nhk, &v_nhk).reshape([n, heads * k]);
+        let rotated = tokens.rotate(&parts[0]).split_with_sizes([heads, kv_heads], 1);
+        let mixed_nd = tokens.attend(index, &rotated[0], &rotated[1], &parts[1]).reshape([n, heads * k]);
         mixed_nd.matmul(&layer.out.value.to_kind(self.kind).tr())
     }
 
@@ -243,11 +244,48 @@ enum Apart {
     Dense { mask: Tensor, sequences: i64 },
 }
 
+/// The tokens of a pass: where each is, and what it attends to.
+pub trait Tokens {
+    /// RoPE in the rotate-half form: `[n, heads, k] -> [n, heads, k]`.
+    fn rotate(&self, x: &Tensor) -> Tensor;
+
+    /// Attention in layer `index`: queries `[n, h, k]`, keys and values `[n, g, k]`, to `[n, h, k]`.
+    fn attend(&self, index: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor;
+}
+
+/// Key/value heads for every query head, `[n, g, k] -> [n, heads, k]`.
+pub(crate) fn spread(x_ngk: &Tensor, heads: i64) -> Tensor {
+    match heads / x_ngk.size()[1] {
+        1 => x_ngk.shallow_clone(),
+        group => x_ngk.repeat_interleave_self_int(group, 1, heads),
+    }
+}
+
+/// The angles of some positions, `[n, 1, k/2]` each.
+#[derive(Debug)]
+pub(crate) struct Angles {
+    cos_n1k: Tensor,
+    sin_n1k: Tensor,
+}
+
+impl Angles {
+    pub fn at(rotary: &Rotary, positions_n: &Tensor, kind: Kind) -> Self {
+        let pick = |table: &Tensor| table.index_select(0, positions_n).unsqueeze(1).to_kind(kind);
+        Self { cos_n1k: pick(&rotary.cos), sin_n1k: pick(&rotary.sin) }
+    }
+
+    pub fn rotate(&self, x: &Tensor) -> Tensor {
+        let halves = x.chunk(2, -1);
+        let (x1, x2) = (&halves[0], &halves[1]);
+        let (cos, sin) = (&self.cos_n1k, &self.sin_n1k);
+        Tensor::cat(&[x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+    }
+}
+
 /// What the layers need to know of a micro-batch.
 #[derive(Debug)]
 pub struct Context {
-    cos_n1k: Tensor,
-    sin_n1k: Tensor,
+    angles: Angles,
     apart: Apart,
 }
 
@@ -261,7 +299,6 @@ impl Context {
     pub fn new(batch: &MicroBatch, rotary: &Rotary, kind: Kind, mask: Mask) -> Self {
         let device = rotary.cos.device();
         let positions_n = Tensor::from_slice(&batch.positions).to_device(device);
-        let pick = |table: &Tensor| table.index_select(0, &positions_n).unsqueeze(1).to_kind(kind);
         let tokens = batch.tokens();
         let short = batch.segment_starts.len() * Self::SHORT_SEGMENT > tokens;
         let apart = if mask == Mask::Document && short && batch.length <= Self::DENSE_LENGTH_MAX {
@@ -270,19 +307,19 @@ impl Context {
             let ends = batch.segment_starts.iter().skip(1).copied().chain([tokens as u32]);
             Apart::Segments(batch.segment_starts.iter().zip(ends).map(|(a, b)| i64::from(b - a)).collect())
         };
-        Self { cos_n1k: pick(&rotary.cos), sin_n1k: pick(&rotary.sin), apart }
+        Self { angles: Angles::at(rotary, &positions_n, kind), apart }
     }
+}
 
-    /// RoPE in the rotate-half form: `[n, heads, k] -> [n, heads, k]`.
+impl Tokens for Context {
     fn rotate(&self, x: &Tensor) -> Tensor {
-        let halves = x.chunk(2, -1);
-        let (x1, x2) = (&halves[0], &halves[1]);
-        let (cos, sin) = (&self.cos_n1k, &self.sin_n1k);
-        Tensor::cat(&[x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1)
+        self.angles.rotate(x)
     }
 
-    /// Causal attention within segments, `[n, h, k] -> [n, h, k]`.
-    fn attend(&self, q_nhk: &Tensor, k_nhk: &Tensor, v_nhk: &Tensor) -> Tensor {
+    /// Causal attention within segments.
+    fn attend(&self, _: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor {
+        let heads = q_nhk.size()[1];
+        let (k_nhk, v_nhk) = (&spread(k_ngk, heads), &spread(v_ngk, heads));
         match &self.apart {
             Apart::Segments(lengths) => {
                 // A split's backward is one concatenation; a slice's would be a full tensor of zeros each.
@@ -306,7 +343,8 @@ impl Context {
     }
 }
 
-fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+/// Softmax attention of `[b, h, n, k]` queries over keys and values of `[b, h, m, k]`.
+pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
     Tensor::scaled_dot_product_attention(q, k, v, mask, 0.0, causal, None::<f64>, false)
 }
 

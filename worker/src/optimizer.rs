@@ -10,8 +10,8 @@
 //! the vector body and the scalar tail of a LibTorch kernel), so the result does not depend on how the buffer is
 //! cut, by threads or by owners.
 
-use anello_configs::Optimizer;
-use tch::{Kind, Tensor};
+use anello_configs::{Optimizer, RunConfig};
+use tch::{Device, Kind, Tensor};
 
 use crate::params::{BLOCK, Layout};
 
@@ -57,6 +57,13 @@ impl State {
         let zeros = || layout.zeros(weights.device());
         let (exp_avg, exp_avg_sq) = (zeros(), zeros());
         Self { layout, weights, exp_avg, exp_avg_sq, updates: 0 }
+    }
+
+    /// The initial weights of the seed of `config`.
+    pub fn of_seed(config: &RunConfig, device: Device) -> Self {
+        let layout = Layout::new(&config.model, config.model.layers);
+        let weights = layout.initial(config.seed, device);
+        Self::new(layout, weights)
     }
 
     /// Sets moments and their count to zero.

@@ -137,6 +137,22 @@ impl Layout {
         &self.entries
     }
 
+    /// The blocks whose gradient becomes whole on the way back through the first loop step, which is the last to be
+    /// walked: after the losses, after each layer from the last to the first, then norms and gate, then the embedding.
+    pub fn backward_blocks(&self) -> Vec<Range<usize>> {
+        let start = |name: &str| self.find(name).expect("the layout has every part of the model").offset;
+        let layers = (0..self.layers).rev().map(|l| format!("model.layers.{l}.self_attn.q_proj.weight"));
+        let mut until = self.decayed_len / BLOCK;
+        let descending = ["lm_head.weight".to_owned()].into_iter().chain(layers).map(|first| {
+            let blocks = start(&first).div_ceil(BLOCK)..until;
+            until = blocks.start;
+            blocks
+        });
+        let mut whole: Vec<Range<usize>> = descending.collect();
+        whole.extend([self.decayed_len / BLOCK..self.blocks(), 0..until]);
+        whole
+    }
+
     /// Parameters without padding.
     pub fn parameters(&self) -> usize {
         self.entries.iter().map(Entry::len).sum()
@@ -243,6 +259,33 @@ mod tests {
         let expected = 2 * (2 * d * d + 2 * kv * d + 3 * d * f + 4 * d) + 2 * v * d + d + d + 1;
         assert_eq!(layout.parameters(), expected);
         assert!(layout.names_in(0).any(|name| name == "model.embed_tokens.weight"));
+    }
+
+    #[test]
+    fn a_block_is_whole_once_all_that_lies_in_it_was_walked() {
+        let sizes = Model { hidden: 256, ffn: 700, ..model() };
+        let layout = Layout::new(&sizes, 3);
+        let walked = layout.backward_blocks();
+        assert_eq!(walked.len(), 1 + 3 + 2, "losses, layers, norms and gate, embedding: {walked:?}");
+        let mut seen: Vec<usize> = walked.iter().cloned().flatten().collect();
+        seen.sort_unstable();
+        assert_eq!(seen, (0..layout.blocks()).collect::<Vec<_>>());
+        let when = |name: &str| match layer_of(name) {
+            _ if name.contains("norm") || name.contains("gate.") => 4,
+            Some((layer, _)) => 3 - layer,
+            None if name.contains("embed") => 5,
+            None => 0,
+        };
+        for (at, blocks) in walked.iter().enumerate() {
+            for block in blocks.clone() {
+                let latest = layout.names_in(block).map(when).max();
+                assert!(
+                    latest <= Some(at),
+                    "block {block} is told after {at}, and is whole after {latest:?}"
+                );
+            }
+        }
+        assert!(walked[..4].iter().all(|blocks| !blocks.is_empty()), "{walked:?}");
     }
 
     #[test]

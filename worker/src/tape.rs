@@ -84,8 +84,14 @@ impl<'a> Tape<'a> {
     }
 
     /// Backward from the gradients of h(1..=T): adds the gradient of the stack's weights to the flat `gradient` and
-    /// returns that of `embedded`.
-    pub fn backward(mut self, of_hidden: Vec<Tensor>, gradient: &Tensor) -> Tensor {
+    /// returns that of `embedded`. Calls `walked` with each layer that it is through with: at the first loop step, which
+    /// is the last to be walked, that layer's gradient is whole.
+    pub fn backward(
+        mut self,
+        of_hidden: Vec<Tensor>,
+        gradient: &Tensor,
+        walked: &mut dyn FnMut(usize),
+    ) -> Tensor {
         let mut upstream: Option<Tensor> = None;
         for of_h in of_hidden.into_iter().rev() {
             let mut g = match upstream {
@@ -97,12 +103,18 @@ impl<'a> Tape<'a> {
                 self.replay(&mut kept);
             }
             for (layer, kept) in kept.into_iter().enumerate().rev() {
+                let loop_step = self.kept.len() + 1;
+                let span = tracing::trace_span!("backward", loop_step, layer).entered();
                 let segment = match kept {
                     Kept::Graph(segment) => segment,
                     Kept::Input(input) => self.run(layer, &input),
                     Kept::Nothing => unreachable!("a loop step's segments are replayed before they are used"),
                 };
                 g = self.segment_backward(layer, segment, &g, gradient);
+                drop(span);
+                if self.kept.is_empty() {
+                    walked(layer);
+                }
             }
             upstream = Some(g);
         }

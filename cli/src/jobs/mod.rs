@@ -8,6 +8,7 @@ mod watch;
 use anello_proto::jobs::Phase;
 use anello_proto::v1;
 use anello_store::events::Record;
+use anello_worker::pin_init;
 
 use crate::config::{ConfigArgs, load};
 use crate::failure::{Exit, Failure, Outcome};
@@ -99,8 +100,9 @@ pub fn absolute(place: &str) -> Result<String, Failure> {
 
 /// `anello submit`
 pub fn submit(args: &SubmitArgs, screen: &Screen) -> Outcome {
-    let loaded = load(&args.config.config, &args.config.sets)?;
+    let mut loaded = load(&args.config.config, &args.config.sets)?;
     loaded.check_sources()?;
+    pin_init(&mut loaded.config)?;
     let request = v1::SubmitRequest {
         config: loaded.config.to_toml(),
         name: args.name.clone(),

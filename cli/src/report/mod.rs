@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use anello_configs::{RunConfig, Schedule};
 use anello_store::events::{self, Record};
 use anello_store::metrics::{self, StepRecord};
-use anello_store::{Store, checkpoint, read_config};
+use anello_store::{ENVIRONMENT, Environment, Store, checkpoint, read_config};
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::place::open_run;
@@ -39,6 +39,8 @@ struct Story {
     events: Vec<Record>,
     /// Steps of the checkpoints that exist.
     kept: Vec<u64>,
+    /// Where it was first started; absent when that was never written down.
+    environment: Option<Environment>,
 }
 
 impl Story {
@@ -51,6 +53,7 @@ impl Story {
             records: metrics::read(store)?,
             events: events::read(store)?,
             kept: checkpoint::steps(store)?,
+            environment: store.get(ENVIRONMENT)?.and_then(|text| serde_json::from_slice(&text).ok()),
         })
     }
 

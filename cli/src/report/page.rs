@@ -81,6 +81,8 @@ fn facts(story: &Story) -> String {
         Event::Started { environment, .. } => Some(where_it_runs(environment)),
         _ => None,
     });
+    // A ring's workers come and go; what they agree on was written down by the first.
+    let place = last_start.or_else(|| story.environment.as_ref().map(where_it_runs));
     let starts = story.events.iter().filter(|record| matches!(record.event, Event::Started { .. })).count();
     let weights = story.events.iter().rev().find_map(|record| match &record.event {
         Event::Finished { step, weights } | Event::Checkpoint { step, weights } => {
@@ -96,7 +98,7 @@ fn facts(story: &Story) -> String {
     [
         ("run", story.place.clone()),
         ("when", when + &taken_up),
-        ("where", last_start.unwrap_or_else(|| "–".to_owned())),
+        ("where", place.unwrap_or_else(|| "–".to_owned())),
         ("config", story.config.digest()),
         ("weights", weights.unwrap_or_else(|| "–".to_owned())),
     ]

@@ -22,7 +22,23 @@ fn story(steps: u64) -> Story {
         event(4, Event::CheckpointFailed { step: 4, cause: HOSTILE.into() }),
         event(5, Event::Stopped { step: 6 }),
     ];
-    Story { place: HOSTILE.into(), schedule: Schedule::new(&config), config, records, events, kept: vec![4] }
+    let environment = Environment {
+        anello: "1.2".into(),
+        revision: None,
+        libtorch: "2.11".into(),
+        device: HOSTILE.into(),
+        threads: 3,
+        system: "linux".into(),
+    };
+    Story {
+        place: HOSTILE.into(),
+        schedule: Schedule::new(&config),
+        config,
+        records,
+        events,
+        kept: vec![4],
+        environment: Some(environment),
+    }
 }
 
 /// The JSON that the page carries.
@@ -45,6 +61,8 @@ fn a_page_is_whole_and_nothing_in_a_run_can_break_it() {
             (page.matches(&format!("<{tag}")).count(), page.matches(&format!("</{tag}>")).count());
         assert_eq!(open, close, "{tag}");
     }
+    // No process of a ring says in the log where it runs.
+    assert!(page.contains(&format!("<dd>{}, 3 threads, linux;", escape(HOSTILE))));
     // Self-contained.
     for outside in ["http://", "https://", "src=", "@import", "url(http"] {
         assert!(!page.replace("http://www.w3.org/2000/svg", "").contains(outside), "{outside}");

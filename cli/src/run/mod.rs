@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anello_configs::{RunConfig, Schedule};
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
-use anello_worker::{Control, Ended, Resume, Run, Training};
+use anello_worker::{Control, Ended, Resume, Run, Training, pin_init};
 
 use tokenizers::Tokenizer;
 
@@ -131,17 +131,29 @@ fn open(args: &Args) -> Result<Run, Failure> {
             open_run(place)?;
             let store = Store::durable(place)?;
             // First by itself: a damaged config is the run's fault, not that of what is set over it.
-            read_config(&store)?;
+            let begun_with = read_config(&store)?;
             let own = store.place_of(CONFIG);
-            let config = config(given.as_deref().unwrap_or(&own))?;
+            let mut config = config(given.as_deref().unwrap_or(&own))?;
+            adopt_init(&mut config, &begun_with);
             Ok(Run::resume(store, Resume { config: Some(config), allow: args.allow })?)
         }
         (None, Some(name)) => {
-            let config = config(name)?;
+            let mut config = config(name)?;
+            pin_init(&mut config)?;
             let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
             Ok(Run::create(Store::durable(&out)?, config)?)
         }
         (None, None) => Err(no_config()),
+    }
+}
+
+/// A config that names the weights that the run began with, and not by digest, means those.
+fn adopt_init(config: &mut RunConfig, begun_with: &RunConfig) {
+    if let (Some(named), Some(known)) = (&config.init, &begun_with.init)
+        && named.weights.is_none()
+        && known.from.strip_prefix(&named.from).is_some_and(|step| step.is_empty() || step.starts_with('@'))
+    {
+        config.init = begun_with.init.clone();
     }
 }
 

@@ -10,11 +10,11 @@ use anello_coordinator::launch::Crew;
 use anello_coordinator::{JobOptions, Jobs, News, Opened, Server, Timings, create};
 use anello_proto::ring::Step;
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
-use anello_worker::Ended;
+use anello_worker::{Ended, pin_init};
 
 use super::tracker::Tracker;
 use super::view::View;
-use super::{Args, POLL, config_of, lines, no_config, samples, say_where_it_stands, summary};
+use super::{Args, POLL, adopt_init, config_of, lines, no_config, samples, say_where_it_stands, summary};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
@@ -48,7 +48,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
     let started = if args.external { 0 } else { workers };
     let threads = threads_of(args.threads.or(config.compute.threads), workers);
-    let launcher = local(&program()?, server.address, config.name.as_str(), threads);
+    let launcher = local(&program()?, server.address, config.name.as_str(), threads, screen.timeline());
     let mut crew = Crew::start(launcher, started, BUDGET)?;
 
     let mut stopping = false;
@@ -115,7 +115,8 @@ fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
             let store = Store::durable(place)?;
             let ours = read_config(&store)?;
             if let Some(name) = given {
-                let theirs = config(name)?;
+                let mut theirs = config(name)?;
+                adopt_init(&mut theirs, &ours);
                 if let Some(differs) = ours.diff_mathematics(&theirs).first() {
                     return Err(Failure::Usage(format!(
                         "the config changes {} of {}; resume without it, or without --workers",
@@ -127,7 +128,8 @@ fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
             Ok((store, ours))
         }
         (None, Some(name)) => {
-            let config = config(name)?;
+            let mut config = config(name)?;
+            pin_init(&mut config)?;
             let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));
             let store = Store::durable(&out)?;
             if store.get(CONFIG)?.is_some() {

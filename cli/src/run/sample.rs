@@ -3,7 +3,7 @@
 use anello_configs::{RunConfig, Stage};
 use anello_dataloader::Dataset;
 use anello_store::Store;
-use anello_worker::{Greedy, Sampled, checkpoint, greedy};
+use anello_worker::{Cache, GenerateOptions, Generator, Leave, Model, Sampled, checkpoint};
 use tokenizers::Tokenizer;
 
 use crate::failure::Failure;
@@ -40,8 +40,17 @@ pub fn take(
     let mut weighed: Vec<(&String, f64)> =
         stage.mixture.iter().map(|(name, weight)| (name, *weight)).collect();
     weighed.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let state = checkpoint::load(store, step, &config.model, tch::Device::Cpu)?.state;
-    let options = Greedy { tokens, exit_mass: EXIT_MASS, end: None };
+    let (_, layout, weights) = checkpoint::load_weights(store, step, &config.model)?;
+    let flat = tch::Tensor::from_slice(&weights);
+    let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
+    let options = GenerateOptions {
+        loops: stage.loops,
+        leave: Leave::Mass(EXIT_MASS),
+        cache: Cache::Full,
+        temperature: 0.0,
+        top_p: 1.0,
+        seed: 0,
+    };
     let sources = weighed.into_iter().take(SOURCES);
     let sources = sources.filter_map(|(name, _)| Some((name, config.data.sources.get(name)?)));
     sources
@@ -50,7 +59,12 @@ pub fn take(
             let first = documents.iter().find(|document| document.tokens.len() > 1);
             let ids = first.map_or(&[][..], |document| document.tokens);
             let prompt: Vec<u32> = ids.iter().take(PROMPT.min(ids.len() / 2)).map(|id| *id as u32).collect();
-            let written = greedy(config, stage, &state, &prompt, options);
+            let mut generator = Generator::new(&model, stage.rope_base, prompt.len() + tokens, options);
+            let mut written: Vec<Sampled> = Vec::new();
+            while written.len() < tokens && !prompt.is_empty() {
+                let last = written.last().map(|token| vec![token.id]);
+                written.push(generator.next(last.as_ref().unwrap_or(&prompt)));
+            }
             Ok(Sample { source: name.clone(), prompt, written, loops: stage.loops })
         })
         .collect()

@@ -106,6 +106,8 @@ fn the_readme_knows_every_key() {
         "compute.threads=2",
         "checkpoint.keep_every_steps=5",
         "ring.fault=weights@3/1",
+        "init.from=runs/a@4",
+        "init.weights=0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
         "stage.stable.batch_ramp={from=\"1Ki\",over=\"256Ki\"}",
         "stage.stable.micro_batch=1",
         "stage.stable.lr_curve=wsd",

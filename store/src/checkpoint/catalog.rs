@@ -3,6 +3,17 @@
 use super::{Manifest, Part};
 use crate::{Error, Result, Store};
 
+/// What `RUN` or `RUN@STEP` means: splits at the last `@` when digits alone follow it; any other `@` belongs to the
+/// folder's name.
+pub fn split_name(text: &str) -> (&str, Option<u64>) {
+    let digits = |step: &str| step.bytes().all(|b| b.is_ascii_digit());
+    let split = text.rsplit_once('@').filter(|(run, step)| !run.is_empty() && digits(step));
+    match split.and_then(|(run, step)| Some((run, step.parse().ok()?))) {
+        Some((run, step)) => (run, Some(step)),
+        None => (text, None),
+    }
+}
+
 /// Folder of the checkpoint after `step` steps.
 pub fn folder(step: u64) -> String {
     format!("checkpoints/{step:010}")

@@ -23,7 +23,7 @@ mod manifest;
 mod part;
 mod retention;
 
-pub use catalog::{commit, delete, folder, read_manifest, set_aside, steps};
+pub use catalog::{commit, delete, folder, read_manifest, set_aside, split_name, steps};
 pub use manifest::{BlockDigests, FORMAT, Facts, Manifest, Part, Position, digest_of_blocks};
 pub use part::{Parts, Written, read_part, verify, write_part};
 pub use retention::{let_go, prune, superseded, tidy};

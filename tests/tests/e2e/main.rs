@@ -1,12 +1,14 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs; weights out and in, and used.
 
 mod disk;
+mod interchange;
 mod jobs;
 mod kill;
 mod links;
 mod ring;
 mod signals;
 mod twice;
+mod using;
 
 /// The world of these tests.
 fn world() -> &'static anello_tests::World {

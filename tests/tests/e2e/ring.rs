@@ -1,9 +1,11 @@
 //! Rings of worker processes: whatever happens to them and to their coordinator, the run is the undisturbed one.
 
+use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use anello_tests::{Dice, Process, newest_checkpoint, objects, signal, wait_until};
+use serde_json::Value;
 
 use super::world;
 
@@ -52,6 +54,38 @@ fn any_number_of_workers_is_one_worker() {
         let told = events(&run);
         assert!(told.contains(&format!("with {workers} worker")), "{told}");
         assert!(world().folder.join(&run).join("environment.json").exists());
+    }
+}
+
+/// The timeline of `--trace` has both workers, and the sum over them begins while each is still computing its last lane.
+#[test]
+fn the_sum_begins_while_the_last_lane_is_computed() {
+    let run = "ring-traced";
+    start(run, 2, &["--trace", "trace.json"]).wait().expect(0);
+    assert_undisturbed(run);
+    let text = std::fs::read_to_string(world().folder.join("trace.json")).unwrap();
+    let events: Vec<Value> =
+        serde_json::from_str(&format!("{}]", text.trim_end().trim_end_matches(','))).unwrap();
+    let spans =
+        |name: &str| events.iter().filter(|e| e["ph"] == "X" && e["name"] == name).collect::<Vec<_>>();
+    let at = |span: &Value| {
+        let start = span["ts"].as_f64().unwrap();
+        start..start + span["dur"].as_f64().unwrap()
+    };
+    let workers: BTreeSet<u64> = spans("step").iter().map(|step| step["pid"].as_u64().unwrap()).collect();
+    assert_eq!(workers.len(), 2, "both workers have steps");
+    for worker in workers {
+        let of =
+            |name: &str| spans(name).into_iter().filter(|e| e["pid"] == worker).map(at).collect::<Vec<_>>();
+        let (reductions, lanes) = (of("reduce"), of("lane"));
+        assert!(reductions.len() >= 20, "{} reductions", reductions.len());
+        // Not all of them: the lane of so small a model may be over before a thread has its turn.
+        let during = reductions.iter().filter(|sum| lanes.iter().any(|lane| lane.contains(&sum.start)));
+        assert!(
+            during.count() > 0,
+            "of {} reductions none begins while a lane is computed",
+            reductions.len()
+        );
     }
 }
 

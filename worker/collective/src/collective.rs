@@ -1,6 +1,7 @@
 //! The seam: what a step asks of its ring.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use crate::{AbortHandle, Result, Ring, Step};
 
@@ -54,8 +55,29 @@ pub trait Collective: Send {
     /// # Errors
     /// Those of the trait; [`Error::Shape`](crate::Error::Shape) when buffers have the wrong number or length.
     fn reduce_scatter(&mut self, step: Step, partials: &[&[f32]], out: &mut [f32]) -> Result<()> {
-        self.ring().check_reduce(partials, out)?;
-        self.reduction(step, &[])?.finish(partials, out).map(drop)
+        let partials = partials.to_vec();
+        self.ring().check_reduce(&partials, out)?;
+        self.reduction(step, &[])?.finish(&partials, out).map(drop)
+    }
+}
+
+/// The partial sums of one member: whole flat buffers, one for each of its parts, which may still be written to where
+/// nobody has said yet that blocks are final.
+pub trait Partials: Sync {
+    /// The length of each buffer, in elements.
+    fn lens(&self) -> Vec<usize>;
+
+    /// Some elements of one buffer; asked for only where their blocks are final.
+    fn elements(&self, part: usize, range: Range<usize>) -> &[f32];
+}
+
+impl Partials for Vec<&[f32]> {
+    fn lens(&self) -> Vec<usize> {
+        self.iter().map(|partial| partial.len()).collect()
+    }
+
+    fn elements(&self, part: usize, range: Range<usize>) -> &[f32] {
+        &self[part][range]
     }
 }
 
@@ -65,19 +87,25 @@ pub trait Collective: Send {
 ///
 /// Dropping it before [`finish`](Self::finish) has succeeded ends the collective.
 pub trait Reduction: Send {
-    /// Says that `blocks` of all partial sums are final until `finish` returns, sends and receives what is possible
-    /// without waiting, and returns. Blocks go to an owner in ascending order: one that is not ready holds back the
-    /// later ones of the same owner.
+    /// Says that `blocks` of all partial sums are final until `finish` returns, sends and receives what is possible, and
+    /// returns when nothing moved for `patience`. Blocks go to an owner in the order of [`Shape`](crate::Shape): one
+    /// that is not ready holds back the later ones of the same owner.
     ///
     /// # Errors
     /// As [`Collective`].
-    fn advance(&mut self, blocks: Range<usize>, partials: &[&[f32]], out: &mut [f32]) -> Result<()>;
+    fn advance(
+        &mut self,
+        blocks: Range<usize>,
+        partials: &dyn Partials,
+        out: &mut [f32],
+        patience: Duration,
+    ) -> Result<()>;
 
     /// Says that all blocks are final, and waits for the sum and for everyone's message, in the order of ranks.
     ///
     /// # Errors
     /// As [`Collective`].
-    fn finish(self: Box<Self>, partials: &[&[f32]], out: &mut [f32]) -> Result<Vec<Vec<u8>>>;
+    fn finish(self: Box<Self>, partials: &dyn Partials, out: &mut [f32]) -> Result<Vec<Vec<u8>>>;
 }
 
 pub(crate) fn check_message(message: &[u8]) -> Result<()> {

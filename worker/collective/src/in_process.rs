@@ -3,11 +3,14 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::collective::check_message;
 use crate::farewell::Farewell;
 use crate::ring::Ready;
-use crate::{AbortHandle, Collective, Error, Generation, Rank, Reduction, Result, Ring, Shape, Step};
+use crate::{
+    AbortHandle, Collective, Error, Generation, Partials, Rank, Reduction, Result, Ring, Shape, Step,
+};
 
 /// One member of a ring inside a process. Memory: what was sent and not yet received is held as copies, at most the
 /// partial sums of one step.
@@ -270,18 +273,19 @@ struct Under<'a> {
     step: Step,
     message: Vec<u8>,
     ready: Ready,
-    /// Blocks sent, by owner.
+    /// Blocks sent, by owner, in its order.
     sent: Vec<usize>,
     ended: bool,
 }
 
 impl Under<'_> {
-    fn send(&mut self, partials: &[&[f32]]) {
+    fn send(&mut self, partials: &dyn Partials) {
+        let parts = self.of.ring.parts(self.of.ring.rank()).len();
         for owner in self.of.others() {
-            let mut blocks = self.of.ring.blocks(owner).skip(self.sent[owner.index()]);
-            while let Some(block) = blocks.next().filter(|block| self.ready.contains(*block)) {
-                for (part, values) in partials.iter().enumerate() {
-                    let values = values[self.of.ring.block(block)].to_vec();
+            let mut blocks = self.of.ring.turns(owner)[self.sent[owner.index()]..].iter();
+            while let Some(&block) = blocks.next().filter(|block| self.ready.contains(**block)) {
+                for part in 0..parts {
+                    let values = partials.elements(part, self.of.ring.block(block)).to_vec();
                     self.of.post(owner, Operation::Reduce, self.step, Body::Block { block, part, values });
                 }
                 self.sent[owner.index()] += 1;
@@ -289,12 +293,12 @@ impl Under<'_> {
         }
     }
 
-    fn receive(&mut self, partials: &[&[f32]], out: &mut [f32]) -> Result<Vec<Vec<u8>>> {
+    fn receive(&mut self, partials: &dyn Partials, out: &mut [f32]) -> Result<Vec<Vec<u8>>> {
         let mut scratch = std::mem::take(&mut self.of.scratch);
         let ring = &self.of.ring;
         let own = ring.rank();
         let messages = self.of.messages(Operation::Reduce, self.step, std::mem::take(&mut self.message))?;
-        for (block, out) in ring.blocks(own).zip(out.chunks_mut(ring.shape().block_len)) {
+        for &block in ring.turns(own) {
             let mut parts: Vec<Vec<Vec<f32>>> = vec![Vec::new(); ring.members()];
             for rank in self.of.others() {
                 for part in 0..ring.parts(rank).len() {
@@ -303,10 +307,10 @@ impl Under<'_> {
                 }
             }
             let part = |rank: Rank, part: usize| match rank == own {
-                true => &partials[part][ring.block(block)],
+                true => partials.elements(part, ring.block(block)),
                 false => parts[rank.index()][part].as_slice(),
             };
-            ring.add(part, out, &mut scratch);
+            ring.add(part, &mut out[ring.in_own(block)], &mut scratch);
         }
         self.of.scratch = scratch;
         Ok(messages)
@@ -314,7 +318,14 @@ impl Under<'_> {
 }
 
 impl Reduction for Under<'_> {
-    fn advance(&mut self, blocks: Range<usize>, partials: &[&[f32]], out: &mut [f32]) -> Result<()> {
+    /// There is nothing to wait for: a mailbox takes all that is sent, and `finish` takes all that came.
+    fn advance(
+        &mut self,
+        blocks: Range<usize>,
+        partials: &dyn Partials,
+        out: &mut [f32],
+        _: Duration,
+    ) -> Result<()> {
         self.of.ring.check_reduce(partials, out)?;
         self.ready.add(blocks)?;
         let alive = self.of.alive();
@@ -323,7 +334,7 @@ impl Reduction for Under<'_> {
         Ok(())
     }
 
-    fn finish(mut self: Box<Self>, partials: &[&[f32]], out: &mut [f32]) -> Result<Vec<Vec<u8>>> {
+    fn finish(mut self: Box<Self>, partials: &dyn Partials, out: &mut [f32]) -> Result<Vec<Vec<u8>>> {
         self.of.ring.check_reduce(partials, out)?;
         self.ready.add_all();
         let alive = self.of.alive();

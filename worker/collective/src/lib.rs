@@ -36,7 +36,7 @@ pub mod tcp;
 pub mod tree;
 
 pub use abort::AbortHandle;
-pub use collective::{Collective, MESSAGE_BYTES_MAX, Reduction};
+pub use collective::{Collective, MESSAGE_BYTES_MAX, Partials, Reduction};
 pub use error::{Error, Result};
 pub use ids::{Generation, Rank, Step};
 pub use in_process::InProcess;

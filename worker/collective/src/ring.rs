@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::tree::{LANES_MAX, Subtree, TreeSum, balanced, subtrees};
-use crate::{Error, Rank, Result};
+use crate::{Error, Partials, Rank, Result};
 
 /// Members of a ring at most: each holds two connections to each other one.
 pub const MEMBERS_MAX: usize = 1 << 12;
@@ -21,6 +21,8 @@ pub struct Shape {
     pub blocks: u32,
     /// Elements (fp32) of a block, 1..=[`BLOCK_LEN_MAX`].
     pub block_len: usize,
+    /// All blocks in the order in which they become final in a step, in which they are sent; empty: in ascending order.
+    pub order: Vec<u32>,
 }
 
 impl Shape {
@@ -33,7 +35,7 @@ impl Shape {
             let range = balanced(lanes as usize, members, rank);
             range.start as u32..range.end as u32
         };
-        Self { ranges: (0..members).map(range).collect(), blocks, block_len }
+        Self { ranges: (0..members).map(range).collect(), blocks, block_len, order: Vec::new() }
     }
 }
 
@@ -50,6 +52,8 @@ pub struct Ring {
     rank: Rank,
     shape: Shape,
     parts: Vec<Vec<Subtree>>,
+    /// By owner: its blocks in the order in which they are sent.
+    turns: Vec<Vec<usize>>,
     leaves: Vec<Leaf>,
     sum: TreeSum,
 }
@@ -58,7 +62,8 @@ impl Ring {
     /// The ring of `shape` as `rank` sees it.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the ranges do not tile a power of two of lanes, or a size is out of range.
+    /// [`Error::Shape`] when the ranges do not tile a power of two of lanes, the order is none of all blocks, or a size is
+    /// out of range.
     pub fn new(rank: Rank, shape: Shape) -> Result<Self> {
         let members = shape.ranges.len();
         if members > MEMBERS_MAX || rank.index() >= members {
@@ -90,6 +95,7 @@ impl Ring {
             }
             next = range.end;
         }
+        let turns = turns(&shape)?;
         let parts: Vec<Vec<Subtree>> = shape.ranges.iter().cloned().map(subtrees).collect();
         let mut leaves: Vec<(Subtree, Leaf)> = (0..)
             .map(Rank)
@@ -100,7 +106,14 @@ impl Ring {
             .collect();
         leaves.sort_unstable_by_key(|(node, _)| node.first);
         let sum = TreeSum::new(&leaves.iter().map(|(node, _)| *node).collect::<Vec<_>>());
-        Ok(Self { rank, shape, parts, leaves: leaves.into_iter().map(|(_, leaf)| leaf).collect(), sum })
+        Ok(Self {
+            rank,
+            shape,
+            parts,
+            turns,
+            leaves: leaves.into_iter().map(|(_, leaf)| leaf).collect(),
+            sum,
+        })
     }
 
     /// Our rank.
@@ -126,6 +139,18 @@ impl Ring {
     /// The blocks that `rank` owns: balanced over all ranks, whatever lanes they serve.
     pub fn blocks(&self, rank: Rank) -> Range<usize> {
         balanced(self.shape.blocks as usize, self.members(), rank.index())
+    }
+
+    /// The blocks that `rank` owns, in the order in which they are sent to it.
+    pub(crate) fn turns(&self, rank: Rank) -> &[usize] {
+        &self.turns[rank.index()]
+    }
+
+    /// Where an own block lies in the output of a reduction.
+    pub(crate) fn in_own(&self, block: usize) -> Range<usize> {
+        let elements = self.block(block);
+        let first = self.elements(self.rank).start;
+        elements.start - first..elements.end - first
     }
 
     /// The elements of the blocks that `rank` owns.
@@ -160,19 +185,18 @@ impl Ring {
         self.sum.sum(&leaves, out, scratch);
     }
 
-    pub(crate) fn check_reduce(&self, partials: &[&[f32]], out: &[f32]) -> Result<()> {
-        let parts = self.parts(self.rank).len();
-        if partials.len() != parts {
+    pub(crate) fn check_reduce(&self, partials: &dyn Partials, out: &[f32]) -> Result<()> {
+        let (parts, lens) = (self.parts(self.rank).len(), partials.lens());
+        if lens.len() != parts {
             return Err(Error::shape(format!(
                 "{} partial sums; {} has {parts} parts",
-                partials.len(),
+                lens.len(),
                 self.rank
             )));
         }
-        if let Some(partial) = partials.iter().find(|partial| partial.len() != self.len()) {
+        if let Some(len) = lens.iter().find(|len| **len != self.len()) {
             return Err(Error::shape(format!(
-                "a partial sum of {} elements; the buffer has {}",
-                partial.len(),
+                "a partial sum of {len} elements; the buffer has {}",
                 self.len()
             )));
         }
@@ -197,6 +221,33 @@ impl Ring {
         }
         Ok(())
     }
+}
+
+/// By owner: its blocks in the order of `shape`.
+fn turns(shape: &Shape) -> Result<Vec<Vec<usize>>> {
+    let (blocks, members) = (shape.blocks as usize, shape.ranges.len());
+    let owned = |rank| balanced(blocks, members, rank);
+    if shape.order.is_empty() {
+        return Ok((0..members).map(|rank| owned(rank).collect()).collect());
+    }
+    let mut seen = vec![false; blocks];
+    for &block in &shape.order {
+        match seen.get_mut(block as usize) {
+            Some(seen) if !*seen => *seen = true,
+            _ => {
+                return Err(Error::shape(format!(
+                    "block {block} is twice in the order of {blocks} blocks, or none of them"
+                )));
+            }
+        }
+    }
+    if shape.order.len() != blocks {
+        return Err(Error::shape(format!("an order of {} blocks; there are {blocks}", shape.order.len())));
+    }
+    let mut turns = vec![Vec::new(); members];
+    let owners: Vec<usize> = (0..members).flat_map(|rank| owned(rank).map(move |_| rank)).collect();
+    shape.order.iter().for_each(|&block| turns[owners[block as usize]].push(block as usize));
+    Ok(turns)
 }
 
 /// The blocks whose partial sums the caller says will not change any more.
@@ -231,7 +282,7 @@ mod tests {
     use super::*;
 
     fn ring(ranges: &[Range<u32>]) -> Result<Ring> {
-        Ring::new(Rank(0), Shape { ranges: ranges.to_vec(), blocks: 5, block_len: 4 })
+        Ring::new(Rank(0), Shape { ranges: ranges.to_vec(), blocks: 5, block_len: 4, order: Vec::new() })
     }
 
     fn fact(ranges: &[Range<u32>]) -> String {
@@ -245,6 +296,23 @@ mod tests {
         assert_eq!(owned, [0..1, 1..3, 3..5]);
         assert_eq!(ring.elements(Rank(1)), 4..12);
         assert_eq!((ring.parts(Rank(1)).len(), ring.parts(Rank(2)).len()), (2, 0));
+    }
+
+    #[test]
+    fn blocks_go_to_their_owners_in_the_order_given() {
+        let ring = |order: &[u32]| {
+            let shape = Shape { order: order.to_vec(), ..Shape::balanced(2, 2, 5, 4) };
+            Ring::new(Rank(1), shape).map_err(|error| error.to_string())
+        };
+        let given = ring(&[4, 1, 3, 0, 2]).unwrap();
+        assert_eq!((given.turns(Rank(0)), given.turns(Rank(1))), (&[1, 0][..], &[4, 3, 2][..]));
+        assert_eq!(given.in_own(3), 4..8);
+        assert_eq!(ring(&[]).unwrap().turns(Rank(1)), [2, 3, 4]);
+        assert_eq!(ring(&[0, 1, 2, 3]).unwrap_err(), "an order of 4 blocks; there are 5");
+        for wrong in [&[0, 1, 2, 3, 3], &[0, 1, 2, 3, 5]] {
+            let fact = format!("block {} is twice in the order of 5 blocks, or none of them", wrong[4]);
+            assert_eq!(ring(wrong).unwrap_err(), fact);
+        }
     }
 
     #[test]

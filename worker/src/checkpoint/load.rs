@@ -20,6 +20,31 @@ pub struct Loaded {
 
 /// Reads the checkpoint after `step` steps of a run of `model`.
 pub fn load(store: &Store, step: u64, model: &Model, device: Device) -> Result<Loaded> {
+    let mut buffers = [const { Vec::new() }; 3];
+    let (manifest, layout) =
+        read(store, step, model, |buffer, bytes| buffers[buffer].extend_from_slice(bytes))?;
+    let state = state_of(layout, &buffers, manifest.updates, device);
+    Ok(Loaded { manifest, state })
+}
+
+/// Reads the weights alone of the checkpoint after `step` steps of a run of `model`: the flat buffer, and its layout.
+/// The moments are checked, and not kept.
+pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest, Layout, Vec<f32>)> {
+    let mut weights = Vec::new();
+    let (manifest, layout) = read(store, step, model, |buffer, bytes| {
+        if buffer == 0 {
+            weights.extend(floats(bytes));
+        }
+    })?;
+    Ok((manifest, layout, weights))
+}
+
+fn read(
+    store: &Store,
+    step: u64,
+    model: &Model,
+    mut take: impl FnMut(usize, &[u8]),
+) -> Result<(Manifest, Layout)> {
     let manifest = read_manifest(store, step)?;
     let layout = Layout::new(model, manifest.layers);
     if layout.len() as u64 != manifest.elements {
@@ -29,20 +54,20 @@ pub fn load(store: &Store, step: u64, model: &Model, device: Device) -> Result<L
         return Err(StoreError::Checkpoint { step, fact, remedy }.into());
     }
     let holds = |block| layout.names_in(block).collect::<Vec<_>>().join(", ");
-    let mut buffers = [0, 1, 2].map(|_| Vec::with_capacity(layout.len() * 4));
     for part in &manifest.parts {
-        read_part(store, &manifest, part, holds, |buffer, bytes| buffers[buffer].extend_from_slice(bytes))?;
+        read_part(store, &manifest, part, holds, &mut take)?;
     }
-    let state = state_of(layout, &buffers, manifest.updates, device);
-    Ok(Loaded { manifest, state })
+    Ok((manifest, layout))
+}
+
+fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
+    bytes.as_chunks().0.iter().map(|four| f32::from_le_bytes(*four))
 }
 
 /// The state whose three flat buffers are these bytes, little-endian.
 pub(crate) fn state_of(layout: Layout, buffers: &[Vec<u8>; 3], updates: u64, device: Device) -> State {
-    let [weights, exp_avg, exp_avg_sq] = buffers.each_ref().map(|bytes| {
-        let floats =
-            bytes.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]]));
-        Tensor::from_slice(&floats.collect::<Vec<f32>>()).to_device(device)
-    });
+    let [weights, exp_avg, exp_avg_sq] = buffers
+        .each_ref()
+        .map(|bytes| Tensor::from_slice(&floats(bytes).collect::<Vec<f32>>()).to_device(device));
     State { layout, weights, exp_avg, exp_avg_sq, updates }
 }

@@ -6,5 +6,5 @@ mod save;
 
 pub use compare::{BlockDifference, Comparison, compare};
 pub(crate) use load::state_of;
-pub use load::{Loaded, load};
+pub use load::{Loaded, load, load_weights};
 pub use save::{Snapshot, write};

@@ -18,6 +18,7 @@ mod peers;
 mod replicas;
 mod shell;
 mod spot;
+mod sum;
 mod word;
 
 use std::net::IpAddr;
@@ -25,6 +26,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anello_proto::ring::Leave;
+
+pub use sum::add_up;
 
 use crate::error::Result;
 

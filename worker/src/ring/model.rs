@@ -26,12 +26,14 @@ use super::parts::{self, Copy, PartsWriter};
 use super::peers::{HostState, Shelf, gather};
 use super::replicas;
 use super::spot::{self, Spot};
+use super::sum::add_up;
 use super::word::{Agreed, Word, agree};
 use crate::account::{Epochs, Stamp, position_after, skip_event};
 use crate::checkpoint::{self, Snapshot, state_of};
-use crate::engine::{Engine, check_supported};
+use crate::engine::{Engine, Growing, check_supported};
 use crate::error::{Error, Result};
 use crate::ffi;
+use crate::init::initial_state;
 use crate::params::{BLOCK, Layout};
 
 /// What the model thread is told.
@@ -292,7 +294,9 @@ impl Thread {
                 }
             }
             Source::Seed if !holds => {
-                let engine = Engine::new(&self.config, Device::Cpu);
+                let state =
+                    initial_state(&self.config, Device::Cpu).map_err(|error| fault(error.to_string()))?;
+                let engine = Engine::with_state(&self.config, state);
                 let cursors = vec![Cursor::default(); self.config.lanes as usize];
                 self.held = Some(Held { engine, step: Step(0), cursors });
             }
@@ -348,7 +352,7 @@ impl Thread {
         let held = self.held.as_ref().expect("state was taken");
         let upcycle = self.schedule.at(start.0).and_then(|plan| plan.upcycle);
         let layers = upcycle.map_or(held.engine.state().layout.layers() as u32, |upcycle| upcycle.layers);
-        let blocks = Layout::new(&self.config.model, layers).blocks() as u32;
+        let layout = Layout::new(&self.config.model, layers);
         let addresses = members.iter().map(|member| {
             member.endpoints.ring.iter().map(|text| text.parse()).collect::<std::result::Result<Vec<_>, _>>()
         });
@@ -358,8 +362,9 @@ impl Thread {
             members: addresses.map_err(|cause| fault(format!("a member's address is none: {cause}")))?,
             shape: Shape {
                 ranges: members.iter().map(|member| member.lanes.clone()).collect(),
-                blocks,
+                blocks: layout.blocks() as u32,
                 block_len: BLOCK,
+                order: layout.backward_blocks().into_iter().flatten().map(|block| block as u32).collect(),
             },
             generation: RingGeneration(generation.0),
             job: self.job.clone(),
@@ -389,6 +394,7 @@ impl Thread {
         ring: &mut tcp::Tcp,
         mut loader: Option<&mut Loader>,
     ) -> Served<(u8, v1::StepReport)> {
+        let _step = tracing::trace_span!("step", step = plan.step, rank = serving.rank).entered();
         let began = Instant::now();
         let mut seconds = Seconds::default();
         let every = self.config.ring.spot_check_every_steps;
@@ -396,66 +402,82 @@ impl Thread {
         let own_spot = spot.as_ref().is_some_and(|spot| spot.owner == serving.rank);
         let faulty = own_spot && self.take_gradient_fault(plan.step, serving.rank);
         let mut own_hash = Vec::new();
+        let mut check_lane = |lane: u32, gradient: &mut Tensor| {
+            if spot.as_ref().is_some_and(|spot| spot.lane == lane) {
+                if faulty {
+                    flip_a_bit(gradient);
+                }
+                own_hash = spot::hash(gradient);
+            }
+        };
         let Held { engine, .. } = self.held.as_mut().expect("state was taken");
         engine.enter(plan);
-        let mut word = Word {
-            control: serving.hold.load(Ordering::Relaxed),
-            sums: Vec::new(),
-            cursors: Vec::new(),
-            events: Vec::new(),
+        let mut word = Word { control: 0, sums: Vec::new(), cursors: Vec::new(), events: Vec::new() };
+        let mut total = match self.total.take() {
+            Some(total) if total.numel() == engine.state().layout.len() => total,
+            _ => engine.state().layout.zeros(Device::Cpu),
         };
+        let mut last = None;
         for lane in serving.lanes.clone() {
             let waited = Instant::now();
             let loader = loader.as_mut().expect("a worker with lanes has a loader");
+            let data = tracing::trace_span!("data", lane).entered();
             let lane_step = next_lane_step(loader, plan.step, lane)?;
+            drop(data);
             seconds.data += waited.elapsed().as_secs_f64();
-            let computed = Instant::now();
-            let (mut gradient, sums) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
-            if spot.as_ref().is_some_and(|spot| spot.lane == lane) {
-                if faulty {
-                    flip_a_bit(&mut gradient);
-                }
-                own_hash = spot::hash(&gradient);
-            }
-            engine.fold_lane(lane, gradient, sums);
-            seconds.compute += computed.elapsed().as_secs_f64();
             word.events.extend(self.epochs.data_events(&lane_step));
             word.cursors.push(lane_step.cursor);
+            if lane + 1 == serving.lanes.end {
+                last = Some(lane_step.micro_batches);
+                break;
+            }
+            let computed = Instant::now();
+            let _lane = tracing::trace_span!("lane", lane).entered();
+            let (mut gradient, sums) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
+            check_lane(lane, &mut gradient);
+            engine.fold_lane(lane, gradient, sums);
+            seconds.compute += computed.elapsed().as_secs_f64();
         }
-
+        let (mut computed, began_last) = (Duration::ZERO, Instant::now());
+        let hold = serving.hold;
+        let word = |sums| {
+            word.sums = sums;
+            word.control = hold.load(Ordering::Relaxed);
+            word.encode()
+        };
+        let ((), words) = add_up(ring, RingStep(plan.step), &mut total, word, |tell| {
+            let Some(micro_batches) = last else { return };
+            let lane = serving.lanes.end - 1;
+            let _lane = tracing::trace_span!("lane", lane).entered();
+            engine.last_lane(plan.stage, lane, &micro_batches, &mut |mut growing| {
+                if let Growing::Lane(gradient) = &mut growing {
+                    check_lane(lane, gradient);
+                }
+                tell(growing);
+            });
+            computed = began_last.elapsed();
+        });
+        seconds.compute += computed.as_secs_f64();
+        seconds.reduce = (began_last.elapsed() - computed).as_secs_f64();
+        engine.abandon();
+        self.total = Some(total);
+        let words = words.map_err(|error| cause_of(&error, serving.formation))?;
         if let Some(spot) = spot {
             self.spot_check(plan, serving, ring, &spot, own_hash)?;
         }
-        let Held { engine, cursors, .. } = self.held.as_mut().expect("state was taken");
-        let reduced = Instant::now();
-        let partials = engine.take_partials();
-        word.sums = partials.iter().map(|(first, lanes, _, sums)| (*first, *lanes, sums.clone())).collect();
-        let len = engine.state().layout.len();
-        let mut total = match self.total.take() {
-            Some(total) if total.numel() == len => total,
-            _ => engine.state().layout.zeros(Device::Cpu),
-        };
-        let words =
-            add_up(ring, plan.step, &word, partials.iter().map(|(_, _, gradient, _)| gradient), &mut total);
-        partials.into_iter().for_each(|(_, _, gradient, _)| engine.recycle(gradient));
-        let words = match words {
-            Ok(words) => words,
-            Err(error) => {
-                self.total = Some(total);
-                return Err(cause_of(&error, serving.formation));
-            }
+        let Self { held, total, .. } = self;
+        let (Some(Held { engine, cursors, .. }), Some(total)) = (held, total) else {
+            unreachable!("both were there at the beginning of the step");
         };
         let lanes: Vec<Range<u32>> =
             serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
         let mut moved = cursors.clone();
         let Agreed { control, sums, events } =
             agree(&words, &lanes, &mut moved).map_err(|error| fault(error.to_string()))?;
-        seconds.reduce = reduced.elapsed().as_secs_f64();
 
         let updated = Instant::now();
-        let outcome = engine.finish_with(plan, &total, sums);
+        let outcome = engine.finish_with(plan, total, sums);
         *cursors = moved;
-        self.total = Some(total);
         let held = self.held.as_mut().expect("state was taken");
         held.step = Step(plan.step + 1);
         seconds.update = updated.elapsed().as_secs_f64();
@@ -480,6 +502,7 @@ impl Thread {
         if every == 0 || formation.members.len() < 2 || !(due || at.is_multiple_of(every)) {
             return Ok(());
         }
+        let _span = tracing::trace_span!("compare replicas").entered();
         let held = self.held.as_ref().expect("state was taken");
         match replicas::compare(ring, at, held.engine.state(), formation) {
             Ok(None) => Ok(()),
@@ -525,6 +548,7 @@ impl Thread {
         spot: &Spot,
         own_hash: Vec<u8>,
     ) -> Served<()> {
+        let _span = tracing::trace_span!("spot check").entered();
         let ended = |error: RingError| cause_of(&error, serving.formation);
         let rank = serving.rank;
         let said = if rank == spot.witness { self.recompute(plan, spot.lane)? } else { own_hash };
@@ -550,6 +574,7 @@ impl Thread {
 
     /// Copies this worker's blocks, and a second time those of the next member, and hands them to the writer.
     fn snapshot(&mut self, ring: &tcp::Tcp, formation: &Formation) {
+        let _span = tracing::trace_span!("checkpoint").entered();
         self.writer.wait();
         let (ring, count) = (ring.ring(), formation.members.len());
         let next = (ring.rank().index() + 1) % count;
@@ -570,24 +595,6 @@ impl Thread {
         let facts = self.stamp.facts(held.engine.state(), position, held.cursors.clone());
         Snapshot::take(held.engine.state(), blocks, facts)
     }
-}
-
-/// Adds the partial sums of all members up along the tree, and gathers the whole sum in `total`. Returns the words of
-/// all.
-fn add_up<'a>(
-    ring: &mut tcp::Tcp,
-    step: u64,
-    word: &Word,
-    partials: impl Iterator<Item = &'a Tensor>,
-    total: &mut Tensor,
-) -> std::result::Result<Vec<Vec<u8>>, RingError> {
-    let partials: Vec<&[f32]> = partials.map(ffi::as_slice).collect();
-    let own = ring.ring().elements(ring.ring().rank());
-    let total = ffi::as_mut_slice(total);
-    let reduction = ring.reduction(RingStep(step), &word.encode())?;
-    let words = reduction.finish(&partials, &mut total[own])?;
-    ring.all_gather(RingStep(step), total)?;
-    Ok(words)
 }
 
 /// What `lane` is to compute at `step`: the loader serves lanes in this very order.

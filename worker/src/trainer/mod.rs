@@ -176,15 +176,19 @@ impl Trainer {
 
     /// One step, and a checkpoint after it when one is due. Returns whether one was taken.
     fn step(&mut self, plan: &StepPlan<'_>) -> Result<bool> {
+        let _step = tracing::trace_span!("step", step = plan.step).entered();
         let began = Instant::now();
         let mut seconds = Seconds::default();
         self.engine.enter(plan);
         for lane in 0..self.config.lanes {
             let waited = Instant::now();
+            let data = tracing::trace_span!("data", lane).entered();
             let lane_step = self.next_lane_step(plan, lane)?;
+            drop(data);
             seconds.data += waited.elapsed().as_secs_f64();
             let computed = Instant::now();
-            self.engine.lane(plan.stage, lane, &lane_step.micro_batches);
+            tracing::trace_span!("lane", lane)
+                .in_scope(|| self.engine.lane(plan.stage, lane, &lane_step.micro_batches));
             seconds.compute += computed.elapsed().as_secs_f64();
             let events = self.epochs.data_events(&lane_step);
             self.tell(events)?;
@@ -202,6 +206,7 @@ impl Trainer {
         let mut snapshot = None;
         if due || again {
             let stalled = Instant::now();
+            let _span = tracing::trace_span!("checkpoint").entered();
             self.wait_for_checkpoint()?;
             self.retry_at = None;
             snapshot = Some(self.snapshot());

@@ -15,6 +15,7 @@ use crate::checkpoint::{self, Loaded};
 use crate::engine::{Engine, check_supported};
 use crate::environment;
 use crate::error::{Error, Result};
+use crate::init::initial_state;
 
 /// A run that is ready to be trained.
 pub struct Run {
@@ -150,7 +151,7 @@ impl Run {
             Some(Loaded { manifest, state }) => {
                 (Engine::with_state(&self.config, state), Some(manifest.cursors))
             }
-            None => (Engine::new(&self.config, Device::Cpu), None),
+            None => (Engine::with_state(&self.config, initial_state(&self.config, Device::Cpu)?), None),
         };
         let loader =
             Loader::open(LoaderOptions { start_step: step, cursors: cursors.clone(), ..self.data.clone() })?;

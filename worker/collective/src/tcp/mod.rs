@@ -31,7 +31,9 @@ pub use rendezvous::{Listener, Refusals};
 
 use crate::collective::check_message;
 use crate::farewell::Farewell;
-use crate::{AbortHandle, Collective, Error, Generation, Rank, Reduction, Result, Ring, Shape, Step};
+use crate::{
+    AbortHandle, Collective, Error, Generation, Partials, Rank, Reduction, Result, Ring, Shape, Step,
+};
 use frame::{Address, Kind};
 use net::Net;
 use traffic::{Gather, NoBlocks, Places, Reduce, Reducing};
@@ -158,7 +160,7 @@ impl Collective for Tcp {
         self.alive()?;
         self.net.begin(step, None);
         let mut traffic = Gather::new(&self.ring, self.net.generation(), step, buffer);
-        let gathered = self.net.drive(step, None, &mut traffic, true);
+        let gathered = self.net.drive(step, None, &mut traffic, None);
         self.ended_by(gathered).map(drop)
     }
 
@@ -166,7 +168,7 @@ impl Collective for Tcp {
         check_message(message)?;
         self.alive()?;
         self.net.begin(step, Some((Kind::ExchangeMessage, message)));
-        let exchanged = self.net.drive(step, Some(Kind::ExchangeMessage), &mut NoBlocks, true);
+        let exchanged = self.net.drive(step, Some(Kind::ExchangeMessage), &mut NoBlocks, None);
         self.ended_by(exchanged)?;
         Ok(self.messages(message.to_vec()))
     }
@@ -181,28 +183,40 @@ struct Under<'a> {
 }
 
 impl Under<'_> {
-    fn drive(&mut self, ready: Option<Range<usize>>, partials: &[&[f32]], out: &mut [f32]) -> Result<()> {
+    /// Goes on with the blocks that are ready, for as long as something moves, or to the end.
+    fn drive(
+        &mut self,
+        ready: Option<(Range<usize>, Duration)>,
+        partials: &dyn Partials,
+        out: &mut [f32],
+    ) -> Result<()> {
         self.of.ring.check_reduce(partials, out)?;
         let state = self.state.as_mut().expect("finish takes the reduction");
-        let wait = ready.is_none();
+        let patience = ready.as_ref().map(|(_, patience)| *patience);
         match ready {
-            Some(blocks) => state.ready.add(blocks)?,
+            Some((blocks, _)) => state.ready.add(blocks)?,
             None => state.ready.add_all(),
         }
         self.of.alive()?;
         let step = state.step;
         let mut traffic = Reduce::new(&self.of.ring, self.of.net.generation(), state, partials, out);
-        let driven = self.of.net.drive(step, Some(Kind::ReduceMessage), &mut traffic, wait);
+        let driven = self.of.net.drive(step, Some(Kind::ReduceMessage), &mut traffic, patience);
         self.of.ended_by(driven).map(drop)
     }
 }
 
 impl Reduction for Under<'_> {
-    fn advance(&mut self, blocks: Range<usize>, partials: &[&[f32]], out: &mut [f32]) -> Result<()> {
-        self.drive(Some(blocks), partials, out)
+    fn advance(
+        &mut self,
+        blocks: Range<usize>,
+        partials: &dyn Partials,
+        out: &mut [f32],
+        patience: Duration,
+    ) -> Result<()> {
+        self.drive(Some((blocks, patience)), partials, out)
     }
 
-    fn finish(mut self: Box<Self>, partials: &[&[f32]], out: &mut [f32]) -> Result<Vec<Vec<u8>>> {
+    fn finish(mut self: Box<Self>, partials: &dyn Partials, out: &mut [f32]) -> Result<Vec<Vec<u8>>> {
         self.drive(None, partials, out)?;
         let state = self.state.take().expect("only finish takes it");
         self.of.places = state.into_places();

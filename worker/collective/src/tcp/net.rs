@@ -24,7 +24,7 @@ const LAST_WORDS: Duration = Duration::from_millis(100);
 const TURN_BYTES: usize = 1 << 18;
 /// Messages of a rank that may wait for us: it cannot be further ahead than the one it sends before it waits for ours.
 const AHEAD_MAX: usize = 2;
-/// Rounds of [`Net::drive`] when the caller does not wait.
+/// Rounds of [`Net::drive`] when the caller has something else to do.
 const ROUNDS: usize = 4;
 
 /// Everything about one other rank.
@@ -130,28 +130,29 @@ impl Net {
     }
 
     /// Moves bytes until the operation of `step` is through: all frames of `traffic`, own messages sent, and one of
-    /// `wanted` received from everyone. Without `wait`, only what is possible at once. True when it is through.
+    /// `wanted` received from everyone. With `patience` only until nothing moved for so long, or after some rounds. True
+    /// when it is through.
     pub fn drive(
         &mut self,
         step: Step,
         wanted: Option<Kind>,
         traffic: &mut impl Traffic,
-        wait: bool,
+        patience: Option<Duration>,
     ) -> Result<bool> {
-        for _ in 0..if wait { usize::MAX } else { ROUNDS } {
+        for _ in 0..if patience.is_none() { usize::MAX } else { ROUNDS } {
             self.abort.check()?;
             self.links.iter().try_for_each(|link| link.check_message(self.generation, step, wanted))?;
             if self.links.iter().all(|link| link.owes(wanted, traffic).is_none()) {
                 return Ok(true);
             }
-            let (now, mut timeout) = (Instant::now(), None);
+            let (now, mut timeout) = (Instant::now(), patience);
             for link in &self.links {
-                if let Some(patience) = link.check(self.rank, self.operation, wanted, traffic, now)? {
-                    timeout = Some(timeout.map_or(patience, |timeout: Duration| timeout.min(patience)));
+                if let Some(left) = link.check(self.rank, self.operation, wanted, traffic, now)? {
+                    timeout = Some(timeout.map_or(left, |timeout: Duration| timeout.min(left)));
                 }
             }
-            let ready = self.poll(traffic).wait(if wait { timeout } else { Some(Duration::ZERO) })?;
-            if ready.is_empty() && !wait {
+            let ready = self.poll(traffic).wait(timeout)?;
+            if ready.is_empty() && patience.is_some() {
                 return Ok(false);
             }
             for (mark, flags) in ready {

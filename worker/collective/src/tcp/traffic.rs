@@ -6,7 +6,7 @@ use zerocopy::IntoBytes;
 
 use super::frame::{Address, Kind};
 use crate::ring::Ready;
-use crate::{Generation, Rank, Ring, Step};
+use crate::{Generation, Partials, Rank, Ring, Step};
 
 /// Bytes of blocks that may wait at an owner for the same blocks of others, for each part; two blocks at least. Small, so
 /// that what was received is still in the cache when it is added; who is ahead has the sockets' buffers beside.
@@ -182,7 +182,8 @@ pub(crate) struct Reduce<'a> {
     ring: &'a Ring,
     generation: Generation,
     state: &'a mut Reducing,
-    partials: &'a [&'a [f32]],
+    own_parts: usize,
+    partials: &'a dyn Partials,
     out: &'a mut [f32],
 }
 
@@ -192,28 +193,28 @@ impl<'a> Reduce<'a> {
         ring: &'a Ring,
         generation: Generation,
         state: &'a mut Reducing,
-        partials: &'a [&'a [f32]],
+        partials: &'a dyn Partials,
         out: &'a mut [f32],
     ) -> Self {
-        let mut reduce = Self { ring, generation, state, partials, out };
+        let mut reduce =
+            Self { ring, generation, state, own_parts: ring.parts(ring.rank()).len(), partials, out };
         reduce.add();
         reduce
     }
 
-    /// Own parts, whose blocks follow one another.
+    /// Block and part of frame `index` of `rank`, and the place among those that wait.
     fn place_of(&self, rank: Rank, index: usize) -> (usize, usize, std::ops::Range<usize>) {
         let (parts, len) = (self.ring.parts(rank).len(), self.ring.shape().block_len);
         let (block, part) = (index / parts, index % parts);
         let at = (block % window(self.ring)) * parts + part;
-        (self.ring.blocks(self.ring.rank()).start + block, part, at * len..(at + 1) * len)
+        (self.ring.turns(self.ring.rank())[block], part, at * len..(at + 1) * len)
     }
 
     /// Adds the next own blocks whose parts are all there.
     fn add(&mut self) {
         let (ring, own) = (self.ring, self.ring.rank());
         let Reducing { ready, arrived, added, places, .. } = &mut *self.state;
-        let blocks = ring.blocks(own);
-        while *added < blocks.len() && ready.contains(blocks.start + *added) {
+        while let Some(&block) = ring.turns(own).get(*added).filter(|block| ready.contains(**block)) {
             let others = (0..).map(Rank).zip(&*arrived).filter(|(rank, _)| *rank != own);
             if others.into_iter().any(|(rank, arrived)| *arrived < (*added + 1) * ring.parts(rank).len()) {
                 return;
@@ -221,12 +222,12 @@ impl<'a> Reduce<'a> {
             let len = ring.shape().block_len;
             let part = |rank: Rank, part: usize| {
                 if rank == own {
-                    return &self.partials[part][ring.block(blocks.start + *added)];
+                    return self.partials.elements(part, ring.block(block));
                 }
                 let at = (*added % window(ring)) * ring.parts(rank).len() + part;
                 &places.values[rank.index()][at * len..(at + 1) * len]
             };
-            ring.add(part, &mut self.out[*added * len..(*added + 1) * len], &mut places.scratch);
+            ring.add(part, &mut self.out[ring.in_own(block)], &mut places.scratch);
             *added += 1;
         }
     }
@@ -234,16 +235,15 @@ impl<'a> Reduce<'a> {
 
 impl Traffic for Reduce<'_> {
     fn outgoing(&self, rank: Rank) -> usize {
-        self.ring.blocks(rank).len() * self.partials.len()
+        self.ring.blocks(rank).len() * self.own_parts
     }
 
     fn is_ready(&self, rank: Rank, index: usize) -> bool {
-        self.state.ready.contains(self.ring.blocks(rank).start + index / self.partials.len())
+        self.state.ready.contains(self.ring.turns(rank)[index / self.own_parts])
     }
 
     fn frame(&self, rank: Rank, index: usize) -> (Address, &[u8]) {
-        let (block, part) =
-            (self.ring.blocks(rank).start + index / self.partials.len(), index % self.partials.len());
+        let (block, part) = (self.ring.turns(rank)[index / self.own_parts], index % self.own_parts);
         let address = Address {
             kind: Kind::Part,
             generation: self.generation,
@@ -251,7 +251,7 @@ impl Traffic for Reduce<'_> {
             block: block as u32,
             part: part as u16,
         };
-        (address, self.partials[part][self.ring.block(block)].as_bytes())
+        (address, self.partials.elements(part, self.ring.block(block)).as_bytes())
     }
 
     fn checksum(&self, _: Address, payload: &[u8]) -> u32 {

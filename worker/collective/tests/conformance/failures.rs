@@ -36,7 +36,7 @@ pub fn a_member_that_dies_in_a_reduction_is_named_by_all<F: Fabric>() {
                 let partials = partials(&*member, Step(0));
                 let (partials, mut out) = (borrowed(&partials), output(&*member));
                 let mut reduction = member.reduction(Step(0), b"").unwrap();
-                reduction.advance(0..5, &partials, &mut out).unwrap();
+                reduction.advance(0..5, &partials, &mut out, Duration::ZERO).unwrap();
                 // In the middle of its blocks, without having received all of the others'.
                 died.send(Instant::now()).unwrap();
                 return None;
@@ -227,8 +227,12 @@ pub fn a_reduction_given_up_ends_the_ring<F: Fabric>() {
 /// name one of those who ended.
 pub fn any_deaths_leave_right_sums_and_right_names<F: Fabric>() {
     for seed in 0..40u32 {
-        let shape =
-            Shape { ranges: vec![0..1, 1..4, 4..4, 4..7, 7..8], blocks: 13, block_len: 1 << (seed % 12) };
+        let shape = Shape {
+            ranges: vec![0..1, 1..4, 4..4, 4..7, 7..8],
+            blocks: 13,
+            block_len: 1 << (seed % 12),
+            order: vec![],
+        };
         let steps = [0, 1, 2].map(|at| whole(&shape, Step(at)));
         let victims = [seed % 5, if seed % 3 == 0 { seed / 5 % 5 } else { seed % 5 }];
         let dies_at = |rank: u32| victims.contains(&rank).then_some((seed * 7 + rank) % 9);
@@ -245,7 +249,7 @@ pub fn any_deaths_leave_right_sums_and_right_names<F: Fabric>() {
                     Ok(reduction) => reduction,
                     Err(error) => return Some(error),
                 };
-                if let Err(error) = reduction.advance(0..6, &partials, &mut out) {
+                if let Err(error) = reduction.advance(0..6, &partials, &mut out, Duration::ZERO) {
                     return Some(error);
                 }
                 if !may_go_on() {

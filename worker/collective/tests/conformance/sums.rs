@@ -1,5 +1,7 @@
 //! The sum has the bits of one worker, whatever the ring.
 
+use std::time::Duration;
+
 use anello_collective::{Collective, Error, MESSAGE_BYTES_MAX, Shape, Step};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -60,11 +62,13 @@ pub fn any_ring_has_the_bits_of_one_worker<F: Fabric>() {
 
 pub fn random_rings_have_the_bits_of_one_worker<F: Fabric>() {
     let rings = (0u32..5, prop::collection::vec(0u32..17, 0..7), 0u32..12, 1usize..40, any::<u64>());
+    let orders = any::<u32>();
     // Each case is a ring of threads and sockets: few of them.
     let mut runner =
         TestRunner::new(ProptestConfig { cases: 48, failure_persistence: None, ..Default::default() });
-    let ran =
-        runner.run(&(rings, any::<prop::sample::Index>()), |((log, cuts, blocks, block_len, at), turn)| {
+    let ran = runner.run(
+        &(rings, orders, any::<prop::sample::Index>()),
+        |((log, cuts, blocks, block_len, at), shuffle, turn)| {
             let lanes = 1 << log;
             let mut bounds: Vec<u32> =
                 cuts.into_iter().map(|cut| cut % (lanes + 1)).chain([0, lanes]).collect();
@@ -73,17 +77,25 @@ pub fn random_rings_have_the_bits_of_one_worker<F: Fabric>() {
             // Ranks need not follow the lanes.
             let members = ranges.len();
             ranges.rotate_left(turn.index(members));
-            let (shape, at) = (Shape { ranges, blocks, block_len }, Step(at));
+            let mut order: Vec<u32> = (0..blocks).collect();
+            order.sort_by_key(|block| (block.wrapping_mul(0x9E37_79B9) ^ shuffle, *block));
+            let (shape, at) = (Shape { ranges, blocks, block_len, order }, Step(at));
             for (sum, _) in run(F::ring(&shape), |mut member| step(&mut *member, at)) {
                 assert_bits(&sum, &whole(&shape, at), &format!("{shape:?}"));
             }
             Ok(())
-        });
+        },
+    );
     ran.unwrap();
 }
 
 pub fn blocks_may_become_ready_in_any_order<F: Fabric>() {
-    let shape = Shape { ranges: vec![0..3, 3..4, 4..8], blocks: 11, block_len: 50 };
+    let shape = Shape {
+        order: (0..11).map(|at| at * 4 % 11).collect(),
+        ranges: vec![0..3, 3..4, 4..8],
+        blocks: 11,
+        block_len: 50,
+    };
     let expected = whole(&shape, Step(2));
     let results = run(F::ring(&shape), |mut member| {
         let partials = partials(&*member, Step(2));
@@ -91,7 +103,7 @@ pub fn blocks_may_become_ready_in_any_order<F: Fabric>() {
         let mut reduction = member.reduction(Step(2), b"").unwrap();
         // Each member another order, some blocks never named.
         for blocks in [vec![9..11, 0..4, 4..5], vec![], vec![5..6, 0..0, 0..11]][out.len() % 3].clone() {
-            reduction.advance(blocks, &partials, &mut out).unwrap();
+            reduction.advance(blocks, &partials, &mut out, Duration::from_micros(100)).unwrap();
         }
         reduction.finish(&partials, &mut out).unwrap();
         (member.ring().elements(member.ring().rank()), out)
@@ -103,7 +115,7 @@ pub fn blocks_may_become_ready_in_any_order<F: Fabric>() {
 
 pub fn buffers_larger_than_sockets_do_not_deadlock<F: Fabric>() {
     // 24 MiB each way between some pairs; the sockets hold 4 to 6.
-    let shape = Shape { ranges: vec![0..1, 1..3, 3..4], blocks: 96, block_len: 1 << 16 };
+    let shape = Shape { ranges: vec![0..1, 1..3, 3..4], blocks: 96, block_len: 1 << 16, order: vec![] };
     let expected = whole(&shape, Step(5));
     let results = run(F::ring(&shape), |mut member| step(&mut *member, Step(5)).0);
     for sum in results {

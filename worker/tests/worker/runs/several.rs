@@ -2,15 +2,18 @@
 //! weights, its metrics and the checkpoints that they write together.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
+use anello_collective::{InProcess, Shape, Step as RingStep};
 use anello_configs::StepPlan;
 use anello_dataloader::{LaneStep, Loader, LoaderOptions};
 use anello_store::Cursor;
 use anello_store::checkpoint::Written;
 use anello_store::metrics::Seconds;
 use anello_worker::checkpoint::Snapshot;
+use anello_worker::ring::add_up;
 use anello_worker::{
-    Engine, Epochs, LossSums, Outcome, Stamp, combine, fold_sums, position_after, skip_event,
+    BLOCK, Engine, Epochs, Growing, LossSums, Outcome, Stamp, combine, fold_sums, position_after, skip_event,
 };
 use tch::{Device, Tensor};
 
@@ -40,6 +43,70 @@ fn step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) -> Vec<
     let total = combine(gradients, all, |left, right| *left += right);
     let sums = fold_sums(sums, all);
     engines.iter_mut().map(|engine| engine.finish_with(plan, &total.copy(), sums.clone())).collect()
+}
+
+/// The same in a ring, where the sum begins while the last lane of each is computed.
+fn ring_step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) -> Vec<Outcome> {
+    engines.iter_mut().for_each(|engine| engine.enter(plan));
+    let layout = engines[0].state().layout.clone();
+    let order = layout.backward_blocks().into_iter().flatten().map(|block| block as u32).collect();
+    let shape = Shape { ranges: CUTS.to_vec(), blocks: layout.blocks() as u32, block_len: BLOCK, order };
+    let sums = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        let members = InProcess::ring_of(&shape).unwrap().into_iter().zip(engines).zip(CUTS);
+        let threads: Vec<_> = members
+            .map(|((mut member, engine), cut)| {
+                let sums = &sums;
+                scope.spawn(move || {
+                    cut.clone().rev().skip(1).rev().for_each(|lane| {
+                        engine.lane(plan.stage, lane, &lanes[lane as usize].micro_batches);
+                    });
+                    let mut total = engine.state().layout.zeros(Device::Cpu);
+                    // Everyone's sums are there before anyone's word is.
+                    let word = |of: Vec<(u32, u32, LossSums)>| {
+                        sums.lock().unwrap().extend(of);
+                        Vec::new()
+                    };
+                    let step = RingStep(plan.step);
+                    let ((), words) = add_up(&mut member, step, &mut total, word, |tell| {
+                        if let Some(lane) = cut.last() {
+                            last_lane(engine, plan, &lanes[lane as usize], tell);
+                        }
+                    });
+                    assert_eq!(words.unwrap().len(), CUTS.len());
+                    engine.abandon();
+                    let mut all = sums.lock().unwrap().clone();
+                    all.sort_by_key(|(first, _, _)| *first);
+                    engine.finish_with(plan, &total, fold_sums(all, lanes.len() as u32))
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// [`Engine::last_lane`], whose blocks must not change once they are told to be whole.
+fn last_lane(engine: &mut Engine, plan: &StepPlan<'_>, lane: &LaneStep, tell: &mut dyn FnMut(Growing<'_>)) {
+    let (mut partials, mut whole, mut told) = (Vec::new(), Vec::new(), Vec::new());
+    engine.last_lane(plan.stage, lane.lane, &lane.micro_batches, &mut |growing| {
+        match &growing {
+            Growing::Sums(sums, buffers) => {
+                assert_eq!(sums.len(), buffers.len());
+                partials = buffers.iter().map(Tensor::shallow_clone).collect();
+            }
+            Growing::Whole(blocks) => {
+                let (start, len) = ((blocks.start * BLOCK) as i64, (blocks.len() * BLOCK) as i64);
+                let then = partials.iter().map(|buffer| buffer.narrow(0, start, len));
+                whole.extend(then.map(|now| (now.copy(), now)));
+                told.extend(blocks.clone());
+            }
+            Growing::Lane(gradient) => assert_eq!(gradient.numel(), partials[0].numel()),
+        }
+        tell(growing);
+    });
+    assert!(whole.iter().all(|(then, now)| then.equal(now)), "a block changed after it was told");
+    let order: Vec<usize> = engine.state().layout.backward_blocks().into_iter().flatten().collect();
+    assert_eq!(told, order);
 }
 
 /// Tries the step with another split of the lanes first, and gives up.
@@ -74,6 +141,7 @@ fn engines_that_share_the_lanes_are_the_one_worker() {
         if at % 3 == 1 {
             try_in_vain(&mut engines, &plan, &lanes);
         }
+        let step = if at % 2 == 0 { ring_step } else { step };
         let outcomes = step(&mut engines, &plan, &lanes);
         let record = outcomes[0].record(&plan, Seconds::default());
         assert_eq!(record, reference().records[at as usize].without_seconds());

@@ -1,0 +1,293 @@
+//! `anello eval`: what a model is worth at each loop step on held-out data, and what leaving early costs.
+
+use std::path::{Path, PathBuf};
+
+use anello_configs::Mask;
+use anello_dataloader::{Dataset, Document, MicroBatch, Packer};
+use anello_worker::Rotary;
+use anello_worker::evaluate::{Evaluation, Sums, continuation};
+use serde_json::{Value, json};
+use tch::Device;
+
+use crate::failure::{Exit, Failure, Outcome};
+use crate::interrupt::Interrupt;
+use crate::screen::Screen;
+use crate::text::{Table, grouped, read_count};
+use crate::weights::Weights;
+
+/// Exit masses that are tried.
+const MASSES: [f64; 9] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9];
+
+/// Arguments of `anello eval`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// RUN, RUN@STEP, or a folder in the published Ouro layout.
+    #[arg(value_name = "CKPT")]
+    name: String,
+    /// A token set: loss and accuracy of the tokens that count.
+    #[arg(long, value_name = "SET", required_unless_present = "choices")]
+    data: Option<String>,
+    /// A file of questions, one JSON object a line: {"prompt": "…", "choices": ["…", …], "answer": 0}. The choice whose tokens
+    /// are most probable after the prompt is the model's.
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    choices: Option<PathBuf>,
+    /// Tokens of the set to read at most.
+    #[arg(long, value_name = "TOKENS", default_value = "256Ki", value_parser = read_count)]
+    tokens: u64,
+    /// Sequence length (default: as last trained).
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
+    sequence: Option<u32>,
+    /// Loop steps (default: as last trained). May be more.
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=256))]
+    loops: Option<u32>,
+    /// One JSON object in place of tables.
+    #[arg(long)]
+    json: bool,
+    /// CPU threads of LibTorch (default: all cores). The figures do not depend on it.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    threads: Option<u32>,
+}
+
+/// `anello eval`
+pub fn run(args: &Args, screen: &Screen) -> Outcome {
+    if let Some(threads) = args.threads {
+        tch::set_num_threads(threads as i32);
+    }
+    let weights = Weights::load(&args.name)?;
+    let loops = args.loops.unwrap_or(weights.loops);
+    match (&args.data, &args.choices) {
+        (_, Some(file)) => choices(args, &weights, loops, file, screen),
+        (Some(set), None) => data(args, &weights, loops, set, screen),
+        (None, None) => Err(Failure::Usage("give --data SET or --choices FILE".to_owned())),
+    }
+}
+
+fn data(args: &Args, weights: &Weights, loops: u32, set: &str, screen: &Screen) -> Outcome {
+    let interrupt = Interrupt::watch()?;
+    let sequence = args.sequence.unwrap_or(weights.sequence);
+    let dataset = Dataset::open(set)?;
+    let rotary = Rotary::new(weights.rope_base, weights.model.head_size(), i64::from(sequence), Device::Cpu);
+    let mut found = Evaluation::new(loops, &MASSES);
+    let bar = screen.add(args.tokens, "{bar:30.cyan/dim} {pos} of {len} tokens");
+    let mut read = 0;
+    for batch in batches(&dataset, sequence, weights.vocab, args.tokens) {
+        let batch = batch?;
+        read += batch.tokens() as u64;
+        found.add(&weights.model, &rotary, Mask::Document, &batch);
+        bar.set_position(read);
+        if interrupt.raised() {
+            screen.clear()?;
+            return Ok(Exit::Interrupted);
+        }
+    }
+    bar.finish_and_clear();
+    if found.counted == 0 {
+        return Err(Failure::Usage(format!(
+            "{set} has no token that counts within {} tokens",
+            grouped(args.tokens)
+        )));
+    }
+    screen.print(&if args.json {
+        format!("{}\n", as_json(&weights.name, set, &found))
+    } else {
+        as_tables(&weights.name, set, &found)
+    })?;
+    Ok(Exit::Done)
+}
+
+/// The documents of `set` in their order, packed one after the other. The last batch, which is not full, is left out
+/// unless it is the only one.
+fn batches(
+    set: &Dataset,
+    sequence: u32,
+    vocab: u32,
+    tokens: u64,
+) -> impl Iterator<Item = Result<MicroBatch, anello_dataloader::Error>> {
+    let sequences = (4096 / sequence).max(1);
+    let (mut read, mut group, mut at, mut from) = (0, 0, 0, 0);
+    let mut documents = None;
+    let mut over = false;
+    std::iter::from_fn(move || {
+        if over || read >= tokens {
+            return None;
+        }
+        let mut packer = Packer::new(sequences, sequence, Mask::Document);
+        while packer.room() > 0 {
+            if documents.is_none() {
+                if group == set.row_groups() {
+                    over = true;
+                    let full = (sequences * sequence) as usize;
+                    return (packer.room() < full && read == 0).then(|| Ok(padded(packer, sequence)));
+                }
+                match set.read(group, Some(vocab)) {
+                    Ok(next) => (documents, group, at, from) = (Some(next), group + 1, 0, 0),
+                    Err(error) => {
+                        over = true;
+                        return Some(Err(error));
+                    }
+                }
+            }
+            let here = documents.as_ref().expect("just read");
+            if at == here.len() {
+                documents = None;
+                continue;
+            }
+            let document = here.at(at);
+            from += packer.push(document, from);
+            if from >= document.tokens.len() {
+                (at, from) = (at + 1, 0);
+            }
+        }
+        let batch = packer.finish();
+        read += batch.tokens() as u64;
+        Some(Ok(batch))
+    })
+}
+
+/// What little there is, filled up with tokens that do not count.
+fn padded(mut packer: Packer, sequence: u32) -> MicroBatch {
+    let filler = vec![0; sequence as usize];
+    let nothing = vec![0; filler.len()];
+    while packer.room() > 0 {
+        packer.push(Document { tokens: &filler, counted: Some(&nothing) }, 0);
+    }
+    packer.finish()
+}
+
+fn figures(sums: &Sums, counted: u64) -> (f64, f64, f64) {
+    let counted = counted as f64;
+    (sums.loss / counted, sums.correct as f64 / counted, sums.depth / counted)
+}
+
+fn as_tables(name: &str, set: &str, found: &Evaluation) -> String {
+    let Evaluation { counted, steps, exit, by_mass } = found;
+    let mut text = format!("{name} on {set}, {} tokens that count\n\n", grouped(*counted));
+    let mut table = Table::new(0);
+    table.row(["loop step", "loss", "perplexity", "accuracy", "leaves here"]);
+    for (at, (sums, exit)) in steps.iter().zip(exit).enumerate() {
+        let (loss, accuracy, _) = figures(sums, *counted);
+        table.row([
+            (at + 1).to_string(),
+            format!("{loss:.4}"),
+            format!("{:.2}", loss.exp()),
+            format!("{:.2} %", accuracy * 100.0),
+            format!("{:.1} %", exit / *counted as f64 * 100.0),
+        ]);
+    }
+    text.push_str(&table.render());
+    text.push_str("\nleaving once so much exit mass is behind a token\n");
+    let mut table = Table::new(0);
+    table.row(["q", "mean depth", "loss", "accuracy", ""]);
+    for (q, sums) in by_mass {
+        let (loss, accuracy, depth) = figures(sums, *counted);
+        let bar = "█".repeat((accuracy * 40.0).round() as usize);
+        table.row([
+            format!("{q:.1}"),
+            format!("{depth:.2}"),
+            format!("{loss:.4}"),
+            format!("{:.2} %", accuracy * 100.0),
+            bar,
+        ]);
+    }
+    text + &table.render()
+}
+
+fn as_json(name: &str, set: &str, found: &Evaluation) -> Value {
+    let Evaluation { counted, steps, exit, by_mass } = found;
+    let steps: Vec<Value> = (1..)
+        .zip(steps.iter().zip(exit))
+        .map(|(step, (sums, exit))| {
+            let (loss, accuracy, _) = figures(sums, *counted);
+            json!({ "step": step, "loss": loss, "accuracy": accuracy, "exit": exit / *counted as f64 })
+        })
+        .collect();
+    let by_mass: Vec<Value> = by_mass
+        .iter()
+        .map(|(q, sums)| {
+            let (loss, accuracy, depth) = figures(sums, *counted);
+            json!({ "q": q, "mean_depth": depth, "loss": loss, "accuracy": accuracy })
+        })
+        .collect();
+    json!({ "model": name, "data": set, "counted": counted, "steps": steps, "by_exit_mass": by_mass })
+}
+
+/// A question with several answers.
+#[derive(Debug, PartialEq)]
+struct Question {
+    prompt: String,
+    choices: Vec<String>,
+    answer: usize,
+}
+
+fn read_questions(path: &Path) -> Result<Vec<Question>, Failure> {
+    let failed = |source| Failure::File { action: "reading", path: path.to_owned(), source };
+    let text = std::fs::read_to_string(path).map_err(failed)?;
+    let wrong = |line: usize, what: &str| Failure::Usage(format!("{}:{line}: {what}", path.display()));
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+    lines
+        .map(|(at, line)| {
+            let value: Value =
+                serde_json::from_str(line).map_err(|cause| wrong(at, &format!("no JSON: {cause}")))?;
+            let choices = value["choices"]
+                .as_array()
+                .map(|all| all.iter().filter_map(|c| Some(c.as_str()?.to_owned())));
+            let choices: Vec<String> = choices.map(Iterator::collect).unwrap_or_default();
+            let prompt = value["prompt"].as_str().filter(|prompt| !prompt.is_empty());
+            let prompt = prompt.ok_or_else(|| wrong(at, "there is no prompt, a text"))?.to_owned();
+            if choices.len() < 2 || choices.iter().any(String::is_empty) {
+                return Err(wrong(at, "choices are at least two texts"));
+            }
+            match value["answer"].as_u64() {
+                Some(answer) if (answer as usize) < choices.len() => {
+                    Ok(Question { prompt, choices, answer: answer as usize })
+                }
+                _ => Err(wrong(at, "answer is the number of the right choice, from 0")),
+            }
+        })
+        .collect()
+}
+
+fn choices(args: &Args, weights: &Weights, loops: u32, file: &Path, screen: &Screen) -> Outcome {
+    let questions = read_questions(file)?;
+    if questions.is_empty() {
+        return Err(Failure::Usage(format!("{} has no questions", file.display())));
+    }
+    let mut right = vec![0u64; loops as usize];
+    for question in &questions {
+        let prompt = weights.encode(&question.prompt)?;
+        let mut best = vec![(f64::NEG_INFINITY, 0); right.len()];
+        for (at, choice) in question.choices.iter().enumerate() {
+            let choice = weights.encode(choice)?;
+            let score = continuation(&weights.model, weights.rope_base, loops, &prompt, &choice);
+            for (best, score) in best.iter_mut().zip(score) {
+                if score > best.0 {
+                    *best = (score, at);
+                }
+            }
+        }
+        right.iter_mut().zip(best).for_each(|(right, (_, at))| *right += u64::from(at == question.answer));
+    }
+    let accuracy = |right: u64| right as f64 / questions.len() as f64;
+    let text = if args.json {
+        let steps: Vec<Value> = (1..)
+            .zip(&right)
+            .map(|(step, right)| json!({ "step": step, "accuracy": accuracy(*right) }))
+            .collect();
+        format!("{}\n", json!({ "model": weights.name, "questions": questions.len(), "steps": steps }))
+    } else {
+        let mut table = Table::new(0);
+        table.row(["loop step", "right", "accuracy"]);
+        for (at, right) in right.iter().enumerate() {
+            table.row([(at + 1).to_string(), grouped(*right), format!("{:.2} %", accuracy(*right) * 100.0)]);
+        }
+        format!(
+            "{} on {} questions of {}\n\n{}",
+            weights.name,
+            grouped(questions.len() as u64),
+            file.display(),
+            table.render()
+        )
+    };
+    screen.print(&text)?;
+    Ok(Exit::Done)
+}

@@ -1,0 +1,129 @@
+//! A trained model by its name: a checkpoint of a run, or a folder in the published layout.
+
+use std::path::Path;
+use std::str::FromStr;
+
+use anello_configs::{Dtype, Schedule};
+use anello_store::{Store, read_config};
+use anello_worker::checkpoint::load_weights;
+use anello_worker::{Model, initial_state, interchange};
+use tch::{Device, Tensor};
+use tokenizers::Tokenizer;
+
+use crate::failure::Failure;
+use crate::place::CheckpointName;
+
+/// A model that can be used.
+pub struct Weights {
+    /// What the user called it.
+    pub name: String,
+    /// It.
+    pub model: Model,
+    /// Tokens in the vocabulary.
+    pub vocab: u32,
+    /// Loop steps that it was last trained with.
+    pub loops: u32,
+    /// Base of the rotary angles.
+    pub rope_base: f64,
+    /// Sequence length of the stage last trained, tokens.
+    pub sequence: u32,
+    /// Its tokenizer, if it has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// What the model's leaves are views of.
+    _flat: Tensor,
+}
+
+impl Weights {
+    /// Loads `RUN`, `RUN@STEP` or a folder with `config.json`.
+    pub fn load(name: &str) -> Result<Self, Failure> {
+        let published = Store::open(name)?;
+        if interchange::is_published_layout(&published)? {
+            return Self::of_folder(name, &published);
+        }
+        let Ok(parsed) = CheckpointName::from_str(name);
+        let (store, step) = match parsed.step {
+            Some(0) => (crate::place::open_run(&parsed.run)?, 0),
+            _ => parsed.open()?,
+        };
+        let config = read_config(&store)?;
+        let (layout, flat) = match step {
+            0 => {
+                let state = initial_state(&config, Device::Cpu)?;
+                (state.layout, state.weights)
+            }
+            _ => {
+                let (_, layout, weights) = load_weights(&store, step, &config.model)?;
+                (layout, Tensor::from_slice(&weights))
+            }
+        };
+        let schedule = Schedule::new(&config);
+        let plan = schedule
+            .at(step.saturating_sub(1))
+            .ok_or_else(|| Failure::Usage(format!("{name} is no step of its run's plan")))?;
+        let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
+        let tokenizer = config.data.tokenizer.as_deref();
+        let tokenizer =
+            tokenizer.map(|path| read_tokenizer(path.strip_prefix("file://").unwrap_or(path).as_ref()));
+        Ok(Self {
+            name: name.to_owned(),
+            model,
+            vocab: config.model.vocab,
+            loops: plan.stage.loops,
+            rope_base: plan.stage.rope_base,
+            sequence: plan.stage.sequence,
+            tokenizer: tokenizer.transpose()?,
+            _flat: flat,
+        })
+    }
+
+    fn of_folder(name: &str, store: &Store) -> Result<Self, Failure> {
+        let sizes = interchange::published_model(store)?;
+        let (layout, weights) = interchange::read(store, &sizes)?;
+        let used = interchange::published_use(store)?;
+        let flat = Tensor::from_slice(&weights);
+        let tokenizer =
+            store.folder().map(|folder| folder.join("tokenizer.json")).filter(|path| path.is_file());
+        Ok(Self {
+            name: name.to_owned(),
+            model: Model::new(&sizes, Dtype::Fp32, &layout, &flat),
+            vocab: sizes.vocab,
+            loops: used.loops,
+            rope_base: used.rope_base,
+            sequence: used.positions.min(4096),
+            tokenizer: tokenizer.map(|path| read_tokenizer(&path)).transpose()?,
+            _flat: flat,
+        })
+    }
+
+    /// The ids of `text`.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, Failure> {
+        let Some(tokenizer) = &self.tokenizer else {
+            return Err(Failure::Usage(format!(
+                "{} has no tokenizer; set data.tokenizer in its config, or give token ids",
+                self.name
+            )));
+        };
+        let encoded = tokenizer.encode(text, false);
+        let encoded =
+            encoded.map_err(|cause| Failure::Usage(format!("the text cannot be tokenized: {cause}")))?;
+        let ids = encoded.get_ids().to_vec();
+        match ids.iter().find(|id| **id >= self.vocab) {
+            None => Ok(ids),
+            Some(id) => Err(Failure::Usage(format!(
+                "the tokenizer has the token {id}, the model's vocabulary {} tokens; give it its own tokenizer",
+                self.vocab
+            ))),
+        }
+    }
+
+    /// The id of a special token, when there is one.
+    pub fn token(&self, text: &str) -> Option<u32> {
+        self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.token_to_id(text))
+    }
+}
+
+fn read_tokenizer(path: &Path) -> Result<Tokenizer, Failure> {
+    Tokenizer::from_file(path).map_err(|cause| {
+        Failure::Usage(format!("{} is no tokenizer ({cause}); give a tokenizer.json", path.display()))
+    })
+}

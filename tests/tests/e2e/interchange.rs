@@ -1,0 +1,88 @@
+//! Weights that leave a run in the published layout, and begin others.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use anello_tests::objects;
+
+use super::world;
+
+/// The oldest checkpoint that the undisturbed run has kept: of its first stage, before the stack grows.
+fn oldest() -> u64 {
+    let step = |path: &Path| {
+        path.to_str()?.split_once("/checkpoints/")?.1.strip_suffix("/manifest.json")?.parse().ok()
+    };
+    objects(&world().folder.join("undisturbed")).iter().filter_map(|path| step(path)).min().unwrap()
+}
+
+#[test]
+fn runs_that_begin_with_the_same_weights_are_the_same_run() {
+    let world = world();
+    let from = format!("undisturbed@{}", oldest());
+    world.anello(&["export", &from, "--to", "published", "--dtype", "fp32", "--shard", "20kB"]).expect(0);
+    let there: BTreeSet<String> = std::fs::read_dir(world.folder.join("published"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "README.md",
+    ] {
+        assert!(there.contains(file), "{file} is not among {there:?}");
+    }
+    let said =
+        world.anello(&["import", "published", "--config", "small.toml", "--out", "imported"]).expect(0);
+    assert!(said.contains("train it: anello run --resume imported"), "{said}");
+    world
+        .anello(&["export", "imported@0", "--to", "published-again", "--dtype", "fp32", "--shard", "20kB"])
+        .expect(0);
+    for file in &there {
+        let [a, b] = ["published", "published-again"]
+            .map(|folder| std::fs::read(world.folder.join(folder).join(file)));
+        assert!(a.unwrap() == b.unwrap(), "{file} changed");
+    }
+
+    // One process; two workers that begin with the run itself; and one that goes on with a config that names no digest.
+    world.anello(&["run", "--resume", "imported", "--sample", "0"]).expect(0);
+    let set = format!("init.from={from}");
+    let ring = ["run", "small.toml", "--set", &set, "--out", "warm", "--workers", "2", "--sample", "0"];
+    world.anello(&ring).expect(0);
+    world.anello(&["checkpoint", "diff", "imported", "warm"]).expect(0);
+    world.anello(&["checkpoint", "diff", "imported", "undisturbed"]).expect(1);
+    world
+        .anello(&["run", "small.toml", "--set", &set, "--out", "halves", "--until", "5", "--sample", "0"])
+        .expect(0);
+    world.anello(&["run", "small.toml", "--set", &set, "--resume", "halves", "--sample", "0"]).expect(0);
+    world.anello(&["checkpoint", "diff", "halves", "warm"]).expect(0);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let world = world();
+    let run = |more: &[&str]| {
+        let arguments = [&["run", "small.toml", "--out", "refused"], more].concat();
+        let done = world.anello(&arguments);
+        assert!(!world.folder.join("refused/config.toml").exists(), "nothing is made");
+        done
+    };
+    let place = "init.from=undisturbed";
+    for (more, code, expected) in [
+        (vec!["--set", place, "--set", "model.ffn=64"], 2, "has other sizes than the config's"),
+        (vec!["--set", "init.from=data"], 2, "holds neither a run nor a published checkpoint"),
+        (vec!["--set", "init.from=undisturbed@999"], 1, "has no checkpoints/0000000999/manifest.json"),
+        (
+            vec!["--set", "init.weights=abc", "--set", place],
+            2,
+            "init.weights is abc; give the digest of the weights",
+        ),
+        (vec!["--set", "init.form=x"], 2, "init.form is no key; did you mean `from`?"),
+    ] {
+        let done = run(&more);
+        let said = done.log.clone();
+        done.expect(code);
+        assert!(said.contains(expected), "{more:?}: {said}");
+    }
+}

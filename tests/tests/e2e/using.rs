@@ -1,0 +1,146 @@
+//! Text and figures from trained weights, by whichever name they go.
+
+use serde_json::Value;
+
+use super::world;
+
+fn json(arguments: &[&str]) -> Vec<Value> {
+    let out = world().anello(arguments).expect(0);
+    out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The undisturbed run in the published layout.
+fn published() -> &'static str {
+    static MADE: std::sync::Once = std::sync::Once::new();
+    MADE.call_once(|| {
+        world().anello(&["export", "undisturbed", "--to", "used", "--dtype", "fp32"]).expect(0);
+    });
+    "used"
+}
+
+#[test]
+fn figures_are_the_same_by_any_name_and_number_of_threads() {
+    let eval = |name: &str, threads: &str| {
+        let arguments =
+            ["eval", name, "--data", "data/tales", "--tokens", "2Ki", "--sequence", "64", "--json"];
+        let [found] = &json(&[&arguments[..], &["--threads", threads]].concat())[..] else {
+            panic!("one line")
+        };
+        let mut found = found.clone();
+        found["model"] = Value::Null;
+        found
+    };
+    let found = eval("undisturbed", "1");
+    assert_eq!(found, eval("undisturbed", "2"));
+    assert_eq!(found, eval(published(), "1"));
+    assert_ne!(found, eval("undisturbed@4", "1"));
+    let steps = found["steps"].as_array().unwrap();
+    assert_eq!((steps.len(), found["by_exit_mass"].as_array().unwrap().len()), (3, 9));
+    for step in steps {
+        let (loss, accuracy) = (step["loss"].as_f64().unwrap(), step["accuracy"].as_f64().unwrap());
+        assert!(loss > 0.0 && loss < 2048f64.ln() + 1.0 && (0.0..=1.0).contains(&accuracy), "{step}");
+    }
+    let exits: f64 = steps.iter().map(|step| step["exit"].as_f64().unwrap()).sum();
+    assert!((exits - 1.0).abs() < 1e-4, "{exits}");
+    let table = world().anello(&["eval", "undisturbed", "--data", "data/lists", "--tokens", "1Ki"]).expect(0);
+    assert!(table.contains("loop step") && table.contains("mean depth"), "{table}");
+}
+
+#[test]
+fn texts_are_the_same_by_any_name() {
+    let generate = |name: &str, more: &[&str]| {
+        json(
+            &[&["generate", name, "--prompt", "once upon", "--tokens", "9", "--ignore-end", "--json"], more]
+                .concat(),
+        )
+    };
+    let ids = |found: &[Value]| found[0]["ids"].clone();
+    let exits = |found: &[Value]| {
+        found[0]["exits"].as_array().unwrap().iter().map(|e| e.as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    let written = generate("undisturbed", &[]);
+    assert_eq!(ids(&written).as_array().unwrap().len(), 9);
+    assert_eq!(ids(&written), ids(&generate(published(), &[])));
+    assert_eq!(exits(&generate("undisturbed", &["--exit", "step=1"])), [1; 9]);
+    assert_eq!(exits(&generate("undisturbed", &["--exit", "weighted", "--loops", "5"])), [5; 9]);
+    let warm =
+        |seed| ids(&generate("undisturbed", &["--temperature", "2", "--top-p", "0.9", "--seed", seed]));
+    assert_eq!(warm("1"), warm("1"));
+    assert_ne!(warm("1"), warm("2"));
+    std::fs::write(world().folder.join("prompts.txt"), "one\ntwo words\n").unwrap();
+    let several = json(&[
+        "generate",
+        "undisturbed",
+        "--prompts",
+        "prompts.txt",
+        "--tokens",
+        "3",
+        "--kv",
+        "last",
+        "--json",
+    ]);
+    assert_eq!(
+        several.iter().map(|v| v["prompt"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["one", "two words"]
+    );
+    let told = world().anello(&["generate", "undisturbed", "--prompt", "once", "--tokens", "4"]).expect(0);
+    assert!(told.starts_with("once") && told.contains("mean depth"), "{told}");
+}
+
+#[test]
+fn questions_are_answered_at_each_loop_step() {
+    let questions = world().folder.join("questions.jsonl");
+    let line = |answer: u32| {
+        format!("{{\"prompt\": \"the\", \"choices\": [\" a\", \" zebra\", \" of\"], \"answer\": {answer}}}\n")
+    };
+    std::fs::write(&questions, (0..3).map(line).collect::<String>()).unwrap();
+    let [found] = &json(&["eval", "undisturbed", "--choices", "questions.jsonl", "--json"])[..] else {
+        panic!("one line")
+    };
+    let steps = found["steps"].as_array().unwrap();
+    // The same question with each answer: one of the three is what the model says.
+    assert_eq!(steps.len(), 3);
+    assert!(
+        steps.iter().all(|step| (step["accuracy"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-9),
+        "{steps:?}"
+    );
+    for (text, expected) in [
+        ("{", "questions.jsonl:1: no JSON"),
+        ("{\"choices\": [\"a\", \"b\"], \"answer\": 0}", ":1: there is no prompt"),
+        ("\n{\"prompt\": \"p\", \"choices\": [\"a\"], \"answer\": 0}", ":2: choices are at least two texts"),
+        (
+            "{\"prompt\": \"p\", \"choices\": [\"a\", \"b\"], \"answer\": 2}",
+            ":1: answer is the number of the right choice",
+        ),
+        ("", "has no questions"),
+    ] {
+        std::fs::write(&questions, text).unwrap();
+        let done = world().anello(&["eval", "undisturbed", "--choices", "questions.jsonl"]);
+        let log = done.log.clone();
+        done.expect(2);
+        assert!(log.contains(expected), "{text}: {log}");
+    }
+}
+
+#[test]
+fn what_cannot_be_used_is_refused() {
+    for (arguments, expected) in [
+        (
+            vec!["generate", "undisturbed", "--prompt", "x", "--exit", "step=9"],
+            "beyond the 3 loop steps; give --loops 9",
+        ),
+        (
+            vec!["generate", "undisturbed", "--prompt", "x", "--exit", "q=2"],
+            "give q=0.5 (0 to 1), step=3, diff=0.1 or weighted",
+        ),
+        (vec!["generate", "undisturbed", "--prompt", ""], "a prompt is empty"),
+        (vec!["generate", "data", "--prompt", "x"], "data holds no run"),
+        (vec!["generate", "undisturbed"], "--prompt"),
+        (vec!["eval", "undisturbed"], "--data"),
+    ] {
+        let done = world().anello(&arguments);
+        let log = done.log.clone();
+        done.expect(2);
+        assert!(log.contains(expected), "{arguments:?}: {log}");
+    }
+}

@@ -1,0 +1,146 @@
+//! What a model is worth at each loop step, and what leaving early costs: sums over held-out tokens.
+//!
+//! Of every token that counts: L(t), whether the most probable token is the target, and p(t) (LOOPLM §2); and for each q the
+//! loop step at which Q-exit leaves (LOOPLM §6). Sums are f64, token after token: the same for any number of threads.
+
+use anello_configs::Mask;
+use anello_dataloader::MicroBatch;
+use tch::{Kind, Tensor};
+
+use crate::model::{Context, Model, Rotary};
+use crate::objective::log_exit;
+
+/// The target of a token that does not count.
+const IGNORE: i64 = -100;
+/// Tokens that go through lm_head at a time.
+const CHUNK: i64 = 1024;
+
+/// Sums over tokens that count.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sums {
+    /// Σ loss, nats.
+    pub loss: f64,
+    /// Tokens whose most probable token is the target.
+    pub correct: u64,
+    /// Σ of the loop step left at.
+    pub depth: f64,
+}
+
+/// What was found.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Tokens that count.
+    pub counted: u64,
+    /// At each loop step, for all tokens.
+    pub steps: Vec<Sums>,
+    /// Σ p(t).
+    pub exit: Vec<f64>,
+    /// For each q: leaving at the first step m with Σ_{t<=m} p(t) >= q.
+    pub by_mass: Vec<(f64, Sums)>,
+}
+
+impl Evaluation {
+    /// Of no tokens yet: `loops` loop steps, and the exit masses `qs`.
+    pub fn new(loops: u32, qs: &[f64]) -> Self {
+        let steps = vec![Sums::default(); loops as usize];
+        Self {
+            counted: 0,
+            exit: vec![0.0; steps.len()],
+            steps,
+            by_mass: qs.iter().map(|q| (*q, Sums::default())).collect(),
+        }
+    }
+
+    /// Adds the tokens of `batch`.
+    pub fn add(&mut self, model: &Model, rotary: &Rotary, mask: Mask, batch: &MicroBatch) {
+        tch::no_grad(|| {
+            let device = model.lm_head.value.device();
+            let context = Context::new(batch, rotary, model.kind(), mask);
+            let to = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+            let (mut h, targets_n) = (model.embed_nd(&to(&batch.input_ids)), to(&batch.targets));
+            let hidden: Vec<Tensor> = (0..self.steps.len())
+                .map(|_| {
+                    h = (0..model.layers.len())
+                        .fold(h.shallow_clone(), |h, l| model.layer_nd(l, &h, &context));
+                    h.shallow_clone()
+                })
+                .collect();
+            let tokens = targets_n.size()[0];
+            for start in (0..tokens).step_by(CHUNK as usize) {
+                let part = |x: &Tensor| x.narrow(0, start, CHUNK.min(tokens - start));
+                let hidden: Vec<Tensor> = hidden.iter().map(part).collect();
+                self.add_chunk(model, &hidden, &part(&targets_n));
+            }
+        });
+    }
+
+    /// The tokens of states `[c, d]` at each loop step, and their targets `[c]`.
+    fn add_chunk(&mut self, model: &Model, hidden: &[Tensor], targets_c: &Tensor) {
+        let places = targets_c.clamp_min(0).unsqueeze(1);
+        let host =
+            |x: Tensor| Vec::<f64>::try_from(x.to_kind(Kind::Double).reshape([-1])).expect("a vector of f64");
+        let (losses, correct): (Vec<_>, Vec<_>) = hidden
+            .iter()
+            .map(|h| {
+                let logits = model.logits(h);
+                let right = logits.argmax(-1, false).eq_tensor(targets_c);
+                (host(-logits.log_softmax(-1, Kind::Float).gather(1, &places, false)), host(right))
+            })
+            .unzip();
+        let exit: Vec<Vec<f64>> = log_exit(&model.gate_logits(&Tensor::stack(hidden, 0)))
+            .exp()
+            .unbind(0)
+            .into_iter()
+            .map(host)
+            .collect();
+        let targets = Vec::<i64>::try_from(targets_c).expect("a vector of i64");
+        for (at, _) in targets.iter().enumerate().filter(|(_, target)| **target != IGNORE) {
+            self.counted += 1;
+            let take = |sums: &mut Sums, step: usize| {
+                sums.loss += losses[step][at];
+                sums.correct += u64::from(correct[step][at] > 0.0);
+                sums.depth += (step + 1) as f64;
+            };
+            for (step, (sums, mass)) in self.steps.iter_mut().zip(&mut self.exit).enumerate() {
+                take(sums, step);
+                *mass += exit[step][at];
+            }
+            for (q, sums) in &mut self.by_mass {
+                let mut mass = 0.0;
+                // Rounding may leave the total a little below 1: the last loop step is always an exit.
+                let left = (0..hidden.len()).position(|step| {
+                    mass += exit[step][at];
+                    mass >= *q
+                });
+                take(sums, left.unwrap_or(hidden.len() - 1));
+            }
+        }
+    }
+}
+
+/// ln of the probability of `continuation` after `prompt` at each loop step, one token at least each: a sum over its
+/// tokens, nats.
+pub fn continuation(
+    model: &Model,
+    rope_base: f64,
+    loops: u32,
+    prompt: &[u32],
+    continuation: &[u32],
+) -> Vec<f64> {
+    let ids: Vec<i64> = prompt.iter().chain(continuation).map(|id| i64::from(*id)).collect();
+    let n = ids.len() - 1;
+    let targets = (1..=n).map(|at| if at < prompt.len() { IGNORE } else { ids[at] });
+    let batch = MicroBatch {
+        sequences: 1,
+        length: n as u32,
+        input_ids: ids[..n].to_vec(),
+        targets: targets.collect(),
+        positions: (0..n as i32).collect(),
+        segment_starts: vec![0],
+        counted: continuation.len() as u64,
+    };
+    let rotary = Rotary::new(rope_base, model.head_size(), n as i64, model.lm_head.value.device());
+    let mut sums = Evaluation::new(loops, &[]);
+    sums.add(model, &rotary, Mask::Causal, &batch);
+    sums.steps.iter().map(|step| -step.loss).collect()
+}

@@ -1,0 +1,229 @@
+//! Weights in. Nothing of a folder is believed before it was checked, and all that is wrong is said at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anello_configs::Model;
+use anello_store::Store;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype as Format, TensorView};
+use serde_json::{Map, Value};
+
+use super::{CONFIG_JSON, INDEX_JSON, SINGLE, Use, sizes};
+use crate::error::{Error, Result};
+use crate::params::{Entry, Layout};
+
+/// Problems that are told of one by one.
+const SHOWN: usize = 20;
+
+/// Whether `store` is such a folder.
+pub fn is_published_layout(store: &Store) -> Result<bool> {
+    Ok(store.get(CONFIG_JSON)?.is_some())
+}
+
+/// The sizes that the folder's `config.json` gives.
+///
+/// # Errors
+/// [`Error::Config`] when it is no config of an Ouro model, or a size is missing or beyond what a run config allows.
+pub fn published_model(store: &Store) -> Result<Model> {
+    let config = config(store)?;
+    let mut problems = Vec::new();
+    let mut count = |key: &str, max: u64| match config.get(key).and_then(Value::as_u64) {
+        Some(value @ 1..) if value <= max => value as u32,
+        _ => {
+            let found = config.get(key).map_or("missing".to_owned(), Value::to_string);
+            problems.push(format!("{CONFIG_JSON}: {key} is {found}; a whole number up to {max} is wanted"));
+            1
+        }
+    };
+    let heads = count("num_attention_heads", 4096);
+    let kv_heads =
+        if config.contains_key("num_key_value_heads") { count("num_key_value_heads", 4096) } else { heads };
+    let mut model = Model {
+        layers: count("num_hidden_layers", 4096),
+        hidden: count("hidden_size", 1 << 20),
+        heads,
+        kv_heads,
+        ffn: count("intermediate_size", 1 << 24),
+        vocab: count("vocab_size", 1 << 24),
+        rms_eps: config.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6),
+        init_std: 0.02,
+        embed_std: 0.02,
+        post_norm: 1.0,
+    };
+    if let Some(std) = config.get("initializer_range").and_then(Value::as_f64) {
+        (model.init_std, model.embed_std) = (std, std);
+    }
+    if problems.is_empty() && (!model.hidden.is_multiple_of(2 * heads) || !heads.is_multiple_of(kv_heads)) {
+        problems.push(format!(
+            "{CONFIG_JSON}: hidden_size {} does not divide into {heads} heads of {kv_heads} keys",
+            model.hidden
+        ));
+    }
+    check_sizes(&config, &model, &mut problems);
+    if problems.is_empty() { Ok(model) } else { Err(wrong(store, problems)) }
+}
+
+/// How the folder says that its weights are used; what it does not say is as in the published models.
+///
+/// # Errors
+/// As [`published_model`].
+pub fn published_use(store: &Store) -> Result<Use> {
+    let config = config(store)?;
+    let number = |key: &str, default: f64| config.get(key).and_then(Value::as_f64).unwrap_or(default);
+    Ok(Use {
+        loops: number("total_ut_steps", 4.0) as u32,
+        rope_base: number("rope_theta", 10_000.0),
+        positions: number("max_position_embeddings", 32_768.0) as u32,
+        init_std: number("initializer_range", 0.02),
+    })
+}
+
+/// The flat weights of a model of `model`'s sizes, and their layout. The folder may have fewer layers, of which `model`'s
+/// are a multiple: the layout is then the folder's.
+///
+/// # Errors
+/// [`Error::Config`] with every key, name, shape and format that is not as it should be; [`Error::Store`].
+pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
+    let config = config(store)?;
+    let mut problems = Vec::new();
+    let layers = check_sizes(&config, model, &mut problems);
+    if !problems.is_empty() {
+        return Err(wrong(store, problems));
+    }
+    let layout = Layout::new(model, layers);
+    let files = files(store, &layout, &mut problems)?;
+    let mut weights = vec![0f32; layout.len()];
+    let mut missing: BTreeSet<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
+    for (file, named) in &files {
+        let Some(bytes) = store.get(file)? else {
+            problems.push(format!("{file} is missing"));
+            continue;
+        };
+        let tensors = match SafeTensors::deserialize(&bytes) {
+            Ok(tensors) => tensors,
+            Err(cause) => {
+                problems.push(format!("{file} is no safetensors: {cause}"));
+                continue;
+            }
+        };
+        for (name, tensor) in tensors.iter() {
+            match layout.find(name) {
+                Some(entry) if named.as_ref().is_none_or(|named| named.contains(name)) => {
+                    missing.remove(entry.name.as_str());
+                    take(entry, &tensor, &mut weights[entry.range()])
+                        .unwrap_or_else(|fact| problems.push(format!("{name} in {file} {fact}")));
+                }
+                Some(_) => problems.push(format!("{name} is in {file}, which the index does not say")),
+                None => problems.push(format!("{name} in {file} is no tensor of this model")),
+            }
+        }
+    }
+    problems.extend(missing.into_iter().map(|name| format!("{name} is missing")));
+    if problems.is_empty() { Ok((layout, weights)) } else { Err(wrong(store, problems)) }
+}
+
+fn wrong(store: &Store, mut problems: Vec<String>) -> Error {
+    if let more @ 1.. = problems.len().saturating_sub(SHOWN) {
+        problems.truncate(SHOWN);
+        problems.push(format!("… and {more} more"));
+    }
+    let fact = format!("{} cannot be used:\n  {}", store.place(), problems.join("\n  "));
+    Error::config(fact, "give the folder of an Ouro checkpoint with the sizes of the config's model")
+}
+
+fn config(store: &Store) -> Result<Map<String, Value>> {
+    let text =
+        store.get(CONFIG_JSON)?.ok_or_else(|| wrong(store, vec![format!("{CONFIG_JSON} is missing")]))?;
+    serde_json::from_slice(&text)
+        .map_err(|cause| wrong(store, vec![format!("{CONFIG_JSON} is no JSON object: {cause}")]))
+}
+
+/// Checks the keys of `config` one by one; returns the folder's number of layers.
+fn check_sizes(config: &Map<String, Value>, model: &Model, problems: &mut Vec<String>) -> u32 {
+    let mut layers = model.layers;
+    for (key, ours) in sizes(model) {
+        let Some(theirs) = config.get(key) else {
+            // Written by newer versions only; it follows from the others unless it is said.
+            if key != "head_dim" {
+                problems.push(format!("{CONFIG_JSON}: {key} is missing"));
+            }
+            continue;
+        };
+        let same = match (theirs.as_f64(), ours.as_f64()) {
+            (Some(theirs), Some(ours)) => theirs == ours,
+            _ => *theirs == ours,
+        };
+        if key == "num_hidden_layers"
+            && let Some(fewer @ 1..) = theirs.as_u64().and_then(|layers| u32::try_from(layers).ok())
+            && model.layers.is_multiple_of(fewer)
+        {
+            layers = fewer;
+        } else if !same {
+            problems.push(format!("{CONFIG_JSON}: {key} is {theirs}; the config's model has {ours}"));
+        }
+    }
+    for (key, plain) in [("rope_scaling", Value::Null), ("use_sliding_window", Value::Bool(false))] {
+        if let Some(theirs) = config.get(key).filter(|theirs| **theirs != plain) {
+            problems.push(format!("{CONFIG_JSON}: {key} is {theirs}, which this model does not have"));
+        }
+    }
+    layers
+}
+
+/// The files of weights, and which tensors the index puts in each; all that are there when there is no index.
+#[allow(clippy::type_complexity)]
+fn files(
+    store: &Store,
+    layout: &Layout,
+    problems: &mut Vec<String>,
+) -> Result<BTreeMap<String, Option<BTreeSet<String>>>> {
+    let Some(text) = store.get(INDEX_JSON)? else {
+        return Ok(BTreeMap::from([(SINGLE.to_owned(), None)]));
+    };
+    let map = serde_json::from_slice::<Value>(&text).ok();
+    let map = map.as_ref().and_then(|index| index.get("weight_map")).and_then(Value::as_object);
+    let Some(map) = map else {
+        problems.push(format!("{INDEX_JSON} has no weight_map of names to files"));
+        return Ok(BTreeMap::new());
+    };
+    let mut files: BTreeMap<String, Option<BTreeSet<String>>> = BTreeMap::new();
+    for (name, file) in map {
+        match file.as_str() {
+            Some(file) if is_plain(file) => {
+                files.entry(file.to_owned()).or_default().get_or_insert_default().insert(name.clone());
+            }
+            _ => problems.push(format!("{INDEX_JSON}: {name} is in {file}, which is no file of this folder")),
+        }
+        if layout.find(name).is_none() {
+            problems.push(format!("{INDEX_JSON}: {name} is no tensor of this model"));
+        }
+    }
+    Ok(files)
+}
+
+/// Whether `file` names a safetensors file beside the index, and nothing elsewhere.
+fn is_plain(file: &str) -> bool {
+    let harmless = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    file.chars().all(harmless) && !file.starts_with('.') && file.ends_with(".safetensors")
+}
+
+fn take(entry: &Entry, tensor: &TensorView<'_>, out: &mut [f32]) -> std::result::Result<(), String> {
+    let shape: Vec<i64> = tensor.shape().iter().map(|size| *size as i64).collect();
+    if shape != entry.shape {
+        return Err(format!("has the shape {shape:?}, not {:?}", entry.shape));
+    }
+    let bytes = tensor.data();
+    match tensor.dtype() {
+        Format::F32 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),
+        Format::BF16 => out
+            .iter_mut()
+            .zip(bytes.as_chunks().0)
+            .for_each(|(v, b)| *v = half::bf16::from_le_bytes(*b).to_f32()),
+        Format::F16 => out
+            .iter_mut()
+            .zip(bytes.as_chunks().0)
+            .for_each(|(v, b)| *v = half::f16::from_le_bytes(*b).to_f32()),
+        other => return Err(format!("is {other:?}; F32, BF16 and F16 are read")),
+    }
+    Ok(())
+}
