@@ -5,7 +5,7 @@
 //!               config      config, plan               checkpoint   list, verify, diff
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
-//!               jobs        submit, list, watch, pause, … at a coordinator
+//!               jobs        submit, list, watch, top, pause, … at a coordinator
 //!               certs       a private CA, and how other commands are given its certificates
 //!               interchange export, import             generate, eval
 //!                                                      weights      a model by its name
@@ -81,6 +81,8 @@ enum Command {
     Logs(jobs::LogsArgs),
     /// Show how a job goes, until it is over.
     Watch(jobs::JobArgs),
+    /// Show where the time of a job's workers goes, and which of them are slow.
+    Top(jobs::JobArgs),
     /// Take a checkpoint of a job and stop it until it is resumed.
     Pause(jobs::JobArgs),
     /// Put a paused job back into the queue.
@@ -147,6 +149,7 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Describe(args) => jobs::describe(&args, screen),
         Command::Logs(args) => jobs::logs(&args, screen),
         Command::Watch(args) => jobs::watch(&args, screen),
+        Command::Top(args) => jobs::top(&args, screen),
         Command::Pause(args) => jobs::pause(&args, screen),
         Command::Resume(args) => jobs::resume(&args, screen),
         Command::Scale(args) => jobs::scale(&args, screen),

@@ -1,7 +1,7 @@
 //! The event log in plain words.
 
 use anello_store::Environment;
-use anello_store::events::Event;
+use anello_store::events::{Event, RingMember};
 
 use crate::text::grouped;
 
@@ -56,11 +56,11 @@ pub fn describe(event: &Event) -> String {
         }
         Event::Joined { worker, machine } => format!("worker {} joined from {machine}", short_digest(worker)),
         Event::Lost { worker, step, reason } => {
-            let held = match step {
-                Some(step) => format!("it held the state after step {}", grouped(*step)),
-                None => "it held no state".to_owned(),
+            let at = match step {
+                Some(step) => format!(" at step {}", grouped(*step)),
+                None => "; it held no state".to_owned(),
             };
-            format!("worker {} lost ({reason}); {held}", short_digest(worker))
+            format!("worker {} lost ({reason}){at}", short_digest(worker))
         }
         Event::Evicted { worker, machine, step, reason } => {
             let step = step.map_or(String::new(), |step| format!(" after step {}", grouped(step)));
@@ -78,9 +78,38 @@ pub fn describe(event: &Event) -> String {
             };
             let save = if *save_first { "; a checkpoint comes first" } else { "" };
             format!(
-                "ring {generation} formed with {} from step {}, state from {whence}{save}",
+                "ring {generation} formed with {}{} from step {}, state from {whence}{save}",
                 of_workers(members.len()),
+                shares(members),
                 grouped(start + 1)
+            )
+        }
+        Event::Recovered { workers, took_ms, again, checkpoint, .. } => {
+            let steps = match again {
+                1 => "1 step".to_owned(),
+                again => format!("{} steps", grouped(*again)),
+            };
+            let cost = match (checkpoint, again) {
+                (_, 0) => "no step lost".to_owned(),
+                (None, _) => format!("{steps} computed again"),
+                (Some(step), _) => {
+                    format!("went back to the checkpoint of step {}: {steps} lost", grouped(*step))
+                }
+            };
+            let took = *took_ms as f64 / 1000.0;
+            format!("ring re-formed with {} in {took:.2} s; {cost}", of_workers(*workers as usize))
+        }
+        Event::Slow { worker, machine, step, percent } => format!(
+            "worker {} on {machine} is slow: its lanes take {} as long as the others' at step {}",
+            short_digest(worker),
+            times(f64::from(*percent) / 100.0),
+            grouped(*step)
+        ),
+        Event::InStep { worker, step } => {
+            format!(
+                "worker {} is as fast as the others again, at step {}",
+                short_digest(worker),
+                grouped(*step)
             )
         }
         Event::Ended { outcome, reason } => {
@@ -102,9 +131,27 @@ pub fn where_it_runs(environment: &Environment) -> String {
     format!("{device}, {threads}, {system}; anello {anello}{revision}, libtorch {libtorch}")
 }
 
+/// `2.5 ×`
+pub fn times(factor: f64) -> String {
+    format!("{factor:.1} ×")
+}
+
 /// Enough of a digest to tell two apart.
 pub fn short_digest(digest: &str) -> &str {
     digest.get(..12).unwrap_or(digest)
+}
+
+/// ` (lanes 3+1)`, when they are not shared out evenly.
+fn shares(members: &[RingMember]) -> String {
+    let lanes: Vec<u32> =
+        members.iter().map(|member| member.end_lane.saturating_sub(member.first_lane)).collect();
+    match (lanes.iter().min(), lanes.iter().max()) {
+        (Some(least), Some(most)) if most - least > 1 => {
+            let lanes: Vec<String> = lanes.iter().map(u32::to_string).collect();
+            format!(" (lanes {})", lanes.join("+"))
+        }
+        _ => String::new(),
+    }
 }
 
 fn of_workers(number: usize) -> String {
@@ -127,8 +174,6 @@ fn ordinal(number: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use anello_store::events::RingMember;
-
     use super::*;
 
     #[test]
@@ -149,6 +194,10 @@ mod tests {
             members: vec![member(0), member(2), member(4)],
             save_first,
         };
+        let recovered = |again, checkpoint| {
+            let took_ms = 214;
+            Event::Recovered { generation: 7, workers: 3, took_ms, again, checkpoint }
+        };
         let silent = || "silent for 1.000 s".to_owned();
         let ended = |outcome: &str, reason: Option<&str>| Event::Ended {
             outcome: outcome.into(),
@@ -168,7 +217,7 @@ mod tests {
             ),
             (
                 Event::Lost { worker: worker(), step: Some(412), reason: silent() },
-                "worker 3f0000000000 lost (silent for 1.000 s); it held the state after step 412",
+                "worker 3f0000000000 lost (silent for 1.000 s) at step 412",
             ),
             (
                 Event::Lost { worker: worker(), step: None, reason: silent() },
@@ -188,12 +237,42 @@ mod tests {
                 "ring 7 formed with 3 workers from step 413, state from 1 worker",
             ),
             (
+                Event::Formed {
+                    generation: 8,
+                    start: 412,
+                    source: "peers".into(),
+                    holders: vec![worker(), worker()],
+                    members: vec![
+                        RingMember { end_lane: 3, ..member(0) },
+                        RingMember { end_lane: 4, ..member(3) },
+                    ],
+                    save_first: false,
+                },
+                "ring 8 formed with 2 workers (lanes 3+1) from step 413, state from 2 workers",
+            ),
+            (
                 formed("checkpoint", Vec::new(), true),
                 "ring 7 formed with 3 workers from step 413, state from checkpoint 412; a checkpoint comes first",
             ),
             (
                 formed("seed", Vec::new(), false),
                 "ring 7 formed with 3 workers from step 413, state from the run's seed",
+            ),
+            (
+                Event::Slow { worker: worker(), machine: "node-3".into(), step: 412, percent: 253 },
+                "worker 3f0000000000 on node-3 is slow: its lanes take 2.5 × as long as the others' at step 412",
+            ),
+            (
+                Event::InStep { worker: worker(), step: 1412 },
+                "worker 3f0000000000 is as fast as the others again, at step 1 412",
+            ),
+            (recovered(0, None), "ring re-formed with 3 workers in 0.21 s; no step lost"),
+            (recovered(0, Some(412)), "ring re-formed with 3 workers in 0.21 s; no step lost"),
+            (recovered(1, None), "ring re-formed with 3 workers in 0.21 s; 1 step computed again"),
+            (recovered(2, None), "ring re-formed with 3 workers in 0.21 s; 2 steps computed again"),
+            (
+                recovered(12, Some(400)),
+                "ring re-formed with 3 workers in 0.21 s; went back to the checkpoint of step 400: 12 steps lost",
             ),
             (ended("finished", None), "the coordinator ended the run: finished"),
             (ended("failed", Some("no data")), "the coordinator ended the run: failed: no data"),

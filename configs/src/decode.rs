@@ -141,6 +141,14 @@ fn ring(s: &mut Section<'_, '_>) -> Ring {
         detection_ms: s.quantity("detection", Unit::Time, 100..=3_600_000, Some(10_000)),
         digest_every_steps: s.count("digest_every_steps", 0..=1 << 53, Some(100)),
         spot_check_every_steps: s.count("spot_check_every_steps", 0..=1 << 53, Some(500)),
+        straggler_factor: s.number(
+            "straggler_factor",
+            "0, or a factor above 1, up to 1000",
+            |v| v == 0.0 || v > 1.0 && v <= 1000.0,
+            Some(1.5),
+        ),
+        straggler_window_steps: s.count("straggler_window_steps", 1..=1_000_000, Some(20)) as u32,
+        lanes: s.choice("lanes", LaneShares::Balanced),
         fault: s
             .optional("fault")
             .then(|| read_fault(&s.text("fault", fault, |text| read_fault(text).is_some())))

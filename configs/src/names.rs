@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::run::{Dtype, Loss, Mask, OnCorrupt, Recompute, Trains};
+use crate::run::{Dtype, LaneShares, Loss, Mask, OnCorrupt, Recompute, Trains};
 
 /// A closed choice with its words.
 pub(crate) trait Named: Copy + PartialEq + 'static {
@@ -33,6 +33,7 @@ macro_rules! named {
 named! {
     Dtype { "fp32" => Fp32, "bf16" => Bf16 }
     Recompute { "none" => None, "layer" => Layer, "loop" => Loop }
+    LaneShares { "balanced" => Balanced, "by-speed" => BySpeed }
     OnCorrupt { "fail" => Fail, "skip" => Skip }
     Mask { "document" => Document, "causal" => Causal }
     Trains { "all" => All, "gate" => Gate }

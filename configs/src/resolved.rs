@@ -176,11 +176,21 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         }
         s.rest("keep_stage_ends", *keep_stage_ends).rest("part_bytes", *part_bytes);
     });
-    let Ring { detection_ms, digest_every_steps, spot_check_every_steps, fault } = ring;
+    let Ring {
+        detection_ms,
+        digest_every_steps,
+        spot_check_every_steps,
+        straggler_factor,
+        straggler_window_steps,
+        lanes,
+        fault,
+    } = ring;
     section("ring", &|s| {
         s.rest("detection", Unit::Time.shown(*detection_ms).as_str());
         s.rest("digest_every_steps", *digest_every_steps);
         s.rest("spot_check_every_steps", *spot_check_every_steps);
+        s.rest("straggler_factor", *straggler_factor);
+        s.rest("straggler_window_steps", *straggler_window_steps).rest("lanes", lanes.name());
         if let Some(Fault { buffer, step, rank }) = fault {
             s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());
         }

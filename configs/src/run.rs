@@ -173,8 +173,24 @@ pub struct Ring {
     pub digest_every_steps: u64,
     /// Steps between two checks of one lane's gradient by a second worker; 0 = never.
     pub spot_check_every_steps: u64,
+    /// A worker whose time for a lane is more than so many times the members' median is told of as slow; 0 = never.
+    pub straggler_factor: f64,
+    /// Steps over which that is measured.
+    pub straggler_window_steps: u32,
+    /// How the lanes are shared out.
+    pub lanes: LaneShares,
     /// For tests: a bit that is flipped on purpose.
     pub fault: Option<Fault>,
+}
+
+/// How many lanes each worker of a ring serves. Which ones changes no bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LaneShares {
+    /// As many as any other, or one more.
+    Balanced,
+    /// By how fast it was so far.
+    BySpeed,
 }
 
 /// One bit flip, once in the life of a process.

@@ -10,7 +10,7 @@
 use std::time::{Duration, Instant};
 
 use anello_configs::{LoadOptions, RunConfig};
-use anello_coordinator::{Job, JobOptions, Jobs, Opened, Server, Timings, create};
+use anello_coordinator::{Job, JobOptions, Jobs, News, Opened, Server, Timings, create};
 use anello_proto::v1;
 use anello_proto::v1::from_worker::Word;
 use anello_proto::v1::ring_client::RingClient;
@@ -55,7 +55,7 @@ fn coordinator(streams: u64, window: Duration) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     runtime.expect("a runtime").block_on(async {
         let (notices, _heard) = std::sync::mpsc::channel();
-        let (job, _end) = opened.start(notices).expect("a thread starts");
+        let (job, _end) = opened.start(notices, News::default()).expect("a thread starts");
         let jobs = Jobs::default();
         jobs.add(job.clone());
         let server = Server::start(([127, 0, 0, 1], 0).into(), jobs).await.expect("a free port");

@@ -8,21 +8,24 @@
 //!      └───────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
-use anello_configs::{RunConfig, Schedule, Timings};
-use anello_proto::ring::{Epoch, Generation, Hello, Leave, Order, Stance, Step, WorkerId};
+use anello_configs::{LaneShares, RunConfig, Schedule, Timings};
+use anello_proto::ring::{Epoch, Generation, Hello, Leave, Order, Pace, Stance, Step, WorkerId};
 use anello_proto::v1;
 use anello_store::events::{self, Event as Logged, EventLog, Record};
 use anello_store::metrics;
 use anello_store::{CONFIG, Notice, Store, checkpoint, read_config};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::core::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Status};
+use crate::core::{
+    Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Rows, Status, Straggling,
+};
 use crate::desk::{Desk, Done, Task};
 use crate::error::{Error, Result};
+use crate::news::{Herald, News};
 use crate::records::{event_of, formation_of, goal_name, record_of};
 
 /// What a job asks for, besides its run.
@@ -114,7 +117,7 @@ impl Opened {
             .find_map(formation_of);
         let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
         // No row before a checkpoint is still to come.
-        let rows = metrics::read(&store)?.last().map_or(0, |row| row.step + 1);
+        let rows = metrics::read_last(&store, 1)?.last().map_or(0, |row| row.step + 1);
         let reported = rows.max(checkpoints.last().copied().unwrap_or(0));
         let found = Found {
             formation,
@@ -136,11 +139,15 @@ impl Opened {
     }
 
     /// Starts the job on the current runtime. The handle's task ends with the job's outcome; `notices` hears of every
-    /// step, checkpoint and record.
+    /// step, checkpoint and record, and `news` when there is one, or when the job's status is another but for heartbeats.
     ///
     /// # Errors
     /// A thread that cannot be started.
-    pub fn start(self, notices: NoticeSender<Notice>) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
+    pub fn start(
+        self,
+        notices: NoticeSender<Notice>,
+        news: News,
+    ) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
         let Self { options, store, config, log, taken: _, found, reported } = self;
         let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
         let epoch = Epoch(log.session());
@@ -159,6 +166,11 @@ impl Opened {
             lease: millis(timings.lease),
             gather: millis(timings.gather),
             faults_max: FAULTS_MAX,
+            straggling: Straggling {
+                factor_permille: (config.ring.straggler_factor * 1000.0).round() as u32,
+                window_steps: config.ring.straggler_window_steps,
+            },
+            by_speed: config.ring.lanes == LaneShares::BySpeed,
         };
         let job = Job { name: options.name.clone(), inputs };
         let core = Membership::new(core, epoch, found, Millis(0));
@@ -170,13 +182,12 @@ impl Opened {
             began: Instant::now(),
             desk,
             notices,
+            news: Herald(news),
             links: BTreeMap::new(),
             first: None,
             total: schedule.total_steps(),
-            reported,
+            rows: Rows::new(reported, millis(timings.lease)),
             waiting: Vec::new(),
-            ahead: None,
-            search: None,
             amending: VecDeque::new(),
             last_wait: None,
             stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),
@@ -248,20 +259,6 @@ struct Waiting {
     parts: Vec<String>,
 }
 
-/// A search for rows that are not here, of steps before others or before a checkpoint: any worker that was in the ring at
-/// the time has them, though only rank 0 reports on its own.
-struct Search {
-    /// Who was asked since the last row came.
-    asked: BTreeSet<WorkerId>,
-    /// Looks so far, and the last one. Looks are counted, not time: a coordinator that slept has not waited.
-    looks: u32,
-    looked: Instant,
-}
-
-/// Looks a lease. After two leases, rows that no connected worker has are given up: whoever is to be expected is here, and
-/// whoever is dead is known to be.
-const LOOKS: u32 = 8;
-
 struct Running {
     epoch: Epoch,
     run: String,
@@ -270,16 +267,13 @@ struct Running {
     began: Instant,
     desk: Desk,
     notices: NoticeSender<Notice>,
+    news: Herald,
     links: BTreeMap<WorkerId, Link>,
     first: Option<Kind>,
     /// Steps of the whole run.
     total: u64,
-    /// Steps whose rows are here.
-    reported: u64,
+    rows: Rows,
     waiting: Vec<Waiting>,
-    /// The earliest step that was reported though one before it was not.
-    ahead: Option<u64>,
-    search: Option<Search>,
     /// What the user wants and the log does not hold yet, in the order in which the desk was asked.
     amending: VecDeque<(Goal, oneshot::Sender<()>)>,
     last_wait: Option<String>,
@@ -298,10 +292,8 @@ impl Running {
     async fn run(mut self, mut inbox: mpsc::Receiver<Input>) -> Outcome {
         self.core_event(Event::Tick);
         loop {
-            let deadline = self.core.deadline().map(|at| self.began + Duration::from_millis(at.0));
-            let look = self.search.as_ref().map(|search| search.looked + self.timings.lease / LOOKS);
-            let next = [deadline, look].into_iter().flatten().min();
-            let input = match next {
+            let next = self.core.deadline().into_iter().chain(self.rows.deadline()).min();
+            let input = match next.map(|at| self.began + Duration::from_millis(at.0)) {
                 Some(at) => tokio::time::timeout_at(at.into(), inbox.recv()).await,
                 None => Ok(inbox.recv().await),
             };
@@ -314,6 +306,7 @@ impl Running {
             self.commit_waiting();
             self.say_what_it_waits_for();
             if let Some(outcome) = self.core.outcome().cloned() {
+                self.news.0.tell();
                 self.see_off(&outcome, &mut inbox).await;
                 drop(inbox);
                 let desk = self.desk;
@@ -334,6 +327,7 @@ impl Running {
             Input::Closed { worker, connection } => {
                 if self.links.get(&worker).is_some_and(|link| link.connection == connection) {
                     self.links.remove(&worker);
+                    self.news.0.tell();
                     self.core_event(Event::Unlinked { worker });
                 }
             }
@@ -380,9 +374,8 @@ impl Running {
         }
         self.first.get_or_insert(Kind { build: hello.build.clone(), device: hello.device.clone() });
         self.links.insert(worker, Link { connection: hello.connection, orders });
-        if let Some(search) = &mut self.search {
-            search.asked.remove(&worker);
-        }
+        self.news.0.tell();
+        self.rows.connected(worker);
         self.welcome(worker);
         let Hello { endpoints, machine, stance, .. } = hello;
         self.core_event(Event::Linked { worker, endpoints, machine, stance });
@@ -395,6 +388,10 @@ impl Running {
                 Ok(stance) => self.core_event(Event::Stands { worker, stance }),
                 Err(malformed) => self.drop_link(worker, &malformed.to_string()),
             },
+            v1::from_worker::Word::Pace(pace) => match Pace::try_from(pace) {
+                Ok(pace) => self.core_event(Event::Paced { worker, pace }),
+                Err(malformed) => self.drop_link(worker, &malformed.to_string()),
+            },
             v1::from_worker::Word::Step(report) if report.step >= self.total => {
                 let reason = format!("it reports step {}, and the run has {}", report.step, self.total);
                 self.drop_link(worker, &reason);
@@ -403,21 +400,12 @@ impl Running {
         }
     }
 
-    /// A step's figures, from whoever is rank 0, or was asked. One that is known is the same bits again, and is dropped; so is
-    /// one that comes before its time: it is told again once those before it are here.
+    /// A step's figures, from whoever is rank 0, or was asked.
     fn step(&mut self, mut report: v1::StepReport) {
-        if report.step < self.reported {
+        if !self.rows.take(report.step) {
             return;
-        }
-        if report.step > self.reported {
-            self.ahead = Some(self.ahead.map_or(report.step, |ahead| ahead.min(report.step)));
-            return;
-        }
-        if let Some(search) = &mut self.search {
-            (search.looks, search.asked) = (0, BTreeSet::new());
         }
         let events = std::mem::take(&mut report.events);
-        self.reported = report.step + 1;
         for text in events {
             match serde_json::from_str(&text) {
                 // Only what a step can bring about: the rest of the log is the coordinator's.
@@ -438,17 +426,18 @@ impl Running {
             && self.stage != Some(index)
         {
             self.stage = Some(index);
-            let _ = self.notices.send(Notice::Stage { index });
+            self.notify(Notice::Stage { index });
         }
+        self.core_event(Event::Reported { step: Step(record.step + 1) });
         self.desk.ask(Task::Row(record.clone()));
-        let _ = self.notices.send(Notice::Step(record));
+        self.notify(Notice::Step(record));
     }
 
     fn done(&mut self, done: Done) {
         match done {
             Done::Appended { record, formed } => {
                 let amended = matches!(record.event, Logged::Goal { .. });
-                let _ = self.notices.send(Notice::Logged(record));
+                self.notify(Notice::Logged(record));
                 if let Some((goal, recorded)) = amended.then(|| self.amending.pop_front()).flatten() {
                     let _ = recorded.send(());
                     self.core_event(Event::Goal(goal));
@@ -456,17 +445,17 @@ impl Running {
                 if let Some(generation) = formed {
                     if let (false, Some(formation)) = (self.ready, self.core.formation()) {
                         self.ready = true;
-                        let _ = self.notices.send(Notice::Ready { step: formation.start.0 });
+                        self.notify(Notice::Ready { step: formation.start.0 });
                     }
                     self.core_event(Event::Recorded { generation });
                 }
             }
             Done::Committed { step, seconds } => {
-                let _ = self.notices.send(Notice::Checkpoint { step: step.0, seconds });
+                self.notify(Notice::Checkpoint { step: step.0, seconds });
                 self.core_event(Event::Committed { step });
             }
             Done::CommitFailed { step, reason } => {
-                let _ = self.notices.send(Notice::CheckpointFailed { step: step.0, cause: reason.clone() });
+                self.notify(Notice::CheckpointFailed { step: step.0, cause: reason.clone() });
                 self.core_event(Event::CommitFailed { step, reason });
             }
             Done::Listed { steps } => self.core_event(Event::Listed { steps }),
@@ -474,9 +463,18 @@ impl Running {
         }
     }
 
+    fn notify(&self, notice: Notice) {
+        let _ = self.notices.send(notice);
+        self.news.0.tell();
+    }
+
+    fn now(&self) -> Millis {
+        millis(self.began.elapsed())
+    }
+
     fn core_event(&mut self, event: Event) {
         let mut out = Vec::new();
-        self.core.handle(millis(self.began.elapsed()), event, &mut out);
+        self.core.handle(self.now(), event, &mut out);
         out.into_iter().for_each(|effect| self.perform(effect));
     }
 
@@ -514,7 +512,7 @@ impl Running {
 
     /// Commits what has its steps reported: a checkpoint never stands after steps that are not in the metrics.
     fn commit_waiting(&mut self) {
-        let reported = self.reported;
+        let reported = self.rows.reported();
         let (ready, waiting) =
             std::mem::take(&mut self.waiting).into_iter().partition(|w: &Waiting| w.step.0 <= reported);
         self.waiting = waiting;
@@ -523,39 +521,14 @@ impl Running {
         }
     }
 
-    /// Asks one worker after the other for rows that are not here. Those that nobody has died with whoever knew them: with
-    /// their steps when nobody else holds state from after them, for then they are trained again.
+    /// Asks for figures that are missing before others, or before a checkpoint.
     fn look_for_rows(&mut self) {
-        let reported = self.reported;
-        self.ahead = self.ahead.filter(|ahead| *ahead > reported);
-        let first_waiting = self.waiting.iter().map(|w| w.step.0).filter(|step| *step > reported).min();
-        let Some(hole_end) = self.ahead.into_iter().chain(first_waiting).min() else {
-            self.search = None;
-            return;
-        };
-        let (pace, now) = (self.timings.lease / LOOKS, Instant::now());
-        let search = self.search.get_or_insert(Search { asked: BTreeSet::new(), looks: 0, looked: now });
-        if now - search.looked < pace {
-            return;
+        let waiting = self.waiting.iter().map(|waiting| waiting.step.0);
+        let look = self.rows.look(millis(self.began.elapsed()), waiting, self.links.keys().copied());
+        if let Some(std::ops::Range { start: from, end: to }) = look.lost {
+            tracing::error!(from, to, "the figures of these steps are lost with all who knew them");
         }
-        (search.looks, search.looked) = (search.looks + 1, now);
-        let share = self.links.len().div_ceil(LOOKS as usize);
-        let next: Vec<WorkerId> =
-            self.links.keys().filter(|id| !search.asked.contains(id)).take(share).copied().collect();
-        if next.is_empty() && search.looks > LOOKS {
-            tracing::error!(
-                from = reported,
-                to = hole_end,
-                "the figures of these steps are lost with all who knew them"
-            );
-            self.reported = hole_end;
-            self.search = None;
-            return;
-        }
-        search.asked.extend(&next);
-        for worker in next {
-            self.welcome(worker);
-        }
+        look.ask.into_iter().for_each(|worker| self.welcome(worker));
     }
 
     /// Says where the run is. Said a second time over one connection, it asks for rows.
@@ -563,7 +536,7 @@ impl Running {
         let welcome = v1::Welcome {
             run: self.run.clone(),
             heartbeat_ms: millis(self.timings.heartbeat).0,
-            reported: self.reported,
+            reported: self.rows.reported(),
         };
         if let Some(link) = self.links.get(&worker) {
             let order = Some(v1::to_worker::Order::Welcome(welcome));
@@ -573,6 +546,7 @@ impl Running {
 
     fn drop_link(&mut self, worker: WorkerId, reason: &str) {
         if self.links.remove(&worker).is_some() {
+            self.news.0.tell();
             tracing::info!(%worker, reason, "closed a worker's connection");
             self.core_event(Event::Unlinked { worker });
         }
@@ -581,6 +555,7 @@ impl Running {
     fn say_what_it_waits_for(&mut self) {
         let waits_for = self.core.waits_for();
         if waits_for != self.last_wait {
+            self.news.0.tell();
             if let Some(what) = &waits_for {
                 tracing::debug!(what, "the ring waits");
             }

@@ -4,6 +4,7 @@
 //! decides  core      the membership of a job's ring, and when a checkpoint is complete: pure
 //! acts     registry  the jobs of one place: their queue, their phases, what users want; the queue and phases are pure
 //!          job       one task a job: connections and the desk in, orders and tasks out
+//!          news      whether there is any of a job, so that nobody polls it
 //!          desk      the thread that works on the run folder: log, metrics, manifests
 //!          records   between the core's words and the run folder's
 //!          service   gRPC: workers' connections, handed to jobs
@@ -17,6 +18,7 @@ mod desk;
 mod error;
 mod job;
 pub mod launch;
+mod news;
 mod records;
 mod registry;
 mod service;
@@ -24,5 +26,6 @@ mod service;
 pub use anello_configs::Timings;
 pub use error::{Error, Result};
 pub use job::{Job, JobOptions, Opened, create};
+pub use news::News;
 pub use registry::{Refusal, Registry, RegistryOptions, Said};
 pub use service::{Bound, Jobs, Server};

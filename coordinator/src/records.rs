@@ -59,6 +59,17 @@ pub(crate) fn event_of(entry: Entry) -> Logged {
                 save_first: formation.save_first,
             }
         }
+        Entry::Recovered { generation, workers, took, again, checkpoint } => Logged::Recovered {
+            generation: generation.0,
+            workers,
+            took_ms: took.0,
+            again,
+            checkpoint: checkpoint.map(|step| step.0),
+        },
+        Entry::Slow { worker, machine, step, percent } => {
+            Logged::Slow { worker: worker.to_string(), machine, step: step.0, percent }
+        }
+        Entry::InStep { worker, step } => Logged::InStep { worker: worker.to_string(), step: step.0 },
         Entry::PassedOver { step, reason } => Logged::PassedOver { step: step.0, reason },
         Entry::CheckpointFailed { step, reason } => Logged::CheckpointFailed { step: step.0, cause: reason },
         Entry::Ended { outcome } => {

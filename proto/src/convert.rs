@@ -3,6 +3,7 @@
 mod jobs;
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::ring::*;
@@ -138,16 +139,24 @@ impl TryFrom<v1::holding::Cause> for Cause {
 
 impl From<&Written> for v1::Written {
     fn from(written: &Written) -> Self {
-        let Written { step, generation, parts, facts, blocks, all_blocks } = written.clone();
-        let blocks = blocks.into_iter().map(|range| v1::BlockRange { first: range.start, end: range.end });
-        Self { step: step.0, generation: generation.0, parts, facts, blocks: blocks.collect(), all_blocks }
+        let Written { step, generation, parts, facts, blocks, all_blocks, kept } = written.clone();
+        let range = |range: Range<u64>| v1::BlockRange { first: range.start, end: range.end };
+        Self {
+            step: step.0,
+            generation: generation.0,
+            parts,
+            facts,
+            blocks: blocks.into_iter().map(range).collect(),
+            all_blocks,
+            kept: kept.map(|kept| v1::Kept { owner: kept.owner.0, blocks: Some(range(kept.blocks)) }),
+        }
     }
 }
 
 impl TryFrom<v1::Written> for Written {
     type Error = Malformed;
     fn try_from(message: v1::Written) -> Result<Self, Malformed> {
-        let v1::Written { step, generation, parts, facts, blocks, all_blocks } = message;
+        let v1::Written { step, generation, parts, facts, blocks, all_blocks, kept } = message;
         // A checkpoint of no blocks would be complete before anyone has written anything.
         if all_blocks == 0 {
             return Err(malformed(format!("parts of checkpoint {step}, which has no blocks")));
@@ -162,7 +171,52 @@ impl TryFrom<v1::Written> for Written {
             Ok(first..end)
         };
         let blocks = blocks.into_iter().map(block).collect::<Result<_, _>>()?;
-        Ok(Self { step: Step(step), generation: Generation(generation), parts, facts, blocks, all_blocks })
+        let copy = |v1::Kept { owner, blocks }: v1::Kept| {
+            let blocks =
+                blocks.ok_or_else(|| malformed(format!("a copy of no blocks of checkpoint {step}")))?;
+            Ok(Kept { owner: WorkerId(owner), blocks: block(blocks)? })
+        };
+        let kept = kept.map(copy).transpose()?;
+        let (step, generation) = (Step(step), Generation(generation));
+        Ok(Self { step, generation, parts, facts, blocks, all_blocks, kept })
+    }
+}
+
+/// Microseconds that a worker may have spent on the steps between two of its words: some years.
+const SPENT_US_MAX: u64 = 1 << 47;
+
+impl From<&Pace> for v1::Pace {
+    fn from(pace: &Pace) -> Self {
+        let Pace { generation, lanes, steps, spent } = *pace;
+        let Spent { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us } = spent;
+        Self {
+            generation: generation.0,
+            lanes,
+            steps,
+            step_us,
+            data_us,
+            compute_us,
+            reduce_us,
+            update_us,
+            checkpoint_us,
+        }
+    }
+}
+
+impl TryFrom<v1::Pace> for Pace {
+    type Error = Malformed;
+    fn try_from(message: v1::Pace) -> Result<Self, Malformed> {
+        let v1::Pace { generation, lanes, steps, .. } = message;
+        let v1::Pace { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us, .. } = message;
+        if lanes == 0 || steps == 0 {
+            return Err(malformed(format!("the time of {steps} steps of {lanes} lanes")));
+        }
+        let all = [step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us];
+        if let Some(long) = all.into_iter().find(|us| *us > SPENT_US_MAX) {
+            return Err(malformed(format!("steps of {long} µs, of at most {SPENT_US_MAX}")));
+        }
+        let spent = Spent { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us };
+        Ok(Self { generation: Generation(generation), lanes, steps, spent })
     }
 }
 
@@ -298,6 +352,9 @@ impl From<&Order> for v1::to_worker::Order {
                 Self::Abort(v1::Abort { generation: generation.0, reason: cut(reason) })
             }
             Order::Committed { step } => Self::Committed(step.0),
+            Order::WriteKept { step, generation } => {
+                Self::WriteKept(v1::WriteKept { step: step.0, generation: generation.0 })
+            }
             Order::Leave { why } => {
                 use v1::leave::Why;
                 let (why, reason) = match why {
@@ -336,6 +393,9 @@ impl TryFrom<v1::ToWorker> for (Epoch, Word) {
                 Order::Abort { generation: Generation(generation), reason: reason(text)? }
             }
             Said::Committed(step) => Order::Committed { step: Step(step) },
+            Said::WriteKept(v1::WriteKept { step, generation }) => {
+                Order::WriteKept { step: Step(step), generation: Generation(generation) }
+            }
             Said::Leave(leave) => {
                 use v1::leave::Why;
                 let (why, reason) = (leave.why(), reason(leave.reason)?);

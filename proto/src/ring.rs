@@ -158,6 +158,17 @@ pub struct Written {
     pub blocks: Vec<Range<u64>>,
     /// Blocks of the whole checkpoint.
     pub all_blocks: u64,
+    /// A second copy that is in the worker's memory and in no part of its.
+    pub kept: Option<Kept>,
+}
+
+/// Blocks of another worker, of which this one has a copy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// Whose they are to write.
+    pub owner: WorkerId,
+    /// The blocks.
+    pub blocks: Range<u64>,
 }
 
 /// A generation: who is in it, and from where it goes on.
@@ -269,6 +280,13 @@ pub enum Order {
         /// Its step.
         step: Step,
     },
+    /// Write the second copy that is kept for a checkpoint: nobody else may have it.
+    WriteKept {
+        /// The checkpoint's step.
+        step: Step,
+        /// The generation in which the state was copied.
+        generation: Generation,
+    },
     /// Go, and do not come back unless started again.
     Leave {
         /// Why, which decides the exit code.
@@ -301,4 +319,48 @@ pub enum Leave {
         /// For people.
         reason: String,
     },
+}
+
+/// Where a worker's time went in some steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pace {
+    /// The generation in which they were applied.
+    pub generation: Generation,
+    /// Lanes that the worker serves in it; at least 1.
+    pub lanes: u32,
+    /// How many; at least 1.
+    pub steps: u32,
+    /// In all of them together.
+    pub spent: Spent,
+}
+
+/// Microseconds of some steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// The whole steps.
+    pub step_us: u64,
+    /// Waiting for data.
+    pub data_us: u64,
+    /// Forward and backward of the worker's lanes.
+    pub compute_us: u64,
+    /// In the collective, waiting for the others included.
+    pub reduce_us: u64,
+    /// Norm, clip and update.
+    pub update_us: u64,
+    /// Waiting for checkpoints' copies.
+    pub checkpoint_us: u64,
+}
+
+impl std::ops::Add for Spent {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self {
+            step_us: self.step_us.saturating_add(other.step_us),
+            data_us: self.data_us.saturating_add(other.data_us),
+            compute_us: self.compute_us.saturating_add(other.compute_us),
+            reduce_us: self.reduce_us.saturating_add(other.reduce_us),
+            update_us: self.update_us.saturating_add(other.update_us),
+            checkpoint_us: self.checkpoint_us.saturating_add(other.checkpoint_us),
+        }
+    }
 }

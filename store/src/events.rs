@@ -132,6 +132,38 @@ pub enum Event {
         /// Whether a checkpoint is taken before the first step.
         save_first: bool,
     },
+    /// All members of a generation that follows another train. The time is for people: nothing is decided by it.
+    Recovered {
+        /// Its number.
+        generation: u64,
+        /// Its members.
+        workers: u32,
+        /// Milliseconds from when the generation before was seen to break, or to hold for a change, until the first step of
+        /// this one began.
+        took_ms: u64,
+        /// Steps that had been applied and are computed again.
+        again: u64,
+        /// The checkpoint that its state is from; absent: from members that held it.
+        checkpoint: Option<u64>,
+    },
+    /// A member of a ring takes longer for a lane than the others. It changes no bit.
+    Slow {
+        /// Its id.
+        worker: String,
+        /// Where it runs.
+        machine: String,
+        /// Steps applied.
+        step: u64,
+        /// Its time for forward and backward of a lane, in hundredths of the members' median.
+        percent: u32,
+    },
+    /// It does not any more.
+    InStep {
+        /// Its id.
+        worker: String,
+        /// Steps applied.
+        step: u64,
+    },
     /// The coordinator is done with the run.
     Ended {
         /// How the run ended, in one word: `finished`, `failed`, …
@@ -330,6 +362,16 @@ mod tests {
                     save_first: true,
                 },
                 r#""kind":"formed","generation":7,"start":412,"source":"peers","holders":["3f00000000000001"]"#,
+            ),
+            (
+                Event::Recovered {
+                    generation: 7,
+                    workers: 3,
+                    took_ms: 210,
+                    again: 12,
+                    checkpoint: Some(400),
+                },
+                r#""kind":"recovered","generation":7,"workers":3,"took_ms":210,"again":12,"checkpoint":400"#,
             ),
             (Event::Goal { goal: text("pause"), workers: 3 }, r#""kind":"goal","goal":"pause","workers":3"#),
             (

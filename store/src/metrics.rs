@@ -299,6 +299,32 @@ pub fn read(store: &Store) -> Result<Vec<StepRecord>> {
     Ok(by_step.into_values().collect())
 }
 
+/// The last `count` records of a run in order of their steps: no more objects are read than hold them.
+pub fn read_last(store: &Store, count: usize) -> Result<Vec<StepRecord>> {
+    let mut by_step = std::collections::BTreeMap::new();
+    let objects = store.list("metrics")?;
+    let mut ranges: Vec<((u64, u64), &Object)> =
+        objects.iter().filter_map(|object| Some((range_of(&object.path)?, object))).collect();
+    ranges.sort_unstable_by_key(|(range, _)| *range);
+    for (at, (_, Object { path, .. })) in ranges.iter().enumerate().rev() {
+        let Some(bytes) = store.get(path)? else { continue };
+        let records = decode(bytes).map_err(|cause| {
+            Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew")
+        })?;
+        // Of two that hold a step the later one counts.
+        for record in records {
+            by_step.entry(record.step).or_insert(record);
+        }
+        let before = ranges[..at].iter().map(|((_, last), _)| *last).max();
+        let enough = by_step.keys().rev().take(count).filter(|step| Some(**step) > before).count();
+        if enough == count {
+            break;
+        }
+    }
+    let surplus = by_step.len().saturating_sub(count);
+    Ok(by_step.into_values().skip(surplus).collect())
+}
+
 /// Removes what was logged from `step` on: a run that goes on from there logs it again.
 pub fn truncate(store: &Store, step: u64) -> Result<()> {
     for Object { path, .. } in store.list("metrics")? {
@@ -384,6 +410,24 @@ mod tests {
         writer.close().unwrap();
         let expected = records.map(|r| StepRecord { seconds: Seconds { reduce: 0.0, ..r.seconds }, ..r });
         assert_eq!(decode(bytes.into()).unwrap(), expected);
+    }
+
+    #[test]
+    fn the_last_records_are_read_without_the_others() {
+        let store = Store::memory().unwrap();
+        let records: Vec<StepRecord> = (0..10).map(|s| record(s, 4)).collect();
+        for part in [&records[..4], &records[4..8], &records[8..]] {
+            write(&store, part).unwrap();
+        }
+        for count in [0, 1, 2, 3, 6, 7, 10, 99] {
+            let all = read(&store).unwrap();
+            let last = &all[all.len().saturating_sub(count)..];
+            assert_eq!(shown(&read_last(&store, count).unwrap()), shown(last), "{count}");
+        }
+        // The first is not looked at when it is not needed.
+        store.put("metrics/0000000000-0000000003.parquet", b"damaged".to_vec()).unwrap();
+        assert_eq!(shown(&read_last(&store, 6).unwrap()), shown(&records[4..]));
+        assert!(read_last(&store, 7).is_err());
     }
 
     #[test]

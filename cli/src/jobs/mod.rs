@@ -1,5 +1,5 @@
-//! The user's side of a coordinator: `anello submit`, `list`, `describe`, `logs`, `watch`, `pause`, `resume`, `scale` and
-//! `cancel`.
+//! The user's side of a coordinator: `anello submit`, `list`, `describe`, `logs`, `watch`, `top`, `pause`, `resume`, `scale`
+//! and `cancel`.
 
 mod client;
 mod show;
@@ -15,7 +15,7 @@ use crate::config::{ConfigArgs, load};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::screen::Screen;
 use client::Client;
-pub use watch::watch;
+pub use watch::{top, watch};
 
 /// Where a coordinator listens unless it is told otherwise.
 pub const DEFAULT_ADDRESS: &str = "127.0.0.1:7700";

@@ -7,7 +7,7 @@ use anello_proto::v1;
 use super::{phase_of, record_of};
 use crate::failure::Failure;
 use crate::text::{Table, grouped, nats, per_second, percent, utc};
-use crate::words::{describe as sentence_of, short_digest};
+use crate::words::{describe as sentence_of, short_digest, times};
 
 /// `job small is queued; it waits for its turn: 1 job is before it`
 pub fn sentence(job: &v1::Job) -> Result<String, Failure> {
@@ -74,6 +74,9 @@ pub fn describe(detail: &v1::JobDetail) -> Result<String, Failure> {
         text.push('\n');
         text.push_str(&workers(detail));
     }
+    if let Some(paces) = paces(detail) {
+        text.push_str(&format!("\n{paces}"));
+    }
     if !detail.events.is_empty() {
         text.push('\n');
         detail.events.iter().for_each(|event| text.push_str(&format!("{}\n", record(event))));
@@ -86,23 +89,78 @@ pub fn workers(detail: &v1::JobDetail) -> String {
     let mut table = Table::new(4);
     table.row(["worker", "machine", "lanes", "", "state after"]);
     for worker in &detail.workers {
-        let id = WorkerId(worker.worker).to_string();
-        let lanes = match (worker.first_lane, worker.end_lane) {
-            (Some(first), Some(end)) if first + 1 == end => format!("{first} of {}", detail.lanes),
-            (Some(first), Some(end)) if first < end => format!("{first} to {} of {}", end - 1, detail.lanes),
-            (Some(_), _) => "none".to_owned(),
-            (None, _) => "–".to_owned(),
-        };
-        let machine = if worker.machine.is_empty() { "–" } else { &worker.machine };
         table.row([
-            short_digest(&id).to_owned(),
-            machine.to_owned(),
-            lanes,
-            worker.activity.clone(),
+            name_of(worker),
+            machine_of(worker),
+            lanes_of(worker, detail.lanes),
+            activity_of(worker),
             worker.holds.map_or("–".to_owned(), |step| format!("step {}", grouped(step))),
         ]);
     }
     table.render()
+}
+
+fn name_of(worker: &v1::Attendant) -> String {
+    short_digest(&WorkerId(worker.worker).to_string()).to_owned()
+}
+
+fn machine_of(worker: &v1::Attendant) -> String {
+    if worker.machine.is_empty() { "–".to_owned() } else { worker.machine.clone() }
+}
+
+fn lanes_of(worker: &v1::Attendant, all: u32) -> String {
+    match (worker.first_lane, worker.end_lane) {
+        (Some(first), Some(end)) if first + 1 == end => format!("{first} of {all}"),
+        (Some(first), Some(end)) if first < end => format!("{first} to {} of {all}", end - 1),
+        (Some(_), _) => "none".to_owned(),
+        (None, _) => "–".to_owned(),
+    }
+}
+
+fn activity_of(worker: &v1::Attendant) -> String {
+    let slow = slow_of(worker).map(|slow| format!(", {slow}")).unwrap_or_default();
+    format!("{}{slow}", worker.activity)
+}
+
+/// `slow (1.8 ×)`
+fn slow_of(worker: &v1::Attendant) -> Option<String> {
+    worker.slow.map(|factor| format!("slow ({})", times(factor)))
+}
+
+/// Where the time of those goes that have told of it: of a whole step and of its parts, as means over their last steps.
+fn paces(detail: &v1::JobDetail) -> Option<String> {
+    let batch = detail.steps.last().map(|step| step.batch_tokens as f64);
+    let mut table = Table::new(4);
+    table.row([
+        "worker", "machine", "lanes", "", "step", "tok/s", "time", "data", "compute", "reduce", "update",
+        "copy",
+    ]);
+    let mut some = false;
+    for worker in &detail.workers {
+        let Some(pace) = &worker.pace else { continue };
+        some = true;
+        let lanes = worker.end_lane.unwrap_or(0).saturating_sub(worker.first_lane.unwrap_or(0));
+        let share = f64::from(lanes) / f64::from(detail.lanes.max(1));
+        let speed = batch.map_or("–".to_owned(), |batch| per_second(batch * share / pace.whole_s));
+        let cells = [
+            name_of(worker),
+            machine_of(worker),
+            lanes_of(worker, detail.lanes),
+            slow_of(worker).unwrap_or_default(),
+            worker.holds.map_or("–".to_owned(), grouped),
+            speed,
+        ];
+        let seconds =
+            [pace.whole_s, pace.data_s, pace.compute_s, pace.reduce_s, pace.update_s, pace.checkpoint_s];
+        table.row(cells.into_iter().chain(seconds.map(|s| format!("{s:.3} s"))));
+    }
+    some.then(|| table.render())
+}
+
+/// What `anello top` shows: the job's line, and where its workers' time goes.
+pub fn top(detail: &v1::JobDetail) -> Result<String, Failure> {
+    let nothing = || "no worker has told yet where its time goes\n".to_owned();
+    Ok(format!("{}\n\n{}", line(detail)?, paces(detail).unwrap_or_else(nothing)))
 }
 
 /// The one line of a job that is watched: `small is running: step 12/31  38.7 %  loss 6.1  9 820 tok/s  3 of 3 workers`.
@@ -202,6 +260,16 @@ mod tests {
             end_lane: first_lane.map(|first| first + 2),
             holds: first_lane.map(|_| 412),
             activity: activity.into(),
+            pace: first_lane.map(|_| v1::PaceFigures {
+                steps: 20,
+                whole_s: 0.05,
+                data_s: 0.001,
+                compute_s: 0.04,
+                reduce_s: 0.006,
+                update_s: 0.002,
+                checkpoint_s: 0.001,
+            }),
+            slow: (id == 5).then_some(1.84),
         };
         let job = v1::Job {
             workers: 3,
@@ -264,10 +332,14 @@ mod tests {
              run folder  /jobs/small\n\
              submitted   1970-01-01 00:00:00 UTC\n\
              \n\
-             worker        machine  lanes                  state after\n\
-             300000000000  node-1   0 to 1 of 4  training     step 412\n\
-             500000000000  node-1   2 to 3 of 4  training     step 412\n\
-             100000000000  node-1   –            waiting             –\n\
+             worker        machine  lanes                                state after\n\
+             300000000000  node-1   0 to 1 of 4  training                   step 412\n\
+             500000000000  node-1   2 to 3 of 4  training, slow (1.8 ×)     step 412\n\
+             100000000000  node-1   –            waiting                           –\n\
+             \n\
+             worker        machine  lanes                      step  tok/s     time     data  compute   reduce   update     copy\n\
+             300000000000  node-1   0 to 1 of 4                 412  5 120  0.050 s  0.001 s  0.040 s  0.006 s  0.002 s  0.001 s\n\
+             500000000000  node-1   2 to 3 of 4  slow (1.8 ×)   412  5 120  0.050 s  0.001 s  0.040 s  0.006 s  0.002 s  0.001 s\n\
              \n\
              1970-01-01 00:00:00 UTC  the user asks to train, with 3 workers\n"
         );
@@ -284,5 +356,18 @@ mod tests {
         assert!(board.contains("\nstep  stage    loss   tok/s\n412   stable  4.312  10 240\n"), "{board}");
         let unknown = v1::LogRecord { number: 1, unix_ms: 0, json: r#"{"kind":"new"}"#.into() };
         assert_eq!(record(&unknown), r#"1970-01-01 00:00:00 UTC  {"kind":"new"}"#);
+    }
+
+    #[test]
+    fn the_time_of_workers_is_a_table() {
+        let text = top(&running()).unwrap();
+        assert!(text.starts_with("small is running: step 412/1 031"), "{text}");
+        assert!(
+            text.contains("500000000000  node-1   2 to 3 of 4  slow (1.8 ×)   412  5 120  0.050 s"),
+            "{text}"
+        );
+        let mut new = running();
+        new.workers.iter_mut().for_each(|worker| worker.pace = None);
+        assert!(top(&new).unwrap().ends_with("\n\nno worker has told yet where its time goes\n"));
     }
 }

@@ -116,8 +116,9 @@
     },
     {
       title: 'Where the time went', note: 'share of each step', stack: true,
-      series: ['compute', 'update', 'data', 'checkpoint', 'other'].map(name => (
-        { name, values: data.time[name], color: () => css('--' + name) })),
+      series: ['compute', 'reduce', 'update', 'data', 'checkpoint', 'other']
+        .filter(name => data.time[name].some(v => v > 0))
+        .map(name => ({ name, values: data.time[name], color: () => css('--' + name) })),
       domain: [0, 1], format: share, tick: share,
     },
   ];

@@ -186,7 +186,8 @@ fn event_list(records: &[Record]) -> String {
             | Event::SkippedData { .. }
             | Event::CheckpointFailed { .. }
             | Event::Lost { .. }
-            | Event::Evicted { .. } => " class=\"bad\"",
+            | Event::Evicted { .. }
+            | Event::Slow { .. } => " class=\"bad\"",
             Event::Started { .. }
             | Event::Stage { .. }
             | Event::Epoch { .. }
@@ -195,6 +196,8 @@ fn event_list(records: &[Record]) -> String {
             | Event::Goal { .. }
             | Event::Joined { .. }
             | Event::Formed { .. }
+            | Event::Recovered { .. }
+            | Event::InStep { .. }
             | Event::Ended { .. }
             | Event::Stopped { .. }
             | Event::Finished { .. } => "",

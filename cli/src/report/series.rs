@@ -69,6 +69,7 @@ pub fn data(story: &Story) -> Value {
         "speedSmooth": rounded(&smooth(&speed)),
         "time": {
             "compute": rounded(&share(&|record| record.seconds.compute)),
+            "reduce": rounded(&share(&|record| record.seconds.reduce)),
             "update": rounded(&share(&|record| record.seconds.update)),
             "data": rounded(&share(&|record| record.seconds.data)),
             "checkpoint": rounded(&share(&|record| record.seconds.checkpoint)),
@@ -83,7 +84,8 @@ pub fn data(story: &Story) -> Value {
 
 fn other_seconds(record: &StepRecord) -> f64 {
     let seconds = &record.seconds;
-    (seconds.step - seconds.compute - seconds.update - seconds.data - seconds.checkpoint).max(0.0)
+    (seconds.step - seconds.compute - seconds.reduce - seconds.update - seconds.data - seconds.checkpoint)
+        .max(0.0)
 }
 
 /// Where each trained stage begins and ends, tokens.

@@ -79,7 +79,7 @@ fn the_data_is_that_of_the_run() {
     assert_eq!(data["skipped"], serde_json::json!([[5, 600]]));
     assert_eq!(data["norm"][5], serde_json::Value::Null);
     assert_eq!(data["loop"][3][0], 5.5);
-    let shares: f64 = ["compute", "update", "data", "checkpoint", "other"]
+    let shares: f64 = ["compute", "reduce", "update", "data", "checkpoint", "other"]
         .map(|k| data["time"][k][9].as_f64().unwrap())
         .iter()
         .sum();

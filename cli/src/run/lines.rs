@@ -83,7 +83,10 @@ pub fn news(notice: &Notice) -> Option<String> {
             | Event::Joined { .. }
             | Event::Lost { .. }
             | Event::Evicted { .. }
-            | Event::Formed { .. } => Some(describe(&record.event)),
+            | Event::Formed { .. }
+            | Event::Recovered { .. }
+            | Event::Slow { .. }
+            | Event::InStep { .. } => Some(describe(&record.event)),
             // The others have a notice of their own, or are told at the end.
             Event::Started { .. }
             | Event::Stage { .. }

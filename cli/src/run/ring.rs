@@ -7,7 +7,8 @@ use std::time::Duration;
 use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
 use anello_coordinator::launch::Crew;
-use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
+use anello_coordinator::{JobOptions, Jobs, News, Opened, Server, Timings, create};
+use anello_proto::ring::Step;
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use anello_tls::{Protection, Role};
 use anello_worker::{Ended, pin_init};
@@ -47,7 +48,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
     let (sender, notices) = channel();
     let opened = Opened::take_up(store.clone(), options)?;
-    let (job, task) = runtime.block_on(async { opened.start(sender) })?;
+    let (job, task) = runtime.block_on(async { opened.start(sender, News::default()) })?;
     // Before anyone can connect: a worker that is told of no such job goes.
     jobs.add(job.clone());
     let server = runtime.block_on(bound.serve(jobs.clone(), None))?;
@@ -76,7 +77,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
             && crew.is_over()
             && !task.is_finished()
             && !stopping
-            && runtime.block_on(is_deserted(&job))
+            && runtime.block_on(is_deserted(&job, tracker.schedule().total_steps()))
         {
             view.close(&tracker)?;
             say_where_it_stands(&store);
@@ -108,9 +109,10 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     Ok(if stopping && !ended.finished { Exit::Interrupted } else { Exit::Done })
 }
 
-/// Whether no worker is connected.
-async fn is_deserted(job: &anello_coordinator::Job) -> bool {
-    job.status().await.is_some_and(|status| status.workers == 0)
+/// Whether no worker is connected, though there are steps to train.
+async fn is_deserted(job: &anello_coordinator::Job, total: u64) -> bool {
+    let trained = |committed: Option<Step>| committed.is_some_and(|step| step.0 == total);
+    job.status().await.is_some_and(|status| status.workers == 0 && !trained(status.committed))
 }
 
 /// The run folder: a new one with the config in it, or the one to go on with.

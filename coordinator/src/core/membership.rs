@@ -17,12 +17,12 @@
 //! remembers a conversation, only what was last said on the present connection.
 
 mod alive;
+mod copies;
 mod gather;
 mod orders;
 mod presence;
+mod shares;
 mod status;
-
-pub use gather::lane_ranges;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -31,6 +31,8 @@ use std::sync::Arc;
 use anello_proto::ring::*;
 
 use super::checkpoints::Checkpoints;
+use super::cut;
+use super::paces::{self, Paces, Verdict};
 #[cfg(test)]
 use super::simulation::Bug;
 use super::{Attendant, Effect, Entry, Event, Goal, Millis, Options, Outcome, Status};
@@ -51,6 +53,8 @@ struct Worker {
     /// What it was told last over the present connection.
     told: Option<Order>,
     told_committed: BTreeSet<Step>,
+    /// Second copies that it was asked to write, over the same connection.
+    asked: BTreeSet<(Step, Generation)>,
 }
 
 /// The ring's state.
@@ -108,6 +112,12 @@ pub struct Membership {
     running: usize,
     /// A generation has trained, or one was found that may have.
     has_trained: bool,
+    /// When the generation that trained last was seen to break or to hold; absent while one trains, and before the first.
+    broke: Option<Millis>,
+    /// The newest step that anyone was heard to have applied.
+    reached: Step,
+    /// How fast the members are.
+    paces: Paces,
     #[cfg(test)]
     planted: Option<Bug>,
     /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
@@ -168,6 +178,7 @@ impl Membership {
                         stance,
                         told: None,
                         told_committed: BTreeSet::new(),
+                        asked: BTreeSet::new(),
                     };
                     workers.insert(member.worker, worker);
                 }
@@ -175,6 +186,7 @@ impl Membership {
             }
         };
         let arrivals = workers.len() as u64;
+        let paces = Paces::new(options.straggling);
         Self {
             options,
             epoch,
@@ -191,6 +203,9 @@ impl Membership {
             forgave: None,
             running: 0,
             has_trained,
+            broke: None,
+            reached: Step(0),
+            paces,
             #[cfg(test)]
             planted: None,
             now,
@@ -207,11 +222,12 @@ impl Membership {
     /// Takes in one event and appends what is to be done, in that order.
     pub fn handle(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
         self.pass_time(now);
-        if self.is_quiet(&event) {
+        if self.is_quiet(&event, out) {
             return;
         }
         match event {
-            Event::Tick => {}
+            // What they tell is noted already; words about time come here when lanes are to be shared out anew.
+            Event::Tick | Event::Reported { .. } | Event::Paced { .. } => {}
             Event::Linked { worker, endpoints, machine, stance } => {
                 self.linked(worker, endpoints, machine, stance, out);
             }
@@ -220,6 +236,7 @@ impl Membership {
                     known.linked = false;
                     known.told = None;
                     known.told_committed.clear();
+                    known.asked.clear();
                 }
             }
             Event::Stands { worker, stance } => self.stands(worker, stance, out),
@@ -232,20 +249,43 @@ impl Membership {
                 }
             }
             Event::CommitFailed { step, reason } => {
-                self.checkpoints.failed(step);
+                self.checkpoints.failed(step, self.now + self.options.lease / 8);
                 out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
             }
             Event::Fenced { by } => self.over(Outcome::Fenced { by }, out),
+            Event::GivenUp { .. } if self.is_trained() => self.over(Outcome::Completed, out),
             Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),
             Event::Goal(goal) => self.goal = goal,
             Event::Desired(workers) => self.options.desired = workers.max(1),
         }
+        if !matches!(self.ring, Ring::Over(_)) {
+            self.checkpoints.try_again(self.now, out);
+        }
         self.expire(out);
         self.advance(out);
+        self.ask_for_copies(out);
         self.tell(out);
         self.deadline = self.next_deadline();
         self.running = self.count_running();
-        self.has_trained |= self.trains();
+        self.note_recovery(out);
+    }
+
+    /// All members train: after another generation, that is told.
+    fn note_recovery(&mut self, out: &mut Vec<Effect>) {
+        let Ring::Alive { formation, .. } = &self.ring else { return };
+        if !self.trains() {
+            return;
+        }
+        self.has_trained = true;
+        let Some(broke) = self.broke.take() else { return };
+        let checkpoint = match formation.source {
+            Source::Checkpoint { step } => Some(step),
+            Source::Seed | Source::Peers { .. } => None,
+        };
+        let (start, workers) = (formation.start, formation.members.len() as u32);
+        let again = std::mem::replace(&mut self.reached, start).0.saturating_sub(start.0);
+        let (generation, took) = (formation.generation, self.now.since(broke));
+        out.push(Effect::Record(Entry::Recovered { generation, workers, took, again, checkpoint }));
     }
 
     /// The time at which a [`Event::Tick`] is owed; absent: nothing waits for time.
@@ -273,7 +313,7 @@ impl Membership {
             Ring::Gathering { since, .. } => Some(since + self.options.gather),
             _ => None,
         };
-        leases.chain(gathering.filter(|at| *at > self.now)).min()
+        leases.chain(gathering.filter(|at| *at > self.now)).chain(self.checkpoints.again_at()).min()
     }
 
     /// The generation that is alive or breaking.
@@ -315,8 +355,12 @@ impl Membership {
                     return;
                 }
             }
-            if let Ring::Recording(formation) = &ring {
-                self.generation = formation.generation;
+            match (&self.ring, &ring) {
+                (Ring::Alive { .. }, Ring::Breaking { .. }) if self.has_trained => {
+                    self.broke.get_or_insert(self.now);
+                }
+                (_, Ring::Recording(formation)) => self.generation = formation.generation,
+                _ => {}
             }
             self.ring = ring;
         }

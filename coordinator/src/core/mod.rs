@@ -1,7 +1,10 @@
 //! The decisions, as pure values: events in, effects out, time as an input.
 
 mod checkpoints;
+mod cut;
 mod membership;
+mod paces;
+mod rows;
 #[cfg(test)]
 mod simulation;
 
@@ -9,9 +12,11 @@ use std::fmt;
 use std::ops::{Add, Div};
 use std::sync::Arc;
 
-use anello_proto::ring::{Endpoints, Formation, Generation, Order, Stance, Step, WorkerId, Written};
+use anello_proto::ring::{Endpoints, Formation, Generation, Order, Pace, Stance, Step, WorkerId, Written};
 
-pub use membership::{Found, Membership, lane_ranges};
+pub use membership::{Found, Membership};
+pub use paces::Straggling;
+pub(crate) use rows::Rows;
 
 /// Milliseconds on the shell's monotonic clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -61,6 +66,10 @@ pub struct Options {
     pub gather: Millis,
     /// Failures of the same step that no death explains, before the job fails.
     pub faults_max: u32,
+    /// When a member is slow.
+    pub straggling: Straggling,
+    /// Lanes are shared out by how fast members were, not evenly.
+    pub by_speed: bool,
 }
 
 /// What the job's user wants of it.
@@ -123,6 +132,18 @@ pub enum Event {
         worker: WorkerId,
         /// Where.
         stance: Stance,
+    },
+    /// A worker says where its time went.
+    Paced {
+        /// Who.
+        worker: WorkerId,
+        /// Where.
+        pace: Pace,
+    },
+    /// A step's figures are here: whoever reports them has applied it.
+    Reported {
+        /// Steps applied.
+        step: Step,
     },
     /// The job's log holds this generation now.
     Recorded {
@@ -229,6 +250,37 @@ pub enum Entry {
     },
     /// A generation, before anyone hears of it.
     Formed(Arc<Formation>),
+    /// All members of a generation that follows another train.
+    Recovered {
+        /// Which.
+        generation: Generation,
+        /// Its members.
+        workers: u32,
+        /// From the moment at which the one before was seen to break, or to hold for a change, to this one.
+        took: Millis,
+        /// Steps that had been applied, as far as anyone said, and are computed again.
+        again: u64,
+        /// The checkpoint that its state is from; absent: nothing was read from the store.
+        checkpoint: Option<Step>,
+    },
+    /// A member takes longer for a lane than the others.
+    Slow {
+        /// Who.
+        worker: WorkerId,
+        /// Where it runs.
+        machine: String,
+        /// Steps that it has applied.
+        step: Step,
+        /// Its time for a lane, in hundredths of the members' median.
+        percent: u32,
+    },
+    /// It does not any more.
+    InStep {
+        /// Who.
+        worker: WorkerId,
+        /// Steps that it has applied.
+        step: Step,
+    },
     /// A checkpoint that could not be used.
     PassedOver {
         /// Its step.
@@ -288,4 +340,8 @@ pub struct Attendant {
     pub linked: bool,
     /// Where it stands.
     pub stance: Stance,
+    /// Where the time of its last steps went; absent: it has told nothing of the newest generation.
+    pub pace: Option<Pace>,
+    /// Its time for a lane, in hundredths of the members' median, when it is slow.
+    pub slow: Option<u32>,
 }

@@ -1,6 +1,7 @@
 //! One job of the registry: what its log says, and its ring while one is kept.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
@@ -10,7 +11,7 @@ use anello_store::events::{self, Event, EventLog, Record};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Notice, Store, read_config};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use super::phase::{Standing, phase};
 use super::place::Spec;
@@ -19,6 +20,7 @@ use crate::core::{Goal, Outcome, Status};
 use crate::error::Result;
 use crate::job::{Job, JobOptions, Opened};
 use crate::launch::{Crew, Launcher};
+use crate::news::News;
 use crate::records::goal_name;
 
 /// Steps and records that are kept to be shown.
@@ -55,6 +57,9 @@ pub(super) struct Ring {
     task: tokio::task::JoinHandle<Outcome>,
     notices: Receiver<Notice>,
     pub status: Option<Status>,
+    news: News,
+    /// It says nothing more: its task is about to end.
+    pub ends: bool,
     /// Workers that it was last told to want.
     pub told: u32,
 }
@@ -80,12 +85,13 @@ impl<L: Launcher> Entry<L> {
     /// Reads a job's folder.
     pub fn load(spec: Spec, run: String) -> std::result::Result<Self, StoreError> {
         let store = Store::open(&run)?;
-        let (config, records, rows) = (read_config(&store)?, events::read(&store)?, metrics::read(&store)?);
+        let (config, records) = (read_config(&store)?, events::read(&store)?);
+        let rows = metrics::read_last(&store, RECENT)?;
         let mut standing = Standing::new(spec.desired);
         records.iter().for_each(|record| standing.observe(record));
         Ok(Self {
             total_steps: Schedule::new(&config).total_steps(),
-            steps: last_of(rows),
+            steps: rows.into(),
             events: last_of(records.into_iter().filter(is_shown)),
             spec,
             run,
@@ -118,13 +124,24 @@ impl<L: Launcher> Entry<L> {
         self.trouble.is_none() || self.again_at.is_some()
     }
 
+    /// Takes in the news of its ring, if there is some.
+    pub fn listen(&mut self, runtime: &Handle) {
+        if self.ring.as_ref().is_some_and(|ring| ring.news.take()) {
+            self.refresh(runtime);
+        }
+    }
+
     /// Takes in what its ring has said, and asks how it is.
     pub fn refresh(&mut self, runtime: &Handle) {
         let Some(ring) = &mut self.ring else { return };
         let mut heard = Vec::new();
         heard.extend(ring.notices.try_iter());
-        if let Some(status) = runtime.block_on(ring.job.status()) {
-            ring.status = Some(status);
+        match runtime.block_on(ring.job.status()) {
+            Some(status) => {
+                ring.ends = status.outcome.is_some();
+                ring.status = Some(status);
+            }
+            None => ring.ends = true,
         }
         heard.extend(ring.notices.try_iter());
         for notice in heard {
@@ -147,7 +164,13 @@ impl<L: Launcher> Entry<L> {
     }
 
     /// Takes the job up and starts its ring.
-    pub fn start(&mut self, runtime: &Handle, timings: Timings, workers: u32) -> Result<()> {
+    pub fn start(
+        &mut self,
+        runtime: &Handle,
+        timings: Timings,
+        workers: u32,
+        wake: Arc<Notify>,
+    ) -> Result<()> {
         let start = || {
             let (name, min) = (self.spec.name.clone(), self.spec.min);
             let options = JobOptions { name, min, desired: workers.max(1), timings };
@@ -155,8 +178,10 @@ impl<L: Launcher> Entry<L> {
             let taken = opened.taken().clone();
             let (sender, notices) = channel();
             let _runtime = runtime.enter();
-            let (job, task) = opened.start(sender)?;
-            Ok((taken, Ring { job, task, notices, status: None, told: workers.max(1) }))
+            let news = News::none(wake);
+            let (job, task) = opened.start(sender, news.clone())?;
+            let told = workers.max(1);
+            Ok((taken, Ring { job, task, notices, status: None, news, ends: false, told }))
         };
         match start() {
             Ok((taken, ring)) => {
@@ -201,12 +226,13 @@ impl<L: Launcher> Entry<L> {
             by: format!("its ring ended without a word ({cause}); report this as a bug"),
         });
         self.given = None;
-        match Store::open(&self.run).and_then(|store| Ok((events::read(&store)?, metrics::read(&store)?))) {
+        let read = |store: Store| Ok((events::read(&store)?, metrics::read_last(&store, RECENT)?));
+        match Store::open(&self.run).and_then(read) {
             Ok((records, rows)) => {
                 self.standing = Standing::new(self.spec.desired);
                 records.iter().for_each(|record| self.standing.observe(record));
                 self.events = last_of(records.into_iter().filter(is_shown));
-                self.steps = last_of(rows);
+                self.steps = rows.into();
             }
             Err(error) => {
                 tracing::warn!(%error, job = self.spec.name, "the log of a job that ended cannot be read now");

@@ -14,6 +14,7 @@ mod place;
 mod queue;
 mod view;
 
+use std::sync::Arc;
 use std::sync::mpsc::Sender as SaidSender;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,7 +24,7 @@ use anello_proto::jobs::{JobName, Phase, Submission};
 use anello_proto::v1;
 use anello_store::{CONFIG, Store, read_config};
 use tokio::runtime::Handle;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::core::Goal;
 use crate::error::{Error, Result};
@@ -139,7 +140,7 @@ pub struct Registry {
 
 /// Commands that may wait: more users than that at one moment wait for their turn.
 const COMMANDS_MAX: usize = 256;
-/// How often the registry looks around when nobody asks.
+/// How often the registry looks at processes, which say nothing by themselves, and after news at most.
 const TICK: Duration = Duration::from_millis(50);
 /// Pause before what failed for now is tried again.
 const AGAIN: Duration = Duration::from_secs(3);
@@ -180,6 +181,7 @@ impl Registry {
             launcher: Box::new(launcher),
             stopping: false,
             looked: Instant::now(),
+            wake: Arc::default(),
         };
         let thread = std::thread::Builder::new()
             .name("registry".to_owned())
@@ -218,18 +220,31 @@ struct Keeper<L: Launcher> {
     said: SaidSender<Said>,
     launcher: Launch<L>,
     stopping: bool,
+    /// When it looked last whether another coordinator has the place.
     looked: Instant,
+    /// Woken by the news of every ring.
+    wake: Arc<Notify>,
 }
 
 impl<L: Launcher> Keeper<L> {
     fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
         let runtime = self.runtime.clone();
         loop {
-            let command = runtime.block_on(async { tokio::time::timeout(TICK, inbox.recv()).await });
+            let (until, wake) = (tokio::time::Instant::from_std(self.next_look()), self.wake.clone());
+            let command = runtime.block_on(async {
+                tokio::select! {
+                    command = inbox.recv() => Some(command),
+                    // What comes together is looked at together.
+                    () = wake.notified() => {
+                        tokio::time::timeout(TICK, inbox.recv()).await.ok()
+                    }
+                    () = tokio::time::sleep_until(until) => None,
+                }
+            });
             match command {
-                Ok(Some(command)) => self.obey(command),
-                Ok(None) => return,
-                Err(_) => {}
+                Some(Some(command)) => self.obey(command),
+                Some(None) => return,
+                None => {}
             }
             if let Err(fenced) = self.look_around() {
                 // Dropping the crews ends the workers: the other coordinator starts its own.
@@ -241,6 +256,16 @@ impl<L: Launcher> Keeper<L> {
                 return;
             }
         }
+    }
+
+    /// When it is to look around though nobody has said anything.
+    fn next_look(&self) -> Instant {
+        let ends = |entry: &Entry<L>| entry.ring.as_ref().is_some_and(|ring| ring.ends);
+        let tends =
+            !self.leaving.is_empty() || self.entries.iter().any(|entry| entry.crew.is_some() || ends(entry));
+        let (soon, watch) = (Instant::now() + TICK, self.looked + self.options.timings.watch);
+        let again = self.entries.iter().filter_map(|entry| entry.again_at).min();
+        if tends { soon } else { again.map_or(watch, |again| again.min(watch)).max(soon) }
     }
 
     fn obey(&mut self, command: Command) {
@@ -400,7 +425,7 @@ impl<L: Launcher> Keeper<L> {
         let runtime = self.runtime.clone();
         let mut fenced = false;
         for at in 0..self.entries.len() {
-            self.refresh(at);
+            self.entries[at].listen(&runtime);
             self.tend(at);
             if let Some(outcome) = self.entries[at].end(&runtime) {
                 self.jobs.remove(&self.entries[at].spec.name);
@@ -485,7 +510,7 @@ impl<L: Launcher> Keeper<L> {
         let external = self.options.slots.is_none();
         if entry.ring.is_none() {
             let wanted = if external { entry.standing.desired } else { given };
-            if let Err(error) = entry.start(&self.runtime, timings, wanted) {
+            if let Err(error) = entry.start(&self.runtime, timings, wanted, self.wake.clone()) {
                 let _ = self.said.send(Said::Job { job: name, text: error.to_string() });
                 return;
             }

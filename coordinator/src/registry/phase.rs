@@ -53,6 +53,9 @@ impl Standing {
             | Event::Lost { .. }
             | Event::Evicted { .. }
             | Event::Formed { .. }
+            | Event::Recovered { .. }
+            | Event::Slow { .. }
+            | Event::InStep { .. }
             | Event::Stopped { .. } => {}
         }
     }

@@ -1,7 +1,7 @@
 //! A job as users see it.
 
 use anello_proto::jobs::Phase;
-use anello_proto::ring::{Activity, Cause};
+use anello_proto::ring::{Activity, Cause, Pace};
 use anello_proto::v1;
 use anello_store::events::Record;
 use anello_store::metrics::StepRecord;
@@ -92,6 +92,21 @@ fn attendant(worker: &Attendant) -> v1::Attendant {
         end_lane: worker.lanes.as_ref().map(|lanes| lanes.end),
         holds: stance.holds.map(|step| step.0),
         activity: activity.to_owned(),
+        pace: worker.pace.map(pace),
+        slow: worker.slow.map(|percent| f64::from(percent) / 100.0),
+    }
+}
+
+fn pace(Pace { steps, spent, .. }: Pace) -> v1::PaceFigures {
+    let mean = |us: u64| us as f64 / 1e6 / f64::from(steps);
+    v1::PaceFigures {
+        steps,
+        whole_s: mean(spent.step_us),
+        data_s: mean(spent.data_us),
+        compute_s: mean(spent.compute_us),
+        reduce_s: mean(spent.reduce_us),
+        update_s: mean(spent.update_us),
+        checkpoint_s: mean(spent.checkpoint_us),
     }
 }
 

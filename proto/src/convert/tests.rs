@@ -30,14 +30,19 @@ fn endpoints() -> impl Strategy<Value = v1::Endpoints> {
 
 fn written() -> impl Strategy<Value = v1::Written> {
     let blocks = vec((number(), number()).prop_map(|(first, end)| v1::BlockRange { first, end }), 0..3);
-    (number(), number(), text(), text(), blocks, number()).prop_map(
-        |(step, generation, parts, facts, blocks, all_blocks)| v1::Written {
+    let kept = (number(), option::weighted(0.9, (number(), number()))).prop_map(|(owner, blocks)| v1::Kept {
+        owner,
+        blocks: blocks.map(|(first, end)| v1::BlockRange { first, end }),
+    });
+    (number(), number(), text(), text(), blocks, number(), option::of(kept)).prop_map(
+        |(step, generation, parts, facts, blocks, all_blocks, kept)| v1::Written {
             step,
             generation,
             parts,
             facts,
             blocks,
             all_blocks,
+            kept,
         },
     )
 }
@@ -119,6 +124,7 @@ fn to_worker() -> impl Strategy<Value = v1::ToWorker> {
         (number(), any::<bool>()).prop_map(|(generation, save)| O::Hold(v1::Hold { generation, save })),
         (number(), text()).prop_map(|(generation, reason)| O::Abort(v1::Abort { generation, reason })),
         number().prop_map(O::Committed),
+        (number(), number()).prop_map(|(step, generation)| O::WriteKept(v1::WriteKept { step, generation })),
         (-2i32..9, text()).prop_map(|(why, reason)| O::Leave(v1::Leave { why, reason })),
     ];
     (number(), option::weighted(0.95, order)).prop_map(|(epoch, order)| v1::ToWorker { epoch, order })
@@ -131,9 +137,10 @@ fn again<M: Message + Default>(message: &M) -> M {
 /// What a coordinator takes in goes out and comes in again as itself.
 fn take_stance(message: v1::Stance) {
     if let Ok(stance) = Stance::try_from(message) {
-        assert!(
-            stance.written.iter().all(|written| written.blocks.iter().all(|b| b.end <= written.all_blocks))
-        );
+        assert!(stance.written.iter().all(|written| {
+            let kept = written.kept.iter().map(|kept| &kept.blocks);
+            written.blocks.iter().chain(kept).all(|b| b.end <= written.all_blocks)
+        }));
         assert_eq!(Stance::try_from(again(&v1::Stance::from(&stance))), Ok(stance));
     }
 }
@@ -141,6 +148,31 @@ fn take_stance(message: v1::Stance) {
 fn take_hello(message: v1::Hello) {
     if let Ok(hello) = Hello::try_from(message) {
         assert_eq!(Hello::try_from(again(&v1::Hello::from(&hello))), Ok(hello));
+    }
+}
+
+fn pace() -> impl Strategy<Value = v1::Pace> {
+    let times = (number(), number(), number(), number(), number(), number());
+    (number(), small(), small(), times).prop_map(|(generation, lanes, steps, times)| {
+        let (step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us) = times;
+        v1::Pace {
+            generation,
+            lanes,
+            steps,
+            step_us,
+            data_us,
+            compute_us,
+            reduce_us,
+            update_us,
+            checkpoint_us,
+        }
+    })
+}
+
+fn take_pace(message: v1::Pace) {
+    if let Ok(pace) = Pace::try_from(message) {
+        assert!(pace.lanes > 0 && pace.steps > 0);
+        assert_eq!(Pace::try_from(again(&v1::Pace::from(&pace))), Ok(pace));
     }
 }
 
@@ -165,6 +197,11 @@ proptest! {
     }
 
     #[test]
+    fn any_pace_is_taken_whole_or_refused(message in pace()) {
+        take_pace(message);
+    }
+
+    #[test]
     fn any_order_is_taken_whole_or_refused(message in to_worker()) {
         take_order(message);
     }
@@ -176,6 +213,7 @@ proptest! {
                 v1::from_worker::Word::Hello(hello) => take_hello(hello),
                 v1::from_worker::Word::Stance(stance) => take_stance(stance),
                 v1::from_worker::Word::Step(_) => {}
+                v1::from_worker::Word::Pace(pace) => take_pace(pace),
             }
         }
         if let Ok(message) = v1::ToWorker::decode(&bytes[..]) {

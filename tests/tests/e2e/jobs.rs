@@ -97,6 +97,8 @@ fn two_jobs_take_their_turn_at_one_slot() {
     assert!(told.contains("with 1 worker from step 1"), "{told}");
     let told = logs.wait().expect(0);
     assert!(told.trim_end().ends_with("the coordinator ended the run: completed"), "{told}");
+    let told = coordinator.ask(&["top", "b"]).expect(0);
+    assert!(told.starts_with("b is completed: step 31/31"), "into a pipe it is told once: {told}");
     let told = coordinator.ask(&["describe", "b"]).expect(0);
     assert!(told.contains("phase       completed") && told.contains("31 of 31 (100.0 %)"), "{told}");
     coordinator.assert_undisturbed("a");
@@ -219,4 +221,23 @@ fn what_is_not_there_is_said() {
     let done = coordinator.ask(&["submit", "small.toml", "--min", "2"]);
     assert!(done.log.contains("at least 2 workers, and this coordinator has --slots 1"), "{done:?}");
     done.expect(2);
+}
+
+#[test]
+fn where_the_time_of_its_workers_goes_is_told_while_a_job_trains() {
+    let mut coordinator = Coordinator::start("jobs-top", 2, 1);
+    let long =
+        ["submit", "small.toml", "--name", "a", "--workers", "2", "--set", "stage.stable.tokens=300000"];
+    coordinator.ask(&long).expect(0);
+    let ask = |command| coordinator.ask(&[command, "a"]).expect(0);
+    // A row of figures for each worker: its lanes, its speed, and the seconds of a step and of its parts.
+    let rows = |told: &str| told.lines().filter(|line| line.matches(" s").count() >= 6).count();
+    wait_until("both workers tell where their time goes", || rows(&ask("top")) == 2);
+    let told = ask("top");
+    assert!(told.starts_with("a is running: step ") && told.contains("compute   reduce"), "{told}");
+    let told = ask("describe");
+    assert!(told.contains("run folder") && rows(&told) == 2, "{told}");
+    ask("cancel");
+    coordinator.wait_for("a", "cancelled", 1);
+    coordinator.stop().expect(130);
 }

@@ -224,8 +224,7 @@ fn disturbed_from_outside(seed: u64) {
     println!("seed {seed}, {wanted} workers wanted: {struck:?}");
     coordinator.wait().expect(0);
     drop(workers);
-    // Not which checkpoints are kept: one whose parts died with two workers while there was no coordinator is left out.
-    world().assert_undisturbed(&run);
+    assert_undisturbed(&run);
 }
 
 /// Says how to see a failure again.
@@ -287,6 +286,9 @@ fn a_death_is_told_in_plain_words_and_costs_no_step() {
     let told = events(run);
     assert!(told.contains("lost (it closed its connections to the coordinator and to its peers)"), "{told}");
     assert!(told.contains("with 2 workers from step"), "{told}");
+    let re_formed =
+        told.lines().find(|line| line.contains("ring re-formed with 2 workers in ")).expect(&told);
+    assert!(re_formed.ends_with("no step lost") || re_formed.ends_with("1 step computed again"), "{told}");
     assert_undisturbed(run);
 }
 
@@ -408,4 +410,29 @@ fn a_wrong_gradient_is_found_before_it_is_applied() {
         }
         assert_undisturbed(&run);
     }
+}
+
+/// A worker that is stopped for most of the time: it is named, the lanes move to the other, and the run is the same.
+#[test]
+fn a_slow_worker_is_named_and_serves_fewer_lanes_when_asked_and_changes_nothing() {
+    let run = "ring-slow";
+    let place = world().folder.join(run);
+    let set = ["--set", "ring.lanes=by-speed", "--set", "ring.straggler_window_steps=2"];
+    let mut process = start(run, 2, &set);
+    wait_until("it trains", || newest_checkpoint(&place) >= 3 || process.ended());
+    let slow = process.children()[1];
+    while !process.ended() {
+        for (name, pause) in [("STOP", 80), ("CONT", 20)] {
+            signal(slow, name);
+            rest(Duration::from_millis(pause));
+        }
+    }
+    process.wait().expect(0);
+    let told = events(run);
+    assert!(told.contains(" is slow: its lanes take "), "{told}");
+    assert!(
+        told.contains("with 2 workers (lanes 3+1)") || told.contains("with 2 workers (lanes 1+3)"),
+        "{told}"
+    );
+    assert_undisturbed(run);
 }

@@ -30,6 +30,9 @@ fn order() -> impl Strategy<Value = Order> {
             Order::Abort { generation: Generation(generation), reason: "something".to_owned() }
         }),
         1 => number().prop_map(|step| Order::Committed { step: Step(step) }),
+        1 => (number(), number()).prop_map(|(step, generation)| {
+            Order::WriteKept { step: Step(step), generation: Generation(generation) }
+        }),
         1 => Just(leave),
     ]
 }
@@ -44,6 +47,7 @@ fn event() -> impl Strategy<Value = Option<Event>> {
         facts: String::new(),
         blocks: Vec::new(),
         all_blocks: 1,
+        kept: None,
     });
     prop_oneof![
         4 => Just(None),
@@ -58,6 +62,9 @@ fn event() -> impl Strategy<Value = Option<Event>> {
             Some(Event::Left { generation: Generation(generation), holds: holds.map(Step), cause })
         }),
         3 => written.prop_map(|written| Some(Event::Wrote(written))),
+        1 => (number(), number()).prop_map(|(step, generation)| {
+            Some(Event::LetGo { step: Step(step), generation: Generation(generation) })
+        }),
         1 => Just(Some(Event::Terminate)),
     ]
 }
@@ -104,6 +111,8 @@ proptest! {
                         (ring, newest) = (Some(formation.generation), Some(formation.generation));
                     }
                     Effect::Hold { .. } | Effect::Abort { .. } => prop_assert!(ring.is_some(), "there is no ring"),
+                    // In a ring or not.
+                    Effect::WriteKept { .. } => {}
                     Effect::Exit(_) => {
                         prop_assert_eq!(ring, None, "it goes while in a ring");
                         gone = true;

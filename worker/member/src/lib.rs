@@ -54,6 +54,13 @@ pub enum Event {
     },
     /// The worker's parts of a checkpoint are durable.
     Wrote(Written),
+    /// It has no second copy for this checkpoint, or no longer.
+    LetGo {
+        /// The checkpoint's step.
+        step: Step,
+        /// The generation in which the state was copied.
+        generation: Generation,
+    },
     /// The process was asked to go.
     Terminate,
 }
@@ -74,6 +81,13 @@ pub enum Effect {
     Abort {
         /// For people.
         reason: String,
+    },
+    /// Write the second copy that is kept for a checkpoint; [`Event::Wrote`] or [`Event::LetGo`] is owed.
+    WriteKept {
+        /// The checkpoint's step.
+        step: Step,
+        /// The generation in which the state was copied.
+        generation: Generation,
     },
     /// End the process.
     Exit(Leave),
@@ -172,6 +186,10 @@ impl Member {
                     self.stance.written.remove(0);
                 }
             }
+            Event::LetGo { step, generation } => {
+                let of = |written: &&mut Written| (written.step, written.generation) == (step, generation);
+                self.stance.written.iter_mut().filter(of).for_each(|written| written.kept = None);
+            }
             Event::Terminate => {
                 self.stance.leaving = true;
                 if !self.linked {
@@ -234,6 +252,7 @@ impl Member {
                 }
             }
             Order::Committed { step } => self.stance.written.retain(|written| written.step != step),
+            Order::WriteKept { step, generation } => out.push(Effect::WriteKept { step, generation }),
             Order::Leave { why } => self.leave(why, out),
         }
     }

@@ -139,6 +139,7 @@ fn parts_are_told_until_their_checkpoint_is_known_to_be_committed() {
         facts: "a".to_owned(),
         blocks: std::iter::once(0..1).collect(),
         all_blocks: 1,
+        kept: None,
     };
     let kept = |member: &Member| member.stance().written.iter().map(|w| w.step.0).collect::<Vec<_>>();
     for step in 1..=WRITTEN_MAX as u64 + 1 {
@@ -154,4 +155,29 @@ fn parts_are_told_until_their_checkpoint_is_known_to_be_committed() {
         after(&mut member, Event::Wrote(Written { parts, ..written(step) }));
         assert_eq!((kept(&member).len(), kept(&member).last()), (count, Some(&step)));
     }
+}
+
+#[test]
+fn a_second_copy_is_written_when_asked_for_and_told_of_until_it_is_let_go() {
+    let mut member = running();
+    let (step, generation) = (Step(10), Generation(3));
+    let kept = Kept { owner: WorkerId(2), blocks: 1..2 };
+    let written = Written {
+        step,
+        generation,
+        parts: "[]".to_owned(),
+        facts: "a".to_owned(),
+        blocks: std::iter::once(0..1).collect(),
+        all_blocks: 2,
+        kept: Some(kept.clone()),
+    };
+    after(&mut member, Event::Wrote(written));
+    after(&mut member, left(3, 12));
+    let order = Order::WriteKept { step, generation };
+    let out = after(&mut member, Event::Ordered { epoch: Epoch(1), order });
+    assert_eq!(out, [Effect::WriteKept { step, generation }], "out of a ring, too");
+    assert_eq!(after(&mut member, Event::LetGo { step, generation: Generation(2) }), [], "another copy");
+    assert_eq!(member.stance().written[0].kept, Some(kept));
+    assert!(matches!(after(&mut member, Event::LetGo { step, generation })[..], [Effect::Say(_)]));
+    assert_eq!(member.stance().written[0].kept, None);
 }

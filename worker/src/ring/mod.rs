@@ -12,6 +12,7 @@
 
 mod link;
 mod model;
+mod pace;
 mod parts;
 mod peers;
 mod replicas;

@@ -95,6 +95,11 @@ impl Model {
         let _ = self.parts.send(parts::Told::Committed(step));
     }
 
+    /// The second copy that is kept for this checkpoint is to be written.
+    pub fn write_kept(&self, step: Step, generation: Generation) {
+        let _ = self.parts.send(parts::Told::WriteKept(step, generation));
+    }
+
     pub fn command(&self, command: Command) {
         // A thread that is gone has told why.
         let _ = self.commands.send(command);
@@ -165,10 +170,9 @@ impl Thread {
         // Where the run was started: by the first worker that came.
         store.create(ENVIRONMENT, stamp.environment.to_json())?;
         let told = tell.clone();
-        let writer =
-            PartsWriter::start(store.clone(), config.checkpoint.part_bytes, parts, move |written| {
-                let _ = told.send(Told::Event(Event::Wrote(written)));
-            })?;
+        let writer = PartsWriter::start(store.clone(), config.checkpoint.part_bytes, parts, move |event| {
+            let _ = told.send(Told::Event(event));
+        })?;
         let schedule = Schedule::new(&config);
         Ok(Self {
             store,
@@ -222,7 +226,6 @@ impl Thread {
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
-        self.writer.members(formation.members.iter().map(|member| member.worker).collect());
         self.take_state(&serving, abort)?;
         let mut ring = self.meet(&serving, abort)?;
         *self.shelf.write().expect("no holder panics") = None;
@@ -248,14 +251,19 @@ impl Thread {
             if loader.is_none() && !serving.lanes.is_empty() {
                 loader = Some(self.loader(&serving.lanes, at)?);
             }
-            let control = self.step(&plan, &serving, &mut ring, loader.as_mut())?;
+            let (control, mut report) = self.step(&plan, &serving, &mut ring, loader.as_mut())?;
             at += 1;
             self.inject_fault(at, rank);
             let due = self.is_due(at) || control == 2;
-            self.compare_replicas(&mut ring, at, due, formation)?;
-            if due {
+            let compared = self.compare_replicas(&mut ring, at, due, formation);
+            if due && compared.is_ok() {
+                let stalled = Instant::now();
                 self.snapshot(&ring, formation);
+                add_checkpoint_seconds(&mut report, stalled.elapsed().as_secs_f64());
             }
+            // Whatever comes after it, the step is applied.
+            let _ = self.tell.send(Told::Step(report));
+            compared?;
             tracing::debug!(generation = formation.generation.0, step = at, "applied a step");
             self.event(Event::Applied { holds: Step(at) });
             if control > 0 && at < schedule.total_steps() {
@@ -391,14 +399,15 @@ impl Thread {
         Loader::open(options).map_err(|error| fault(error.to_string()))
     }
 
-    /// One step: own lanes, the sum of all, the update. Returns the control word that all agreed on.
+    /// One step: own lanes, the sum of all, the update. Returns the control word that all agreed on, and what there is to
+    /// report.
     fn step(
         &mut self,
         plan: &StepPlan<'_>,
         serving: &Serving<'_>,
         ring: &mut tcp::Tcp,
         mut loader: Option<&mut Loader>,
-    ) -> Served<u8> {
+    ) -> Served<(u8, v1::StepReport)> {
         let _step = tracing::trace_span!("step", step = plan.step, rank = serving.rank).entered();
         let began = Instant::now();
         let mut seconds = Seconds::default();
@@ -492,8 +501,7 @@ impl Thread {
             plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }),
         );
         events.extend(skip_event(plan, &outcome));
-        let _ = self.tell.send(Told::Step(report(outcome.record(plan, seconds), &events)));
-        Ok(control)
+        Ok((control, report(outcome.record(plan, seconds), &events)))
     }
 
     /// Whether a checkpoint is due after `at` steps.
@@ -643,6 +651,12 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         | RingError::Untrusted { .. }
         | RingError::Shape { .. } => fault(reason),
     }
+}
+
+/// A checkpoint's copy was waited for after the step, as a part of it.
+fn add_checkpoint_seconds(report: &mut v1::StepReport, seconds: f64) {
+    report.seconds[0] += seconds;
+    report.seconds[5] += seconds;
 }
 
 fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {

@@ -1,14 +1,15 @@
 //! Writing a worker's parts of checkpoints, in the background.
 //!
 //! A worker copies the blocks that it owns and those of the member after it, and keeps the second copy until the
-//! checkpoint is committed: when that member dies first, this one writes its parts. So a death costs no checkpoint. While
-//! nobody commits, for the coordinator is away, copies pile up: the oldest then go to the store, and not out of memory
-//! alone, so that a death meanwhile costs none either.
+//! checkpoint is committed: when that member dies first, the coordinator asks this one to write them, whether it is in a
+//! ring or not. So a death costs no checkpoint. While nobody commits, for the coordinator is away, copies pile up: the
+//! oldest then go to the store, and not out of memory alone, so that a death meanwhile costs none either.
 
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
-use anello_proto::ring::{Generation, Step, WorkerId, Written};
+use anello_member::Event;
+use anello_proto::ring::{Generation, Kept as KeptBlocks, Step, WorkerId, Written};
 use anello_store::Store;
 use anello_store::checkpoint::{Parts, Written as WrittenPart};
 
@@ -30,8 +31,8 @@ pub(super) struct Copy {
 pub(super) enum Told {
     /// Write this, and keep the second copy.
     Write(Box<Copy>),
-    /// These are the members of the ring now: parts of those that are gone are this worker's to write.
-    Members(Vec<WorkerId>),
+    /// Write the second copy that is kept for this checkpoint.
+    WriteKept(Step, Generation),
     /// The checkpoint of this step is committed.
     Committed(Step),
 }
@@ -56,15 +57,16 @@ pub(super) fn inbox() -> (Sender<Told>, Receiver<Told>) {
 }
 
 impl PartsWriter {
-    /// `tell` hears of every checkpoint whose parts of this worker are durable, and again when there are more of them.
+    /// `tell` hears of every checkpoint whose parts of this worker are durable, again when there are more of them, and when
+    /// a copy that is asked for is not there.
     pub fn start(
         store: Store,
         part_bytes: u64,
         (told, inbox): (Sender<Told>, Receiver<Told>),
-        tell: impl Fn(Written) + Send + 'static,
+        tell: impl Fn(Event) + Send + 'static,
     ) -> Result<Self> {
         let (finished, done) = sync_channel(1);
-        let mut desk = Desk { store, part_bytes, tell, finished, members: Vec::new(), kept: Vec::new() };
+        let mut desk = Desk { store, part_bytes, tell, finished, kept: Vec::new() };
         // The shell has a handle on it too, so that it is not waited for: it ends with the process.
         std::thread::Builder::new()
             .name("parts".to_owned())
@@ -80,16 +82,7 @@ impl PartsWriter {
     /// Hands over a copy, after the one before is written or given up.
     pub fn write(&mut self, copy: Copy) {
         self.wait();
-        self.writing = self.tell(Told::Write(Box::new(copy)));
-    }
-
-    /// Says who is in the ring now.
-    pub fn members(&self, members: Vec<WorkerId>) {
-        self.tell(Told::Members(members));
-    }
-
-    fn tell(&self, told: Told) -> bool {
-        self.told.send(told).is_ok()
+        self.writing = self.told.send(Told::Write(Box::new(copy))).is_ok();
     }
 
     /// Waits until nothing is being written.
@@ -114,7 +107,6 @@ struct Kept {
     own: Vec<WrittenPart>,
     own_blocks: std::ops::Range<u64>,
     next: (WorkerId, Snapshot),
-    written: bool,
 }
 
 struct Desk<F> {
@@ -122,7 +114,6 @@ struct Desk<F> {
     part_bytes: u64,
     tell: F,
     finished: SyncSender<()>,
-    members: Vec<WorkerId>,
     kept: Vec<Kept>,
 }
 
@@ -131,17 +122,23 @@ fn blocks(snapshot: &Snapshot) -> std::ops::Range<u64> {
     blocks.start as u64..blocks.end as u64
 }
 
-impl<F: Fn(Written)> Desk<F> {
+impl<F: Fn(Event)> Desk<F> {
     fn take(&mut self, told: Told) {
         match told {
             Told::Write(copy) => {
                 self.write(*copy);
                 let _ = self.finished.try_send(());
-                self.write_for_the_gone();
             }
-            Told::Members(members) => {
-                self.members = members;
-                self.write_for_the_gone();
+            Told::WriteKept(step, generation) => {
+                let asked = |kept: &Kept| (kept.step, kept.generation) == (step, generation);
+                match self.kept.iter().position(asked) {
+                    Some(at) => {
+                        let kept = self.kept.remove(at);
+                        tracing::info!(%step, worker = %kept.next.0, "writing the parts of a member that is gone");
+                        self.write_second(kept);
+                    }
+                    None => (self.tell)(Event::LetGo { step, generation }),
+                }
             }
             Told::Committed(step) => self.kept.retain(|kept| kept.step != step),
         }
@@ -152,59 +149,29 @@ impl<F: Fn(Written)> Desk<F> {
         let Some(written) = self.write_parts(&own, generation) else { return };
         let step = Step(own.facts.position.step);
         let own_blocks = blocks(&own);
-        let told = self.told(&own, generation, all_blocks, written.clone(), vec![own_blocks.clone()]);
-        (self.tell)(told);
+        let kept = next.as_ref().map(|(owner, copy)| KeptBlocks { owner: *owner, blocks: blocks(copy) });
+        let told =
+            Written { kept, ..told(&own, generation, all_blocks, written.clone(), vec![own_blocks.clone()]) };
+        (self.tell)(Event::Wrote(told));
         if let Some(next) = next {
-            self.kept.push(Kept {
-                step,
-                generation,
-                all_blocks,
-                own: written,
-                own_blocks,
-                next,
-                written: false,
-            });
+            self.kept.push(Kept { step, generation, all_blocks, own: written, own_blocks, next });
             if self.kept.len() > KEPT_MAX {
                 let oldest = self.kept.remove(0);
-                if !oldest.written {
-                    self.write_second(&oldest);
-                }
+                self.write_second(oldest);
             }
         }
     }
 
-    fn write_for_the_gone(&mut self) {
-        for at in 0..self.kept.len() {
-            let kept = &self.kept[at];
-            if !kept.written && !self.members.contains(&kept.next.0) {
-                tracing::info!(step = %kept.step, worker = %kept.next.0, "writing the parts of a member that is gone");
-                self.kept[at].written = self.write_second(kept);
-            }
+    /// Writes a second copy, or gives it up: it is kept no longer. The next member may write the same parts: they are
+    /// the same bytes.
+    fn write_second(&self, kept: Kept) {
+        let Kept { generation, all_blocks, mut own, own_blocks, next: (_, snapshot), .. } = kept;
+        let mut written = vec![own_blocks];
+        if let Some(parts) = self.write_parts(&snapshot, generation) {
+            own.extend(parts);
+            written.push(blocks(&snapshot));
         }
-    }
-
-    /// Writes the second copy. The next member may write the same parts: they are the same bytes.
-    fn write_second(&self, kept: &Kept) -> bool {
-        let snapshot = &kept.next.1;
-        let Some(written) = self.write_parts(snapshot, kept.generation) else { return false };
-        let all = kept.own.iter().cloned().chain(written).collect();
-        let blocks = vec![kept.own_blocks.clone(), blocks(snapshot)];
-        (self.tell)(self.told(snapshot, kept.generation, kept.all_blocks, all, blocks));
-        true
-    }
-
-    fn told(
-        &self,
-        snapshot: &Snapshot,
-        generation: Generation,
-        all_blocks: u64,
-        written: Vec<WrittenPart>,
-        blocks: Vec<std::ops::Range<u64>>,
-    ) -> Written {
-        let (step, facts) = (Step(snapshot.facts.position.step), snapshot.facts.digest());
-        let parts = Parts { facts: snapshot.facts.clone(), written };
-        let parts = serde_json::to_string(&parts).expect("maps have string keys");
-        Written { step, generation, parts, facts, blocks, all_blocks }
+        (self.tell)(Event::Wrote(told(&snapshot, generation, all_blocks, own, written)));
     }
 
     fn write_parts(&self, snapshot: &Snapshot, generation: Generation) -> Option<Vec<WrittenPart>> {
@@ -222,4 +189,18 @@ impl<F: Fn(Written)> Desk<F> {
         }
         None
     }
+}
+
+/// What is said of parts that are durable; no second copy is kept.
+fn told(
+    snapshot: &Snapshot,
+    generation: Generation,
+    all_blocks: u64,
+    written: Vec<WrittenPart>,
+    blocks: Vec<std::ops::Range<u64>>,
+) -> Written {
+    let (step, facts) = (Step(snapshot.facts.position.step), snapshot.facts.digest());
+    let parts = Parts { facts: snapshot.facts.clone(), written };
+    let parts = serde_json::to_string(&parts).expect("maps have string keys");
+    Written { step, generation, parts, facts, blocks, all_blocks, kept: None }
 }

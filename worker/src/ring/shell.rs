@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::link::Link;
 use super::model::{Command, Model, Outside, Told};
+use super::pace::Tally;
 use super::{WorkerOptions, peers};
 use crate::environment;
 use crate::error::{Error, Result};
@@ -80,6 +81,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         rank_zero: false,
         welcomed: false,
         rows: VecDeque::new(),
+        tally: Tally::default(),
         heartbeat: Duration::from_secs(1),
         said_at: Instant::now(),
         connect_at: Instant::now(),
@@ -122,6 +124,8 @@ struct Shell {
     welcomed: bool,
     /// Rows of steps that are not known to be in a checkpoint.
     rows: VecDeque<v1::StepReport>,
+    /// Time of the steps since the last word about it.
+    tally: Tally,
     heartbeat: Duration,
     said_at: Instant,
     connect_at: Instant,
@@ -172,6 +176,7 @@ impl Shell {
             }
             if self.link.is_some() && self.said_at.elapsed() >= self.heartbeat {
                 self.say_stance();
+                self.say_pace();
             }
         }
     }
@@ -224,7 +229,8 @@ impl Shell {
                         tracing::debug!(%cause, coordinator = self.coordinator.address, "no coordinator")
                     }
                 }
-                self.pause = (self.pause * 2).min(PAUSE.1);
+                // A coordinator that comes back gives its workers a lease to report, which is some heartbeats.
+                self.pause = (self.pause * 2).min(PAUSE.1.min(self.heartbeat));
                 self.connect_at = Instant::now() + self.pause;
             }
         }
@@ -259,6 +265,7 @@ impl Shell {
         match told {
             Told::Event(event) => self.member.handle(event, effects),
             Told::Step(report) => {
+                self.tally.add(&report);
                 if self.rank_zero
                     && self.welcomed
                     && let Some(link) = &self.link
@@ -283,6 +290,7 @@ impl Shell {
                 Effect::Form(formation) => {
                     let worker = WorkerId(self.hello.worker);
                     self.rank_zero = formation.rank(worker) == Some(0);
+                    self.tally.begin(&formation, worker);
                     if self.rank_zero {
                         self.report(0);
                     }
@@ -303,6 +311,11 @@ impl Shell {
                         ring.abort.abort(reason);
                     }
                 }
+                Effect::WriteKept { step, generation } => {
+                    if let Some(model) = &self.model {
+                        model.write_kept(step, generation);
+                    }
+                }
                 Effect::Exit(leave) => return Some(leave),
             }
         }
@@ -315,6 +328,13 @@ impl Shell {
             && !link.say(Said::Stance(self.member.stance().into()))
         {
             tracing::debug!("a word for the coordinator is lost; the next one says it all");
+        }
+    }
+
+    /// For people, and to find one that is slow: what is lost is not said again.
+    fn say_pace(&mut self) {
+        if let (Some(pace), Some(link)) = (self.tally.take(), &self.link) {
+            link.say(Said::Pace((&pace).into()));
         }
     }
 

@@ -178,6 +178,8 @@ impl Membership {
             (false, format!("take in {} more", joiners.min(room - members)))
         } else if members > room {
             (false, format!("scale down to {room}"))
+        } else if self.is_cut_due() {
+            (false, "share the lanes out by speed".to_owned())
         } else {
             return None;
         };

@@ -4,6 +4,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
+use super::super::Straggling;
 use super::super::simulation::invariants::*;
 use super::*;
 
@@ -33,9 +34,14 @@ fn cause() -> impl Strategy<Value = Cause> {
 fn written() -> impl Strategy<Value = Written> {
     let block = prop_oneof![9 => 0u64..4, 1 => any::<u64>()];
     let blocks = vec((block.clone(), block.clone()).prop_map(|(start, end)| Range { start, end }), 0..3);
-    (step(), generation(), 0..2u8, blocks, block).prop_map(|(step, generation, facts, blocks, all_blocks)| {
-        Written { step, generation, parts: String::new(), facts: facts.to_string(), blocks, all_blocks }
-    })
+    let kept = (worker(), block.clone(), block.clone())
+        .prop_map(|(owner, start, end)| Kept { owner, blocks: Range { start, end } });
+    (step(), generation(), 0..2u8, blocks, block, option::of(kept)).prop_map(
+        |(step, generation, facts, blocks, all_blocks, kept)| {
+            let (parts, facts) = (String::new(), facts.to_string());
+            Written { step, generation, parts, facts, blocks, all_blocks, kept }
+        },
+    )
 }
 
 fn stance() -> impl Strategy<Value = Stance> {
@@ -75,6 +81,13 @@ fn act() -> impl Strategy<Value = Act> {
         2 => worker().prop_map(|worker| Event::Unlinked { worker }),
         6 => (worker(), stance()).prop_map(|(worker, stance)| Event::Stands { worker, stance }),
         1 => generation().prop_map(|generation| Event::Recorded { generation }),
+        1 => step().prop_map(|step| Event::Reported { step }),
+        2 => (worker(), generation(), 1u32..9, 1u32..40, any::<u32>()).prop_map(
+            |(worker, generation, lanes, steps, us)| {
+                let spent = Spent { compute_us: us.into(), ..Spent::default() };
+                Event::Paced { worker, pace: Pace { generation, lanes, steps, spent } }
+            }
+        ),
         1 => (0u64..=TOTAL.0).prop_map(|step| Event::Committed { step: Step(step) }),
         1 => step().prop_map(move |step| Event::CommitFailed { step, reason: reason() }),
         1 => vec((0u64..=TOTAL.0).prop_map(Step), 0..3).prop_map(|steps| Event::Listed { steps }),
@@ -107,7 +120,9 @@ struct Watched {
 impl Watched {
     fn new(lanes: u32, min: u32, desired: u32) -> Self {
         let (lease, gather) = (Millis(1000), Millis(500));
-        let options = Options { lanes, total: TOTAL, min, desired, lease, gather, faults_max: 2 };
+        let straggling = Straggling { factor_permille: 1500, window_steps: 1 };
+        let (total, faults_max, by_speed) = (TOTAL, 2, true);
+        let options = Options { lanes, total, min, desired, lease, gather, faults_max, straggling, by_speed };
         let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
         let (said, told) = Default::default();
         Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }
@@ -145,6 +160,11 @@ impl Watched {
                         stance.activity = Activity::Holding { generation: *generation, cause };
                     }
                     Order::Committed { step } => stance.written.retain(|written| written.step != *step),
+                    Order::WriteKept { step, .. } => {
+                        for written in stance.written.iter_mut().filter(|written| written.step == *step) {
+                            written.blocks.extend(written.kept.take().map(|kept| kept.blocks));
+                        }
+                    }
                     Order::Leave { .. } => return self.event(Event::Unlinked { worker }),
                 }
                 Event::Stands { worker, stance }
@@ -198,6 +218,13 @@ impl Watched {
                     }
                     Order::Hold { generation, .. } => Some(*generation) != newest,
                     Order::Abort { generation, .. } => Some(*generation) > newest,
+                    // Only what it says that it keeps is asked of it.
+                    Order::WriteKept { step, generation } => {
+                        !self.said[&worker].written.iter().any(|written| {
+                            (written.step, written.generation) == (*step, *generation)
+                                && written.kept.is_some()
+                        })
+                    }
                     Order::Committed { .. } | Order::Leave { .. } => false,
                 };
                 if stale {

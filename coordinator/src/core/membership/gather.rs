@@ -11,12 +11,15 @@ impl Membership {
         let saved = held <= committed;
         let total = self.options.total;
         let outcome = match self.goal {
-            _ if committed == Some(total) => Some(Outcome::Completed),
+            _ if self.is_trained() => Some(Outcome::Completed),
             Goal::Cancel => Some(Outcome::Cancelled),
             Goal::Pause if saved => Some(Outcome::Paused),
             Goal::Run | Goal::Pause => None,
         };
         if let Some(outcome) = outcome {
+            if outcome != Outcome::Cancelled && self.late_checkpoint(since).is_some() {
+                return None;
+            }
             out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
             return Some(Ring::Over(outcome));
         }
@@ -69,7 +72,7 @@ impl Membership {
             (_, Some(step)) => (step, Source::Checkpoint { step }),
             (_, None) => (Step(0), Source::Seed),
         };
-        let lanes = lane_ranges(self.options.lanes, candidates.len() as u32);
+        let lanes = self.cut(&candidates);
         let member = |(worker, lanes): (WorkerId, Range<u32>)| Member {
             worker,
             endpoints: self.workers[&worker].endpoints.clone(),
@@ -116,10 +119,4 @@ impl Membership {
     pub(super) fn newest_held(&self) -> Option<Step> {
         self.workers.values().filter_map(|worker| worker.stance.holds).max()
     }
-}
-
-/// Contiguous ranges of `lanes` lanes for `members` members, in rank order, sizes at most one apart.
-pub fn lane_ranges(lanes: u32, members: u32) -> Vec<Range<u32>> {
-    let bound = |rank: u32| (u64::from(lanes) * u64::from(rank) / u64::from(members.max(1))) as u32;
-    (0..members).map(|rank| bound(rank)..bound(rank + 1)).collect()
 }

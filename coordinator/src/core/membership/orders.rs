@@ -15,7 +15,7 @@ impl Membership {
         };
         let dismissed = || {
             let reason = "the worker asked to go".to_owned();
-            (stance.leaving && !in_a_ring(stance))
+            (stance.leaving && !in_a_ring(stance) && !worker.owes_a_copy())
                 .then_some(Order::Leave { why: Leave::Dismissed { reason } })
         };
         match &self.ring {

@@ -13,9 +13,21 @@ enum Nonsense {
 impl Membership {
     /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
     /// are: it stands where it stood, at most some steps further, or it is one of many members that begin to run. All
-    /// that a ring in good health ever says. The deadline may then be early, never late.
-    pub(super) fn is_quiet(&mut self, event: &Event) -> bool {
-        let Event::Stands { worker, stance } = event else { return false };
+    /// that a ring in good health ever says. The deadline may then be early, never late. What comes of words about time is
+    /// for people, and changes nothing either, unless lanes are to be shared out anew.
+    pub(super) fn is_quiet(&mut self, event: &Event, out: &mut Vec<Effect>) -> bool {
+        let (worker, stance) = match event {
+            Event::Stands { worker, stance } => (worker, stance),
+            Event::Reported { step } => {
+                self.reached = self.reached.max(*step);
+                return true;
+            }
+            Event::Paced { worker, pace } => {
+                self.paced(*worker, *pace, out);
+                return !self.is_cut_due();
+            }
+            _ => return false,
+        };
         if self.nonsense(stance).is_some() {
             return false;
         }
@@ -46,7 +58,24 @@ impl Membership {
         known.heard = self.now;
         known.stance.holds = stance.holds;
         known.stance.activity = stance.activity.clone();
+        self.reached = self.reached.max(stance.holds.unwrap_or_default());
         true
+    }
+
+    /// A member says where its time went: one that is slow, or is not any more, is told of.
+    fn paced(&mut self, id: WorkerId, pace: Pace, out: &mut Vec<Effect>) {
+        let Ring::Alive { formation, .. } = &self.ring else { return };
+        for verdict in self.paces.told(formation, id, pace) {
+            let (Verdict::Slow(worker, _) | Verdict::InStep(worker)) = verdict;
+            let Some(known) = self.workers.get(&worker) else { continue };
+            let step = known.stance.holds.unwrap_or(formation.start);
+            out.push(Effect::Record(match verdict {
+                Verdict::Slow(_, percent) => {
+                    Entry::Slow { worker, machine: known.machine.clone(), step, percent }
+                }
+                Verdict::InStep(_) => Entry::InStep { worker, step },
+            }));
+        }
     }
 
     /// A process that slept through its deadline must not take its own silence for that of others: what they said
@@ -95,6 +124,7 @@ impl Membership {
             stance,
             told: None,
             told_committed: BTreeSet::new(),
+            asked: BTreeSet::new(),
         };
         let stance = worker.stance.clone();
         self.workers.insert(id, worker);
@@ -151,6 +181,7 @@ impl Membership {
         }
         let worker = self.workers.get_mut(&id).expect("just seen");
         worker.heard = self.now;
+        self.reached = self.reached.max(stance.holds.unwrap_or_default());
         for written in &stance.written {
             if let Some(commit) = self.checkpoints.written(id, written) {
                 out.push(commit);

@@ -20,6 +20,8 @@ impl Membership {
                 lanes: lanes(id),
                 linked: worker.linked,
                 stance: worker.stance.clone(),
+                pace: self.paces.pace(id),
+                slow: self.paces.slow(id),
             })
             .collect();
         let rank = |id| formation.as_ref().and_then(|f| f.rank(id)).unwrap_or(usize::MAX);
@@ -58,6 +60,10 @@ impl Membership {
         };
         let running = |activity: &Activity, generation| *activity == Activity::Running { generation };
         match &self.ring {
+            Ring::Gathering { since, .. } if self.is_trained() => {
+                let step = self.late_checkpoint(*since)?;
+                Some(format!("the parts of checkpoint {step}"))
+            }
             Ring::Gathering { .. } if self.goal != Goal::Run => Some("its last checkpoint".to_owned()),
             Ring::Gathering { .. } if self.workers.values().any(|w| w.linked && in_a_ring(&w.stance)) => {
                 Some("workers of an older ring to leave it".to_owned())

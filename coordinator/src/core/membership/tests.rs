@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::super::Straggling;
 use super::*;
 
 const TOTAL: Step = Step(100);
@@ -15,6 +16,8 @@ fn options(desired: u32) -> Options {
         lease: Millis(1000),
         gather: Millis(500),
         faults_max: 3,
+        straggling: Straggling { factor_permille: 1500, window_steps: 20 },
+        by_speed: false,
     }
 }
 
@@ -236,6 +239,7 @@ fn a_checkpoint_exists_once_every_writer_has_written_the_same_state() {
         facts: weights.to_owned(),
         blocks: blocks(2 * half..2 * half + 2),
         all_blocks: 4,
+        kept: None,
     };
     let with = |half, weights: &str| Stance {
         written: vec![written(half, weights)],
@@ -325,6 +329,7 @@ fn the_end_needs_the_last_checkpoint() {
         facts: "a".to_owned(),
         blocks: blocks(0..4),
         all_blocks: 4,
+        kept: None,
     };
     let ended = Stance { written: vec![parts], ..stance(Some(100), holding(2, Cause::Ended)) };
     assert!(matches!(story.stands(1, ended)[..], [Effect::Commit { .. }]));
@@ -452,4 +457,208 @@ fn a_worker_that_says_what_cannot_be_is_turned_away() {
     story.now += 1;
     let out = story.event(Event::Tick);
     assert!(matches!(&out[0], Effect::Record(Entry::Lost { worker: WorkerId(2), .. })), "{out:?}");
+}
+
+/// What worker 1 says of checkpoint `step` of generation 1, of which it wrote the first half; worker 2 owns the second.
+fn half(step: u64, kept: bool) -> Written {
+    Written {
+        step: Step(step),
+        generation: Generation(1),
+        parts: "[]".to_owned(),
+        facts: "a".to_owned(),
+        blocks: blocks(0..2),
+        all_blocks: 4,
+        kept: kept.then_some(Kept { owner: WorkerId(2), blocks: 2..4 }),
+    }
+}
+
+fn whole(step: u64) -> Written {
+    Written { blocks: blocks(0..4), ..half(step, false) }
+}
+
+fn write_kept(id: u64, step: u64) -> Effect {
+    send(id, Order::WriteKept { step: Step(step), generation: Generation(1) })
+}
+
+#[test]
+fn who_keeps_blocks_of_one_that_is_gone_is_asked_for_them_and_not_sent_away_before() {
+    let mut story = Story::running(2);
+    let holds =
+        |written| Stance { written: vec![written], leaving: true, ..stance(Some(21), holding(1, lost(2))) };
+    story.stands(1, Stance { written: vec![half(20, true)], ..stance(Some(21), running(1)) });
+    story.event(Event::Unlinked { worker: WorkerId(2) });
+    let out = story.stands(1, holds(half(20, true)));
+    assert_eq!(out.last(), Some(&write_kept(1, 20)));
+    assert_eq!(story.stands(1, holds(half(20, true))), [], "it is asked once");
+    let out = story.stands(1, holds(whole(20)));
+    let [Effect::Commit { step: Step(20), .. }, Effect::Send { order: Order::Leave { .. }, .. }] = &out[..]
+    else {
+        panic!("{out:?}")
+    };
+}
+
+#[test]
+fn the_end_waits_for_a_checkpoint_of_which_there_are_copies_and_a_while_for_those_who_may_have_them() {
+    let ended = |written: Vec<Written>| Stance { written, ..stance(Some(100), holding(1, Cause::Ended)) };
+    let completed = Effect::Record(Entry::Ended { outcome: Outcome::Completed });
+    let with_last_committed = |kept| {
+        let mut story = Story::running(2);
+        let out = story.stands(1, ended(vec![half(90, kept), whole(100)]));
+        assert!(matches!(out[..], [Effect::Commit { step: TOTAL, .. }]), "{out:?}");
+        story.stands(2, ended(Vec::new()));
+        let out = story.event(Event::Committed { step: TOTAL });
+        (story, out)
+    };
+    // Its owner lives, and will write nothing more.
+    let (mut story, out) = with_last_committed(true);
+    assert_eq!(out, [write_kept(1, 90), send(1, Order::Committed { step: TOTAL })]);
+    assert_eq!(story.core.status().waits_for.as_deref(), Some("the parts of checkpoint 90"));
+    story.now = 900;
+    assert_eq!(story.stands(2, ended(Vec::new())), []);
+    let out = story.stands(1, ended(vec![whole(90)]));
+    assert!(matches!(out[..], [Effect::Commit { step: Step(90), .. }]), "{out:?}");
+    // A manifest that cannot be written is tried again.
+    let reason = "the store answers 500".to_owned();
+    let failed = Entry::CheckpointFailed { step: Step(90), reason: reason.clone() };
+    assert_eq!(story.event(Event::CommitFailed { step: Step(90), reason }), [Effect::Record(failed)]);
+    assert_eq!(story.core.deadline(), Some(Millis(1025)));
+    story.now = 1025;
+    let out = story.event(Event::Tick);
+    assert!(matches!(out[..], [Effect::Commit { step: Step(90), .. }]), "{out:?}");
+    assert_eq!(story.event(Event::Committed { step: Step(90) })[0], completed);
+    // Nobody who is here has the rest.
+    let (mut story, out) = with_last_committed(false);
+    assert_eq!(out, [send(1, Order::Committed { step: TOTAL })]);
+    assert_eq!(story.core.deadline(), Some(Millis(500)));
+    story.now = 500;
+    assert_eq!(story.event(Event::Tick)[0], completed);
+}
+
+#[test]
+fn nobody_left_to_train_is_no_failure_when_all_is_trained() {
+    let mut story = Story::running(1);
+    story.stands(
+        1,
+        Stance { written: vec![half(90, false), whole(100)], ..stance(Some(100), holding(1, Cause::Ended)) },
+    );
+    story.event(Event::Committed { step: TOTAL });
+    let out = story.event(Event::GivenUp { reason: "no worker is left".to_owned() });
+    assert_eq!(out[0], Effect::Record(Entry::Ended { outcome: Outcome::Completed }));
+}
+
+#[test]
+fn a_ring_that_follows_another_says_how_long_it_took_and_what_it_cost() {
+    let recovered = |generation, took, again, checkpoint: Option<u64>| {
+        let (generation, took) = (Generation(generation), Millis(took));
+        let checkpoint = checkpoint.map(Step);
+        Effect::Record(Entry::Recovered { generation, workers: 1, took, again, checkpoint })
+    };
+    let mut story = Story::running(2);
+    story.event(Event::Reported { step: Step(42) });
+    (story.now, _) = (300, story.event(Event::Unlinked { worker: WorkerId(2) }));
+    // Rank 0, which is gone or not, has told of one step more than the survivor holds.
+    story.stands(1, stance(Some(41), holding(1, lost(2))));
+    story.now = 450;
+    story.event(Event::Recorded { generation: Generation(2) });
+    assert_eq!(story.stands(1, stance(Some(41), running(2))), [recovered(2, 150, 1, None)]);
+    story.event(Event::Committed { step: Step(40) });
+    // Two that differ in turn: what is held is not used, and the time counts from the first.
+    let diverged = || Cause::Diverged { workers: Vec::new(), reason: "they differ".to_owned() };
+    story.now = 500;
+    story.stands(1, stance(Some(52), holding(2, diverged())));
+    story.event(Event::Listed { steps: vec![Step(40)] });
+    story.event(Event::Recorded { generation: Generation(3) });
+    story.now = 700;
+    let broken = Cause::Broken { lost: None, reason: "connection reset".to_owned() };
+    story.stands(1, stance(Some(40), holding(3, broken)));
+    story.event(Event::Listed { steps: vec![Step(40)] });
+    story.event(Event::Recorded { generation: Generation(4) });
+    story.now = 900;
+    let out = story.stands(1, stance(Some(40), running(4)));
+    let Effect::Record(Entry::Recovered { took: Millis(400), again: 12, .. }) = &out[0] else {
+        panic!("{out:?}")
+    };
+}
+
+#[test]
+fn a_slow_member_is_told_of_and_nothing_else_comes_of_it() {
+    let mut story = Story::running(2);
+    let paced = |id, lane_us: u64| {
+        let spent = Spent { compute_us: lane_us * 4 * 20, ..Spent::default() };
+        let pace = Pace { generation: Generation(1), lanes: 4, steps: 20, spent };
+        Event::Paced { worker: WorkerId(id), pace }
+    };
+    let before = story.core.clone();
+    assert_eq!(story.event(paced(2, 250)), []);
+    let slow = Entry::Slow { worker: WorkerId(2), machine: "m".to_owned(), step: Step(10), percent: 250 };
+    assert_eq!(story.event(paced(1, 100)), [Effect::Record(slow)]);
+    let shown = |story: &Story| {
+        let status = story.core.status();
+        status.attendants.iter().map(|a| (a.slow, a.pace.map(|pace| pace.steps))).collect::<Vec<_>>()
+    };
+    assert_eq!(shown(&story), [(None, Some(20)), (Some(250), Some(20))]);
+    assert_eq!(story.event(paced(2, 100)), []);
+    let in_step = Entry::InStep { worker: WorkerId(2), step: Step(10) };
+    assert_eq!(story.event(paced(1, 100)), [Effect::Record(in_step)]);
+    story.core.paces = before.paces.clone();
+    assert_eq!(story.core, before);
+}
+
+/// Who is found dead when the first look comes at `first`, and the one after it at `second`; the leases end at 1000.
+fn found_dead(first: u64, second: u64) -> [usize; 2] {
+    let mut story = Story::running(2);
+    assert_eq!(story.core.deadline(), Some(Millis(1000)));
+    [first, second].map(|at| {
+        story.now = at;
+        let out = story.event(Event::Tick);
+        out.iter().filter(|effect| matches!(effect, Effect::Record(Entry::Lost { .. }))).count()
+    })
+}
+
+#[test]
+fn one_that_slept_through_its_deadline_listens_for_half_a_lease_before_it_finds_anyone_dead() {
+    assert_eq!(found_dead(1000, 1001), [2, 0], "in time");
+    assert_eq!(found_dead(1125, 1126), [2, 0], "an eighth of a lease late is no sleep");
+    assert_eq!(found_dead(1126, 1625), [0, 0], "half a lease from when it woke");
+    assert_eq!(found_dead(1126, 1626), [0, 2]);
+    assert_eq!(found_dead(60_000, 60_500), [0, 2]);
+}
+
+#[test]
+fn it_forgives_once_a_lease_or_a_machine_that_is_always_late_would_find_nobody_dead() {
+    assert_eq!(found_dead(1126, 2126), [0, 2], "late again, and no more than a lease after it forgave");
+    assert_eq!(found_dead(1126, 2127), [0, 0]);
+}
+
+#[test]
+fn lanes_are_cut_by_speed_when_that_is_worth_a_new_ring_and_not_too_soon() {
+    let mut story = Story::running(2);
+    story.core.options.by_speed = true;
+    let paced = |generation, id, lanes: u64, lane_us: u64| {
+        let spent = Spent { compute_us: lane_us * lanes * 20, ..Spent::default() };
+        let (generation, lanes) = (Generation(generation), lanes as u32);
+        Event::Paced { worker: WorkerId(id), pace: Pace { generation, lanes, steps: 20, spent } }
+    };
+    let hold = |id| send(id, Order::Hold { generation: Generation(1), save: false });
+    // Not slow enough to be told of, but for the lanes: 100 × 6 and 140 × 4.
+    story.event(paced(1, 2, 4, 140));
+    story.event(Event::Reported { step: Step(99) });
+    assert_eq!(story.event(paced(1, 1, 4, 100)), [], "it has not trained for five windows");
+    story.event(Event::Reported { step: Step(100) });
+    assert_eq!(story.event(paced(1, 1, 4, 100)), [hold(1), hold(2)]);
+    assert_eq!(
+        story.core.status().waits_for.as_deref(),
+        Some("the next step boundary, to share the lanes out by speed")
+    );
+    assert_eq!(story.event(paced(1, 1, 4, 100)), [], "it is asked once");
+    story.stands(1, stance(Some(90), holding(1, Cause::Ordered)));
+    let next = formation(2, 90, peers(&[1, 2]), &[(1, 0..5), (2, 5..8)]);
+    assert_eq!(story.stands(2, stance(Some(90), holding(1, Cause::Ordered))), [formed(&next)]);
+    // The same speeds ask for nothing more, and a newcomer counts as one of the others.
+    story.event(Event::Recorded { generation: Generation(2) });
+    (1..=2).for_each(|id| drop(story.stands(id, stance(Some(90), running(2)))));
+    story.event(Event::Reported { step: Step(300) });
+    story.event(paced(2, 2, 3, 140));
+    assert_eq!(story.event(paced(2, 1, 5, 100)), []);
+    assert_eq!(story.core.cut(&[1, 2, 3].map(WorkerId)), [0..3, 3..5, 5..8]);
 }

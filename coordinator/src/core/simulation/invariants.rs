@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anello_proto::ring::{Formation, Generation, Step, WorkerId};
+use anello_proto::ring::{Formation, Generation, Stance, Step, WorkerId};
 
 /// **Every step is applied with one global batch**: the lanes of a generation's members are all lanes, each once.
 pub fn lanes_are_covered_once(formation: &Formation, lanes: u32) -> Result<(), String> {
@@ -78,4 +78,25 @@ pub fn manifest_is_whole(
         }
     }
     Ok(())
+}
+
+/// **No checkpoint is abandoned**: a job does not end while a checkpoint that is not committed could be, with what those
+/// that are connected have written and keep.
+pub fn no_checkpoint_is_abandoned<'a>(
+    stances: impl Iterator<Item = &'a Stance>,
+    is_committed: impl Fn(Step) -> bool,
+) -> Result<(), String> {
+    let mut there: BTreeMap<(Step, Generation), (BTreeSet<u64>, u64)> = BTreeMap::new();
+    for written in stances.flat_map(|stance| &stance.written).filter(|written| !is_committed(written.step)) {
+        let (blocks, all) = there.entry((written.step, written.generation)).or_default();
+        let kept = written.kept.iter().map(|kept| &kept.blocks);
+        blocks.extend(written.blocks.iter().chain(kept).cloned().flatten());
+        *all = written.all_blocks;
+    }
+    match there.iter().find(|(_, (blocks, all))| (0..*all).all(|block| blocks.contains(&block))) {
+        None => Ok(()),
+        Some(((step, generation), _)) => Err(format!(
+            "the job ends without checkpoint {step}, of which generation {generation} has copies"
+        )),
+    }
 }

@@ -17,7 +17,7 @@ use anello_configs::random::Stream;
 use anello_member::{Effect as Do, Event as Happens, Member as Machine};
 use anello_proto::ring::*;
 
-use super::super::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome};
+use super::super::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Straggling};
 use super::invariants::*;
 use coordinators::Coordinator;
 use happening::{Happening, kind, target};
@@ -34,6 +34,8 @@ pub enum Bug {
     StaleGradient,
     /// A manifest is written when the first part is there.
     EarlyManifest,
+    /// The job ends though a checkpoint lacks blocks that a worker keeps a copy of.
+    AbandonedCheckpoint,
 }
 
 fn mix(a: u64, b: u64) -> u64 {
@@ -67,6 +69,7 @@ pub struct World {
     epoch: Epoch,
     formations: BTreeMap<Generation, Arc<Formation>>,
     manifests: BTreeMap<Step, Generation>,
+    ever_committed: BTreeSet<Step>,
     unreadable: BTreeSet<Step>,
     parts: BTreeMap<(Step, Generation, u64), u64>,
     coordinators: Vec<Coordinator>,
@@ -92,6 +95,8 @@ impl World {
             lease: Millis(1000),
             gather: Millis(500),
             faults_max: 5,
+            straggling: Straggling { factor_permille: 1500, window_steps: 1 },
+            by_speed: false,
         };
         let mut world = Self {
             stream,
@@ -112,6 +117,7 @@ impl World {
             epoch: Epoch(0),
             formations: BTreeMap::new(),
             manifests: BTreeMap::new(),
+            ever_committed: BTreeSet::new(),
             unreadable: BTreeSet::new(),
             parts: BTreeMap::new(),
             coordinators: Vec::new(),
@@ -126,6 +132,7 @@ impl World {
         world.options.desired = 1 + world.below(5) as u32;
         world.options.min = 1 + world.below(u64::from(world.options.desired).min(2)) as u32;
         world.options.lanes = 1 << (1 + world.below(3));
+        world.options.by_speed = world.chance(2);
         world.every = 2 + world.below(6);
         world.chaos_until = 500 + world.below(2500);
         let mut state = mix(seed, 7);
@@ -206,7 +213,13 @@ impl World {
             Happening::Heartbeat { worker } => {
                 let stance = self.workers[&worker].machine.stance().clone();
                 self.say(worker, stance);
+                self.say_pace(worker);
                 self.after(HEARTBEAT, Happening::Heartbeat { worker });
+            }
+            Happening::Paced { coordinator, link, worker, pace } => {
+                if self.coordinators[coordinator].links.get(&worker) == Some(&link) {
+                    return self.tell_core(coordinator, Event::Paced { worker, pace });
+                }
             }
             Happening::ToCoordinator { coordinator, link, worker, hello, stance } => {
                 let known = &mut self.coordinators[coordinator];

@@ -22,8 +22,8 @@ impl World {
                     ring: None,
                     hold: 0,
                     applying: false,
-                    last_members: Vec::new(),
                     kept: Vec::new(),
+                    writes_until: 0,
                 },
             );
             let delay = self.below(30);

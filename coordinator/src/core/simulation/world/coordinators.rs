@@ -107,8 +107,15 @@ impl World {
                 }
             }
             Effect::Record(entry) => {
-                if let Entry::Formed(formation) = &entry {
-                    self.check_formation(coordinator, formation)?;
+                match &entry {
+                    Entry::Formed(formation) => {
+                        self.check_formation(coordinator, formation)?;
+                        let lanes = || formation.members.iter().map(|member| member.lanes.len());
+                        self.report.recuts += u64::from(lanes().max() > lanes().min().map(|least| least + 1));
+                    }
+                    Entry::Slow { .. } => self.report.slow += 1,
+                    Entry::Ended { outcome: Outcome::Completed } => self.check_checkpoints(coordinator)?,
+                    _ => {}
                 }
                 let delay = match self.chaos() && self.chance(10) {
                     true => 100 + self.below(600),
@@ -198,6 +205,18 @@ impl World {
         }
     }
 
+    /// A job ends: by what those say that its coordinator hears.
+    fn check_checkpoints(&self, coordinator: usize) -> Result<(), String> {
+        let links = &self.coordinators[coordinator].links;
+        let heard = self.workers.iter().filter(|(id, worker)| {
+            // Copies of a ring that still runs, which nobody has reached, are on their way at any moment.
+            let link = worker.link.filter(|_| worker.ring.is_none() && worker.mute_until <= self.now);
+            link.is_some_and(|(of, link)| of == coordinator && links.get(id) == Some(&link))
+        });
+        let stances = heard.map(|(_, worker)| worker.machine.stance());
+        no_checkpoint_is_abandoned(stances, |step| self.ever_committed.contains(&step))
+    }
+
     pub(super) fn commit(
         &mut self,
         coordinator: usize,
@@ -213,6 +232,7 @@ impl World {
         }
         manifest_is_whole(step, &self.formations[&generation], &self.parts, &self.reference)?;
         self.manifests.entry(step).or_insert(generation);
+        self.ever_committed.insert(step);
         self.tell_core(coordinator, Event::Committed { step })
     }
 }

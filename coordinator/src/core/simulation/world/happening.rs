@@ -7,6 +7,7 @@ pub(super) enum Happening {
     Connect { worker: WorkerId },
     Heartbeat { worker: WorkerId },
     ToCoordinator { coordinator: usize, link: u64, worker: WorkerId, hello: bool, stance: Stance },
+    Paced { coordinator: usize, link: u64, worker: WorkerId, pace: Pace },
     ClosedAtCoordinator { coordinator: usize, link: u64, worker: WorkerId },
     ToWorker { worker: WorkerId, link: u64, epoch: Epoch, order: Order },
     ClosedAtWorker { worker: WorkerId, link: u64 },
@@ -41,6 +42,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::Wrote { worker, .. }
         | Happening::Terminate { worker } => Some(*worker),
         Happening::ToCoordinator { .. }
+        | Happening::Paced { .. }
         | Happening::ClosedAtCoordinator { .. }
         | Happening::StepEnd { .. }
         | Happening::Appended { .. }
@@ -77,6 +79,7 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Launch => 19,
         Happening::Chaos => 20,
         Happening::Listed { .. } => 21,
+        Happening::Paced { .. } => 22,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

@@ -20,10 +20,13 @@ pub struct Report {
     pub unreadable: u64,
     pub pauses: u64,
     pub replayed_steps: u64,
+    pub copies: u64,
+    pub slow: u64,
+    pub recuts: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 14] {
+    pub fn counts(&self) -> [(&'static str, u64); 17] {
         [
             ("a generation", self.generations),
             ("a step", self.steps),
@@ -39,6 +42,9 @@ impl Report {
             ("an unreadable checkpoint", self.unreadable),
             ("a pause", self.pauses),
             ("a step done again", self.replayed_steps),
+            ("a second copy that was asked for", self.copies),
+            ("a slow member", self.slow),
+            ("lanes shared out by speed", self.recuts),
         ]
     }
 
@@ -62,6 +68,9 @@ impl Report {
             unreadable,
             pauses,
             again,
+            copies,
+            slow,
+            recuts,
         ] = sum;
         *self = Self {
             trace: mix(self.trace, other.trace),
@@ -79,6 +88,9 @@ impl Report {
             unreadable,
             pauses,
             replayed_steps: again,
+            copies,
+            slow,
+            recuts,
         };
     }
 }

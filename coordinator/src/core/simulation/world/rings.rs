@@ -45,16 +45,6 @@ impl World {
             return Err(format!("worker {worker} is told to form while it is in a ring"));
         }
         (known.ring, known.hold, known.applying) = (Some(generation), 0, false);
-        known.last_members = formation.members.iter().map(|member| member.worker).collect();
-        // Blocks of members that are gone are written by those who kept a second copy.
-        let manifests = &self.manifests;
-        known.kept.retain(|kept| !manifests.contains_key(&kept.step));
-        for kept in known.kept.clone() {
-            let known = &self.workers[&worker];
-            if !known.last_members.contains(&kept.buddy) {
-                self.write(worker, &kept, None);
-            }
-        }
         self.rings.entry(generation).or_insert_with(|| Ring {
             formation,
             ready: BTreeSet::new(),

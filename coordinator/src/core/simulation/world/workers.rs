@@ -16,15 +16,15 @@ pub(super) struct Worker {
     pub(super) hold: u8,
     /// All data of this step are here; it will be applied.
     pub(super) applying: bool,
-    /// Members of the ring that it was told of last.
-    pub(super) last_members: Vec<WorkerId>,
     /// Copies of states that are not known to be in a committed checkpoint.
-    pub(super) kept: Vec<Kept>,
+    pub(super) kept: Vec<Copied>,
+    /// Until then it writes what it was given to write.
+    pub(super) writes_until: u64,
 }
 
 /// What a member copied for a checkpoint: its own block, and that of the next member.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Kept {
+pub(super) struct Copied {
     pub(super) step: Step,
     pub(super) generation: Generation,
     pub(super) state: u64,
@@ -79,6 +79,21 @@ impl World {
         self.send_up(worker, false, stance);
     }
 
+    /// With a heartbeat, where the time of its steps went: some are slow, and none is twice as fast as another time.
+    pub(super) fn say_pace(&mut self, worker: WorkerId) {
+        let known = &self.workers[&worker];
+        let (Some((coordinator, link)), Some(generation)) = (known.link, known.ring) else { return };
+        let lanes = self.rings[&generation].formation.member(worker).map_or(0, |member| member.lanes.len());
+        if lanes == 0 || known.mute_until > self.now {
+            return;
+        }
+        let lane_us = (100 + self.below(60)) * (1 + mix(worker.0, 3) % 3);
+        let spent = Spent { compute_us: lane_us * lanes as u64, ..Spent::default() };
+        let pace = Pace { generation, lanes: lanes as u32, steps: 1, spent };
+        let delay = self.latency();
+        self.after(delay, Happening::Paced { coordinator, link, worker, pace });
+    }
+
     /// Closes a worker's link: both ends learn of it, at their own time.
     pub(super) fn cut(&mut self, worker: WorkerId) {
         let Some((coordinator, link)) = self.workers.get(&worker).and_then(|known| known.link) else {
@@ -91,6 +106,9 @@ impl World {
 
     pub(super) fn tell_worker(&mut self, worker: WorkerId, event: Happens) -> Result<(), String> {
         let Some(known) = self.workers.get_mut(&worker) else { return Ok(()) };
+        if let Happens::Ordered { order: Order::Committed { step }, .. } = &event {
+            known.kept.retain(|copy| copy.step != *step);
+        }
         let mut out = Vec::new();
         known.machine.handle(event, &mut out);
         for effect in out {
@@ -118,6 +136,7 @@ impl World {
                         self.leave_ring(worker, Cause::Broken { lost: None, reason })?;
                     }
                 }
+                Do::WriteKept { step, generation } => self.write_kept(worker, step, generation)?,
                 Do::Exit(_) => self.bury(worker),
             }
         }
@@ -137,35 +156,53 @@ impl World {
         }
     }
 
-    /// Copies the state and writes this worker's parts, in the background.
+    /// Copies the state and writes this worker's parts, in the background. Of second copies two are kept, and the oldest is
+    /// written.
     pub(super) fn save(&mut self, worker: WorkerId, generation: Generation, leave: Option<Cause>) {
         let Some((step, state)) = self.workers[&worker].state else { return };
         let formation = &self.rings[&generation].formation;
         let (rank, all) = (formation.rank(worker).expect("a member") as u64, formation.members.len() as u64);
-        let buddy = (rank + 1) % all;
-        let kept =
-            Kept { step, generation, state, rank, all, buddy: formation.members[buddy as usize].worker };
-        self.write(worker, &kept, leave);
-        let known = self.workers.get_mut(&worker).expect("known");
-        known.kept.push(kept);
-        if known.kept.len() > 2 {
-            known.kept.remove(0);
+        let buddy = formation.members[((rank + 1) % all) as usize].worker;
+        let copy = Copied { step, generation, state, rank, all, buddy };
+        self.write(worker, &copy, false, leave);
+        if all > 1 {
+            let known = self.workers.get_mut(&worker).expect("known");
+            known.kept.push(copy);
+            if known.kept.len() > 2 {
+                let oldest = known.kept.remove(0);
+                self.write(worker, &oldest, true, None);
+            }
         }
     }
 
-    /// Writes a member's own block of a checkpoint, and those of the member after it once that is gone.
-    pub(super) fn write(&mut self, worker: WorkerId, kept: &Kept, leave: Option<Cause>) {
-        let Kept { step, generation, state, rank, all, buddy } = *kept;
+    /// The coordinator asks for a second copy.
+    fn write_kept(&mut self, worker: WorkerId, step: Step, generation: Generation) -> Result<(), String> {
+        let kept = &mut self.workers.get_mut(&worker).expect("known").kept;
+        let asked = |copy: &Copied| (copy.step, copy.generation) == (step, generation);
+        let Some(at) = kept.iter().position(asked) else {
+            return self.tell_worker(worker, Happens::LetGo { step, generation });
+        };
+        let copy = kept.remove(at);
+        self.report.copies += 1;
+        self.write(worker, &copy, true, None);
+        Ok(())
+    }
+
+    /// Writes a member's own block of a checkpoint, and that of the member after it when `both`.
+    fn write(&mut self, worker: WorkerId, copy: &Copied, both: bool, leave: Option<Cause>) {
+        let Copied { step, generation, state, rank, all, buddy } = *copy;
+        let next = (rank + 1) % all;
         let mut blocks: Vec<_> = std::iter::once(rank..rank + 1).collect();
-        let gone = self.workers[&worker].last_members.iter().all(|member| *member != buddy);
-        if gone && all > 1 {
-            let next = (rank + 1) % all;
-            blocks.push(next..next + 1);
-        }
-        let facts = format!("{state:016x}");
-        let written = Written { step, generation, parts: String::new(), facts, blocks, all_blocks: all };
+        blocks.extend(both.then_some(next..next + 1));
+        let kept = (!both && all > 1).then_some(Kept { owner: buddy, blocks: next..next + 1 });
+        let (parts, facts) = (String::new(), format!("{state:016x}"));
+        let written = Written { step, generation, parts, facts, blocks, all_blocks: all, kept };
+        // One thread writes one thing after the other.
         let delay = 5 + self.below(60);
-        self.after(delay, Happening::Wrote { worker, written, state, leave });
+        let known = self.workers.get_mut(&worker).expect("known");
+        known.writes_until = known.writes_until.max(self.now) + delay;
+        let at = known.writes_until;
+        self.at(at, Happening::Wrote { worker, written, state, leave });
     }
 
     pub(super) fn check_state(&self, worker: WorkerId) -> Result<(), String> {

@@ -1,0 +1,201 @@
+//! Which steps' figures are here, and the search for those that are not.
+//!
+//! Rank 0 reports every step, in order. A coordinator that comes later, or a rank 0 that dies, leaves a hole: a step is
+//! reported, or a checkpoint is whole, though figures of steps before it are not here. Any worker that was in the ring at the
+//! time has them, so that one after the other is asked. Those that nobody has died with whoever knew them: with their steps
+//! when nobody else holds state from after them, for then they are trained again.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use anello_proto::ring::WorkerId;
+
+use super::Millis;
+
+/// Looks a lease. After two leases, rows that no connected worker has are given up: whoever is to be expected is here, and
+/// whoever is dead is known to be.
+const LOOKS: u32 = 8;
+
+/// The steps whose figures are here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Rows {
+    /// Steps whose rows are here, from the first.
+    reported: u64,
+    /// The earliest step that was reported though one before it was not.
+    ahead: Option<u64>,
+    search: Option<Search>,
+    /// Time between two looks.
+    pace: Millis,
+}
+
+/// Who was asked, and when.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Search {
+    /// Since the last row came.
+    asked: BTreeSet<WorkerId>,
+    /// Looks so far, and the last one. Looks are counted, not time: a coordinator that slept has not waited.
+    looks: u32,
+    looked: Millis,
+}
+
+/// What comes of a look.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Look {
+    /// Who is to be asked for the rows from [`Rows::reported`] on.
+    pub ask: Vec<WorkerId>,
+    /// Steps whose rows are given up.
+    pub lost: Option<Range<u64>>,
+}
+
+impl Rows {
+    /// The rows of `reported` steps are here; a worker that is silent for `lease` is dead.
+    pub fn new(reported: u64, lease: Millis) -> Self {
+        Self { reported, ahead: None, search: None, pace: lease / u64::from(LOOKS) }
+    }
+
+    /// Steps whose rows are here.
+    pub fn reported(&self) -> u64 {
+        self.reported
+    }
+
+    /// A row of `step` comes. Whether it is the next: one that is known is the same bits again, and one that comes before its
+    /// time is told again once those before it are here.
+    pub fn take(&mut self, step: u64) -> bool {
+        if step > self.reported {
+            self.ahead = Some(self.ahead.map_or(step, |ahead| ahead.min(step)));
+        }
+        if step != self.reported {
+            return false;
+        }
+        if let Some(search) = &mut self.search {
+            (search.looks, search.asked) = (0, BTreeSet::new());
+        }
+        self.reported = step + 1;
+        true
+    }
+
+    /// A worker has connected: what it said over an older connection may be lost.
+    pub fn connected(&mut self, worker: WorkerId) {
+        if let Some(search) = &mut self.search {
+            search.asked.remove(&worker);
+        }
+    }
+
+    /// When the next look is due; absent: nothing is searched for.
+    pub fn deadline(&self) -> Option<Millis> {
+        self.search.as_ref().map(|search| search.looked + self.pace)
+    }
+
+    /// Looks for rows that are missing before one that is here, or before a step of `waiting`, whose whole checkpoints wait for
+    /// them. `connected` are those that can be asked.
+    pub fn look(
+        &mut self,
+        now: Millis,
+        waiting: impl Iterator<Item = u64>,
+        connected: impl ExactSizeIterator<Item = WorkerId>,
+    ) -> Look {
+        let reported = self.reported;
+        self.ahead = self.ahead.filter(|ahead| *ahead > reported);
+        let waiting = waiting.filter(|step| *step > reported);
+        let Some(hole_end) = self.ahead.into_iter().chain(waiting).min() else {
+            self.search = None;
+            return Look::default();
+        };
+        let pace = self.pace;
+        let search = self.search.get_or_insert(Search { asked: BTreeSet::new(), looks: 0, looked: now });
+        if now < search.looked + pace {
+            return Look::default();
+        }
+        (search.looks, search.looked) = (search.looks + 1, now);
+        let share = connected.len().div_ceil(LOOKS as usize);
+        let ask: Vec<WorkerId> = connected.filter(|id| !search.asked.contains(id)).take(share).collect();
+        if ask.is_empty() && search.looks > LOOKS {
+            self.reported = hole_end;
+            self.search = None;
+            return Look { ask, lost: Some(reported..hole_end) };
+        }
+        search.asked.extend(&ask);
+        Look { ask, lost: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Millis = Millis(800);
+
+    fn ids(ids: &[u64]) -> impl ExactSizeIterator<Item = WorkerId> {
+        ids.iter().copied().map(WorkerId)
+    }
+
+    fn asks(of: &[u64]) -> Look {
+        Look { ask: ids(of).collect(), lost: None }
+    }
+
+    /// Looks every 100 ms from `from` on, `count` times; returns what came of the looks that were not idle.
+    fn looks(
+        rows: &mut Rows,
+        from: u64,
+        count: u64,
+        wanted: Option<u64>,
+        connected: &[u64],
+    ) -> Vec<(u64, Look)> {
+        let look = |at: u64| (at, rows.look(Millis(at), wanted.into_iter(), ids(connected)));
+        let times = (0..count).map(|n| from + 100 * n);
+        times.map(look).filter(|(_, look)| *look != Look::default()).collect()
+    }
+
+    #[test]
+    fn rows_are_taken_in_order_and_once() {
+        let mut rows = Rows::new(3, LEASE);
+        assert!(!rows.take(2) && !rows.take(4) && rows.take(3) && !rows.take(3) && rows.take(4));
+        assert_eq!((rows.reported(), rows.deadline()), (5, None));
+        assert_eq!(looks(&mut rows, 0, 9, None, &[1]), [], "nothing is missing any more");
+    }
+
+    #[test]
+    fn one_after_the_other_is_asked_until_the_hole_is_closed() {
+        let mut rows = Rows::new(3, LEASE);
+        rows.take(5);
+        // The row may be on its way: the first is asked after a look's time.
+        assert_eq!(rows.look(Millis(0), std::iter::empty(), ids(&[1, 2])), asks(&[]));
+        assert_eq!(rows.deadline(), Some(Millis(100)));
+        assert_eq!(rows.look(Millis(99), std::iter::empty(), ids(&[1, 2])), asks(&[]));
+        assert_eq!(looks(&mut rows, 100, 3, None, &[1, 2]), [(100, asks(&[1])), (200, asks(&[2]))]);
+        // Whoever has a row may have the next one too, and whoever had none of this may have that.
+        assert!(rows.take(3));
+        assert_eq!(looks(&mut rows, 400, 1, None, &[1, 2]), [(400, asks(&[1]))]);
+        assert!(rows.take(4));
+        assert_eq!((looks(&mut rows, 500, 20, None, &[1, 2]), rows.deadline()), (vec![], None));
+    }
+
+    #[test]
+    fn who_connects_again_is_asked_again_and_of_many_some_at_a_time() {
+        let mut rows = Rows::new(3, LEASE);
+        assert_eq!(looks(&mut rows, 0, 3, Some(9), &[1]), [(100, asks(&[1]))]);
+        rows.connected(WorkerId(1));
+        assert_eq!(looks(&mut rows, 300, 2, Some(9), &[1]), [(300, asks(&[1]))]);
+        let mut rows = Rows::new(3, LEASE);
+        let many: Vec<u64> = (1..=17).collect();
+        let asked = looks(&mut rows, 0, 9, Some(9), &many);
+        assert_eq!(asked.iter().map(|(_, look)| look.ask.len()).collect::<Vec<_>>(), [3, 3, 3, 3, 3, 2]);
+    }
+
+    #[test]
+    fn rows_that_nobody_has_are_given_up_after_looks_and_not_after_time() {
+        let mut rows = Rows::new(3, LEASE);
+        rows.take(9);
+        // It sleeps for an hour between two looks: nobody had the time to answer.
+        let asked = [
+            rows.look(Millis(0), std::iter::once(6), ids(&[])),
+            rows.look(Millis(3_600_000), std::iter::once(6), ids(&[])),
+        ];
+        assert_eq!(asked, [asks(&[]), asks(&[])]);
+        let lost = Look { ask: Vec::new(), lost: Some(3..6) };
+        assert_eq!(looks(&mut rows, 3_600_100, 8, Some(6), &[]), [(3_600_800, lost)]);
+        assert_eq!(rows.reported(), 6);
+        // The next hole begins anew, and someone who comes is asked before it is given up.
+        assert_eq!(looks(&mut rows, 3_602_100, 9, None, &[7]), [(3_602_200, asks(&[7]))]);
+    }
+}
