@@ -6,6 +6,7 @@
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, pause, … at a coordinator
+//!               bisect      why two runs are not the same
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -13,6 +14,7 @@
 //!               stages      what became of each stage
 //! ```
 
+mod bisect;
 mod checkpoint;
 mod config;
 mod coordinator;
@@ -85,6 +87,8 @@ enum Command {
     /// Look at the checkpoints of runs.
     #[command(subcommand)]
     Checkpoint(checkpoint::Command),
+    /// Find the first step, phase, lane and block in which two runs differ. Exit code 0: they are equal; 1: they differ.
+    Bisect(bisect::Args),
     /// Tell what happened in a run.
     Events(log::EventsArgs),
     /// Print the metrics of a run, one row a step.
@@ -95,7 +99,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if matches!(cli.command, Command::Run(_) | Command::Worker(_)) {
+    if matches!(cli.command, Command::Run(_) | Command::Worker(_) | Command::Bisect(_)) {
         waiting::sleep_while_waiting();
     }
     let screen = Screen::new();
@@ -129,19 +133,23 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Plan(args) => config::plan(&args, screen),
         Command::Config(args) => config::show(&args, screen),
         Command::Data(command) => data::run(&command, screen),
-        Command::Checkpoint(command) => match checkpoint::run(&command, screen) {
-            // As diff(1) and cmp(1) have it: 1 means that they differ, so trouble must be something else.
-            Err(failure)
-                if matches!(command, checkpoint::Command::Diff { .. }) && !failure.is_closed_pipe() =>
-            {
-                Err(failure::Failure::Usage(failure.text()))
-            }
-            outcome => outcome,
-        },
+        Command::Checkpoint(command @ checkpoint::Command::Diff { .. }) => {
+            comparison(checkpoint::run(&command, screen))
+        }
+        Command::Checkpoint(command) => checkpoint::run(&command, screen),
+        Command::Bisect(args) => comparison(bisect::run(&args, screen)),
         Command::Events(args) => log::events(&args, screen),
         Command::Metrics(args) => log::metrics(&args),
         Command::Report(args) => report::run(&args, screen),
     }
+}
+
+/// As diff(1) and cmp(1) have it: 1 means that they differ, so trouble must be something else.
+fn comparison(outcome: Outcome) -> Outcome {
+    outcome.map_err(|failure| match failure.is_closed_pipe() {
+        true => failure,
+        false => failure::Failure::Usage(failure.text()),
+    })
 }
 
 #[cfg(test)]

@@ -7,11 +7,13 @@
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   generate   a sample of text
 //! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
+//! to ask why        bisect     two runs side by side, and computed again
 //! the shells        trainer    one thread that owns the model, one that writes; commands in, notices out
 //!                   ring       the same in a ring of workers under a coordinator
 //! ```
 
 mod account;
+pub mod bisect;
 pub mod checkpoint;
 mod engine;
 mod environment;

@@ -1,5 +1,6 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, compared.
 
+mod bisect;
 mod disk;
 mod jobs;
 mod kill;
