@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! any prefix      store        objects at a path or URL, read and written from plain threads
+//!                 remote       which server a URL means, whose credentials, how long anything may take
 //! the run folder  config       the config that a run was begun with
 //!                 events       what happened: numbered records; who writes the next one owns the run
 //!                 environment  where it ran
@@ -26,6 +27,7 @@ mod error;
 pub mod events;
 pub mod metrics;
 mod notice;
+mod remote;
 mod store;
 
 pub use config::{CONFIG, read_config};
@@ -33,4 +35,4 @@ pub use cursor::{Cursor, OpenDocument, SourceCursor};
 pub use environment::{ENVIRONMENT, Environment};
 pub use error::{Error, Result};
 pub use notice::Notice;
-pub use store::{Object, Store};
+pub use store::{Attempts, Object, Store};

@@ -16,7 +16,7 @@ use anello_worker::{Control, Ended, Resume, Run, Training};
 
 use tokenizers::Tokenizer;
 
-use crate::config::load;
+use crate::config::{load, load_text};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
@@ -131,9 +131,16 @@ fn open(args: &Args) -> Result<Run, Failure> {
             open_run(place)?;
             let store = Store::durable(place)?;
             // First by itself: a damaged config is the run's fault, not that of what is set over it.
-            read_config(&store)?;
-            let own = store.place_of(CONFIG);
-            let config = config(given.as_deref().unwrap_or(&own))?;
+            let own = read_config(&store)?;
+            let config = match given {
+                Some(given) => config(given)?,
+                None => {
+                    let text = store.folder().is_none().then(|| own.to_toml());
+                    let loaded = load_text(&store.place_of(CONFIG), text, &sets)?;
+                    loaded.check_sources()?;
+                    loaded.config
+                }
+            };
             Ok(Run::resume(store, Resume { config: Some(config), allow: args.allow })?)
         }
         (None, Some(name)) => {

@@ -1,6 +1,7 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, compared.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, compared, in a bucket.
 
 mod bisect;
+mod bucket;
 mod disk;
 mod jobs;
 mod kill;
