@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_coordinator::{Jobs, Registry, RegistryOptions, Said, Server, Timings};
+use anello_store::{Store, doctor};
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
@@ -44,6 +45,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let slots = Some(args.slots.unwrap_or(cores)).filter(|slots| *slots > 0);
     let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
+    doctor::check_ledger(&Store::durable(&place)?)?;
     let options = RegistryOptions { place: place.clone(), slots, timings: Timings::new(args.detection) };
     let worker = program()?;
     let launcher = move |job: &str, config: &RunConfig, workers: u32| {

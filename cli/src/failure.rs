@@ -8,8 +8,9 @@ pub const EXIT_CODES: &str = "\
 Exit codes:
   0    done (also: `--until` was reached; of `watch`: the job is complete, or cancelled)
   1    failed; of `checkpoint verify` and `data verify`: something is broken; of `checkpoint diff` and `bisect`: they
-       differ
-  2    the arguments or the config are wrong; of `checkpoint diff` and `bisect`: they could not be compared
+       differ; of `doctor`: no run may live there
+  2    the arguments or the config are wrong; of `checkpoint diff` and `bisect`: they could not be compared; of `doctor`:
+       it could not be tried
   3    of `worker`: refused, since it does not fit the job: starting it again changes nothing
   4    of `worker --until-eof`: the process that started it is gone
   5    of `worker`: sent away, since its state differed from all others': do not use this machine again

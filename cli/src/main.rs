@@ -6,7 +6,7 @@
 //!               log         events, metrics            report       one HTML page
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, pause, … at a coordinator
-//!               bisect      why two runs are not the same
+//!               bisect      why two runs are not the same        doctor   is a store fit for runs?
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -19,6 +19,7 @@ mod checkpoint;
 mod config;
 mod coordinator;
 mod data;
+mod doctor;
 mod failure;
 mod interrupt;
 mod jobs;
@@ -89,6 +90,8 @@ enum Command {
     Checkpoint(checkpoint::Command),
     /// Find the first step, phase, lane and block in which two runs differ. Exit code 0: they are equal; 1: they differ.
     Bisect(bisect::Args),
+    /// Try out whether runs may live at a place. Exit code 0: they may; 1: they may not.
+    Doctor(doctor::Args),
     /// Tell what happened in a run.
     Events(log::EventsArgs),
     /// Print the metrics of a run, one row a step.
@@ -138,6 +141,7 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         }
         Command::Checkpoint(command) => checkpoint::run(&command, screen),
         Command::Bisect(args) => comparison(bisect::run(&args, screen)),
+        Command::Doctor(args) => comparison(doctor::run(&args, screen)),
         Command::Events(args) => log::events(&args, screen),
         Command::Metrics(args) => log::metrics(&args),
         Command::Report(args) => report::run(&args, screen),

@@ -3,6 +3,7 @@
 //! ```text
 //! any prefix      store        objects at a path or URL, read and written from plain threads
 //!                 remote       which server a URL means, whose credentials, how long anything may take
+//!                 doctor       is a store fit for runs?
 //! the run folder  config       the config that a run was begun with
 //!                 events       what happened: numbered records; who writes the next one owns the run
 //!                 environment  where it ran
@@ -22,6 +23,7 @@
 pub mod checkpoint;
 mod config;
 mod cursor;
+pub mod doctor;
 mod environment;
 mod error;
 pub mod events;

@@ -307,6 +307,15 @@ impl Store {
         unreachable!("the last attempt returns")
     }
 
+    /// When the object was written by the store's clock, milliseconds since 1970; `None` where there is none.
+    pub fn written_ms(&self, path: &str) -> Result<Option<i64>> {
+        match self.runtime.block_on(self.inner.head(&self.at(path))) {
+            Ok(meta) => Ok(Some(meta.last_modified.timestamp_millis())),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.failed("reading", path, e)),
+        }
+    }
+
     /// Deletes the object; one that is not there is fine.
     pub fn delete(&self, path: &str) -> Result<()> {
         match self.runtime.block_on(self.inner.delete(&self.at(path))) {

@@ -8,7 +8,7 @@ use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
 use anello_coordinator::launch::Crew;
 use anello_coordinator::{JobOptions, Jobs, Opened, Server, Timings, create};
-use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
+use anello_store::{CONFIG, Store, checkpoint, doctor, metrics, read_config};
 use anello_worker::Ended;
 
 use super::tracker::Tracker;
@@ -27,6 +27,7 @@ const BUDGET: u32 = 1000;
 pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let interrupt = Interrupt::watch()?;
     let (store, config) = open(args)?;
+    doctor::check_ledger(&store)?;
     let mut tracker = Tracker::new(&config, None);
     let mut view = View::new(screen);
     view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;

@@ -96,3 +96,13 @@ fn what_is_wrong_with_a_place_is_said_with_what_to_set() {
     );
     without.expect(2);
 }
+
+#[test]
+fn the_doctor_finds_a_bucket_fit() {
+    let told = anello(&["doctor", &s3().url("doctor")]).expect(0);
+    assert!(
+        told.contains("/doctor is fit for runs and coordinators\nput-if-absent: one winner in 20 of 20"),
+        "{told}"
+    );
+    assert_eq!(s3().keys("doctor"), Vec::<String>::new(), "it leaves nothing behind");
+}

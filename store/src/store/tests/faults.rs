@@ -12,6 +12,7 @@ use object_store::{
 
 use super::*;
 use crate::checkpoint::{self, BLOCK_BYTES, Facts, Manifest, Position};
+use crate::doctor;
 use crate::events::{Event, EventLog};
 
 /// What becomes of a request.
@@ -35,13 +36,15 @@ enum Fate {
 struct Network {
     inner: Arc<InMemory>,
     fates: Arc<Mutex<Vec<Fate>>>,
+    /// As a server whose put-if-absent looks first, and writes afterwards.
+    looks_first: bool,
     /// Requests and pieces that there were, and the most pieces at a time.
     seen: Arc<[AtomicUsize; 3]>,
 }
 
 impl Network {
     fn new() -> Self {
-        Self { inner: Arc::default(), fates: Arc::default(), seen: Arc::default() }
+        Self { inner: Arc::default(), fates: Arc::default(), looks_first: false, seen: Arc::default() }
     }
 
     /// A store that tries three times.
@@ -99,6 +102,10 @@ impl ObjectStore for Network {
         if fate == Fate::Conflict {
             let source = "409 conflict".into();
             return Err(object_store::Error::AlreadyExists { path: path.to_string(), source });
+        }
+        if self.looks_first && options.mode == PutMode::Create && self.inner.head(path).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            return self.inner.put(path, payload).await;
         }
         let put = self.inner.put_opts(path, payload, options).await?;
         if fate == Fate::AnswerLost { Err(lost()) } else { Ok(put) }
@@ -339,4 +346,21 @@ fn no_fault_leaves_a_checkpoint_that_is_not_whole() {
         }
     }
     assert!(outcomes.iter().all(|count| *count > 20), "{outcomes:?}");
+}
+
+#[test]
+fn a_store_that_lets_two_win_is_found_and_refused() {
+    let network = Network { looks_first: true, ..Network::new() };
+    let checkup = doctor::check(&network.store()).unwrap();
+    assert!(!checkup.is_fit() && checkup.raced.winners_most > 1, "{checkup:?}");
+    assert!(checkup.faults[0].starts_with("put-if-absent is not atomic there: "), "{checkup:?}");
+    let refused = doctor::check_ledger(&network.store()).unwrap_err();
+    assert!(refused.is_wrong_place(), "{refused:?}");
+    let text = refused.to_string();
+    assert!(
+        text.starts_with("network: put-if-absent is not atomic") && text.contains("use a store that"),
+        "{text}"
+    );
+    assert_eq!(network.beyond().list("").unwrap(), [], "nothing is left behind");
+    doctor::check_ledger(&Network::new().store()).unwrap();
 }
