@@ -16,6 +16,10 @@ fn start(arguments: &[&str]) -> Process {
     Process::start_with(&world().folder, arguments, &s3().variables())
 }
 
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
 fn anello(arguments: &[&str]) -> Done {
     start(arguments).wait()
 }
@@ -53,7 +57,7 @@ fn a_run_whose_data_is_in_a_bucket_too_is_killed_and_resumed() {
 #[test]
 fn a_coordinator_of_a_run_in_a_bucket_is_killed_and_taken_over() {
     let url = s3().url("ring");
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let port = free_port().to_string();
     let address = format!("127.0.0.1:{port}");
     let external = ["--workers", "2", "--external", "--port", &port, "--detection", "1s", "--sample", "0"];
     let mut first = start(&[&["run", "small.toml", "--out", &url][..], &external].concat());
@@ -66,6 +70,23 @@ fn a_coordinator_of_a_run_in_a_bucket_is_killed_and_taken_over() {
         worker.wait().expect(0);
     }
     assert_undisturbed(&url);
+}
+
+#[test]
+fn a_coordinator_keeps_its_jobs_in_a_bucket() {
+    let (jobs, address) = (s3().url("jobs"), format!("127.0.0.1:{}", free_port()));
+    let keep = ["coordinator", "--listen", &address, "--jobs", &jobs, "--slots", "2", "--detection", "1s"];
+    let mut coordinator = start(&keep);
+    wait_until("it listens", || coordinator.out().contains("coordinator at") || coordinator.ended());
+    anello(&["submit", "small.toml", "--workers", "2", "--coordinator", &address]).expect(0);
+    wait_until("it is so far", || s3().newest_checkpoint("jobs/small") >= 6 || coordinator.ended());
+    assert!(coordinator.kill(), "it was over too soon");
+    let mut coordinator = start(&keep);
+    wait_until("it listens", || coordinator.out().contains("coordinator at") || coordinator.ended());
+    anello(&["watch", "small", "--coordinator", &address]).expect(0);
+    coordinator.signal("INT");
+    coordinator.wait().expect(130);
+    assert_undisturbed(&format!("{jobs}/small"));
 }
 
 #[test]
