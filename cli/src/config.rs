@@ -19,13 +19,19 @@ pub struct ConfigArgs {
 ///
 /// Its paths are absolute, so that it means the same from any directory.
 pub fn load(config: &str, sets: &[String]) -> Result<Loaded, Failure> {
-    let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+    load_text(config, None, sets)
+}
+
+/// The config `text`, which messages call `config`, with the environment and `sets` laid over it.
+pub fn load_text(config: &str, text: Option<String>, sets: &[String]) -> Result<Loaded, Failure> {
+    let variable = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
         Some((name.into_string().ok()?, value.into_string().ok()?))
     };
     Ok(RunConfig::load(&LoadOptions {
         config: config.to_owned(),
+        text,
         directory: std::env::current_dir()?,
-        environment: std::env::vars_os().filter_map(text).collect(),
+        environment: std::env::vars_os().filter_map(variable).collect(),
         sets: sets.to_vec(),
     })?)
 }

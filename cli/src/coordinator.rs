@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_coordinator::{Jobs, Registry, RegistryOptions, Said, Server, Timings};
+use anello_store::{Store, doctor};
 use anello_tls::Role;
 
 use crate::certs::{Handed, ListenArgs};
@@ -56,6 +57,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         None => Handed::default(),
     };
     let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
+    doctor::check_ledger(&Store::durable(&place)?)?;
     let options = RegistryOptions { place: place.clone(), slots, timings: Timings::new(args.detection) };
     let worker = program()?;
     let timeline = screen.timeline().map(Path::to_owned);

@@ -9,6 +9,7 @@
 //!               certs       a private CA, and how other commands are given its certificates
 //!               interchange export, import             generate, eval
 //!                                                      weights      a model by its name
+//!               bisect      why two runs are not the same        doctor   is a store fit for runs?
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep    trace        a timeline of steps
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
@@ -16,11 +17,13 @@
 //!               stages      what became of each stage
 //! ```
 
+mod bisect;
 mod certs;
 mod checkpoint;
 mod config;
 mod coordinator;
 mod data;
+mod doctor;
 mod eval;
 mod failure;
 mod generate;
@@ -112,6 +115,10 @@ enum Command {
     /// Look at the checkpoints of runs.
     #[command(subcommand)]
     Checkpoint(checkpoint::Command),
+    /// Find the first step, phase, lane and block in which two runs differ. Exit code 0: they are equal; 1: they differ.
+    Bisect(bisect::Args),
+    /// Try out whether runs may live at a place. Exit code 0: they may; 1: they may not.
+    Doctor(doctor::Args),
     /// Tell what happened in a run.
     Events(log::EventsArgs),
     /// Print the metrics of a run, one row a step.
@@ -122,7 +129,11 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if matches!(cli.command, Command::Run(_) | Command::Worker(_) | Command::Generate(_) | Command::Eval(_)) {
+    let computes = matches!(
+        cli.command,
+        Command::Run(_) | Command::Worker(_) | Command::Generate(_) | Command::Eval(_) | Command::Bisect(_)
+    );
+    if computes {
         waiting::sleep_while_waiting();
     }
     let screen = Screen::new(cli.trace);
@@ -158,15 +169,12 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Plan(args) => config::plan(&args, screen),
         Command::Config(args) => config::show(&args, screen),
         Command::Data(command) => data::run(&command, screen),
-        Command::Checkpoint(command) => match checkpoint::run(&command, screen) {
-            // As diff(1) and cmp(1) have it: 1 means that they differ, so trouble must be something else.
-            Err(failure)
-                if matches!(command, checkpoint::Command::Diff { .. }) && !failure.is_closed_pipe() =>
-            {
-                Err(failure::Failure::Usage(failure.text()))
-            }
-            outcome => outcome,
-        },
+        Command::Checkpoint(command @ checkpoint::Command::Diff { .. }) => {
+            comparison(checkpoint::run(&command, screen))
+        }
+        Command::Checkpoint(command) => checkpoint::run(&command, screen),
+        Command::Bisect(args) => comparison(bisect::run(&args, screen)),
+        Command::Doctor(args) => comparison(doctor::run(&args, screen)),
         Command::Generate(args) => generate::run(&args, screen),
         Command::Eval(args) => eval::run(&args, screen),
         Command::Export(args) => interchange::export(&args, screen),
@@ -175,6 +183,14 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Metrics(args) => log::metrics(&args),
         Command::Report(args) => report::run(&args, screen),
     }
+}
+
+/// As diff(1) and cmp(1) have it: 1 means that they differ, so trouble must be something else.
+fn comparison(outcome: Outcome) -> Outcome {
+    outcome.map_err(|failure| match failure.is_closed_pipe() {
+        true => failure,
+        false => failure::Failure::Usage(failure.text()),
+    })
 }
 
 #[cfg(test)]

@@ -78,7 +78,7 @@ fn wrong_arguments_and_configs_are_told_in_full_with_exit_code_2() {
         ),
         (&["run", "tiny"], &["data.sources.docs.url is", "which does not exist", "anello data"]),
         (&["run", "--resume", "nowhere"], &["nowhere holds no run; give the folder of one"]),
-        (&["events", "ftp://host/run"], &["ftp://host/run: this build cannot open ftp://"]),
+        (&["events", "ftp://host/run"], &["ftp://host/run: ftp:// is no store that is known here"]),
         (&["plan", "tiny", "--log", "a=b=c"], &["--log a=b=c is no filter"]),
     ];
     for (arguments, told) in cases {

@@ -55,6 +55,8 @@ pub const ENVIRONMENT_PREFIX: &str = "ANELLO_SET__";
 pub struct LoadOptions {
     /// Name of a preset (`tiny`), or path of a TOML file.
     pub config: String,
+    /// The TOML of `config` where that is no file of this machine: `config` is then its name in messages.
+    pub text: Option<String>,
     /// What relative paths on the command line, in the environment and in presets are relative to; they are joined
     /// to it, so that with an absolute directory the loaded config holds absolute paths only. Empty: they are kept.
     pub directory: PathBuf,
@@ -193,11 +195,12 @@ struct Stack {
     open: Vec<Name>,
 }
 
-/// One thing to include: an embedded text, or a file.
+/// One thing to read: an embedded text, a file, or what the caller read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Name {
     Embedded(String),
     File(PathBuf),
+    Given { name: String, text: String },
 }
 
 impl Name {
@@ -211,7 +214,7 @@ impl Name {
 
     fn shown(&self) -> String {
         match self {
-            Self::Embedded(name) => name.clone(),
+            Self::Embedded(name) | Self::Given { name, .. } => name.clone(),
             Self::File(path) => path.display().to_string(),
         }
     }
@@ -219,9 +222,12 @@ impl Name {
 
 impl Stack {
     fn load(&mut self, options: &LoadOptions) -> Result<(), ConfigError> {
-        let name = match PRESETS.iter().any(|(name, _)| *name == options.config) {
-            true => Name::Embedded(format!("preset:{}", options.config)),
-            false => Name::of(&options.config, &options.directory),
+        let name = match &options.text {
+            Some(text) => Name::Given { name: options.config.clone(), text: text.clone() },
+            None if PRESETS.iter().any(|(name, _)| *name == options.config) => {
+                Name::Embedded(format!("preset:{}", options.config))
+            }
+            None => Name::of(&options.config, &options.directory),
         };
         self.directory = options.directory.clone();
         self.file(name, None)?;
@@ -272,6 +278,7 @@ impl Stack {
                 Some(text) => (text.to_owned(), self.directory.clone(), name),
                 None => return self.unknown(embedded_name, from),
             },
+            Name::Given { text, .. } => (text.clone(), self.directory.clone(), name),
             Name::File(path) => {
                 let text = std::fs::read_to_string(path).map_err(|source| unreadable(path, from, source))?;
                 let identity = Name::File(path.canonicalize().unwrap_or_else(|_| path.clone()));

@@ -44,6 +44,22 @@ impl RunConfig {
         Self::parse(&self.name, &self.to_toml()).map(|_| ())
     }
 
+    /// This config with other values, as TOML, for these dotted keys; `None` takes a key out. Keys and values are as
+    /// [`RunConfig::mathematics`] and [`RunConfig::diff_mathematics`] have them.
+    pub fn with(&self, changes: &[(&str, Option<&str>)]) -> Result<Self, ConfigError> {
+        let whole = entries(self).into_iter();
+        let mut values: BTreeMap<String, String> =
+            whole.map(|entry| (crate::tree::join(&entry.section, &entry.key), entry.value)).collect();
+        for &(key, value) in changes {
+            match value {
+                Some(value) => drop(values.insert(key.to_owned(), value.to_owned())),
+                None => drop(values.remove(key)),
+            }
+        }
+        let text: String = values.iter().map(|(key, value)| format!("{key} = {value}\n")).collect();
+        Self::parse(&self.name, &text)
+    }
+
     /// Every key that changes the bits of the run, with its value as TOML.
     ///
     /// Left out, because the weights after each step are the same whatever they say:

@@ -18,14 +18,16 @@ pub enum Error {
         place: String,
     },
     /// An object could not be listed, read or written: retry when the cause is gone.
-    #[error("{action} {place}: {source}")]
+    #[error("{action} {place}: {source}{remedy}")]
     Object {
         /// What was tried: `reading`, `writing`, …
         action: &'static str,
         /// The object.
         place: String,
         /// What the store said.
-        source: object_store::Error,
+        source: Box<object_store::Error>,
+        /// What to do, after a `; `; empty where trying again is all there is.
+        remedy: String,
     },
     /// A local resource (a folder, a thread) could not be had.
     #[error("{action} {place}: {source}")]

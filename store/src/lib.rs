@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! any prefix      store        objects at a path or URL, read and written from plain threads
+//!                 remote       which server a URL means, whose credentials, how long anything may take
+//!                 doctor       is a store fit for runs?
 //! the run folder  config       the config that a run was begun with
 //!                 events       what happened: numbered records; who writes the next one owns the run
 //!                 environment  where it ran
@@ -21,11 +23,13 @@
 pub mod checkpoint;
 mod config;
 mod cursor;
+pub mod doctor;
 mod environment;
 mod error;
 pub mod events;
 pub mod metrics;
 mod notice;
+mod remote;
 mod store;
 
 pub use config::{CONFIG, read_config};
@@ -33,4 +37,4 @@ pub use cursor::{Cursor, OpenDocument, SourceCursor};
 pub use environment::{ENVIRONMENT, Environment};
 pub use error::{Error, Result};
 pub use notice::Notice;
-pub use store::{Object, Store};
+pub use store::{Attempts, Object, Store};

@@ -3,16 +3,28 @@
 use std::ops::Range;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use bytes::Bytes;
-use futures::TryStreamExt;
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, TryStreamExt, stream};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::{Path, PathPart};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::Runtime;
 
+use crate::remote::{self, Remote};
 use crate::{Error, Result};
+
+/// Bytes that one request for a part of a large object carries. Larger objects are read and written in pieces of it, so
+/// that a stall or a lost connection costs one piece.
+const PIECE: usize = 8 << 20;
+/// Pieces under way at a time: at most 64 MiB of one object are on the wire.
+const PIECES: usize = 8;
+/// Larger objects than this are written in pieces.
+const WHOLE_MAX: usize = 2 * PIECE;
+/// Attempts at a put-if-absent, and the pause after the first: 6.3 s of pauses in all.
+const CREATE: Attempts = Attempts { most: 7, pause: Duration::from_millis(100) };
 
 /// A folder or bucket prefix, read and written from plain threads. Clones are the same store.
 ///
@@ -21,10 +33,22 @@ use crate::{Error, Result};
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
+    /// The same objects through a client that tries once.
+    once: Arc<dyn ObjectStore>,
+    attempts: Attempts,
     prefix: Path,
     place: String,
     folder: Option<PathBuf>,
     runtime: Arc<Runtime>,
+}
+
+/// How often something is tried. The pause doubles each time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempts {
+    /// At most so often, at least once.
+    pub most: u32,
+    /// Between the first two.
+    pub pause: Duration,
 }
 
 /// An object of a [`Store`].
@@ -43,7 +67,7 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// The store at `place`: a path, `file:///…`, or any scheme that `object_store` serves in this build. Makes
+    /// The store at `place`: a path, `file:///…`, or `s3://…`, `gs://…`, `az://…` or `memory://`. Makes
     /// nothing: where there is no folder there are no objects, until one is put there.
     pub fn open(place: &str) -> Result<Self> {
         let Some(folder) = local_folder(place)? else { return Self::remote(place) };
@@ -63,7 +87,8 @@ impl Store {
         let local = LocalFileSystem::new_with_prefix(&absolute).map_err(|source| Error::Object {
             action: "opening",
             place: place.to_owned(),
-            source,
+            source: Box::new(source),
+            remedy: String::new(),
         })?;
         // Durable before visible: a manifest must not outlive the power cut that its parts did not.
         let local = local.with_fsync(true).with_automatic_cleanup(true);
@@ -81,16 +106,14 @@ impl Store {
     }
 
     fn remote(url: &str) -> Result<Self> {
-        let parsed = url::Url::parse(url).map_err(|e| wrong_place(url, &e))?;
-        // Credentials and endpoints, under the names that the clouds' own tools use.
-        let environment = std::env::vars_os().filter_map(|(key, value)| {
-            Some((key.into_string().ok()?.to_ascii_lowercase(), value.into_string().ok()?))
-        });
-        let (store, prefix) = object_store::parse_url_opts(&parsed, environment).map_err(|e| {
-            let scheme = parsed.scheme();
-            wrong_place(url, &format!("this build cannot open {scheme}:// ({e}); build with `--features cloud`, or copy the folder and give its path"))
-        })?;
-        Self::with_prefix(Arc::from(store), prefix, url.trim_end_matches('/').to_owned(), None)
+        let Remote { patient, once, prefix } = remote::open(url).map_err(|e| wrong_place(url, &e))?;
+        let store = Self::with_prefix(patient, prefix, url.trim_end_matches('/').to_owned(), None)?;
+        Ok(Self { once, attempts: CREATE, ..store })
+    }
+
+    /// Tries a put-if-absent so often before it is an error: for stores that do not do so themselves.
+    pub fn trying(self, attempts: Attempts) -> Self {
+        Self { attempts, ..self }
     }
 
     fn with_prefix(
@@ -110,7 +133,9 @@ impl Store {
                 place: place.clone(),
                 source,
             })?;
-        Ok(Self { inner, prefix, place, folder, runtime: Arc::new(runtime) })
+        let attempts = Attempts { most: 1, ..CREATE };
+        let once = inner.clone();
+        Ok(Self { inner, once, attempts, prefix, place, folder, runtime: Arc::new(runtime) })
     }
 
     /// Where it is, for people: the path of a folder, else the URL. [`Store::open`] takes it.
@@ -164,11 +189,46 @@ impl Store {
     /// The object's bytes; `None` where there is none.
     pub fn get(&self, path: &str) -> Result<Option<Bytes>> {
         let at = self.at(path);
-        match self.runtime.block_on(async { self.inner.get(&at).await?.bytes().await }) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.failed("reading", path, e)),
+        let mut pause = self.attempts.pause;
+        for attempt in 1.. {
+            match self.runtime.block_on(self.read(&at)) {
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(object_store::Error::NotFound { .. }) => return Ok(None),
+                // It was written anew while it was read, or came short.
+                Err(
+                    object_store::Error::Precondition { .. }
+                    | object_store::Error::Generic { store: SHORT, .. },
+                ) if attempt < self.attempts.most => {}
+                Err(e) => return Err(self.failed("reading", path, e)),
+            }
+            std::thread::sleep(pause);
+            pause *= 2;
         }
+        unreachable!("the last attempt returns")
+    }
+
+    /// All of an object; a large one of a remote store in pieces, several at a time, all of them of one version.
+    async fn read(&self, at: &Path) -> object_store::Result<Bytes> {
+        let found = self.inner.get(at).await?;
+        let (size, version) = (found.meta.size, found.meta.e_tag.clone());
+        if self.folder.is_some() || size <= WHOLE_MAX as u64 || version.is_none() {
+            return whole(found.bytes().await?, size);
+        }
+        drop(found);
+        let starts = (0..size).step_by(PIECE);
+        let pieces = starts.map(|start| {
+            let range = start..size.min(start + PIECE as u64);
+            let length = range.end - range.start;
+            let range = Some(GetRange::Bounded(range));
+            let options = GetOptions { range, if_match: version.clone(), ..Default::default() };
+            async move { whole(self.inner.get_opts(at, options).await?.bytes().await?, length) }
+        });
+        let mut all = BytesMut::with_capacity(size as usize);
+        let mut pieces = stream::iter(pieces).buffered(PIECES);
+        while let Some(piece) = pieces.try_next().await? {
+            all.extend_from_slice(&piece);
+        }
+        Ok(all.freeze())
     }
 
     /// The last `length` bytes of the object, or all of it if it is shorter.
@@ -182,26 +242,77 @@ impl Store {
     /// The bytes of each range of the object.
     pub fn ranges(&self, path: &str, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let at = self.at(path);
-        let read = self.inner.get_ranges(&at, ranges);
-        self.runtime.block_on(read).map_err(|e| self.failed("reading", path, e))
+        let read = self.runtime.block_on(self.inner.get_ranges(&at, ranges));
+        let pieces = read.map_err(|e| self.failed("reading", path, e))?.into_iter().zip(ranges);
+        let pieces = pieces.map(|(bytes, range)| whole(bytes, range.end - range.start));
+        pieces.collect::<object_store::Result<_>>().map_err(|e| self.failed("reading", path, e))
     }
 
     /// Writes the object, over an old one if there is one.
     pub fn put(&self, path: &str, bytes: impl Into<Bytes>) -> Result<()> {
-        let at = self.at(path);
-        let put = self.inner.put(&at, PutPayload::from(bytes.into()));
-        self.runtime.block_on(put).map_err(|e| self.failed("writing", path, e))?;
-        Ok(())
+        let (at, bytes) = (self.at(path), bytes.into());
+        let put = async {
+            if self.folder.is_some() || bytes.len() <= WHOLE_MAX {
+                self.inner.put(&at, PutPayload::from(bytes)).await.map(drop)
+            } else {
+                self.put_in_pieces(&at, bytes).await
+            }
+        };
+        self.runtime.block_on(put).map_err(|e| self.failed("writing", path, e))
+    }
+
+    /// The object appears with its last piece, whole.
+    async fn put_in_pieces(&self, at: &Path, bytes: Bytes) -> object_store::Result<()> {
+        let mut upload = self.inner.put_multipart(at).await?;
+        let starts = (0..bytes.len()).step_by(PIECE);
+        let pieces: Vec<_> = starts
+            .map(|start| upload.put_part(bytes.slice(start..bytes.len().min(start + PIECE)).into()))
+            .collect();
+        let sent = stream::iter(pieces).buffer_unordered(PIECES).try_collect::<Vec<()>>().await;
+        let done = match sent {
+            Ok(_) => upload.complete().await.map(drop),
+            Err(cause) => Err(cause),
+        };
+        if done.is_err() {
+            // What was sent costs until the bucket's own rules remove it; that it cannot be removed now is no news.
+            let _ = upload.abort().await;
+        }
+        done
     }
 
     /// Creates the object. `false`: it was there, and is as it was.
+    ///
+    /// When an answer was lost on the way, the object is read: with our bytes it is ours.
     pub fn create(&self, path: &str, bytes: impl Into<Bytes>) -> Result<bool> {
-        let at = self.at(path);
-        let put = self.inner.put_opts(&at, PutPayload::from(bytes.into()), PutMode::Create.into());
-        match self.runtime.block_on(put) {
-            Ok(_) => Ok(true),
-            Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
-            Err(e) => Err(self.failed("creating", path, e)),
+        let (at, bytes) = (self.at(path), bytes.into());
+        let (mut unsure, mut pause) = (false, self.attempts.pause);
+        for attempt in 1.. {
+            let payload = PutPayload::from(bytes.clone());
+            let put = self.once.put_opts(&at, payload, PutMode::Create.into());
+            match self.runtime.block_on(put) {
+                Ok(_) => return Ok(true),
+                Err(object_store::Error::AlreadyExists { .. }) if self.folder.is_some() => return Ok(false),
+                Err(cause @ object_store::Error::AlreadyExists { .. }) => match self.get(path)? {
+                    Some(there) => return Ok(unsure && there == bytes),
+                    // Somebody is about to create it, or was and did not.
+                    None if attempt < self.attempts.most => {}
+                    None => return Err(self.failed("creating", path, cause)),
+                },
+                Err(object_store::Error::Generic { .. }) if attempt < self.attempts.most => unsure = true,
+                Err(cause) => return Err(self.failed("creating", path, cause)),
+            }
+            std::thread::sleep(pause);
+            pause *= 2;
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    /// When the object was written by the store's clock, milliseconds since 1970; `None` where there is none.
+    pub fn written_ms(&self, path: &str) -> Result<Option<i64>> {
+        match self.runtime.block_on(self.inner.head(&self.at(path))) {
+            Ok(meta) => Ok(Some(meta.last_modified.timestamp_millis())),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.failed("reading", path, e)),
         }
     }
 
@@ -243,8 +354,21 @@ impl Store {
 
     fn failed(&self, action: &'static str, path: &str, source: object_store::Error) -> Error {
         let place = if path.is_empty() { self.place.clone() } else { self.place_of(path) };
-        Error::Object { action, place, source }
+        let remedy = remote::remedy(&place, &source).map(|remedy| format!("; {remedy}")).unwrap_or_default();
+        Error::Object { action, place, source: Box::new(source), remedy }
     }
+}
+
+/// Names the error of bytes that came short, among those of stores.
+const SHORT: &str = "anello";
+
+/// The bytes, when they are as many as were asked for.
+fn whole(bytes: Bytes, length: u64) -> object_store::Result<Bytes> {
+    if bytes.len() as u64 == length {
+        return Ok(bytes);
+    }
+    let fact = format!("{} bytes came of {length}", bytes.len());
+    Err(object_store::Error::Generic { store: SHORT, source: fact.into() })
 }
 
 fn wrong_place(place: &str, detail: &dyn std::fmt::Display) -> Error {

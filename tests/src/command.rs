@@ -87,6 +87,11 @@ pub struct Done {
 impl Process {
     /// Starts `anello ARGUMENTS` in `folder`.
     pub fn start(folder: &Path, arguments: &[&str]) -> Self {
+        Self::start_with(folder, arguments, &[])
+    }
+
+    /// Starts `anello ARGUMENTS` in `folder` with these variables besides those of the test.
+    pub fn start_with(folder: &Path, arguments: &[&str], variables: &[(&str, String)]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let logs = folder.join("logs");
         std::fs::create_dir_all(&logs).expect("the test's folder can be written");
@@ -97,6 +102,7 @@ impl Process {
         let child = Command::new(binary())
             .args(arguments)
             .args(["--log", "info"])
+            .envs(variables.iter().map(|(name, value)| (*name, value)))
             .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(create(&out))

@@ -2,9 +2,11 @@
 
 mod command;
 mod run;
+mod s3;
 
 pub use command::{Done, Process, anello, binary, signal, wait_until};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
+pub use s3::S3;
 
 /// A counter-based generator for the moments at which a test strikes (SplitMix64).
 #[derive(Clone, Debug)]

@@ -8,11 +8,13 @@
 //!                   generate   texts, with early exit         evaluate   figures of each loop step
 //! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
 //!                   init       what a run begins with              interchange  the published layout, out and in
+//! to ask why        bisect     two runs side by side, and computed again
 //! the shells        trainer    one thread that owns the model, one that writes; commands in, notices out
 //!                   ring       the same in a ring of workers under a coordinator
 //! ```
 
 mod account;
+pub mod bisect;
 pub mod checkpoint;
 mod engine;
 mod environment;

@@ -68,6 +68,13 @@ impl State {
         Self::new(layout, weights)
     }
 
+    /// The same in memory of its own.
+    pub fn copy(&self) -> Self {
+        let Self { layout, weights, exp_avg, exp_avg_sq, updates } = self;
+        let (weights, exp_avg, exp_avg_sq) = (weights.copy(), exp_avg.copy(), exp_avg_sq.copy());
+        Self { layout: layout.clone(), weights, exp_avg, exp_avg_sq, updates: *updates }
+    }
+
     /// Sets moments and their count to zero.
     pub fn reset_moments(&mut self) {
         let _ = self.exp_avg.zero_();

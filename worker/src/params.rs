@@ -186,6 +186,32 @@ impl Layout {
         self.entries.iter().filter(move |e| e.offset < end && e.range().end > start).map(|e| e.name.as_str())
     }
 
+    /// The tensor that element `at` of the buffer belongs to, and where it is in it; absent for padding.
+    pub fn place_of(&self, at: usize) -> Option<(String, Vec<usize>)> {
+        let entry = self.entries.iter().find(|entry| entry.range().contains(&at))?;
+        let mut rest = at - entry.offset;
+        let mut index: Vec<usize> = entry
+            .shape
+            .iter()
+            .rev()
+            .map(|&size| {
+                let here = rest % size as usize;
+                rest /= size as usize;
+                here
+            })
+            .collect();
+        index.reverse();
+        Some((entry.name.clone(), index))
+    }
+
+    /// Whether every tensor has the same name, shape and place in `other`, however it started.
+    pub fn has_places_of(&self, other: &Self) -> bool {
+        let places = |layout: &Self| -> Vec<(String, Vec<i64>, usize)> {
+            layout.entries.iter().map(|e| (e.name.clone(), e.shape.clone(), e.offset)).collect()
+        };
+        self.len == other.len && places(self) == places(other)
+    }
+
     /// A new flat buffer with the initial weights: each a function of (seed, its name, its shape) alone.
     ///
     /// Matrices are normal with `init_std`, the embedding with `embed_std`; the norms after a sub-layer start at
@@ -323,6 +349,19 @@ mod tests {
         assert_eq!(layout.moved(Trains::All, Loss::Loop), 0..layout.len());
         let [blocks] = &layout.backward_blocks(Trains::Gate)[..] else { panic!("the gate's") };
         assert!(blocks.start * BLOCK <= gate.start && gate.end <= blocks.end * BLOCK && blocks.len() <= 2);
+    }
+
+    #[test]
+    fn an_element_has_a_place_in_its_tensor() {
+        let layout = Layout::new(&model(), 2);
+        let place = |at| layout.place_of(at).map(|(name, index)| format!("{name}{index:?}"));
+        assert_eq!(place(64 + 7).as_deref(), Some("model.embed_tokens.weight[1, 7]"));
+        let norm = layout.find("model.norm.weight").unwrap();
+        assert_eq!(place(norm.offset + 63).as_deref(), Some("model.norm.weight[63]"));
+        assert_eq!(place(layout.decayed_len() - 1), None);
+        let other = Model { embed_std: 1.0, ..model() };
+        assert!(layout.has_places_of(&Layout::new(&other, 2)) && layout != Layout::new(&other, 2));
+        assert!(!layout.has_places_of(&Layout::new(&Model { heads: 2, ..model() }, 2)));
     }
 
     #[test]

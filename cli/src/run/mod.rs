@@ -18,7 +18,7 @@ use anello_worker::{Control, Ended, Resume, Run, Training, pin_init};
 use tokenizers::Tokenizer;
 
 use crate::certs::ListenArgs;
-use crate::config::load;
+use crate::config::{load, load_text};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
@@ -146,8 +146,15 @@ fn open(args: &Args) -> Result<Run, Failure> {
             let store = Store::durable(place)?;
             // First by itself: a damaged config is the run's fault, not that of what is set over it.
             let begun_with = read_config(&store)?;
-            let own = store.place_of(CONFIG);
-            let mut config = config(given.as_deref().unwrap_or(&own))?;
+            let mut config = match given {
+                Some(given) => config(given)?,
+                None => {
+                    let text = store.folder().is_none().then(|| begun_with.to_toml());
+                    let loaded = load_text(&store.place_of(CONFIG), text, &sets)?;
+                    loaded.check_sources()?;
+                    loaded.config
+                }
+            };
             adopt_init(&mut config, &begun_with);
             Ok(Run::resume(store, Resume { config: Some(config), allow: args.allow })?)
         }

@@ -9,7 +9,7 @@ use anello_coordinator::core::{Goal, Outcome as RingOutcome};
 use anello_coordinator::launch::Crew;
 use anello_coordinator::{JobOptions, Jobs, News, Opened, Server, Timings, create};
 use anello_proto::ring::Step;
-use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
+use anello_store::{CONFIG, Store, checkpoint, doctor, metrics, read_config};
 use anello_tls::{Protection, Role};
 use anello_worker::{Ended, pin_init};
 
@@ -36,6 +36,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     // Before a run is made that nobody can serve.
     protection.check(args.address)?;
     let (store, config) = open(args)?;
+    doctor::check_ledger(&store)?;
     let mut tracker = Tracker::new(&config, None);
     let mut view = View::new(screen);
     view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;

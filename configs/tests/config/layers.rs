@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anello_configs::*;
 
-use crate::{SMALL, folder, load, loaded, path};
+use crate::{SMALL, folder, load, loaded, path, small};
 
 #[test]
 fn includes_then_the_file_then_the_environment_then_set() {
@@ -180,4 +180,21 @@ fn a_file_may_be_included_twice_but_not_by_itself() {
     the config has a problem
       /ring2.toml:1:25: /ring.toml includes itself, by way of /ring.toml → /ring2.toml; take one of these includes out
     ");
+}
+
+#[test]
+fn a_config_that_is_no_file_here_is_laid_under_all_else() {
+    let written =
+        small(&["data.sources.web.url=s3://bucket/web", "data.sources.code.url=s3://bucket/code"]).unwrap();
+    let options = |text: String, set: &str| LoadOptions {
+        text: Some(text),
+        sets: vec![set.to_owned()],
+        ..LoadOptions::new("s3://bucket/run/config.toml")
+    };
+    let loaded = RunConfig::load(&options(written.to_toml(), "seed=77")).unwrap();
+    assert_eq!(loaded.config, RunConfig { seed: 77, ..written.clone() });
+    assert_eq!(loaded.files, ["s3://bucket/run/config.toml"]);
+    let wrong = RunConfig::load(&options(written.to_toml().replace("lanes = 2", "lanes = 3"), "seed=1"));
+    let text = wrong.unwrap_err().to_string();
+    assert!(text.contains("s3://bucket/run/config.toml") && text.contains("lanes is 3"), "{text}");
 }

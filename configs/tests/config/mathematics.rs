@@ -142,3 +142,23 @@ fn the_readme_knows_every_key() {
     let rows = readme.lines().filter(|row| row.starts_with("| `")).count();
     assert_eq!(seen.len(), rows, "a row of the README is no key");
 }
+
+#[test]
+fn a_config_with_other_values_is_the_one_that_was_set_so() {
+    let config = small(&[]).unwrap();
+    let ramp = "stage.stable.batch_ramp={from=64,over=\"2Ki\"}";
+    let other = small(&["seed=9", "model.rms_eps=1e-5", ramp]).unwrap();
+    let differences = config.diff_mathematics(&other);
+    assert_eq!(differences.len(), 4, "{differences:?}");
+    let forth: Vec<_> = differences.iter().map(|d| (d.key.as_str(), d.theirs.as_deref())).collect();
+    // Each has a folder of its own for its sources.
+    let same = |a: RunConfig, b: &RunConfig| {
+        assert_eq!((a.digest(), &a.stages, &a.model), (b.digest(), &b.stages, &b.model));
+    };
+    same(config.with(&forth).unwrap(), &other);
+    let back: Vec<_> = differences.iter().map(|d| (d.key.as_str(), d.ours.as_deref())).collect();
+    same(other.with(&back).unwrap(), &config);
+    assert_eq!(config.with(&[]).unwrap(), config);
+    let wrong = config.with(&[("seed", Some("-1"))]).unwrap_err().to_string();
+    assert!(wrong.contains("seed"), "{wrong}");
+}

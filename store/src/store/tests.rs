@@ -1,3 +1,5 @@
+mod faults;
+
 use super::*;
 
 fn paths(store: &Store, folder: &str) -> Vec<String> {
@@ -68,7 +70,10 @@ fn a_place_that_is_none_says_what_to_do() {
             error.to_string()
         };
         let text = fault("ftp://host/folder");
-        assert!(text.starts_with("ftp://host/folder: this build cannot open ftp://"), "{text}");
+        assert!(
+            text.starts_with("ftp://host/folder: ftp:// is no store that is known here; give s3://"),
+            "{text}"
+        );
         let text = fault("file://host/folder");
         assert!(text.ends_with("not an absolute path; write file:///folder"), "{text}");
     }

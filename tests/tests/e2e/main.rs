@@ -1,6 +1,8 @@
-//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS;
-//! weights out and in, and used.
+//! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS, in a
+//! bucket; compared; weights out and in, and used.
 
+mod bisect;
+mod bucket;
 mod disk;
 mod interchange;
 mod jobs;

@@ -3,6 +3,7 @@
 //! The run is small and has all that a real one has: five stages that change T, β, sequence length, RoPE base, mask
 //! and mixture, a batch ramp, an optimizer reset and an upcycling; two sources; checkpoints of several parts.
 
+mod bisect;
 mod damage;
 mod faults;
 mod learning;

@@ -1,0 +1,79 @@
+//! `anello doctor`: is a store fit for runs?
+
+use anello_store::Store;
+use anello_store::doctor::{self, Checkup, Latency, Raced};
+
+use crate::failure::{Exit, Outcome};
+use crate::screen::Screen;
+use crate::text::short;
+
+/// Arguments of `anello doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A folder, or a URL: s3://BUCKET/PREFIX, gs://…, az://…. Small objects are written there, and removed.
+    #[arg(value_name = "PLACE")]
+    place: String,
+    /// All that was found, as one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// `anello doctor`
+pub fn run(args: &Args, screen: &Screen) -> Outcome {
+    let checkup = doctor::check(&Store::durable(&args.place)?)?;
+    screen.print(&match args.json {
+        true => serde_json::to_string_pretty(&checkup).expect("a check-up has string keys") + "\n",
+        false => told(&checkup),
+    })?;
+    Ok(if checkup.is_fit() { Exit::Done } else { Exit::No })
+}
+
+/// The answer first.
+fn told(checkup: &Checkup) -> String {
+    let Checkup { place, faults, raced, latency, clock_ahead_s } = checkup;
+    let Raced { fair, races, writers, .. } = raced;
+    let Latency { put_ms, create_ms, get_ms, list_ms } = latency;
+    let [put, create, get, list] = [put_ms, create_ms, get_ms, list_ms].map(|ms| short(*ms));
+    let answer = match faults.len() {
+        0 => "is fit for runs and coordinators",
+        _ => "is not fit for runs",
+    };
+    let mut lines = vec![format!("{place} {answer}")];
+    lines.extend(faults.iter().map(|fault| format!("  {fault}")));
+    lines.push(format!("put-if-absent: one winner in {fair} of {races} races of {writers} writers"));
+    lines.push(match clock_ahead_s {
+        Some(ahead) => format!("clock: within {} s of ours", ahead.abs().ceil()),
+        None => "clock: the store does not tell".to_owned(),
+    });
+    lines.push(format!("one call takes: write {put} ms, create {create} ms, read {get} ms, list {list} ms"));
+    lines.join("\n") + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_answer_comes_first() {
+        let mut checkup = Checkup {
+            place: "s3://bucket/runs".to_owned(),
+            faults: Vec::new(),
+            raced: Raced { fair: 20, races: 20, writers: 16, winners_most: 1 },
+            latency: Latency { put_ms: 12.34, create_ms: 0.5, get_ms: 7.0, list_ms: 100.2 },
+            clock_ahead_s: Some(-0.3),
+        };
+        assert_eq!(
+            told(&checkup),
+            "s3://bucket/runs is fit for runs and coordinators
+put-if-absent: one winner in 20 of 20 races of 16 writers
+clock: within 1 s of ours
+one call takes: write 12.3 ms, create 0.500 ms, read 7.00 ms, list 100 ms
+"
+        );
+        checkup.faults = vec!["put-if-absent is not atomic there".to_owned()];
+        assert!(
+            told(&checkup)
+                .starts_with("s3://bucket/runs is not fit for runs\n  put-if-absent is not atomic there\n")
+        );
+    }
+}

@@ -1,0 +1,366 @@
+//! A network between us and the objects: answers that are lost, late, cut short or refused.
+
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures::stream::BoxStream;
+use object_store::{
+    CopyOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, PutMultipartOptions,
+    PutOptions, PutResult, UploadPart,
+};
+
+use super::*;
+use crate::checkpoint::{self, BLOCK_BYTES, Facts, Manifest, Position};
+use crate::doctor;
+use crate::events::{Event, EventLog};
+
+/// What becomes of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Done,
+    /// Nothing is done, and the caller is told so (a 500, or a 503 that asks to slow down).
+    Refused,
+    /// It is done, and the caller is told that it is not.
+    AnswerLost,
+    /// Somebody else's put-if-absent is under way: as the 409 of a real bucket.
+    Conflict,
+    /// It is done, a while later.
+    Late,
+    /// The body ends before its time.
+    Short,
+}
+
+/// Decides over the next requests, one each; those after are done.
+#[derive(Clone)]
+struct Network {
+    inner: Arc<InMemory>,
+    fates: Arc<Mutex<Vec<Fate>>>,
+    /// As a server whose put-if-absent looks first, and writes afterwards.
+    looks_first: bool,
+    /// Requests and pieces that there were, and the most pieces at a time.
+    seen: Arc<[AtomicUsize; 3]>,
+}
+
+impl Network {
+    fn new() -> Self {
+        Self { inner: Arc::default(), fates: Arc::default(), looks_first: false, seen: Arc::default() }
+    }
+
+    /// A store that tries three times.
+    fn store(&self) -> Store {
+        let attempts = Attempts { most: 3, pause: Duration::from_millis(1) };
+        Store::new(Arc::new(self.clone()), "network").unwrap().trying(attempts)
+    }
+
+    /// The same objects without a network between.
+    fn beyond(&self) -> Store {
+        Store::new(self.inner.clone(), "beyond").unwrap()
+    }
+
+    fn next(&self, fates: &[Fate]) {
+        *self.fates.lock().unwrap() = fates.iter().rev().copied().collect();
+    }
+
+    async fn fate(&self) -> object_store::Result<Fate> {
+        self.seen[0].fetch_add(1, Ordering::Relaxed);
+        let fate = self.fates.lock().unwrap().pop().unwrap_or(Fate::Done);
+        match fate {
+            Fate::Refused => return Err(lost()),
+            Fate::Late => tokio::time::sleep(Duration::from_millis(20)).await,
+            Fate::Done | Fate::AnswerLost | Fate::Conflict | Fate::Short => {}
+        }
+        Ok(fate)
+    }
+}
+
+fn lost() -> object_store::Error {
+    object_store::Error::Generic { store: "network", source: "503 slow down".into() }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("network")
+    }
+}
+
+impl fmt::Debug for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Network")
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Network {
+    async fn put_opts(
+        &self,
+        path: &Path,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> object_store::Result<PutResult> {
+        let fate = self.fate().await?;
+        if fate == Fate::Conflict {
+            let source = "409 conflict".into();
+            return Err(object_store::Error::AlreadyExists { path: path.to_string(), source });
+        }
+        if self.looks_first && options.mode == PutMode::Create && self.inner.head(path).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            return self.inner.put(path, payload).await;
+        }
+        let put = self.inner.put_opts(path, payload, options).await?;
+        if fate == Fate::AnswerLost { Err(lost()) } else { Ok(put) }
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        path: &Path,
+        options: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.fate().await?;
+        let inner = self.inner.put_multipart_opts(path, options).await?;
+        Ok(Box::new(Upload { inner, network: self.clone(), under_way: Arc::default() }))
+    }
+
+    async fn get_opts(&self, path: &Path, options: GetOptions) -> object_store::Result<GetResult> {
+        let fate = self.fate().await?;
+        let found = self.inner.get_opts(path, options).await?;
+        if fate != Fate::Short {
+            return Ok(found);
+        }
+        let GetResult { meta, range, attributes, extensions, .. } = found;
+        let bytes =
+            self.inner.get_opts(path, GetOptions { range: Some(range.clone().into()), ..Default::default() });
+        let bytes = bytes.await?.bytes().await?;
+        let some = bytes.slice(..bytes.len() / 2);
+        let payload = GetResultPayload::Stream(stream::once(async { Ok(some) }).boxed());
+        Ok(GetResult { payload, meta, range, attributes, extensions })
+    }
+
+    fn delete_stream(
+        &self,
+        paths: BoxStream<'static, object_store::Result<Path>>,
+    ) -> BoxStream<'static, object_store::Result<Path>> {
+        self.inner.delete_stream(paths)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.inner.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, _: &Path, _: &Path, _: CopyOptions) -> object_store::Result<()> {
+        unimplemented!("nothing is copied")
+    }
+}
+
+/// An upload in pieces.
+#[derive(Debug)]
+struct Upload {
+    inner: Box<dyn MultipartUpload>,
+    network: Network,
+    under_way: Arc<AtomicUsize>,
+}
+
+#[async_trait::async_trait]
+impl MultipartUpload for Upload {
+    fn put_part(&mut self, data: PutPayload) -> UploadPart {
+        let (sent, network, under_way) =
+            (self.inner.put_part(data), self.network.clone(), self.under_way.clone());
+        Box::pin(async move {
+            let now = under_way.fetch_add(1, Ordering::Relaxed) + 1;
+            network.seen[2].fetch_max(now, Ordering::Relaxed);
+            network.seen[1].fetch_add(1, Ordering::Relaxed);
+            let fate = network.fate().await;
+            tokio::task::yield_now().await;
+            under_way.fetch_sub(1, Ordering::Relaxed);
+            fate?;
+            sent.await
+        })
+    }
+
+    async fn complete(&mut self) -> object_store::Result<PutResult> {
+        self.inner.complete().await
+    }
+
+    async fn abort(&mut self) -> object_store::Result<()> {
+        self.inner.abort().await
+    }
+}
+
+#[test]
+fn of_a_put_if_absent_whose_answer_was_lost_it_is_known_whose_it_is() {
+    use Fate::{AnswerLost, Conflict, Done, Late, Refused};
+    // Ours: what is done at the first attempt, at a later one, or was done and nobody said so.
+    let ours: &[&[Fate]] = &[
+        &[Done],
+        &[Late],
+        &[Refused, Done],
+        &[Refused, Refused, Late],
+        &[AnswerLost],
+        &[Refused, AnswerLost],
+        &[AnswerLost, Refused],
+        &[Conflict, Done],
+    ];
+    for fates in ours {
+        let network = Network::new();
+        network.next(fates);
+        assert!(network.store().create("events/1.json", "ours").unwrap(), "{fates:?}");
+        assert_eq!(network.beyond().get("events/1.json").unwrap().unwrap(), "ours");
+        assert!(!network.store().create("events/1.json", "ours").unwrap(), "{fates:?}: only once");
+    }
+    // Somebody else's: never ours, whatever the network does, and never overwritten.
+    for fates in [&[Done][..], &[Refused, Done], &[AnswerLost], &[Conflict, Done], &[Late]] {
+        let network = Network::new();
+        network.beyond().put("events/1.json", "theirs").unwrap();
+        network.next(fates);
+        assert!(!network.store().create("events/1.json", "ours").unwrap(), "{fates:?}");
+        assert_eq!(network.beyond().get("events/1.json").unwrap().unwrap(), "theirs");
+    }
+    let network = Network::new();
+    network.next(&[Refused; 3]);
+    let error = network.store().create("events/1.json", "ours").unwrap_err();
+    assert!(error.to_string().starts_with("creating network/events/1.json: "), "{error}");
+    assert_eq!(network.beyond().list("").unwrap(), []);
+}
+
+#[test]
+fn of_two_that_write_the_same_record_over_a_bad_network_one_is_fenced() {
+    for fates in
+        [[Fate::AnswerLost, Fate::Done], [Fate::Refused, Fate::AnswerLost], [Fate::Conflict, Fate::Done]]
+    {
+        let network = Network::new();
+        let mut logs = [0, 1].map(|_| EventLog::open(&network.store()).unwrap());
+        network.next(&fates);
+        logs[0].append(Event::Stopped { step: 1 }).unwrap();
+        let second = logs[1].append(Event::Stopped { step: 2 });
+        assert!(matches!(second, Err(Error::Fenced { .. })), "{fates:?}: {second:?}");
+        logs[0].append(Event::Stopped { step: 3 }).unwrap();
+    }
+}
+
+#[test]
+fn what_came_short_is_read_again_and_never_taken_for_whole() {
+    let network = Network::new();
+    network.beyond().put("a", "0123456789").unwrap();
+    network.next(&[Fate::Short, Fate::Short]);
+    assert_eq!(network.store().get("a").unwrap().unwrap(), "0123456789");
+    network.next(&[Fate::Short; 3]);
+    let error = network.store().get("a").unwrap_err();
+    assert!(error.to_string().contains("5 bytes came of 10"), "{error}");
+    network.next(&[Fate::Short]);
+    let error = network.store().ranges("a", std::slice::from_ref(&(2..6))).unwrap_err();
+    assert!(error.to_string().contains("2 bytes came of 4"), "{error}");
+}
+
+fn large() -> Bytes {
+    (0..5 * PIECE + 3).map(|at| (at % 251) as u8).collect::<Vec<u8>>().into()
+}
+
+#[test]
+fn large_objects_go_in_bounded_pieces_and_appear_whole_or_not_at_all() {
+    let network = Network::new();
+    network.store().put("large", large()).unwrap();
+    let seen = || network.seen.each_ref().map(|seen| seen.load(Ordering::Relaxed));
+    assert_eq!(seen()[1], 6);
+    assert!((2..=PIECES).contains(&seen()[2]), "{} pieces at a time", seen()[2]);
+    let before = seen()[0];
+    assert!(network.store().get("large").unwrap().unwrap() == large());
+    assert_eq!(seen()[0] - before, 7, "one request that tells its size, and one a piece");
+
+    network.next(&[Fate::Done, Fate::Done, Fate::Refused]);
+    network.store().put("other", large()).unwrap_err();
+    assert_eq!(network.beyond().get("other").unwrap(), None);
+    network.next(&[Fate::Done, Fate::Late, Fate::Short]);
+    assert!(network.store().get("large").unwrap().unwrap() == large());
+}
+
+#[test]
+fn an_object_that_is_written_anew_while_it_is_read_is_read_again() {
+    // Its first piece is of one version, and the next would be of another.
+    let network = Network::new();
+    network.beyond().put("large", large()).unwrap();
+    let other: Bytes = vec![7u8; large().len()].into();
+    let reader = network.store();
+    network.next(&[Fate::Late; 3]);
+    let writer = {
+        let (network, other) = (network.clone(), other.clone());
+        std::thread::spawn(move || {
+            while network.seen[0].load(Ordering::Relaxed) < 2 {
+                std::thread::yield_now();
+            }
+            network.beyond().put("large", other).unwrap();
+        })
+    };
+    let read = reader.get("large").unwrap().unwrap();
+    writer.join().unwrap();
+    assert!(read == other || read == large(), "a mixture of two versions");
+}
+
+#[test]
+fn no_fault_leaves_a_checkpoint_that_is_not_whole() {
+    let buffer = vec![1u8; BLOCK_BYTES];
+    let environment: crate::Environment = serde_json::from_value(serde_json::json!({
+        "anello": "0", "revision": null, "libtorch": "0", "device": "a CPU", "threads": 1, "system": "linux"
+    }))
+    .unwrap();
+    let facts = Facts {
+        position: Position { step: 3, stage: "stable".to_owned(), stage_end: false, tokens: 3 },
+        updates: 3,
+        layers: 1,
+        cursors: Vec::new(),
+        config: String::new(),
+        data: Default::default(),
+        environment,
+    };
+    let fates = [Fate::Done, Fate::Refused, Fate::AnswerLost, Fate::Conflict, Fate::Late, Fate::Short];
+    let mut outcomes = [0, 0];
+    for first in fates {
+        for second in fates {
+            for third in fates {
+                let network = Network::new();
+                network.next(&[first, second, third]);
+                let store = network.store();
+                let write = || {
+                    let name = "part-00000-00000001.safetensors".to_owned();
+                    let buffers = [&buffer[..], &buffer, &buffer];
+                    let written = checkpoint::write_part(&store, 3, name, 0, buffers)?;
+                    checkpoint::commit(&store, Manifest::new(facts.clone(), vec![written]))
+                };
+                let committed = write().is_ok();
+                outcomes[usize::from(committed)] += 1;
+                let beyond = network.beyond();
+                let there = checkpoint::steps(&beyond).unwrap();
+                let what = format!("{first:?} {second:?} {third:?}");
+                // A caller that heard of no success tries again; one that did has it.
+                assert!(!committed || there == [3], "{what}");
+                for step in there {
+                    checkpoint::verify(&beyond, step).unwrap_or_else(|e| panic!("{what}: {e}"));
+                }
+                network.next(&[]);
+                write().unwrap_or_else(|e| panic!("{what}, again: {e}"));
+                checkpoint::verify(&beyond, 3).unwrap();
+            }
+        }
+    }
+    assert!(outcomes.iter().all(|count| *count > 20), "{outcomes:?}");
+}
+
+#[test]
+fn a_store_that_lets_two_win_is_found_and_refused() {
+    let network = Network { looks_first: true, ..Network::new() };
+    let checkup = doctor::check(&network.store()).unwrap();
+    assert!(!checkup.is_fit() && checkup.raced.winners_most > 1, "{checkup:?}");
+    assert!(checkup.faults[0].starts_with("put-if-absent is not atomic there: "), "{checkup:?}");
+    let refused = doctor::check_ledger(&network.store()).unwrap_err();
+    assert!(refused.is_wrong_place(), "{refused:?}");
+    let text = refused.to_string();
+    assert!(
+        text.starts_with("network: put-if-absent is not atomic") && text.contains("use a store that"),
+        "{text}"
+    );
+    assert_eq!(network.beyond().list("").unwrap(), [], "nothing is left behind");
+    doctor::check_ledger(&Network::new().store()).unwrap();
+}

@@ -1,0 +1,102 @@
+//! A real S3 server on loopback, for the tests that want a bucket.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use crate::wait_until;
+
+/// The bucket that there is from the start.
+const BUCKET: &str = "anello";
+
+/// Runs the server until standard input ends: with this process, whatever becomes of it.
+const UNTIL_EOF: &str = r#""$0" "$@" < /dev/null & server=$!; read -r _; kill "$server"; wait "$server""#;
+
+/// moto's server under way, with an empty bucket. It ends when it is dropped or this process ends, and keeps nothing.
+#[derive(Debug)]
+pub struct S3 {
+    child: Child,
+    port: u16,
+}
+
+impl S3 {
+    /// Starts it; what it logs goes to `logs`.
+    ///
+    /// # Panics
+    /// When it is not installed: `scripts/s3-venv` does that.
+    pub fn start(logs: &Path) -> Self {
+        let server = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-s3/bin/moto_server");
+        assert!(server.exists(), "{} is missing; run scripts/s3-venv", server.display());
+        std::fs::create_dir_all(logs).expect("the test's folder can be written");
+        let port =
+            TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port();
+        let log =
+            || File::create(logs.join(format!("s3-{port}.log"))).expect("the test's folder can be written");
+        let child = Command::new("sh")
+            .args(["-c", UNTIL_EOF])
+            .arg(server)
+            .args(["-H", "127.0.0.1", "-p", &port.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(log())
+            .spawn()
+            .expect("there is a shell");
+        let s3 = Self { child, port };
+        wait_until("the S3 server listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let made = s3.request("PUT", &format!("/{BUCKET}"));
+        assert!(made.starts_with("HTTP/1.1 200"), "the bucket cannot be made: {made}");
+        s3
+    }
+
+    /// The URL of `path` in the bucket.
+    pub fn url(&self, path: &str) -> String {
+        format!("s3://{BUCKET}/{path}")
+    }
+
+    /// What a process needs to reach it.
+    pub fn variables(&self) -> Vec<(&'static str, String)> {
+        let text = |text: &str| text.to_owned();
+        vec![
+            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port)),
+            ("AWS_ACCESS_KEY_ID", text("tests")),
+            ("AWS_SECRET_ACCESS_KEY", text("tests")),
+            ("AWS_REGION", text("us-east-1")),
+        ]
+    }
+
+    /// Keys of the objects below `prefix`, at most a thousand.
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        let listed = self.request("GET", &format!("/{BUCKET}?list-type=2&prefix={prefix}"));
+        let keys = listed.split("<Key>").skip(1).filter_map(|rest| rest.split_once("</Key>"));
+        keys.map(|(key, _)| key.to_owned()).collect()
+    }
+
+    /// The step of the newest checkpoint of the run at `path`, 0 when there is none.
+    pub fn newest_checkpoint(&self, path: &str) -> u64 {
+        let prefix = format!("{path}/checkpoints/");
+        let step =
+            |key: &String| key.strip_prefix(&prefix)?.strip_suffix("/manifest.json")?.parse::<u64>().ok();
+        self.keys(&prefix).iter().filter_map(step).max().unwrap_or(0)
+    }
+
+    /// The answer to a request without a body, head included.
+    fn request(&self, method: &str, path: &str) -> String {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).expect("the S3 server listens");
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).expect("the S3 server reads");
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).expect("the S3 server answers");
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+}
+
+impl Drop for S3 {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}

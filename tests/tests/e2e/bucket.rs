@@ -1,0 +1,129 @@
+//! Runs in a bucket are the runs in a folder, whatever happens to them.
+
+use std::net::TcpListener;
+use std::sync::OnceLock;
+
+use anello_tests::{Done, Process, S3, wait_until};
+
+use super::world;
+
+fn s3() -> &'static S3 {
+    static SERVER: OnceLock<S3> = OnceLock::new();
+    SERVER.get_or_init(|| S3::start(&world().folder.join("logs")))
+}
+
+fn start(arguments: &[&str]) -> Process {
+    Process::start_with(&world().folder, arguments, &s3().variables())
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn anello(arguments: &[&str]) -> Done {
+    start(arguments).wait()
+}
+
+/// Asserts that the run at `url` is complete and is the undisturbed one, in every figure and every checkpoint.
+fn assert_undisturbed(url: &str) {
+    anello(&["checkpoint", "verify", url]).expect(0);
+    let told = anello(&["bisect", "undisturbed", url]).expect(0);
+    assert!(told.contains("are equal in all that both have: 31 steps and 7 checkpoints"), "{told}");
+}
+
+#[test]
+fn a_run_whose_data_is_in_a_bucket_too_is_killed_and_resumed() {
+    let (data, url) = (s3().url("data"), s3().url("killed"));
+    for source in ["tales", "lists"] {
+        let (text, out) = (format!("{source}.jsonl"), format!("{data}/{source}"));
+        let tokenize = ["data", "tokenize", &text, "--tokenizer", "tokenizer.json", "--out", &out];
+        anello(&[&tokenize[..], &["--row-group", "200"]].concat()).expect(0);
+        anello(&["data", "verify", &out]).expect(0);
+    }
+    let sets = ["tales", "lists"].map(|source| format!("data.sources.{source}.url={data}/{source}"));
+    let mut arguments = vec!["run", "small.toml", "--out", &url, "--set", &sets[0], "--set", &sets[1]];
+    for until in [5, 14, 22] {
+        let mut process = start(&arguments);
+        wait_until("it is so far", || s3().newest_checkpoint("killed") >= until || process.ended());
+        assert!(process.kill(), "it was over too soon");
+        arguments = vec!["run", "--resume", &url];
+    }
+    anello(&arguments).expect(0);
+    assert_undisturbed(&url);
+    let events = anello(&["events", &url]).expect(0);
+    assert!(events.matches("resumed after step").count() >= 2, "{events}");
+}
+
+#[test]
+fn a_coordinator_of_a_run_in_a_bucket_is_killed_and_taken_over() {
+    let url = s3().url("ring");
+    let port = free_port().to_string();
+    let address = format!("127.0.0.1:{port}");
+    let external = ["--workers", "2", "--external", "--port", &port, "--detection", "1s", "--sample", "0"];
+    let mut first = start(&[&["run", "small.toml", "--out", &url][..], &external].concat());
+    let worker = || start(&["worker", "--coordinator", &address, "--job", "small", "--threads", "1"]);
+    let workers = [worker(), worker()];
+    wait_until("it is so far", || s3().newest_checkpoint("ring") >= 6 || first.ended());
+    assert!(first.kill(), "it was over too soon");
+    start(&[&["run", "--resume", &url][..], &external].concat()).wait().expect(0);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    assert_undisturbed(&url);
+}
+
+#[test]
+fn a_coordinator_keeps_its_jobs_in_a_bucket() {
+    let (jobs, address) = (s3().url("jobs"), format!("127.0.0.1:{}", free_port()));
+    let keep = ["coordinator", "--listen", &address, "--jobs", &jobs, "--slots", "2", "--detection", "1s"];
+    let mut coordinator = start(&keep);
+    wait_until("it listens", || coordinator.out().contains("coordinator at") || coordinator.ended());
+    anello(&["submit", "small.toml", "--workers", "2", "--coordinator", &address]).expect(0);
+    wait_until("it is so far", || s3().newest_checkpoint("jobs/small") >= 6 || coordinator.ended());
+    assert!(coordinator.kill(), "it was over too soon");
+    let mut coordinator = start(&keep);
+    wait_until("it listens", || coordinator.out().contains("coordinator at") || coordinator.ended());
+    anello(&["watch", "small", "--coordinator", &address]).expect(0);
+    coordinator.signal("INT");
+    coordinator.wait().expect(130);
+    assert_undisturbed(&format!("{jobs}/small"));
+}
+
+#[test]
+fn of_two_processes_on_a_run_in_a_bucket_one_is_told_to_leave() {
+    let url = s3().url("twice");
+    let mut first = start(&["run", "small.toml", "--out", &url, "--sample", "0"]);
+    wait_until("it is so far", || s3().newest_checkpoint("twice") >= 3 || first.ended());
+    let second = start(&["run", "--resume", &url, "--sample", "0"]);
+    let ends = [first.wait(), second.wait()];
+    let (well, badly): (Vec<_>, Vec<_>) = ends.into_iter().partition(|done| done.status.success());
+    assert!(!well.is_empty(), "both have failed: {badly:?}");
+    for done in badly {
+        assert!(done.log.contains("was written by another process"), "{done:?}");
+        done.expect(1);
+    }
+    assert_undisturbed(&url);
+}
+
+#[test]
+fn what_is_wrong_with_a_place_is_said_with_what_to_set() {
+    let absent = anello(&["events", "s3://no-such-bucket/run"]);
+    assert!(absent.log.contains("no-such-bucket"), "{absent:?}");
+    let folder = &world().folder;
+    let without = Process::start_with(folder, &["checkpoint", "list", "ftp://host/run"], &[]).wait();
+    assert!(
+        without.log.contains("ftp:// is no store that is known here; give s3://, gs://, az://"),
+        "{without:?}"
+    );
+    without.expect(2);
+}
+
+#[test]
+fn the_doctor_finds_a_bucket_fit() {
+    let told = anello(&["doctor", &s3().url("doctor")]).expect(0);
+    assert!(
+        told.contains("/doctor is fit for runs and coordinators\nput-if-absent: one winner in 20 of 20"),
+        "{told}"
+    );
+    assert_eq!(s3().keys("doctor"), Vec::<String>::new(), "it leaves nothing behind");
+}

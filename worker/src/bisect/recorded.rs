@@ -1,0 +1,198 @@
+//! What a run folder tells of its run.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anello_configs::{RunConfig, Schedule, StepPlan};
+use anello_store::checkpoint::{self, Manifest};
+use anello_store::events::{self, Event, Record};
+use anello_store::metrics::{self, StepRecord};
+use anello_store::{ENVIRONMENT, Environment, Error as StoreError, Store, read_config};
+
+use super::findings::Told;
+use crate::error::{Error, Result};
+
+/// A run as its folder tells it.
+#[derive(Debug)]
+pub(super) struct Recorded {
+    pub store: Store,
+    /// Its configs in order, each with the first step that it holds for; the first is of step 0.
+    pub configs: Vec<Epoch>,
+    /// What was logged, by step.
+    pub records: BTreeMap<u64, StepRecord>,
+    /// Checkpoints by steps applied.
+    pub manifests: BTreeMap<u64, Manifest>,
+    pub environments: Vec<Environment>,
+    /// What could not be read.
+    pub unread: Vec<String>,
+    /// What is odd about it.
+    pub notes: Vec<String>,
+}
+
+/// A config from a step on.
+#[derive(Clone, Debug)]
+pub(super) struct Epoch {
+    pub from: u64,
+    pub config: RunConfig,
+    schedule: Schedule,
+}
+
+impl Recorded {
+    /// Reads all but the parts of checkpoints. What is damaged is left out and told of in `unread`; a folder without a
+    /// config, or a store that does not answer, is an error.
+    pub fn read(store: &Store) -> Result<Self> {
+        let config = read_config(store)?;
+        let mut unread = Vec::new();
+        let told = readable(events::read(store), &mut unread)?.unwrap_or_default();
+        let records = readable(metrics::read(store), &mut unread)?.unwrap_or_default();
+        let mut manifests = BTreeMap::new();
+        for step in checkpoint::steps(store)? {
+            match readable(checkpoint::read_manifest(store, step), &mut unread)? {
+                Some(manifest) => drop(manifests.insert(step, manifest)),
+                // A run that goes on lets old checkpoints go.
+                None if !checkpoint::steps(store)?.contains(&step) => drop(unread.pop()),
+                None => {}
+            }
+        }
+        let configs = configs(config, &told)?;
+        let environments = environments(store, &told, &manifests)?;
+        let records = records.into_iter().map(|record| (record.step, record)).collect();
+        let notes = Vec::new();
+        let mut run = Self { store: store.clone(), configs, records, manifests, environments, unread, notes };
+        run.note_gaps();
+        run.note_changed_config();
+        Ok(run)
+    }
+
+    fn note_gaps(&mut self) {
+        let Some(last) = self.records.keys().next_back() else { return };
+        let missing = last + 1 - self.records.len() as u64;
+        if missing > 0 {
+            let first = (0..*last).find(|step| !self.records.contains_key(step)).unwrap_or(0);
+            let place = self.store.place_of("metrics");
+            self.unread.push(format!("{place} misses {missing} steps, the first is {first}; restore them"));
+        }
+    }
+
+    fn note_changed_config(&mut self) {
+        let differs = |(step, manifest): &(&u64, &Manifest)| {
+            let before = step.saturating_sub(1);
+            self.config_at(before).digest() != manifest.config
+        };
+        if let Some((step, _)) = self.manifests.iter().find(differs) {
+            let place = self.store.place();
+            self.notes.push(format!(
+                "checkpoint {step} of {place} was trained with another config than its folder tells of; \
+                 config.toml was changed by hand"
+            ));
+        }
+    }
+
+    fn epoch(&self, step: u64) -> &Epoch {
+        let after = self.configs.partition_point(|epoch| epoch.from <= step);
+        &self.configs[after - 1]
+    }
+
+    /// The config that `step` was trained with.
+    pub fn config_at(&self, step: u64) -> &RunConfig {
+        &self.epoch(step).config
+    }
+
+    /// The first step of the config that `step` was trained with.
+    pub fn config_from(&self, step: u64) -> u64 {
+        self.epoch(step).from
+    }
+
+    /// The plan of `step`; absent past the end.
+    pub fn plan_at(&self, step: u64) -> Option<StepPlan<'_>> {
+        self.epoch(step).schedule.at(step)
+    }
+
+    /// Steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.configs.last().map_or(0, |epoch| epoch.schedule.total_steps())
+    }
+
+    /// Digest of the index of each source, by name, as the newest checkpoint has it.
+    pub fn data(&self) -> BTreeMap<String, String> {
+        self.manifests.values().next_back().map(|manifest| manifest.data.clone()).unwrap_or_default()
+    }
+
+    pub fn told(&self) -> Told {
+        let distinct = |of: fn(&Environment) -> String| {
+            self.environments.iter().map(of).collect::<BTreeSet<_>>().into_iter().collect()
+        };
+        Told {
+            place: self.store.place().to_owned(),
+            logged: self.records.len() as u64,
+            checkpoints: self.manifests.keys().copied().collect(),
+            devices: distinct(|environment| environment.device.clone()),
+            builds: distinct(Environment::build),
+        }
+    }
+}
+
+/// The value, or `None` and a line in `unread` when what is in the folder is damaged.
+fn readable<T>(read: anello_store::Result<T>, unread: &mut Vec<String>) -> Result<Option<T>> {
+    match read {
+        Ok(value) => Ok(Some(value)),
+        Err(damaged @ (StoreError::Malformed { .. } | StoreError::Checkpoint { .. })) => {
+            unread.push(damaged.to_string());
+            Ok(None)
+        }
+        Err(other) => Err(other.into()),
+    }
+}
+
+/// The configs of a run that ends with `config`, from what its log says was changed on the way.
+fn configs(config: RunConfig, told: &[Record]) -> Result<Vec<Epoch>> {
+    let starts = told.iter().filter_map(|record| match &record.event {
+        Event::Started { step, changed, .. } => Some((*step, changed)),
+        _ => None,
+    });
+    let (mut current, mut rising) = (config, Vec::new());
+    for (step, changed) in starts.rev() {
+        rising.push((step, current.clone()));
+        let back: Vec<(&str, Option<&str>)> = changed
+            .iter()
+            .map(|(key, before, _)| (key.as_str(), Some(before.as_str()).filter(|value| *value != "absent")))
+            .collect();
+        if !back.is_empty() {
+            current = current.with(&back).map_err(|cause| {
+                Error::config(
+                    format!("the config of before step {step} cannot be had from the log: {cause}"),
+                    "use the build that trained the run",
+                )
+            })?;
+        }
+    }
+    let epoch = |from, config: RunConfig| Epoch { from, schedule: Schedule::new(&config), config };
+    let mut configs = vec![epoch(0, current)];
+    for (from, config) in rising.into_iter().rev() {
+        // A run that fell back trains the steps from there on anew.
+        configs.retain(|known| known.from < from || known.from == 0);
+        match configs.last_mut() {
+            Some(last) if last.from == from => *last = epoch(from, config),
+            Some(last) if last.config.digest() == config.digest() => last.config = config,
+            _ => configs.push(epoch(from, config)),
+        }
+    }
+    Ok(configs)
+}
+
+/// Where a run was trained, as far as its folder tells.
+fn environments(
+    store: &Store,
+    told: &[Record],
+    manifests: &BTreeMap<u64, Manifest>,
+) -> Result<Vec<Environment>> {
+    let begun = store.get(ENVIRONMENT)?.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let started = told.iter().filter_map(|record| match &record.event {
+        Event::Started { environment, .. } => Some(environment.clone()),
+        _ => None,
+    });
+    Ok(begun
+        .into_iter()
+        .chain(started)
+        .chain(manifests.values().map(|manifest| manifest.environment.clone()))
+        .collect())
+}
