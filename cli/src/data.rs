@@ -81,14 +81,20 @@ pub struct TextArgs {
     /// In folders, only files with these extensions: `--ext py,md`.
     #[arg(long, value_name = "EXT", value_delimiter = ',')]
     ext: Vec<String>,
-    /// The field of JSON Lines and the column of Parquet that holds the text.
-    #[arg(long, value_name = "NAME", default_value = "text")]
-    field: String,
+    /// The field of JSON Lines and the column of Parquet that holds the text (default: text; of conversations: messages).
+    #[arg(long, value_name = "NAME")]
+    field: Option<String>,
 }
 
 impl TextArgs {
-    fn inputs(&self) -> TextInputs {
-        TextInputs { paths: self.paths.clone(), extensions: self.ext.clone(), text_field: self.field.clone() }
+    fn inputs(&self, conversations: bool) -> TextInputs {
+        let usual = if conversations { "messages" } else { "text" };
+        TextInputs {
+            paths: self.paths.clone(),
+            extensions: self.ext.clone(),
+            text_field: self.field.clone().unwrap_or_else(|| usual.to_owned()),
+            conversations,
+        }
     }
 }
 
@@ -120,6 +126,10 @@ pub struct TokenizeArgs {
     /// Folder or URL for the shards; nothing else may be in it.
     #[arg(long, value_name = "FOLDER")]
     out: String,
+    /// The field holds conversations, lists of {role, content}: they are written in ChatML, and only what assistants say
+    /// counts (`loss_mask`), as fine-tuning wants it.
+    #[arg(long, conflicts_with_all = ["end", "no_end"])]
+    chat: bool,
     /// The token behind each document.
     #[arg(long, value_name = "TOKEN", default_value = "<|endoftext|>")]
     end: String,
@@ -218,10 +228,10 @@ pub fn run(command: &Command, screen: &Screen) -> Outcome {
 
 fn tokenized(args: &TokenizeArgs, screen: &Screen, interrupt: &Interrupt) -> Result<String, Failure> {
     let options = TokenizeOptions {
-        inputs: args.text.inputs(),
+        inputs: args.text.inputs(args.chat),
         tokenizer: args.tokenizer.clone(),
         output: args.out.clone(),
-        end: (!args.no_end).then(|| args.end.clone()),
+        end: (!args.no_end && !args.chat).then(|| args.end.clone()),
         source: args.source.clone(),
         format: args.format.format(),
         shard_bytes: args.shard,
@@ -262,7 +272,7 @@ fn tokenizer_trained(
         std::fs::create_dir_all(folder).map_err(failed)?;
     }
     let options = TrainOptions {
-        inputs: args.text.inputs(),
+        inputs: args.text.inputs(false),
         vocab: args.vocab,
         bytes_max: args.bytes_max,
         seed: args.seed,

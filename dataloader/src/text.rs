@@ -9,6 +9,7 @@ use bytes::Bytes;
 use parquet::basic::Type as Physical;
 use parquet::column::reader::ColumnReader;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field as Value, Row};
 
 use crate::{Error, Result};
 
@@ -23,6 +24,15 @@ pub struct TextInputs {
     pub extensions: Vec<String>,
     /// The field of JSON Lines and the column of Parquet that holds the text.
     pub text_field: String,
+    /// It holds conversations, a list of `{role, content}` each, and no text: a document is then such a list as JSON.
+    pub conversations: bool,
+}
+
+/// Where in a row the document is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Field<'a> {
+    name: &'a str,
+    conversation: bool,
 }
 
 impl TextInputs {
@@ -32,7 +42,12 @@ impl TextInputs {
             paths: paths.into_iter().map(Into::into).collect(),
             extensions: Vec::new(),
             text_field: "text".to_owned(),
+            conversations: false,
         }
+    }
+
+    pub(crate) fn field(&self) -> Field<'_> {
+        Field { name: &self.text_field, conversation: self.conversations }
     }
 
     /// The pieces of all inputs in order: paths as given, folders by name. Long files of lines and of row groups are
@@ -136,8 +151,15 @@ fn cut(path: &Path, bytes: u64, named: bool, piece_bytes: u64, pieces: &mut Vec<
 
 impl Piece {
     /// Hands each document of the piece to `document`, in order.
-    pub(crate) fn read(&self, field: &str, document: &mut dyn FnMut(&str) -> Result<()>) -> Result<Kind> {
+    pub(crate) fn read(
+        &self,
+        field: Field<'_>,
+        document: &mut dyn FnMut(&str) -> Result<()>,
+    ) -> Result<Kind> {
         match &self.part {
+            Part::File if field.conversation => {
+                return Err(self.fault("is a file of text; conversations are in .jsonl or .parquet files"));
+            }
             Part::File => return self.read_file(document),
             Part::Lines(range) => self.read_lines(range, field, document)?,
             Part::RowGroup(group) => self.read_row_group(*group, field, document)?,
@@ -160,7 +182,7 @@ impl Piece {
     fn read_lines(
         &self,
         range: &Range<u64>,
-        field: &str,
+        field: Field<'_>,
         document: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<()> {
         let io = || Error::file(&self.path);
@@ -183,12 +205,25 @@ impl Piece {
                 let value: serde_json::Value = serde_json::from_slice(&line).map_err(|e| {
                     self.fault(format!("the line at byte {at} is not JSON ({e}); repair or drop it"))
                 })?;
-                let text = value.get(field).and_then(|text| text.as_str()).ok_or_else(|| {
-                    self.fault(format!(
-                        "the line at byte {at} has no string \"{field}\"; name the field of the text"
-                    ))
-                })?;
-                document(text)?;
+                let found = value.get(field.name);
+                match found.and_then(|text| text.as_str()) {
+                    _ if field.conversation => match found.filter(|list| list.is_array()) {
+                        Some(list) => document(&list.to_string())?,
+                        None => {
+                            return Err(self.fault(format!(
+                                "the line at byte {at} has no list \"{}\"; name the field of the conversation",
+                                field.name
+                            )));
+                        }
+                    },
+                    Some(text) => document(text)?,
+                    None => {
+                        return Err(self.fault(format!(
+                            "the line at byte {at} has no string \"{}\"; name the field of the text",
+                            field.name
+                        )));
+                    }
+                }
             }
             at += read as u64;
         }
@@ -198,14 +233,18 @@ impl Piece {
     fn read_row_group(
         &self,
         group: usize,
-        field: &str,
+        field: Field<'_>,
         document: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<()> {
         let file = File::open(&self.path).map_err(Error::file(&self.path))?;
         let reader = SerializedFileReader::new(file).map_err(|e| self.fault(e))?;
-        read_strings(&reader, group, field, &mut |row, text| match text {
+        if field.conversation {
+            return self.read_conversations(&reader, group, field.name, document);
+        }
+        let name = field.name;
+        read_strings(&reader, group, name, &mut |row, text| match text {
             Some(text) => document(text),
-            None => Err(self.fault(format!("row group {group}, row {row}: {field} is null; drop such rows"))),
+            None => Err(self.fault(format!("row group {group}, row {row}: {name} is null; drop such rows"))),
         })
         .map_err(|e| match e {
             StringsError::Parquet(detail) => self.fault(detail),
@@ -213,9 +252,47 @@ impl Piece {
         })
     }
 
+    /// A column of `list<struct<role: string, content: string>>`.
+    fn read_conversations(
+        &self,
+        reader: &SerializedFileReader<File>,
+        group: usize,
+        name: &str,
+        document: &mut dyn FnMut(&str) -> Result<()>,
+    ) -> Result<()> {
+        let groups = reader.get_row_group(group).map_err(|e| self.fault(e))?;
+        for (at, row) in groups.get_row_iter(None).map_err(|e| self.fault(e))?.enumerate() {
+            let row = row.map_err(|e| self.fault(e))?;
+            let column = row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field);
+            let list = column.and_then(conversation).ok_or_else(|| {
+                self.fault(format!(
+                    "row group {group}, row {at}: {name} is no list of role and content; name the column of the conversation"
+                ))
+            })?;
+            document(&list.to_string())?;
+        }
+        Ok(())
+    }
+
     fn fault(&self, detail: impl ToString) -> Error {
         Error::tool(self.path.display(), detail)
     }
+}
+
+/// A Parquet value as a conversation in JSON.
+fn conversation(field: &Value) -> Option<serde_json::Value> {
+    let Value::ListInternal(list) = field else { return None };
+    let text = |row: &Row, name: &str| match row.get_column_iter().find(|(column, _)| *column == name)? {
+        (_, Value::Str(text)) => Some(text.clone()),
+        _ => None,
+    };
+    let message = |message: &Value| match message {
+        Value::Group(row) => {
+            Some(serde_json::json!({ "role": text(row, "role")?, "content": text(row, "content")? }))
+        }
+        _ => None,
+    };
+    list.elements().iter().map(message).collect()
 }
 
 pub(crate) enum StringsError {

@@ -25,7 +25,7 @@ pub struct TokenizeOptions {
     pub tokenizer: PathBuf,
     /// Folder or URL for the shards; nothing else may be in it.
     pub output: String,
-    /// Token put behind each document, such as `<|endoftext|>`; `None` = none.
+    /// Token put behind each document, such as `<|endoftext|>`; `None` = none. Conversations end themselves.
     pub end: Option<String>,
     /// Written in each row's `source`; `None` = no such column.
     pub source: Option<String>,
@@ -85,6 +85,16 @@ pub fn tokenize(options: &TokenizeOptions, progress: OnProgress<'_>) -> Result<T
         })?),
         None => None,
     };
+    let turn = |token: &str| {
+        tokenizer.token_to_id(token).ok_or_else(|| {
+            let detail = format!("has no token {token}, which conversations are written with");
+            Error::tool(options.tokenizer.display(), detail)
+        })
+    };
+    let turns = match options.inputs.conversations {
+        true => Some((turn("<|im_start|>")?, turn("<|im_end|>")?)),
+        false => None,
+    };
     // Text that spells out a special token must not become one.
     tokenizer.set_encode_special_tokens(true);
 
@@ -102,7 +112,7 @@ pub fn tokenize(options: &TokenizeOptions, progress: OnProgress<'_>) -> Result<T
     }
 
     let meter = Meter::new(shards.iter().flatten().map(|piece| piece.bytes).sum(), progress);
-    let job = Job { options, tokenizer, end, identity: identity(options, &raw), store, meter };
+    let job = Job { options, tokenizer, end, turns, identity: identity(options, &raw), store, meter };
     let made = parallel(options.threads, shards.len(), |at| job.shard(at, &names[at], &shards[at]))?;
 
     let mut report = TokenizeReport { shards: shards.len() as u64, ..TokenizeReport::default() };
@@ -138,7 +148,7 @@ fn group(pieces: Vec<Piece>, shard_bytes: u64) -> Vec<Vec<Piece>> {
 
 /// What besides the text decides a shard's bytes.
 fn identity(options: &TokenizeOptions, tokenizer: &[u8]) -> String {
-    let rest = serde_json::json!({
+    let mut rest = serde_json::json!({
         "version": 1,
         "writer": env!("CARGO_PKG_VERSION"),
         "tokenizer": blake3::hash(tokenizer).to_hex().as_str(),
@@ -146,6 +156,9 @@ fn identity(options: &TokenizeOptions, tokenizer: &[u8]) -> String {
         "source": options.source,
         "format": options.format,
     });
+    if options.inputs.conversations {
+        rest["conversations"] = true.into();
+    }
     rest.to_string()
 }
 
@@ -153,6 +166,8 @@ struct Job<'a> {
     options: &'a TokenizeOptions,
     tokenizer: Tokenizer,
     end: Option<u32>,
+    /// Tokens that begin and end a turn, when the inputs are conversations.
+    turns: Option<(u32, u32)>,
     identity: String,
     store: Store,
     meter: Meter<'a>,
@@ -169,16 +184,23 @@ impl Job<'_> {
         }
         let fault = |e: parquet::errors::ParquetError| Error::tool(self.store.place_of(name), e);
         let mut writer =
-            ShardWriter::new(self.options.format, false, self.options.source.as_deref()).map_err(fault)?;
+            ShardWriter::new(self.options.format, self.turns.is_some(), self.options.source.as_deref())
+                .map_err(fault)?;
         let mut input = self.hasher();
         let (mut read, mut skipped_files) = (0, Vec::new());
         for piece in pieces {
             let before = writer.tokens();
-            let kind = piece.read(&self.options.inputs.text_field, &mut |text| {
+            let kind = piece.read(self.options.inputs.field(), &mut |text| {
                 hash_text(&mut input, text);
                 read += text.len() as u64;
-                let ids = self.encode(text).map_err(|e| Error::tool(piece.path.display(), e))?;
-                writer.push(&ids, None).map_err(fault)
+                let told = |e: tokenizers::Error| Error::tool(piece.path.display(), e);
+                match &self.turns {
+                    None => writer.push(&self.encode(text).map_err(told)?, None).map_err(fault),
+                    Some(turns) => {
+                        let (ids, mask) = self.encode_conversation(text, turns).map_err(told)?;
+                        writer.push(&ids, Some(&mask)).map_err(fault)
+                    }
+                }
             })?;
             if kind == Kind::Binary {
                 skipped_files.push(piece.path.display().to_string());
@@ -209,7 +231,7 @@ impl Job<'_> {
         }
         let mut input = self.hasher();
         for piece in pieces {
-            piece.read(&self.options.inputs.text_field, &mut |text| {
+            piece.read(self.options.inputs.field(), &mut |text| {
                 hash_text(&mut input, text);
                 Ok(())
             })?;
@@ -221,6 +243,45 @@ impl Job<'_> {
         let mut hasher = blake3::Hasher::new();
         hash_text(&mut hasher, &self.identity);
         hasher
+    }
+
+    /// ChatML: `<|im_start|>role\ncontent<|im_end|>\n` for each message. What counts is what an assistant says, and that it
+    /// stops.
+    fn encode_conversation(
+        &self,
+        text: &str,
+        (start, end): &(u32, u32),
+    ) -> Result<(Vec<i32>, Vec<u8>), tokenizers::Error> {
+        #[derive(Deserialize)]
+        struct Message {
+            role: String,
+            content: String,
+        }
+        let messages: Vec<Message> = serde_json::from_str(text).map_err(|cause| {
+            format!("a conversation is a list of role and content, two texts each: {cause}")
+        })?;
+        let (mut ids, mut mask) = (Vec::new(), Vec::new());
+        let mut push = |more: &[u32], counts: bool| -> Result<(), tokenizers::Error> {
+            for id in more {
+                ids.push(i32::try_from(*id)?);
+                mask.push(u8::from(counts));
+            }
+            Ok(())
+        };
+        let encode = |text: &str| {
+            Ok::<_, tokenizers::Error>(self.tokenizer.encode_fast(text, false)?.get_ids().to_vec())
+        };
+        for Message { role, content } in messages {
+            let answers = role == "assistant";
+            push(&[*start], false)?;
+            push(&encode(&format!("{role}\n"))?, false)?;
+            for part in parts(&content, PART_BYTES) {
+                push(&encode(part)?, answers)?;
+            }
+            push(&[*end], answers)?;
+            push(&encode("\n")?, false)?;
+        }
+        Ok((ids, mask))
     }
 
     fn encode(&self, text: &str) -> Result<Vec<i32>, tokenizers::Error> {

@@ -96,7 +96,7 @@ fn sample(options: &TrainOptions, progress: OnProgress<'_>) -> Result<(Vec<Strin
     let meter = Meter::new(total, progress);
     let (mut texts, mut bytes, mut drawn) = (Vec::new(), 0, 0);
     for piece in &pieces {
-        piece.read(&options.inputs.text_field, &mut |text| {
+        piece.read(options.inputs.field(), &mut |text| {
             for part in parts(text, PART_BYTES) {
                 drawn += 1;
                 if stream.unit_at(drawn) < share {

@@ -12,7 +12,9 @@ use anello_dataloader::{
     Dataset, Error, Index, ManoOptions, Progress, SPECIAL_TOKENS, ShardFormat, TextInputs, TokenizeOptions,
     TrainOptions, inspect, mano_token, synth_mano, tokenize, train_tokenizer, verify,
 };
-use arrow::array::{ArrayRef, RecordBatch, StringArray};
+use arrow::array::{Array, ArrayRef, ListArray, RecordBatch, StringArray, StructArray};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field};
 use common::{documents, url, write_set};
 use parquet::arrow::ArrowWriter;
 use parquet::file::properties::WriterProperties;
@@ -230,6 +232,20 @@ fn a_folder_with_other_shards_and_bad_inputs_are_refused() {
     assert!(fault(&TokenizeOptions { inputs: binary, ..base.clone() }).contains("is not UTF-8 text"));
     let none = TextInputs { extensions: vec!["rs".to_owned()], ..base.inputs.clone() };
     assert!(fault(&TokenizeOptions { inputs: none, ..base.clone() }).contains("no text file there"));
+    let chat = |name: &str, text: &str| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        let inputs =
+            TextInputs { text_field: "messages".into(), conversations: true, ..TextInputs::new([file]) };
+        fault(&TokenizeOptions { inputs, end: None, ..base.clone() })
+    };
+    assert!(chat("chat.txt", "hello").contains("conversations are in .jsonl or .parquet files"));
+    assert!(
+        chat("c1.jsonl", "{\"messages\": \"hi\"}").contains("the line at byte 0 has no list \"messages\"")
+    );
+    assert!(
+        chat("c2.jsonl", "{\"messages\": [{\"role\": \"user\"}]}").contains("a list of role and content")
+    );
     let bad = folder.path().join("bad.jsonl");
     std::fs::write(&bad, "{\"text\": \"fine\"}\nnot json\n").unwrap();
     let said = fault(&TokenizeOptions { inputs: TextInputs::new([&bad]), ..base.clone() });
@@ -249,6 +265,86 @@ fn text_that_spells_a_special_token_does_not_become_one() {
     tokenize(&options, &go).unwrap();
     let documents = Dataset::open(&options.output).unwrap().read(0, None).unwrap();
     assert!(documents.tokens().iter().all(|id| *id > 2), "{:?}", documents.tokens());
+}
+
+/// Conversations as a Parquet column of lists of structs, one row each.
+fn write_conversations(path: &Path, conversations: &[&[(&str, &str)]]) {
+    let text = |of: fn(&(&str, &str)) -> String| -> ArrayRef {
+        Arc::new(StringArray::from(conversations.concat().iter().map(of).collect::<Vec<_>>()))
+    };
+    let field = |name: &str| Arc::new(Field::new(name, DataType::Utf8, true));
+    let messages = StructArray::from(vec![
+        (field("role"), text(|(role, _)| (*role).to_owned())),
+        (field("content"), text(|(_, content)| (*content).to_owned())),
+    ]);
+    let item = Arc::new(Field::new("item", messages.data_type().clone(), true));
+    let lengths = OffsetBuffer::from_lengths(conversations.iter().map(|c| c.len()));
+    let column: ArrayRef = Arc::new(ListArray::new(item, lengths, Arc::new(messages), None));
+    let batch = RecordBatch::try_from_iter([("messages", column)]).unwrap();
+    let mut writer =
+        ArrowWriter::try_new(std::fs::File::create(path).unwrap(), batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+}
+
+#[test]
+fn of_a_conversation_only_what_the_assistant_says_counts() {
+    let (folder, _) = ready();
+    let conversations: [&[(&str, &str)]; 2] = [
+        &[
+            ("system", "be brief"),
+            ("user", "the ring?"),
+            ("assistant", "learns slowly"),
+            ("user", "<|im_end|> again"),
+            ("assistant", "12345"),
+        ],
+        &[("user", "über"), ("assistant", "tokens;")],
+    ];
+    let json = |conversation: &[(&str, &str)]| {
+        let list: Vec<_> =
+            conversation.iter().map(|(r, c)| serde_json::json!({ "role": r, "content": c })).collect();
+        serde_json::json!({ "id": 3, "messages": list }).to_string()
+    };
+    let (lines, rows) = (folder.path().join("chat.jsonl"), folder.path().join("chat.parquet"));
+    std::fs::write(&lines, conversations.map(json).join("\n")).unwrap();
+    write_conversations(&rows, &conversations);
+    let tokenizer = Tokenizer::from_file(folder.path().join("tokenizer.json")).unwrap();
+    let mut plainly = tokenizer.clone();
+    plainly.set_encode_special_tokens(true);
+    // What spells a special token is text.
+    let plain = |text: &str| {
+        plainly.encode_fast(text, false).unwrap().get_ids().iter().map(|id| *id as i32).collect::<Vec<_>>()
+    };
+    let ids = |text: &str| {
+        tokenizer.encode_fast(text, false).unwrap().get_ids().iter().map(|id| *id as i32).collect::<Vec<_>>()
+    };
+    for (name, file) in [("lines", &lines), ("rows", &rows)] {
+        let inputs =
+            TextInputs { text_field: "messages".into(), conversations: true, ..TextInputs::new([file]) };
+        let output = url(&folder.path().join(name));
+        let options = TokenizeOptions { inputs, end: None, output, ..options(folder.path(), 1) };
+        let report = tokenize(&options, &go).unwrap();
+        assert_eq!(report.documents, 2, "{name}");
+        let documents = Dataset::open(&options.output).unwrap().read(0, None).unwrap();
+        for (document, conversation) in documents.iter().zip(conversations) {
+            let mut expected: Vec<(i32, u8)> = Vec::new();
+            for (role, content) in conversation {
+                let mut add =
+                    |ids: &[i32], counts: bool| expected.extend(ids.iter().map(|id| (*id, u8::from(counts))));
+                let answers = *role == "assistant";
+                add(&[1], false);
+                add(&ids(&format!("{role}\n")), false);
+                add(&plain(content), answers);
+                add(&[2], answers);
+                add(&ids("\n"), false);
+            }
+            let found: Vec<(i32, u8)> =
+                document.tokens.iter().copied().zip(document.counted.unwrap().iter().copied()).collect();
+            assert_eq!(found, expected, "{name}");
+        }
+        // The same again is no work.
+        assert_eq!(tokenize(&options, &go).unwrap().reused, report.shards, "{name}");
+    }
 }
 
 #[test]

@@ -16,7 +16,7 @@ fn every_line_is_in_one_piece_however_the_file_is_cut() {
             let mut read = Vec::new();
             for piece in inputs.pieces(piece_bytes).unwrap() {
                 piece
-                    .read("text", &mut |text| {
+                    .read(inputs.field(), &mut |text| {
                         read.push(text.to_owned());
                         Ok(())
                     })
