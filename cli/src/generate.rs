@@ -7,12 +7,11 @@ use std::time::Instant;
 
 use anello_worker::{Cache, GenerateOptions, Generator, Leave, Sampled};
 use serde_json::json;
-use tokenizers::Tokenizer;
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::screen::Screen;
-use crate::text::{grouped, per_second};
+use crate::text::{Pieces, grouped, per_second};
 use crate::weights::Weights;
 
 /// Arguments of `anello generate`.
@@ -136,7 +135,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         }
         let mut generator =
             Generator::new(&weights.model, weights.rope_base, ids.len() + args.tokens, options);
-        let mut text = Stream::new(weights.tokenizer.as_ref(), &ids);
+        let (mut pieces, mut text) = (Pieces::after(&ids, weights.tokenizer.as_ref()), String::new());
         if !args.json {
             screen.print(&screen.faint(prompt))?;
         }
@@ -148,7 +147,8 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
             if ends.contains(&sampled.id) {
                 break;
             }
-            let piece = text.push(sampled.id);
+            let piece = pieces.push(sampled.id);
+            text.push_str(&piece);
             if !args.json {
                 screen.print(&colored(screen, &piece, sampled.exit, loops))?;
                 std::io::stdout().flush()?;
@@ -159,7 +159,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         let rate = written.len() as f64 / seconds;
         if args.json {
             let line = json!({
-                "prompt": prompt, "text": text.all, "ids": written.iter().map(|s| s.id).collect::<Vec<_>>(),
+                "prompt": prompt, "text": text, "ids": written.iter().map(|s| s.id).collect::<Vec<_>>(),
                 "exits": written.iter().map(|s| s.exit).collect::<Vec<_>>(),
                 "probabilities": written.iter().map(|s| s.probability).collect::<Vec<_>>(),
                 "mean_depth": depth, "loops": loops, "tokens_per_second": rate,
@@ -183,37 +183,6 @@ fn colored(screen: &Screen, piece: &str, exit: u32, loops: u32) -> String {
     const COLORS: [u8; 5] = [39, 43, 148, 214, 203];
     let at = (exit - 1) as usize * (COLORS.len() - 1) / (loops - 1).max(1) as usize;
     screen.in_color(piece, COLORS[at.min(COLORS.len() - 1)])
-}
-
-/// Tokens as the text that each adds. A letter cut into several tokens goes with its last one.
-struct Stream<'t> {
-    tokenizer: Option<&'t Tokenizer>,
-    ids: Vec<u32>,
-    /// Bytes of the decoded text that were told.
-    told: usize,
-    all: String,
-}
-
-impl<'t> Stream<'t> {
-    fn new(tokenizer: Option<&'t Tokenizer>, prompt: &[u32]) -> Self {
-        let mut stream = Self { tokenizer, ids: prompt.to_vec(), told: 0, all: String::new() };
-        stream.told = stream.decoded().len();
-        stream
-    }
-
-    fn decoded(&self) -> String {
-        let text = self.tokenizer.map(|tokenizer| tokenizer.decode(&self.ids, false).unwrap_or_default());
-        text.unwrap_or_default().trim_end_matches('\u{fffd}').to_owned()
-    }
-
-    fn push(&mut self, id: u32) -> String {
-        self.ids.push(id);
-        let text = self.decoded();
-        let piece = text.get(self.told..).unwrap_or_default().to_owned();
-        self.told = text.len().max(self.told);
-        self.all.push_str(&piece);
-        piece
-    }
 }
 
 #[cfg(test)]

@@ -7,15 +7,15 @@ use anello_configs::{Dtype, Model, RunConfig, Schedule, Stage};
 use anello_store::checkpoint::Manifest;
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Environment, Store, read_config};
-use anello_worker::checkpoint::load_weights;
 use anello_worker::interchange::{self, Export, Use};
-use anello_worker::{Run, as_slice, initial_state, pin_init};
+use anello_worker::{Run, as_slice, pin_init};
 
 use crate::config::load;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::place::CheckpointName;
 use crate::screen::Screen;
 use crate::text::{bytes, grouped, read_bytes};
+use crate::weights::{tokenizer_file, weights_at};
 use crate::words::{short_digest, where_it_runs};
 
 /// Arguments of `anello export`.
@@ -89,28 +89,9 @@ fn toml_text(text: &str) -> String {
 
 /// `anello export`
 pub fn export(args: &ExportArgs, screen: &Screen) -> Outcome {
-    let (store, step, config) = match args.name.step {
-        Some(0) => {
-            let store = crate::place::open_run(&args.name.run)?;
-            let config = read_config(&store)?;
-            (store, 0, config)
-        }
-        _ => {
-            let (store, step) = args.name.open()?;
-            let config = read_config(&store)?;
-            (store, step, config)
-        }
-    };
-    let (manifest, layout, weights) = match step {
-        0 => {
-            let state = initial_state(&config, tch::Device::Cpu)?;
-            (None, state.layout.clone(), as_slice(&state.weights).to_vec())
-        }
-        _ => {
-            let (manifest, layout, weights) = load_weights(&store, step, &config.model)?;
-            (Some(manifest), layout, weights)
-        }
-    };
+    let (store, step) = args.name.open()?;
+    let config = read_config(&store)?;
+    let (manifest, layout, weights) = weights_at(&store, &config, step)?;
     let schedule = Schedule::new(&config);
     let last = step.saturating_sub(1);
     let Some(plan) = schedule.at(last) else {
@@ -140,7 +121,7 @@ pub fn export(args: &ExportArgs, screen: &Screen) -> Outcome {
         tokenizer: tokenizer.as_deref(),
         readme: &readme,
     };
-    let exported = interchange::export(&args.to, &layout, &weights, &what)?;
+    let exported = interchange::export(&args.to, &layout, as_slice(&weights), &what)?;
     screen.line(&format!(
         "{}: the weights after step {} of {}, {} tensors as {} in {} file{}, {}",
         args.to.display(),
@@ -157,8 +138,7 @@ pub fn export(args: &ExportArgs, screen: &Screen) -> Outcome {
 
 /// The text of the run's tokenizer.
 fn tokenizer(config: &RunConfig) -> Result<Option<Vec<u8>>, Failure> {
-    let Some(path) = &config.data.tokenizer else { return Ok(None) };
-    let path = PathBuf::from(path.strip_prefix("file://").unwrap_or(path));
+    let Some(path) = tokenizer_file(config) else { return Ok(None) };
     let read = std::fs::read(&path);
     read.map(Some).map_err(|source| Failure::File { action: "reading the tokenizer", path, source })
 }

@@ -1,12 +1,13 @@
 //! A trained model by its name: a checkpoint of a run, or a folder in the published layout.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anello_configs::{Dtype, Schedule};
+use anello_configs::{Dtype, RunConfig, Schedule};
+use anello_store::checkpoint::Manifest;
 use anello_store::{Store, read_config};
 use anello_worker::checkpoint::load_weights;
-use anello_worker::{Model, initial_state, interchange};
+use anello_worker::{Layout, Model, State, initial_state, interchange};
 use tch::{Device, Tensor};
 use tokenizers::Tokenizer;
 
@@ -41,29 +42,15 @@ impl Weights {
             return Self::of_folder(name, &published);
         }
         let Ok(parsed) = CheckpointName::from_str(name);
-        let (store, step) = match parsed.step {
-            Some(0) => (crate::place::open_run(&parsed.run)?, 0),
-            _ => parsed.open()?,
-        };
+        let (store, step) = parsed.open()?;
         let config = read_config(&store)?;
-        let (layout, flat) = match step {
-            0 => {
-                let state = initial_state(&config, Device::Cpu)?;
-                (state.layout, state.weights)
-            }
-            _ => {
-                let (_, layout, weights) = load_weights(&store, step, &config.model)?;
-                (layout, Tensor::from_slice(&weights))
-            }
-        };
+        let (_, layout, flat) = weights_at(&store, &config, step)?;
         let schedule = Schedule::new(&config);
         let plan = schedule
             .at(step.saturating_sub(1))
             .ok_or_else(|| Failure::Usage(format!("{name} is no step of its run's plan")))?;
         let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
-        let tokenizer = config.data.tokenizer.as_deref();
-        let tokenizer =
-            tokenizer.map(|path| read_tokenizer(path.strip_prefix("file://").unwrap_or(path).as_ref()));
+        let tokenizer = tokenizer_file(&config).map(|path| read_tokenizer(&path));
         Ok(Self {
             name: name.to_owned(),
             model,
@@ -99,7 +86,7 @@ impl Weights {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Failure> {
         let Some(tokenizer) = &self.tokenizer else {
             return Err(Failure::Usage(format!(
-                "{} has no tokenizer; set data.tokenizer in its config, or give token ids",
+                "{} has no tokenizer; set data.tokenizer in its config",
                 self.name
             )));
         };
@@ -122,7 +109,28 @@ impl Weights {
     }
 }
 
-fn read_tokenizer(path: &Path) -> Result<Tokenizer, Failure> {
+/// Weights of a run after `step` steps, flat, and the checkpoint that they are from; after 0 what the run begins with.
+pub fn weights_at(
+    store: &Store,
+    config: &RunConfig,
+    step: u64,
+) -> Result<(Option<Manifest>, Layout, Tensor), Failure> {
+    if step == 0 {
+        let State { layout, weights, .. } = initial_state(config, Device::Cpu)?;
+        return Ok((None, layout, weights));
+    }
+    let (manifest, layout, weights) = load_weights(store, step, &config.model)?;
+    Ok((Some(manifest), layout, Tensor::from_slice(&weights)))
+}
+
+/// The `tokenizer.json` of a run, on this machine.
+pub fn tokenizer_file(config: &RunConfig) -> Option<PathBuf> {
+    let path = config.data.tokenizer.as_deref()?;
+    Some(PathBuf::from(path.strip_prefix("file://").unwrap_or(path)))
+}
+
+/// Reads a `tokenizer.json`.
+pub fn read_tokenizer(path: &Path) -> Result<Tokenizer, Failure> {
     Tokenizer::from_file(path).map_err(|cause| {
         Failure::Usage(format!("{} is no tokenizer ({cause}); give a tokenizer.json", path.display()))
     })

@@ -5,7 +5,7 @@ use anello_store::checkpoint::{digest_of_blocks, split_name, steps};
 use anello_store::{CONFIG, Store, read_config};
 use tch::{Device, Tensor};
 
-use crate::checkpoint::load_weights;
+use crate::checkpoint::{block_digest, load_weights};
 use crate::error::{Error, Result};
 use crate::interchange;
 use crate::optimizer::State;
@@ -107,9 +107,5 @@ fn published(place: &str) -> Result<Option<Store>> {
 
 /// Digest of flat weights, as in a manifest.
 fn digest(weights: &[f32]) -> String {
-    let block = |values: &[f32]| {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        blake3::hash(&bytes).to_hex().to_string()
-    };
-    digest_of_blocks(&weights.chunks(BLOCK).map(block).collect::<Vec<_>>())
+    digest_of_blocks(&weights.chunks(BLOCK).map(block_digest).collect::<Vec<_>>())
 }

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use anello_dataloader::{Dataset, Inspection};
-use tokenizers::Tokenizer;
 
 use super::{Threads, Unit, Watch};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::screen::Screen;
 use crate::text::{Table, bytes, grouped};
+use crate::weights::read_tokenizer;
 
 /// Arguments of `anello data inspect`.
 #[derive(Debug, clap::Args)]
@@ -31,12 +31,7 @@ pub struct Args {
 
 /// Reads the set, and what it holds in words.
 pub fn inspected(args: &Args, screen: &Screen, interrupt: &Interrupt) -> Result<String, Failure> {
-    let read = |path: &PathBuf| {
-        let wrong =
-            |e| Failure::Usage(format!("{} is no tokenizer ({e}); give a tokenizer.json", path.display()));
-        Tokenizer::from_file(path).map_err(wrong)
-    };
-    let tokenizer = args.tokenizer.as_ref().map(read).transpose()?;
+    let tokenizer = args.tokenizer.as_deref().map(read_tokenizer).transpose()?;
     let dataset = Dataset::open(&args.set)?;
     let watch = Watch::new(screen, interrupt, "reading", Unit::RowGroups);
     let found = anello_dataloader::inspect(

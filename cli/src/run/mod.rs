@@ -15,8 +15,6 @@ use anello_configs::{RunConfig, Schedule};
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use anello_worker::{Control, Ended, Resume, Run, Training, pin_init};
 
-use tokenizers::Tokenizer;
-
 use crate::certs::ListenArgs;
 use crate::config::{load, load_text};
 use crate::failure::{Exit, Failure, Outcome};
@@ -24,6 +22,7 @@ use crate::interrupt::Interrupt;
 use crate::place::open_run;
 use crate::screen::Screen;
 use crate::text::{grouped, read_time};
+use crate::weights::{read_tokenizer, tokenizer_file};
 use tracker::Tracker;
 use view::View;
 
@@ -202,13 +201,9 @@ fn samples(store: &Store, config: &RunConfig, ended: &Ended, tokens: usize) -> S
             return String::new();
         }
     };
-    let tokenizer = config.data.tokenizer.as_ref().and_then(|path| {
-        let path = path.strip_prefix("file://").unwrap_or(path);
-        let read = Tokenizer::from_file(path);
-        read.inspect_err(
-            |cause| tracing::warn!(%cause, path, "the tokenizer cannot be read; samples are ids"),
-        )
-        .ok()
+    let tokenizer = tokenizer_file(config).and_then(|path| {
+        let read = read_tokenizer(&path);
+        read.inspect_err(|cause| tracing::warn!(cause = cause.text(), "samples are ids")).ok()
     });
     sample::render(&samples, tokenizer.as_ref())
 }

@@ -3,10 +3,12 @@
 use anello_configs::{RunConfig, Stage};
 use anello_dataloader::Dataset;
 use anello_store::Store;
-use anello_worker::{Cache, GenerateOptions, Generator, Leave, Model, Sampled, checkpoint};
+use anello_worker::{Cache, GenerateOptions, Generator, Leave, Model, Sampled};
 use tokenizers::Tokenizer;
 
 use crate::failure::Failure;
+use crate::text::Pieces;
+use crate::weights::weights_at;
 
 /// Tokens of a document that are given as the prompt, at most half of it.
 const PROMPT: usize = 16;
@@ -40,8 +42,7 @@ pub fn take(
     let mut weighed: Vec<(&String, f64)> =
         stage.mixture.iter().map(|(name, weight)| (name, *weight)).collect();
     weighed.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let (_, layout, weights) = checkpoint::load_weights(store, step, &config.model)?;
-    let flat = tch::Tensor::from_slice(&weights);
+    let (_, layout, flat) = weights_at(store, config, step)?;
     let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
     let options = GenerateOptions {
         loops: stage.loops,
@@ -95,22 +96,10 @@ pub fn render(samples: &[Sample], tokenizer: Option<&Tokenizer>) -> String {
     text
 }
 
-/// The text that each of `ids` adds after `before`. A letter cut into several tokens goes with its last one.
+/// The text that each of `ids` adds after `before`.
 fn pieces(ids: &[u32], before: &[u32], tokenizer: Option<&Tokenizer>) -> Vec<String> {
-    let Some(tokenizer) = tokenizer else { return ids.iter().map(|id| format!(" {id}")).collect() };
-    let decode = |ids: &[u32]| tokenizer.decode(ids, false).unwrap_or_default();
-    let mut all = before.to_vec();
-    let mut told = decode(&all).trim_end_matches('\u{fffd}').to_owned();
-    ids.iter()
-        .map(|&id| {
-            all.push(id);
-            let text = decode(&all);
-            let whole = text.trim_end_matches('\u{fffd}');
-            let piece = whole.strip_prefix(told.as_str()).unwrap_or_default().to_owned();
-            told.push_str(&piece);
-            piece
-        })
-        .collect()
+    let mut pieces = Pieces::after(before, tokenizer);
+    ids.iter().map(|id| pieces.push(*id)).collect()
 }
 
 fn subscript(number: u32) -> String {

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::findings::{Blocks, Difference, Element, Figure, KeyDifference, Phase, Records, SourceDifference};
 use super::recorded::Recorded;
-use crate::checkpoint::load;
+use crate::checkpoint::{block_digest, load};
 use crate::ffi;
 use crate::objective::LossSums;
 use crate::optimizer::State;
@@ -282,13 +282,9 @@ fn off_digests(run: &Recorded, manifest: &Manifest, state: &State) -> Option<Blo
     let mut found = None;
     for (buffer, flat) in ours.into_iter().enumerate() {
         let theirs = manifest.blocks.of(buffer);
-        let digest = |values: &[f32]| {
-            let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            blake3::hash(&bytes).to_hex()
-        };
         let pairs = ffi::as_slice(flat).chunks(BLOCK).zip(theirs).enumerate();
         let differ: Vec<usize> = pairs
-            .filter(|(_, (values, theirs))| digest(values).as_str() != theirs.as_str())
+            .filter(|(_, (values, theirs))| block_digest(values) != **theirs)
             .map(|(block, _)| block)
             .collect();
         if let Some(&block) = differ.first() {

@@ -7,4 +7,5 @@ mod save;
 pub use compare::{BlockDifference, Comparison, compare};
 pub(crate) use load::state_of;
 pub use load::{Loaded, load, load_weights};
+pub(crate) use save::block_digest;
 pub use save::{Snapshot, write};

@@ -42,6 +42,12 @@ impl Snapshot {
     }
 }
 
+/// Digest of a block of numbers, as a manifest has it.
+pub(crate) fn block_digest(values: &[f32]) -> String {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    blake3::hash(&bytes).to_hex().to_string()
+}
+
 /// Writes `snapshot` in parts of about `part_bytes`, and returns them in the order of their blocks. `stamp` keeps
 /// writers apart that write the same blocks: the number of the event with which this one took the run up, or that of
 /// its ring's generation.

@@ -27,70 +27,35 @@ pub struct Report {
 
 impl Report {
     pub fn counts(&self) -> [(&'static str, u64); 17] {
+        self.clone().counters().map(|(what, count)| (what, *count))
+    }
+
+    fn counters(&mut self) -> [(&'static str, &mut u64); 17] {
         [
-            ("a generation", self.generations),
-            ("a step", self.steps),
-            ("a kill", self.kills),
-            ("a freeze", self.freezes),
-            ("a cut", self.cuts),
-            ("a silent cut", self.mutes),
-            ("a preemption", self.preemptions),
-            ("a coordinator's crash", self.coordinator_crashes),
-            ("a stale coordinator", self.stale_coordinators),
-            ("a fenced coordinator", self.fenced),
-            ("a failing step", self.faults),
-            ("an unreadable checkpoint", self.unreadable),
-            ("a pause", self.pauses),
-            ("a step done again", self.replayed_steps),
-            ("a second copy that was asked for", self.copies),
-            ("a slow member", self.slow),
-            ("lanes shared out by speed", self.recuts),
+            ("a generation", &mut self.generations),
+            ("a step", &mut self.steps),
+            ("a kill", &mut self.kills),
+            ("a freeze", &mut self.freezes),
+            ("a cut", &mut self.cuts),
+            ("a silent cut", &mut self.mutes),
+            ("a preemption", &mut self.preemptions),
+            ("a coordinator's crash", &mut self.coordinator_crashes),
+            ("a stale coordinator", &mut self.stale_coordinators),
+            ("a fenced coordinator", &mut self.fenced),
+            ("a failing step", &mut self.faults),
+            ("an unreadable checkpoint", &mut self.unreadable),
+            ("a pause", &mut self.pauses),
+            ("a step done again", &mut self.replayed_steps),
+            ("a second copy that was asked for", &mut self.copies),
+            ("a slow member", &mut self.slow),
+            ("lanes shared out by speed", &mut self.recuts),
         ]
     }
 
     pub fn add(&mut self, other: &Self) {
-        let mut sum = self.counts().map(|(_, count)| count);
-        for (sum, (_, count)) in sum.iter_mut().zip(other.counts()) {
+        self.trace = mix(self.trace, other.trace);
+        for ((_, sum), (_, count)) in self.counters().into_iter().zip(other.counts()) {
             *sum += count;
         }
-        let [
-            generations,
-            steps,
-            kills,
-            freezes,
-            cuts,
-            mutes,
-            preemptions,
-            crashes,
-            stale,
-            fenced,
-            faults,
-            unreadable,
-            pauses,
-            again,
-            copies,
-            slow,
-            recuts,
-        ] = sum;
-        *self = Self {
-            trace: mix(self.trace, other.trace),
-            generations,
-            steps,
-            kills,
-            freezes,
-            cuts,
-            mutes,
-            preemptions,
-            coordinator_crashes: crashes,
-            stale_coordinators: stale,
-            fenced,
-            faults,
-            unreadable,
-            pauses,
-            replayed_steps: again,
-            copies,
-            slow,
-            recuts,
-        };
     }
 }
