@@ -30,8 +30,6 @@ pub struct Weights {
     pub sequence: u32,
     /// Its tokenizer, if it has one.
     pub tokenizer: Option<Tokenizer>,
-    /// What the model's leaves are views of.
-    _flat: Tensor,
 }
 
 impl Weights {
@@ -59,7 +57,6 @@ impl Weights {
             rope_base: plan.stage.rope_base,
             sequence: plan.stage.sequence,
             tokenizer: tokenizer.transpose()?,
-            _flat: flat,
         })
     }
 
@@ -78,7 +75,6 @@ impl Weights {
             rope_base: used.rope_base,
             sequence: used.positions.min(4096),
             tokenizer: tokenizer.map(|path| read_tokenizer(&path)).transpose()?,
-            _flat: flat,
         })
     }
 
