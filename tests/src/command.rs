@@ -92,6 +92,16 @@ impl Process {
 
     /// Starts `anello ARGUMENTS` in `folder` with these variables besides those of the test.
     pub fn start_with(folder: &Path, arguments: &[&str], variables: &[(&str, String)]) -> Self {
+        Self::start_by(&[], folder, arguments, variables)
+    }
+
+    /// Starts `BEFORE anello ARGUMENTS` in `folder`, where `before` is a command that becomes the one after it.
+    pub fn start_by(
+        before: &[String],
+        folder: &Path,
+        arguments: &[&str],
+        variables: &[(&str, String)],
+    ) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let logs = folder.join("logs");
         std::fs::create_dir_all(&logs).expect("the test's folder can be written");
@@ -99,8 +109,10 @@ impl Process {
         let file = |kind: &str| logs.join(format!("{number:03}.{kind}"));
         let (out, log) = (file("out"), file("log"));
         let create = |path: &Path| File::create(path).expect("the test's folder can be written");
-        let child = Command::new(binary())
-            .args(arguments)
+        let words = before.iter().map(OsStr::new).chain([binary().as_os_str()]);
+        let words: Vec<&OsStr> = words.chain(arguments.iter().map(OsStr::new)).collect();
+        let child = Command::new(words[0])
+            .args(&words[1..])
             .args(["--log", "info"])
             .envs(variables.iter().map(|(name, value)| (*name, value)))
             .current_dir(folder)

@@ -1,10 +1,12 @@
 //! What the end-to-end tests share: the built command, its processes with their logs, and a small run.
 
 mod command;
+mod network;
 mod run;
 mod s3;
 
 pub use command::{Done, Process, anello, binary, signal, wait_until};
+pub use network::Network;
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
 pub use s3::S3;
 

@@ -1,8 +1,9 @@
 //! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS, in a
-//! bucket; compared; weights out and in, and used.
+//! bucket, cut off; compared; weights out and in, and used.
 
 mod bisect;
 mod bucket;
+mod cut;
 mod disk;
 mod interchange;
 mod jobs;

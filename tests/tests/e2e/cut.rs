@@ -1,0 +1,119 @@
+//! Hosts that are cut off without a word: a pulled cable, a dropped route. Nobody is told by a closed connection here.
+
+use std::path::PathBuf;
+
+use anello_tests::{Done, Network, Process, newest_checkpoint, wait_until};
+
+use super::world;
+
+/// Where the coordinator and its users are.
+const DESK: u32 = 0;
+
+/// A coordinator and a worker on each other host.
+struct Cluster {
+    network: Network,
+    coordinator: Process,
+    address: String,
+    workers: Vec<Process>,
+    place: String,
+}
+
+impl Cluster {
+    /// Absent where namespaces may not be made; said, since then nothing is tested.
+    fn start(name: &str, workers: u32) -> Option<Self> {
+        let network = match Network::new(name, workers + 1) {
+            Ok(network) => network,
+            Err(why) => {
+                println!("NOT RUN, for this user may make no network namespaces: {why}");
+                return None;
+            }
+        };
+        let (place, listen) = (format!("cut-{name}"), format!("{}:0", network.address(DESK)));
+        let arguments = ["coordinator", "--listen", &listen, "--jobs", &place, "--slots", "0", "--insecure"];
+        let more = ["--detection", "1s"];
+        let on = network.on(DESK);
+        let mut coordinator = Process::start_by(&on, &world().folder, &[&arguments[..], &more].concat(), &[]);
+        let address = |out: &str| Some(out.strip_prefix("coordinator at ")?.split_once(',')?.0.to_owned());
+        wait_until("the coordinator listens", || {
+            address(&coordinator.out()).is_some() || coordinator.ended()
+        });
+        let address = address(&coordinator.out()).unwrap_or_else(|| panic!("{}", coordinator.log()));
+        let mut cluster = Self { network, coordinator, address, workers: Vec::new(), place };
+        let count = workers.to_string();
+        cluster.ask(&["submit", "small.toml", "--name", "a", "--workers", &count]).expect(0);
+        cluster.workers = (1..=workers).map(|host| cluster.worker(host)).collect();
+        Some(cluster)
+    }
+
+    fn worker(&self, host: u32) -> Process {
+        let here = self.network.address(host);
+        let arguments = ["worker", "--coordinator", &self.address, "--job", "a", "--threads", "1"];
+        let more = ["--address", &here, "--insecure"];
+        let on = self.network.on(host);
+        Process::start_by(&on, &world().folder, &[&arguments[..], &more].concat(), &[])
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Done {
+        let arguments = [arguments, &["--coordinator", &self.address]].concat();
+        Process::start_by(&self.network.on(DESK), &world().folder, &arguments, &[]).wait()
+    }
+
+    fn folder(&self) -> PathBuf {
+        world().folder.join(&self.place).join("a")
+    }
+
+    fn wait_for_checkpoint(&mut self, step: u64) {
+        let folder = self.folder();
+        let what = format!("checkpoint {step} of {} is there", self.place);
+        wait_until(&what, || newest_checkpoint(&folder) >= step || self.coordinator.ended());
+    }
+
+    /// Waits until a worker has written parts of a checkpoint of this step or a later one, whether anyone commits it or not.
+    fn wait_for_parts(&mut self, step: u64) {
+        let folder = self.folder().join("checkpoints");
+        let newest = || {
+            let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+            entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok()).max().unwrap_or(0)
+        };
+        let what = format!("parts of checkpoint {step} of {} are there", self.place);
+        wait_until(&what, || newest() >= step || self.coordinator.ended());
+    }
+
+    fn logs(&self) -> String {
+        self.ask(&["logs", "a"]).expect(0)
+    }
+
+    /// The job ends, and it is the undisturbed run. Returns its log.
+    fn finish(&mut self) -> String {
+        let said = "job a is completed\n";
+        wait_until(said, || self.coordinator.out().contains(said) || self.coordinator.ended());
+        assert!(self.coordinator.out().contains(said), "{}", self.coordinator.log());
+        let run = format!("{}/a", self.place);
+        world().assert_undisturbed(&run);
+        world().assert_same_checkpoints(&run);
+        self.logs()
+    }
+}
+
+#[test]
+fn a_worker_that_is_cut_off_is_left_behind_and_comes_back() {
+    let Some(mut cluster) = Cluster::start("worker", 3) else { return };
+    cluster.wait_for_checkpoint(6);
+    cluster.network.cut(2);
+    wait_until("it is missed", || cluster.logs().contains("lost (silent for"));
+    cluster.network.mend(2);
+    let told = cluster.finish();
+    let after = told.find("lost (silent for").map(|at| &told[at..]);
+    assert!(after.is_some_and(|after| after.contains("with 2 workers from step")), "{told}");
+}
+
+#[test]
+fn a_coordinator_that_is_cut_off_is_not_needed_and_comes_back() {
+    let Some(mut cluster) = Cluster::start("coordinator", 2) else { return };
+    cluster.wait_for_checkpoint(3);
+    cluster.network.cut(DESK);
+    // The run folder is on a disk that all have, so what they train meanwhile is seen in its parts.
+    cluster.wait_for_parts(12);
+    cluster.network.mend(DESK);
+    cluster.finish();
+}
