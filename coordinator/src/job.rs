@@ -1,4 +1,5 @@
-//! One job: the shell around its [`Membership`]. One task owns everything; what blocks is done by the [`Desk`].
+//! One job: the shell around its [`Membership`]. One task owns everything; what blocks is done by the [`Desk`]. `open` makes
+//! a run folder, or takes it up; `talk` is what workers say.
 //!
 //! ```text
 //! connections ── Input ──▶ ┌──────────┐ ── orders ──▶ connections
@@ -8,25 +9,25 @@
 //!      └───────────────────────────────────────────────────────────────────────────────┘
 //! ```
 
+mod open;
+mod talk;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
-use anello_configs::{LaneShares, RunConfig, Schedule, Timings};
-use anello_proto::ring::{Epoch, Generation, Hello, Leave, Order, Pace, Stance, Step, WorkerId};
+use anello_configs::Timings;
+use anello_proto::ring::{Epoch, Step, WorkerId};
 use anello_proto::v1;
-use anello_store::events::{self, Event as Logged, EventLog, Record};
-use anello_store::metrics;
-use anello_store::{CONFIG, Notice, Store, checkpoint, read_config};
+use anello_store::Notice;
+use anello_store::events::{Event as Logged, Record};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::core::{
-    Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Rows, Status, Straggling,
-};
+use crate::core::{Effect, Entry, Event, Goal, Membership, Millis, Outcome, Rows, Status};
 use crate::desk::{Desk, Done, Task};
-use crate::error::{Error, Result};
 use crate::news::{Herald, News};
-use crate::records::{event_of, formation_of, goal_name, record_of};
+use crate::records::{event_of, goal_name};
+pub use open::{Opened, create};
 
 /// What a job asks for, besides its run.
 #[derive(Clone, Debug)]
@@ -43,10 +44,6 @@ pub struct JobOptions {
 
 /// Orders that may wait for a connection. A worker that does not read so many is as good as silent.
 const ORDERS_MAX: usize = 64;
-/// Inputs that may wait for the loop: heartbeats of some thousands of workers.
-const INPUTS_MAX: usize = 16 << 10;
-/// Failures of one step that no death explains.
-const FAULTS_MAX: u32 = 3;
 
 /// What comes to a job.
 #[derive(Debug)]
@@ -76,126 +73,6 @@ pub(crate) enum Input {
 pub struct Job {
     name: String,
     inputs: mpsc::Sender<Input>,
-}
-
-/// A job that was taken up and does not run yet.
-#[derive(Debug)]
-pub struct Opened {
-    options: JobOptions,
-    store: Store,
-    config: RunConfig,
-    log: EventLog,
-    /// Its first record.
-    taken: Record,
-    found: Found,
-    /// Steps whose rows are durable.
-    reported: u64,
-}
-
-impl Opened {
-    /// Takes up the job whose run lives in `store`: its first record of the log fences every coordinator before this one.
-    ///
-    /// # Errors
-    /// [`anello_store::Error::NoRun`] when there is no run in the folder; `Fenced` when another coordinator takes it
-    /// up at this moment; those of the store.
-    pub fn take_up(store: Store, options: JobOptions) -> Result<Self> {
-        let config = read_config(&store)?;
-        let mut log = EventLog::open(&store)?;
-        let checkpoints = checkpoint::steps(&store)?;
-        let records = events::read(&store)?;
-        let quarantined = records.iter().filter_map(|record| match &record.event {
-            Logged::Evicted { machine, .. } => Some(machine.clone()),
-            _ => None,
-        });
-        let quarantined = quarantined.collect();
-        // A ring that ended by agreement has no members any more: nobody is waited for.
-        let formation = records
-            .into_iter()
-            .rev()
-            .map(|record| record.event)
-            .take_while(|event| !matches!(event, Logged::Ended { .. }))
-            .find_map(formation_of);
-        let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
-        // No row before a checkpoint is still to come.
-        let rows = metrics::read_last(&store, 1)?.last().map_or(0, |row| row.step + 1);
-        let reported = rows.max(checkpoints.last().copied().unwrap_or(0));
-        let found = Found {
-            formation,
-            checkpoints: checkpoints.into_iter().map(Step).collect(),
-            floor: Generation(taken.number),
-            quarantined,
-        };
-        Ok(Self { options, store, config, log, taken, found, reported })
-    }
-
-    /// The record that took it up.
-    pub fn taken(&self) -> &Record {
-        &self.taken
-    }
-
-    /// The run's config.
-    pub fn config(&self) -> &RunConfig {
-        &self.config
-    }
-
-    /// Starts the job on the current runtime. The handle's task ends with the job's outcome; `notices` hears of every
-    /// step, checkpoint and record, and `news` when there is one, or when the job's status is another but for heartbeats.
-    ///
-    /// # Errors
-    /// A thread that cannot be started.
-    pub fn start(
-        self,
-        notices: NoticeSender<Notice>,
-        news: News,
-    ) -> Result<(Job, tokio::task::JoinHandle<Outcome>)> {
-        let Self { options, store, config, log, taken: _, found, reported } = self;
-        let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
-        let epoch = Epoch(log.session());
-        let back = inputs.clone();
-        // The desk's own thread may wait for the loop: it is never on the runtime.
-        let tell = move |done| drop(back.blocking_send(Input::Done(done)));
-        let (policy, timings) = (config.checkpoint.clone(), options.timings);
-        let desk = Desk::start(store.clone(), log, policy, timings.watch, tell)
-            .map_err(|source| Error::System { action: "starting the run folder's thread", source })?;
-        let schedule = Schedule::new(&config);
-        let core = Options {
-            lanes: config.lanes,
-            total: Step(schedule.total_steps()),
-            min: options.min.max(1),
-            desired: options.desired.max(1),
-            lease: millis(timings.lease),
-            gather: millis(timings.gather),
-            faults_max: FAULTS_MAX,
-            straggling: Straggling {
-                factor_permille: (config.ring.straggler_factor * 1000.0).round() as u32,
-                window_steps: config.ring.straggler_window_steps,
-            },
-            by_speed: config.ring.lanes == LaneShares::BySpeed,
-        };
-        let job = Job { name: options.name.clone(), inputs };
-        let core = Membership::new(core, epoch, found, Millis(0));
-        let running = Running {
-            epoch,
-            run: store.place().to_owned(),
-            timings,
-            core,
-            began: Instant::now(),
-            desk,
-            notices,
-            news: Herald(news),
-            links: BTreeMap::new(),
-            first: None,
-            total: schedule.total_steps(),
-            rows: Rows::new(reported, millis(timings.lease)),
-            waiting: Vec::new(),
-            amending: VecDeque::new(),
-            last_wait: None,
-            stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),
-            stage: None,
-            ready: false,
-        };
-        Ok((job, tokio::spawn(running.run(inbox))))
-    }
 }
 
 impl Job {
@@ -344,95 +221,6 @@ impl Running {
         }
     }
 
-    fn hello(&mut self, hello: v1::Hello, orders: mpsc::Sender<v1::ToWorker>) {
-        let worker = WorkerId(hello.worker);
-        if self.links.get(&worker).is_some_and(|link| link.connection >= hello.connection) {
-            return;
-        }
-        let machine = hello.machine.clone();
-        let refuse = |reason: String| {
-            tracing::warn!(%worker, machine, reason, "refused a worker");
-            let order = Order::Leave { why: Leave::Refused { reason } };
-            let _ = orders.try_send(v1::ToWorker { epoch: self.epoch.0, order: Some((&order).into()) });
-        };
-        let hello = match Hello::try_from(hello) {
-            Ok(hello) => hello,
-            Err(malformed) => return refuse(malformed.to_string()),
-        };
-        if let Some(Kind { build, device }) = &self.first {
-            let differs: Vec<String> = [("build", build, &hello.build), ("device", device, &hello.device)]
-                .into_iter()
-                .filter(|(_, ours, theirs)| ours != theirs)
-                .map(|(what, ours, theirs)| format!("its {what} is {theirs}, the job's {ours}"))
-                .collect();
-            if !differs.is_empty() {
-                return refuse(format!(
-                    "{}; start workers of one build on one kind of device",
-                    differs.join(" and ")
-                ));
-            }
-        }
-        self.first.get_or_insert(Kind { build: hello.build.clone(), device: hello.device.clone() });
-        self.links.insert(worker, Link { connection: hello.connection, orders });
-        self.news.0.tell();
-        self.rows.connected(worker);
-        self.welcome(worker);
-        let Hello { endpoints, machine, stance, .. } = hello;
-        self.core_event(Event::Linked { worker, endpoints, machine, stance });
-    }
-
-    fn word(&mut self, worker: WorkerId, word: v1::from_worker::Word) {
-        match word {
-            v1::from_worker::Word::Hello(_) => self.drop_link(worker, "it said hello twice"),
-            v1::from_worker::Word::Stance(stance) => match Stance::try_from(stance) {
-                Ok(stance) => self.core_event(Event::Stands { worker, stance }),
-                Err(malformed) => self.drop_link(worker, &malformed.to_string()),
-            },
-            v1::from_worker::Word::Pace(pace) => match Pace::try_from(pace) {
-                Ok(pace) => self.core_event(Event::Paced { worker, pace }),
-                Err(malformed) => self.drop_link(worker, &malformed.to_string()),
-            },
-            v1::from_worker::Word::Step(report) if report.step >= self.total => {
-                let reason = format!("it reports step {}, and the run has {}", report.step, self.total);
-                self.drop_link(worker, &reason);
-            }
-            v1::from_worker::Word::Step(report) => self.step(report),
-        }
-    }
-
-    /// A step's figures, from whoever is rank 0, or was asked.
-    fn step(&mut self, mut report: v1::StepReport) {
-        if !self.rows.take(report.step) {
-            return;
-        }
-        let events = std::mem::take(&mut report.events);
-        for text in events {
-            match serde_json::from_str(&text) {
-                // Only what a step can bring about: the rest of the log is the coordinator's.
-                Ok(
-                    event @ (Logged::Stage { .. }
-                    | Logged::Skipped { .. }
-                    | Logged::Epoch { .. }
-                    | Logged::SkippedData { .. }),
-                ) => self.desk.ask(Task::Append { event, formed: None }),
-                Ok(event) => tracing::warn!(?event, "a worker reports an event that is not a step's"),
-                Err(cause) => {
-                    tracing::warn!(%cause, text, "a worker reports an event that this build does not know")
-                }
-            }
-        }
-        let record = record_of(report);
-        if let Some(index) = self.stages.iter().position(|name| *name == record.stage)
-            && self.stage != Some(index)
-        {
-            self.stage = Some(index);
-            self.notify(Notice::Stage { index });
-        }
-        self.core_event(Event::Reported { step: Step(record.step + 1) });
-        self.desk.ask(Task::Row(record.clone()));
-        self.notify(Notice::Step(record));
-    }
-
     fn done(&mut self, done: Done) {
         match done {
             Done::Appended { record, formed } => {
@@ -531,27 +319,6 @@ impl Running {
         look.ask.into_iter().for_each(|worker| self.welcome(worker));
     }
 
-    /// Says where the run is. Said a second time over one connection, it asks for rows.
-    fn welcome(&mut self, worker: WorkerId) {
-        let welcome = v1::Welcome {
-            run: self.run.clone(),
-            heartbeat_ms: millis(self.timings.heartbeat).0,
-            reported: self.rows.reported(),
-        };
-        if let Some(link) = self.links.get(&worker) {
-            let order = Some(v1::to_worker::Order::Welcome(welcome));
-            let _ = link.orders.try_send(v1::ToWorker { epoch: self.epoch.0, order });
-        }
-    }
-
-    fn drop_link(&mut self, worker: WorkerId, reason: &str) {
-        if self.links.remove(&worker).is_some() {
-            self.news.0.tell();
-            tracing::info!(%worker, reason, "closed a worker's connection");
-            self.core_event(Event::Unlinked { worker });
-        }
-    }
-
     fn say_what_it_waits_for(&mut self) {
         let waits_for = self.core.waits_for();
         if waits_for != self.last_wait {
@@ -578,15 +345,4 @@ impl Running {
         }
         self.desk.ask(Task::Tidy);
     }
-}
-
-/// A new run of `config` in `store`, for workers to train: the config, written once.
-///
-/// # Errors
-/// A folder that holds a run already; those of the store.
-pub fn create(store: &Store, config: &RunConfig) -> Result<()> {
-    if !store.create(CONFIG, config.to_toml())? {
-        return Err(anello_store::Error::Fenced { place: store.place_of(CONFIG) }.into());
-    }
-    Ok(())
 }

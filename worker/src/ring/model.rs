@@ -1,4 +1,11 @@
 //! The model thread: gets state, meets the peers, and trains until the ring ends.
+//!
+//! Here are the thread and its loop over steps; `state` takes state where a generation says, offers and copies it,
+//! `step` is one step of the ring, `faults` does the harm that tests ask for.
+
+mod faults;
+mod state;
+mod step;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -7,34 +14,24 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anello_collective::{
-    AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
-    tcp,
+    AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, tcp,
 };
-use anello_configs::{Fault, RunConfig, Schedule, StepPlan, Trains};
-use anello_dataloader::{LaneStep, Loader, LoaderOptions};
+use anello_configs::{RunConfig, Schedule, StepPlan, Trains};
+use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Source, Step, WorkerId};
 use anello_proto::v1;
-use anello_store::events::Event as Logged;
-use anello_store::metrics::{Seconds, StepRecord};
-use anello_store::{Cursor, ENVIRONMENT, Error as StoreError, Store, read_config};
+use anello_store::{Cursor, ENVIRONMENT, Store, read_config};
 use anello_tls::Tls;
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::WorkerOptions;
-use super::parts::{self, Copy, PartsWriter};
-use super::peers::{HostState, Shelf, gather};
-use super::replicas;
-use super::spot::{self, Spot};
-use super::sum::add_up;
-use super::word::{Agreed, Word, agree};
-use crate::account::{Epochs, Stamp, position_after, skip_event};
-use crate::checkpoint::{self, Snapshot, state_of};
-use crate::engine::{Engine, Growing};
+use super::parts::{self, PartsWriter};
+use super::peers::Shelf;
+use crate::account::{Epochs, Stamp};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::ffi;
-use crate::init::initial_state;
 use crate::params::{BLOCK, Layout};
 
 /// What the model thread is told.
@@ -108,8 +105,6 @@ impl Model {
 
 /// Longest wait for peers: the coordinator's abort is what ends a wait for one that is dead.
 const MEET: Duration = Duration::from_secs(24 * 3600);
-/// Pause between two attempts to read a checkpoint from a store that does not answer.
-const RETRY: Duration = Duration::from_secs(2);
 
 /// A part of serving a generation; the error is why it ended.
 type Served<T> = std::result::Result<T, Cause>;
@@ -259,7 +254,7 @@ impl Thread {
             if due && compared.is_ok() {
                 let stalled = Instant::now();
                 self.snapshot(&ring, formation);
-                add_checkpoint_seconds(&mut report, stalled.elapsed().as_secs_f64());
+                step::add_checkpoint_seconds(&mut report, stalled.elapsed().as_secs_f64());
             }
             // Whatever comes after it, the step is applied.
             let _ = self.tell.send(Told::Step(report));
@@ -273,85 +268,6 @@ impl Thread {
                 return Ok(Cause::Ordered);
             }
         }
-    }
-
-    /// Makes this worker hold the state after the generation's start, and offers it to members that lack it.
-    fn take_state(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Served<()> {
-        let Formation { generation, start, source, members, .. } = serving.formation;
-        let holds = self.held.as_ref().is_some_and(|held| held.step == *start);
-        match source {
-            Source::Peers { holders } => {
-                if !holds {
-                    let addresses = members
-                        .iter()
-                        .filter(|member| holders.contains(&member.worker))
-                        .map(|member| member.endpoints.peers.clone())
-                        .collect();
-                    let tls = self.tls.as_ref();
-                    let gathered = self.runtime.block_on(gather(addresses, tls, *generation, *start, abort));
-                    let state = gathered.map_err(|reason| broken(None, reason))?;
-                    self.hold_host_state(state);
-                } else if holders.len() < members.len() {
-                    // Some holders may have begun this step in a ring that broke: what a stage does before its first step
-                    // is then done to the state of all, once more where it was.
-                    if let (Some(plan), Some(held)) = (self.schedule.at(start.0), &mut self.held) {
-                        held.engine.enter(&plan);
-                    }
-                    self.offer(*generation);
-                }
-            }
-            Source::Seed if !holds => {
-                let state =
-                    initial_state(&self.config, Device::Cpu).map_err(|error| fault(error.to_string()))?;
-                let engine = Engine::with_state(&self.config, state);
-                let cursors = vec![Cursor::default(); self.config.lanes as usize];
-                self.held = Some(Held { engine, step: Step(0), cursors });
-            }
-            Source::Seed => {}
-            Source::Checkpoint { step } => self.load(*step, abort)?,
-        }
-        Ok(())
-    }
-
-    fn load(&mut self, step: Step, abort: &AbortHandle) -> Served<()> {
-        loop {
-            match checkpoint::load(&self.store, step.0, &self.config.model, Device::Cpu) {
-                Ok(loaded) => {
-                    let cursors = loaded.manifest.cursors;
-                    let engine = Engine::with_state(&self.config, loaded.state);
-                    self.held = Some(Held { engine, step, cursors });
-                    return Ok(());
-                }
-                Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => {
-                    return Err(Cause::NoState { reason: damaged.to_string() });
-                }
-                Err(cause) => {
-                    tracing::warn!(%cause, %step, "a checkpoint cannot be read now");
-                    let until = Instant::now() + RETRY;
-                    while Instant::now() < until {
-                        if let Some(reason) = abort.reason() {
-                            return Err(broken(None, reason.to_owned()));
-                        }
-                        std::thread::sleep(Duration::from_millis(20));
-                    }
-                }
-            }
-        }
-    }
-
-    fn hold_host_state(&mut self, state: HostState) {
-        let layout = Layout::new(&self.config.model, state.layers);
-        let moments = state_of(layout, &state.buffers, state.updates, Device::Cpu);
-        let engine = Engine::with_state(&self.config, moments);
-        self.held = Some(Held { engine, step: state.step, cursors: state.cursors });
-    }
-
-    fn offer(&self, generation: Generation) {
-        let held = self.held.as_ref().expect("only a holder offers");
-        let Snapshot { facts, buffers, .. } = self.copy(0..held.engine.state().layout.blocks());
-        let (updates, layers, cursors) = (facts.updates, facts.layers, facts.cursors);
-        let state = HostState { generation, step: held.step, updates, layers, cursors, buffers };
-        *self.shelf.write().expect("no holder panics") = Some(Arc::new(state));
     }
 
     fn meet(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Served<tcp::Tcp> {
@@ -399,231 +315,11 @@ impl Thread {
         Loader::open(options).map_err(|error| fault(error.to_string()))
     }
 
-    /// One step: own lanes, the sum of all, the update. Returns the control word that all agreed on, and what there is to
-    /// report.
-    fn step(
-        &mut self,
-        plan: &StepPlan<'_>,
-        serving: &Serving<'_>,
-        ring: &mut tcp::Tcp,
-        mut loader: Option<&mut Loader>,
-    ) -> Served<(u8, v1::StepReport)> {
-        let _step = tracing::trace_span!("step", step = plan.step, rank = serving.rank).entered();
-        let began = Instant::now();
-        let mut seconds = Seconds::default();
-        let every = self.config.ring.spot_check_every_steps;
-        let spot = Spot::at(self.config.seed, every, plan.step, serving.formation);
-        let own_spot = spot.as_ref().is_some_and(|spot| spot.owner == serving.rank);
-        let faulty = own_spot && self.take_gradient_fault(plan.step, serving.rank);
-        let mut own_hash = Vec::new();
-        let mut check_lane = |lane: u32, gradient: &mut Tensor| {
-            if spot.as_ref().is_some_and(|spot| spot.lane == lane) {
-                if faulty {
-                    flip_a_bit(gradient);
-                }
-                own_hash = spot::hash(gradient);
-            }
-        };
-        let Held { engine, .. } = self.held.as_mut().expect("state was taken");
-        engine.enter(plan);
-        let mut word = Word { control: 0, sums: Vec::new(), cursors: Vec::new(), events: Vec::new() };
-        let mut total = match self.total.take() {
-            Some(total) if total.numel() == engine.state().layout.len() => total,
-            _ => engine.state().layout.zeros(Device::Cpu),
-        };
-        let mut last = None;
-        for lane in serving.lanes.clone() {
-            let waited = Instant::now();
-            let loader = loader.as_mut().expect("a worker with lanes has a loader");
-            let data = tracing::trace_span!("data", lane).entered();
-            let lane_step = next_lane_step(loader, plan.step, lane)?;
-            drop(data);
-            seconds.data += waited.elapsed().as_secs_f64();
-            word.events.extend(self.epochs.data_events(&lane_step));
-            word.cursors.push(lane_step.cursor);
-            if lane + 1 == serving.lanes.end {
-                last = Some(lane_step.micro_batches);
-                break;
-            }
-            let computed = Instant::now();
-            let _lane = tracing::trace_span!("lane", lane).entered();
-            let (mut gradient, sums) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
-            check_lane(lane, &mut gradient);
-            engine.fold_lane(lane, gradient, sums);
-            seconds.compute += computed.elapsed().as_secs_f64();
-        }
-        let (mut computed, began_last) = (Duration::ZERO, Instant::now());
-        let hold = serving.hold;
-        let word = |sums| {
-            word.sums = sums;
-            word.control = hold.load(Ordering::Relaxed);
-            word.encode()
-        };
-        let ((), words) = add_up(ring, RingStep(plan.step), &mut total, word, |tell| {
-            let Some(micro_batches) = last else { return };
-            let lane = serving.lanes.end - 1;
-            let _lane = tracing::trace_span!("lane", lane).entered();
-            engine.last_lane(plan.stage, lane, &micro_batches, &mut |mut growing| {
-                if let Growing::Lane(gradient) = &mut growing {
-                    check_lane(lane, gradient);
-                }
-                tell(growing);
-            });
-            computed = began_last.elapsed();
-        });
-        seconds.compute += computed.as_secs_f64();
-        seconds.reduce = (began_last.elapsed() - computed).as_secs_f64();
-        engine.abandon();
-        self.total = Some(total);
-        let words = words.map_err(|error| cause_of(&error, serving.formation))?;
-        if let Some(spot) = spot {
-            self.spot_check(plan, serving, ring, &spot, own_hash)?;
-        }
-        let Self { held, total, .. } = self;
-        let (Some(Held { engine, cursors, .. }), Some(total)) = (held, total) else {
-            unreachable!("both were there at the beginning of the step");
-        };
-        let lanes: Vec<Range<u32>> =
-            serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
-        let mut moved = cursors.clone();
-        let Agreed { control, sums, events } =
-            agree(&words, &lanes, &mut moved).map_err(|error| fault(error.to_string()))?;
-
-        let updated = Instant::now();
-        let outcome = engine.finish_with(plan, total, sums);
-        *cursors = moved;
-        let held = self.held.as_mut().expect("state was taken");
-        held.step = Step(plan.step + 1);
-        seconds.update = updated.elapsed().as_secs_f64();
-        seconds.step = began.elapsed().as_secs_f64();
-        let mut events = self.told.get_or_insert_default().not_told(events);
-        events.extend(
-            plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }),
-        );
-        events.extend(skip_event(plan, &outcome));
-        Ok((control, report(outcome.record(plan, seconds), &events)))
-    }
-
     /// Whether a checkpoint is due after `at` steps.
     fn is_due(&self, at: u64) -> bool {
         let last = at.checked_sub(1).and_then(|step| self.schedule.at(step));
         last.is_some_and(|last| last.last_of_stage || at.is_multiple_of(self.config.checkpoint.every_steps))
     }
-
-    /// Ends the ring when the replicas differ after `at` steps.
-    fn compare_replicas(&self, ring: &mut tcp::Tcp, at: u64, due: bool, formation: &Formation) -> Served<()> {
-        let every = self.config.ring.digest_every_steps;
-        if every == 0 || formation.members.len() < 2 || !(due || at.is_multiple_of(every)) {
-            return Ok(());
-        }
-        let _span = tracing::trace_span!("compare replicas").entered();
-        let held = self.held.as_ref().expect("state was taken");
-        match replicas::compare(ring, at, held.engine.state(), formation) {
-            Ok(None) => Ok(()),
-            Ok(Some(diverged)) => Err(diverged),
-            Err(error) => Err(cause_of(&error, formation)),
-        }
-    }
-
-    /// For tests: flips the lowest bit of one number, once, when the config says so.
-    fn inject_fault(&mut self, at: u64, rank: usize) {
-        let fault =
-            self.config.ring.fault.take_if(|fault| {
-                (fault.step, fault.rank as usize) == (at, rank) && fault.buffer != "gradient"
-            });
-        if let (Some(fault), Some(held)) = (fault, &self.held) {
-            let state = held.engine.state();
-            let buffer = match fault.buffer.as_str() {
-                "exp_avg" => &state.exp_avg,
-                "exp_avg_sq" => &state.exp_avg_sq,
-                _ => &state.weights,
-            };
-            let mut same_memory = buffer.shallow_clone();
-            flip_a_bit(&mut same_memory);
-            tracing::warn!(step = at, buffer = fault.buffer, "flipped a bit, as the config says");
-        }
-    }
-
-    /// For tests: whether this worker is to compute the lane that is checked at `step` wrongly, once.
-    fn take_gradient_fault(&mut self, step: u64, rank: usize) -> bool {
-        let due = |fault: &mut Fault| {
-            fault.buffer == "gradient" && fault.step <= step && fault.rank as usize == rank
-        };
-        self.config.ring.fault.take_if(due).is_some()
-    }
-
-    /// Has one lane's gradient computed by a second member, and by a third when the two differ, before anything of the step
-    /// is applied.
-    fn spot_check(
-        &mut self,
-        plan: &StepPlan<'_>,
-        serving: &Serving<'_>,
-        ring: &mut tcp::Tcp,
-        spot: &Spot,
-        own_hash: Vec<u8>,
-    ) -> Served<()> {
-        let _span = tracing::trace_span!("spot check").entered();
-        let ended = |error: RingError| cause_of(&error, serving.formation);
-        let rank = serving.rank;
-        let said = if rank == spot.witness { self.recompute(plan, spot.lane)? } else { own_hash };
-        let first = ring.exchange(RingStep(plan.step), &said).map_err(ended)?;
-        if spot.agrees(&first) {
-            return Ok(());
-        }
-        let said = if Some(rank) == spot.judge { self.recompute(plan, spot.lane)? } else { Vec::new() };
-        let second = ring.exchange(RingStep(plan.step), &said).map_err(ended)?;
-        Err(spot.verdict(plan.step, &first, &second, serving.formation))
-    }
-
-    /// Hash of the gradient of a lane that another member serves.
-    fn recompute(&mut self, plan: &StepPlan<'_>, lane: u32) -> Served<Vec<u8>> {
-        let mut loader = self.loader(&(lane..lane + 1), plan.step)?;
-        let lane_step = next_lane_step(&mut loader, plan.step, lane)?;
-        let engine = &mut self.held.as_mut().expect("state was taken").engine;
-        let (gradient, _) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
-        let hash = spot::hash(&gradient);
-        engine.recycle(gradient);
-        Ok(hash)
-    }
-
-    /// Copies this worker's blocks, and a second time those of the next member, and hands them to the writer.
-    fn snapshot(&mut self, ring: &tcp::Tcp, formation: &Formation) {
-        let _span = tracing::trace_span!("checkpoint").entered();
-        self.writer.wait();
-        let (ring, count) = (ring.ring(), formation.members.len());
-        let next = (ring.rank().index() + 1) % count;
-        let second =
-            (count > 1).then(|| (formation.members[next].worker, self.copy(ring.blocks(Rank(next as u32)))));
-        self.writer.write(Copy {
-            generation: formation.generation,
-            all_blocks: u64::from(ring.shape().blocks),
-            own: self.copy(ring.blocks(ring.rank())),
-            next: second,
-        });
-    }
-
-    /// A copy on the host of some blocks.
-    fn copy(&self, blocks: Range<usize>) -> Snapshot {
-        let held = self.held.as_ref().expect("state was taken");
-        let position = position_after(&self.schedule, held.step.0);
-        let facts = self.stamp.facts(held.engine.state(), position, held.cursors.clone());
-        Snapshot::take(held.engine.state(), blocks, facts)
-    }
-}
-
-/// What `lane` is to compute at `step`: the loader serves lanes in this very order.
-fn next_lane_step(loader: &mut Loader, step: u64, lane: u32) -> Served<LaneStep> {
-    let lane_step = loader.next().ok_or_else(|| fault("the loader ends before the run"))?;
-    let lane_step = lane_step.map_err(|error| fault(error.to_string()))?;
-    // A batch belongs to a step and a lane, never to an iterator's place.
-    assert_eq!((lane_step.step, lane_step.lane), (step, lane), "the loader serves another step");
-    Ok(lane_step)
-}
-
-/// For tests.
-fn flip_a_bit(buffer: &mut Tensor) {
-    let value = &mut ffi::as_mut_slice(buffer)[7];
-    *value = f32::from_bits(value.to_bits() ^ 1);
 }
 
 fn fault(reason: impl Into<String>) -> Cause {
@@ -650,36 +346,5 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         | RingError::Refused { .. }
         | RingError::Untrusted { .. }
         | RingError::Shape { .. } => fault(reason),
-    }
-}
-
-/// A checkpoint's copy was waited for after the step, as a part of it.
-fn add_checkpoint_seconds(report: &mut v1::StepReport, seconds: f64) {
-    report.seconds[0] += seconds;
-    report.seconds[5] += seconds;
-}
-
-fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
-    let Seconds { step, data, compute, reduce, update, checkpoint } = record.seconds;
-    v1::StepReport {
-        step: record.step,
-        stage: record.stage,
-        tokens: record.tokens,
-        batch_tokens: record.batch_tokens,
-        counted: record.counted,
-        lr: record.lr,
-        loss: record.loss,
-        loop_loss: record.loop_loss,
-        exit: record.exit,
-        entropy: record.entropy,
-        grad_norm: record.grad_norm,
-        applied: record.applied,
-        seconds: vec![step, data, compute, reduce, update, checkpoint],
-        events: events
-            .iter()
-            .map(|event| {
-                serde_json::to_string(event).expect("an event has no map with keys that are not strings")
-            })
-            .collect(),
     }
 }

@@ -1,0 +1,41 @@
+//! For tests: faults that the config asks for.
+
+use anello_configs::Fault;
+
+use super::*;
+use crate::ffi;
+
+impl Thread {
+    /// For tests: flips the lowest bit of one number, once, when the config says so.
+    pub(super) fn inject_fault(&mut self, at: u64, rank: usize) {
+        let fault =
+            self.config.ring.fault.take_if(|fault| {
+                (fault.step, fault.rank as usize) == (at, rank) && fault.buffer != "gradient"
+            });
+        if let (Some(fault), Some(held)) = (fault, &self.held) {
+            let state = held.engine.state();
+            let buffer = match fault.buffer.as_str() {
+                "exp_avg" => &state.exp_avg,
+                "exp_avg_sq" => &state.exp_avg_sq,
+                _ => &state.weights,
+            };
+            let mut same_memory = buffer.shallow_clone();
+            flip_a_bit(&mut same_memory);
+            tracing::warn!(step = at, buffer = fault.buffer, "flipped a bit, as the config says");
+        }
+    }
+
+    /// For tests: whether this worker is to compute the lane that is checked at `step` wrongly, once.
+    pub(super) fn take_gradient_fault(&mut self, step: u64, rank: usize) -> bool {
+        let due = |fault: &mut Fault| {
+            fault.buffer == "gradient" && fault.step <= step && fault.rank as usize == rank
+        };
+        self.config.ring.fault.take_if(due).is_some()
+    }
+}
+
+/// For tests.
+pub(super) fn flip_a_bit(buffer: &mut Tensor) {
+    let value = &mut ffi::as_mut_slice(buffer)[7];
+    *value = f32::from_bits(value.to_bits() ^ 1);
+}

@@ -1,0 +1,217 @@
+//! One step: own lanes, the sum of all, the checks before it, the update and what is reported of it.
+
+use anello_collective::Step as RingStep;
+use anello_dataloader::LaneStep;
+use anello_store::events::Event as Logged;
+use anello_store::metrics::{Seconds, StepRecord};
+
+use super::faults::flip_a_bit;
+use super::*;
+use crate::account::skip_event;
+use crate::engine::Growing;
+use crate::ring::replicas;
+use crate::ring::spot::{self, Spot};
+use crate::ring::sum::add_up;
+use crate::ring::word::{Agreed, Word, agree};
+
+impl Thread {
+    /// One step: own lanes, the sum of all, the update. Returns the control word that all agreed on, and what there is to
+    /// report.
+    pub(super) fn step(
+        &mut self,
+        plan: &StepPlan<'_>,
+        serving: &Serving<'_>,
+        ring: &mut tcp::Tcp,
+        mut loader: Option<&mut Loader>,
+    ) -> Served<(u8, v1::StepReport)> {
+        let _step = tracing::trace_span!("step", step = plan.step, rank = serving.rank).entered();
+        let began = Instant::now();
+        let mut seconds = Seconds::default();
+        let every = self.config.ring.spot_check_every_steps;
+        let spot = Spot::at(self.config.seed, every, plan.step, serving.formation);
+        let own_spot = spot.as_ref().is_some_and(|spot| spot.owner == serving.rank);
+        let faulty = own_spot && self.take_gradient_fault(plan.step, serving.rank);
+        let mut own_hash = Vec::new();
+        let mut check_lane = |lane: u32, gradient: &mut Tensor| {
+            if spot.as_ref().is_some_and(|spot| spot.lane == lane) {
+                if faulty {
+                    flip_a_bit(gradient);
+                }
+                own_hash = spot::hash(gradient);
+            }
+        };
+        let Held { engine, .. } = self.held.as_mut().expect("state was taken");
+        engine.enter(plan);
+        let mut word = Word { control: 0, sums: Vec::new(), cursors: Vec::new(), events: Vec::new() };
+        let mut total = match self.total.take() {
+            Some(total) if total.numel() == engine.state().layout.len() => total,
+            _ => engine.state().layout.zeros(Device::Cpu),
+        };
+        let mut last = None;
+        for lane in serving.lanes.clone() {
+            let waited = Instant::now();
+            let loader = loader.as_mut().expect("a worker with lanes has a loader");
+            let data = tracing::trace_span!("data", lane).entered();
+            let lane_step = next_lane_step(loader, plan.step, lane)?;
+            drop(data);
+            seconds.data += waited.elapsed().as_secs_f64();
+            word.events.extend(self.epochs.data_events(&lane_step));
+            word.cursors.push(lane_step.cursor);
+            if lane + 1 == serving.lanes.end {
+                last = Some(lane_step.micro_batches);
+                break;
+            }
+            let computed = Instant::now();
+            let _lane = tracing::trace_span!("lane", lane).entered();
+            let (mut gradient, sums) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
+            check_lane(lane, &mut gradient);
+            engine.fold_lane(lane, gradient, sums);
+            seconds.compute += computed.elapsed().as_secs_f64();
+        }
+        let (mut computed, began_last) = (Duration::ZERO, Instant::now());
+        let hold = serving.hold;
+        let word = |sums| {
+            word.sums = sums;
+            word.control = hold.load(Ordering::Relaxed);
+            word.encode()
+        };
+        let ((), words) = add_up(ring, RingStep(plan.step), &mut total, word, |tell| {
+            let Some(micro_batches) = last else { return };
+            let lane = serving.lanes.end - 1;
+            let _lane = tracing::trace_span!("lane", lane).entered();
+            engine.last_lane(plan.stage, lane, &micro_batches, &mut |mut growing| {
+                if let Growing::Lane(gradient) = &mut growing {
+                    check_lane(lane, gradient);
+                }
+                tell(growing);
+            });
+            computed = began_last.elapsed();
+        });
+        seconds.compute += computed.as_secs_f64();
+        seconds.reduce = (began_last.elapsed() - computed).as_secs_f64();
+        engine.abandon();
+        self.total = Some(total);
+        let words = words.map_err(|error| cause_of(&error, serving.formation))?;
+        if let Some(spot) = spot {
+            self.spot_check(plan, serving, ring, &spot, own_hash)?;
+        }
+        let Self { held, total, .. } = self;
+        let (Some(Held { engine, cursors, .. }), Some(total)) = (held, total) else {
+            unreachable!("both were there at the beginning of the step");
+        };
+        let lanes: Vec<Range<u32>> =
+            serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
+        let mut moved = cursors.clone();
+        let Agreed { control, sums, events } =
+            agree(&words, &lanes, &mut moved).map_err(|error| fault(error.to_string()))?;
+
+        let updated = Instant::now();
+        let outcome = engine.finish_with(plan, total, sums);
+        *cursors = moved;
+        let held = self.held.as_mut().expect("state was taken");
+        held.step = Step(plan.step + 1);
+        seconds.update = updated.elapsed().as_secs_f64();
+        seconds.step = began.elapsed().as_secs_f64();
+        let mut events = self.told.get_or_insert_default().not_told(events);
+        events.extend(
+            plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }),
+        );
+        events.extend(skip_event(plan, &outcome));
+        Ok((control, report(outcome.record(plan, seconds), &events)))
+    }
+
+    /// Has one lane's gradient computed by a second member, and by a third when the two differ, before anything of the step
+    /// is applied.
+    fn spot_check(
+        &mut self,
+        plan: &StepPlan<'_>,
+        serving: &Serving<'_>,
+        ring: &mut tcp::Tcp,
+        spot: &Spot,
+        own_hash: Vec<u8>,
+    ) -> Served<()> {
+        let _span = tracing::trace_span!("spot check").entered();
+        let ended = |error: RingError| cause_of(&error, serving.formation);
+        let rank = serving.rank;
+        let said = if rank == spot.witness { self.recompute(plan, spot.lane)? } else { own_hash };
+        let first = ring.exchange(RingStep(plan.step), &said).map_err(ended)?;
+        if spot.agrees(&first) {
+            return Ok(());
+        }
+        let said = if Some(rank) == spot.judge { self.recompute(plan, spot.lane)? } else { Vec::new() };
+        let second = ring.exchange(RingStep(plan.step), &said).map_err(ended)?;
+        Err(spot.verdict(plan.step, &first, &second, serving.formation))
+    }
+
+    /// Hash of the gradient of a lane that another member serves.
+    fn recompute(&mut self, plan: &StepPlan<'_>, lane: u32) -> Served<Vec<u8>> {
+        let mut loader = self.loader(&(lane..lane + 1), plan.step)?;
+        let lane_step = next_lane_step(&mut loader, plan.step, lane)?;
+        let engine = &mut self.held.as_mut().expect("state was taken").engine;
+        let (gradient, _) = engine.lane_gradient(plan.stage, &lane_step.micro_batches);
+        let hash = spot::hash(&gradient);
+        engine.recycle(gradient);
+        Ok(hash)
+    }
+
+    /// Ends the ring when the replicas differ after `at` steps.
+    pub(super) fn compare_replicas(
+        &self,
+        ring: &mut tcp::Tcp,
+        at: u64,
+        due: bool,
+        formation: &Formation,
+    ) -> Served<()> {
+        let every = self.config.ring.digest_every_steps;
+        if every == 0 || formation.members.len() < 2 || !(due || at.is_multiple_of(every)) {
+            return Ok(());
+        }
+        let _span = tracing::trace_span!("compare replicas").entered();
+        let held = self.held.as_ref().expect("state was taken");
+        match replicas::compare(ring, at, held.engine.state(), formation) {
+            Ok(None) => Ok(()),
+            Ok(Some(diverged)) => Err(diverged),
+            Err(error) => Err(cause_of(&error, formation)),
+        }
+    }
+}
+
+/// What `lane` is to compute at `step`: the loader serves lanes in this very order.
+fn next_lane_step(loader: &mut Loader, step: u64, lane: u32) -> Served<LaneStep> {
+    let lane_step = loader.next().ok_or_else(|| fault("the loader ends before the run"))?;
+    let lane_step = lane_step.map_err(|error| fault(error.to_string()))?;
+    // A batch belongs to a step and a lane, never to an iterator's place.
+    assert_eq!((lane_step.step, lane_step.lane), (step, lane), "the loader serves another step");
+    Ok(lane_step)
+}
+
+/// A checkpoint's copy was waited for after the step, as a part of it.
+pub(super) fn add_checkpoint_seconds(report: &mut v1::StepReport, seconds: f64) {
+    report.seconds[0] += seconds;
+    report.seconds[5] += seconds;
+}
+
+fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
+    let Seconds { step, data, compute, reduce, update, checkpoint } = record.seconds;
+    v1::StepReport {
+        step: record.step,
+        stage: record.stage,
+        tokens: record.tokens,
+        batch_tokens: record.batch_tokens,
+        counted: record.counted,
+        lr: record.lr,
+        loss: record.loss,
+        loop_loss: record.loop_loss,
+        exit: record.exit,
+        entropy: record.entropy,
+        grad_norm: record.grad_norm,
+        applied: record.applied,
+        seconds: vec![step, data, compute, reduce, update, checkpoint],
+        events: events
+            .iter()
+            .map(|event| {
+                serde_json::to_string(event).expect("an event has no map with keys that are not strings")
+            })
+            .collect(),
+    }
+}
