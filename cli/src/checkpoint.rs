@@ -8,7 +8,7 @@ use crate::failure::{Exit, Failure, Outcome};
 use crate::place::{CheckpointName, none_yet, open_run};
 use crate::screen::Screen;
 use crate::text::{Table, bytes, grouped};
-use crate::words::short_digest;
+use anello_store::words::short_digest;
 
 /// Blocks that a diff tells of one by one.
 const BLOCKS_SHOWN: usize = 20;

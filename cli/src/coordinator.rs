@@ -6,12 +6,14 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anello_configs::RunConfig;
+use anello_coordinator::http::Keeper;
 use anello_coordinator::{Jobs, Registry, RegistryOptions, Said, Server, Timings};
 use anello_store::{Store, doctor};
 use anello_tls::Role;
 
 use crate::certs::{Handed, ListenArgs};
 use crate::failure::{Exit, Failure, Outcome};
+use crate::http::HttpArgs;
 use crate::interrupt::Interrupt;
 use crate::jobs::{DEFAULT_ADDRESS, absolute};
 use crate::screen::Screen;
@@ -36,6 +38,8 @@ pub struct Args {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = read_time)]
     detection: Duration,
     #[command(flatten)]
+    http: HttpArgs,
+    #[command(flatten)]
     protection: ListenArgs,
 }
 
@@ -50,6 +54,8 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     // The address first: one that is in use must not fence the coordinator that uses it.
     let bound = runtime.block_on(Server::bind(args.listen, protection.clone()))?;
     let address = bound.address;
+    let door = args.http.bind(runtime.handle(), &protection)?;
+    let board = args.http.board();
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let slots = Some(args.slots.unwrap_or(cores)).filter(|slots| *slots > 0);
     let handed = match slots {
@@ -58,7 +64,8 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     };
     let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
     doctor::check_ledger(&Store::durable(&place)?)?;
-    let options = RegistryOptions { place: place.clone(), slots, timings: Timings::new(args.detection) };
+    let timings = Timings::new(args.detection);
+    let options = RegistryOptions { place: place.clone(), slots, timings, board: board.clone() };
     let worker = program()?;
     let timeline = screen.timeline().map(Path::to_owned);
     let launcher = move |job: &str, config: &RunConfig, workers: u32| {
@@ -75,6 +82,11 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         None => "workers from elsewhere".to_owned(),
     };
     screen.line(&format!("coordinator at {address}{with_tls}, jobs in {place}, {room}"))?;
+    let page = door.map(|door| door.open(runtime.handle(), &board, Some(Keeper::Registry(registry.clone()))));
+    let page = page.transpose()?;
+    if let Some(page) = &page {
+        screen.line(&format!("page at {}", page.url))?;
+    }
 
     let mut stopping = false;
     let mut fenced = None;
@@ -97,6 +109,9 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     }
     let _ = thread.join();
     runtime.block_on(server.stop());
+    if let Some(page) = page {
+        runtime.block_on(page.stop());
+    }
     match fenced {
         Some(by) => Err(Failure::Ring(format!(
             "another coordinator has taken over {place} ({by}): this one has ended its workers and leaves"

@@ -16,7 +16,7 @@ use crate::place::CheckpointName;
 use crate::screen::Screen;
 use crate::text::{bytes, grouped, read_bytes};
 use crate::weights::{tokenizer_file, weights_at};
-use crate::words::{short_digest, where_it_runs};
+use anello_store::words::{short_digest, where_it_runs};
 
 /// Arguments of `anello export`.
 #[derive(Debug, clap::Args)]

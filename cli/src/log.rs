@@ -10,7 +10,7 @@ use crate::failure::{Exit, Outcome};
 use crate::place::open_run;
 use crate::screen::Screen;
 use crate::text::utc;
-use crate::words::describe;
+use anello_store::words::describe;
 
 /// Arguments of `anello events`.
 #[derive(Debug, clap::Args)]

@@ -10,10 +10,11 @@
 //!               interchange export, import             generate, eval
 //!                                                      weights      a model by its name
 //!               bisect      why two runs are not the same        doctor   is a store fit for runs?
+//!               dashboards  for Grafana and Prometheus    http       `--http` of any of them
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep    trace        a timeline of steps
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
-//! pure          text        numbers, times, tables     words        events as sentences
+//! pure          text        numbers, times, tables
 //!               stages      what became of each stage
 //! ```
 
@@ -22,11 +23,13 @@ mod certs;
 mod checkpoint;
 mod config;
 mod coordinator;
+mod dashboards;
 mod data;
 mod doctor;
 mod eval;
 mod failure;
 mod generate;
+mod http;
 mod interchange;
 mod interrupt;
 mod jobs;
@@ -40,7 +43,6 @@ mod text;
 mod trace;
 mod waiting;
 mod weights;
-mod words;
 mod worker;
 
 use std::path::PathBuf;
@@ -123,6 +125,8 @@ enum Command {
     Events(log::EventsArgs),
     /// Print the metrics of a run, one row a step.
     Metrics(log::MetricsArgs),
+    /// Write what Grafana and Prometheus are given: dashboards and alert rules on the metrics of `--http`.
+    Dashboards(dashboards::Args),
     /// Write a run's report: one HTML page with charts that needs nothing else.
     Report(report::Args),
 }
@@ -181,6 +185,7 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Import(args) => interchange::import(&args, screen),
         Command::Events(args) => log::events(&args, screen),
         Command::Metrics(args) => log::metrics(&args),
+        Command::Dashboards(args) => dashboards::run(&args, screen),
         Command::Report(args) => report::run(&args, screen),
     }
 }

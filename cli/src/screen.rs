@@ -13,6 +13,9 @@ use tracing_subscriber::util::SubscriberInitExt;
 use crate::failure::Failure;
 use crate::trace::Timeline;
 
+/// What is logged unless something is said: warnings, and [`anello_coordinator::AUDIT`].
+const QUIET: &str = "warn,anello::audit=info";
+
 /// Where progress is drawn. One a process.
 #[derive(Clone, Debug)]
 pub struct Screen {
@@ -43,13 +46,13 @@ impl Screen {
     }
 
     /// Sends what is logged to standard error, above the bars, and the spans of the first steps to the timeline. `filter`
-    /// wins over `RUST_LOG`; without both, warnings.
+    /// wins over `RUST_LOG`; without both, warnings, and what users had done.
     pub fn log(&self, filter: Option<&str>) -> Result<(), Failure> {
         let variable = std::env::var("RUST_LOG").ok().filter(|text| !text.is_empty());
         let (origin, text) = match (filter, &variable) {
             (Some(filter), _) => ("--log", filter),
             (None, Some(variable)) => ("RUST_LOG", variable.as_str()),
-            (None, None) => ("", "warn"),
+            (None, None) => ("", QUIET),
         };
         let wrong = |e| {
             Failure::Usage(format!(

@@ -3,14 +3,19 @@
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
 
 use anello_coordinator::launch::Local;
+use anello_coordinator::record_of;
+use anello_coordinator::telemetry::Board;
 use anello_proto::ring::Leave;
+use anello_store::{Notice, read_config};
 use anello_tls::Role;
-use anello_worker::ring::{WorkerOptions, serve};
+use anello_worker::ring::{Watched, WorkerOptions, serve};
 
 use crate::certs::{Handed, ListenArgs};
 use crate::failure::{Exit, Failure, Outcome};
+use crate::http::HttpArgs;
 use crate::interrupt::Interrupt;
 use crate::trace;
 
@@ -36,6 +41,8 @@ pub struct Args {
     #[arg(long)]
     until_eof: bool,
     #[command(flatten)]
+    http: HttpArgs,
+    #[command(flatten)]
     protection: ListenArgs,
 }
 
@@ -49,13 +56,23 @@ pub fn run(args: &Args) -> Outcome {
             std::process::exit(crate::failure::ORPHANED);
         })?;
     }
+    let protection = args.protection.protection(Role::Worker)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let board = args.http.board();
+    let page = args.http.bind(runtime.handle(), &protection)?;
+    let page = page.map(|door| door.open(runtime.handle(), &board, None)).transpose()?;
+    let watcher = page.as_ref().map(|_| watch(args.job.clone(), board)).transpose()?;
+    if let Some(page) = &page {
+        tracing::info!(url = page.url, "metrics are served");
+    }
     let options = WorkerOptions {
         coordinator: args.coordinator.clone(),
         job: args.job.clone(),
         address: args.address,
-        protection: args.protection.protection(Role::Worker)?,
+        protection,
         machine: args.machine.clone().unwrap_or_else(host_name),
         threads: args.threads,
+        watcher,
     };
     match serve(options, interrupt.flag())? {
         Leave::Done => Ok(Exit::Done),
@@ -67,6 +84,27 @@ pub fn run(args: &Args) -> Outcome {
         Leave::Evicted { reason } => Err(Failure::Evicted(reason)),
         Leave::Failed { reason } => Err(Failure::Ring(reason)),
     }
+}
+
+/// Puts what the worker tells on a board.
+fn watch(job: String, board: Board) -> Result<Sender<Watched>, Failure> {
+    let (watcher, watched) = channel();
+    std::thread::Builder::new().name("metrics".to_owned()).spawn(move || {
+        for told in watched {
+            match told {
+                Watched::Run(store) => {
+                    let known =
+                        read_config(&store).and_then(|config| board.take_up(&job, &config, &store, &[]));
+                    if let Err(error) = known {
+                        tracing::warn!(%error, "there are no metrics: the run cannot be read");
+                    }
+                    board.with(&job, |figures| figures.use_store(Some(store)));
+                }
+                Watched::Step(report) => board.observe(&job, &Notice::Step(record_of(report))),
+            }
+        }
+    })?;
+    Ok(watcher)
 }
 
 /// This program as a worker of `job`, that ends with the process that starts it and appends to the same timeline.

@@ -55,16 +55,13 @@ fn is_over(detail: &v1::JobDetail) -> bool {
 
 impl Api {
     async fn detail(&self, name: &JobName) -> Result<v1::JobDetail, Refusal> {
-        self.registry.ask(|reply| Command::Describe(name.clone(), reply)).await
+        self.registry.describe(name).await
     }
 
     async fn want(&self, name: JobName, wish: Wish) -> Answer<v1::Job> {
-        let recorded = self.registry.ask(|reply| Command::Want(name.clone(), wish, reply)).await?;
-        if let Some(recorded) = recorded {
-            recorded.await.map_err(|_| Refusal::Ending("the job came to an end at this moment"))?;
-        }
-        let detail = self.detail(&name).await?;
-        Ok(Response::new(detail.job.unwrap_or_default()))
+        let wanted = self.registry.want(&name, wish).await;
+        tracing::info!(target: crate::AUDIT, job = %name, ?wish, done = wanted.is_ok(), "asked over gRPC");
+        Ok(Response::new(wanted?))
     }
 }
 
@@ -72,8 +69,10 @@ impl Api {
 impl Jobs for Api {
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Answer<v1::Job> {
         let submission = Submission::try_from(request.into_inner()).map_err(malformed)?;
-        let job = self.registry.ask(|reply| Command::Submit(submission, reply)).await?;
-        Ok(Response::new(job))
+        let job = self.registry.ask(|reply| Command::Submit(submission, reply)).await;
+        let name = job.as_ref().map(|job| job.name.as_str()).unwrap_or_default();
+        tracing::info!(target: crate::AUDIT, job = name, wish = "submit", done = job.is_ok(), "asked over gRPC");
+        Ok(Response::new(job?))
     }
 
     async fn list(&self, _: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {

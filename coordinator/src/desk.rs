@@ -38,7 +38,7 @@ pub(crate) enum Done {
     /// The log holds it.
     Appended { record: Record, formed: Option<Generation> },
     /// The checkpoint exists.
-    Committed { step: Step, seconds: f64 },
+    Committed { step: Step, seconds: f64, bytes: u64 },
     /// It does not.
     CommitFailed { step: Step, reason: String },
     /// These exist.
@@ -197,12 +197,13 @@ impl<F: Fn(Done)> Work<F> {
         });
         match saved {
             Ok(manifest) => {
+                let bytes = manifest.bytes();
                 let weights = manifest.weights;
                 let record = self.again(|work| {
                     work.log.append(Event::Checkpoint { step: step.0, weights: weights.clone() })
                 })?;
                 (self.tell)(Done::Appended { record, formed: None });
-                (self.tell)(Done::Committed { step, seconds: began.elapsed().as_secs_f64() });
+                (self.tell)(Done::Committed { step, seconds: began.elapsed().as_secs_f64(), bytes });
                 if let Err(cause) = let_go(&self.store, &self.policy) {
                     tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
                 }

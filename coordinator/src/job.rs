@@ -238,8 +238,8 @@ impl Running {
                     self.core_event(Event::Recorded { generation });
                 }
             }
-            Done::Committed { step, seconds } => {
-                self.notify(Notice::Checkpoint { step: step.0, seconds });
+            Done::Committed { step, seconds, bytes } => {
+                self.notify(Notice::Checkpoint { step: step.0, seconds, bytes });
                 self.core_event(Event::Committed { step });
             }
             Done::CommitFailed { step, reason } => {

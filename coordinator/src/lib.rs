@@ -9,6 +9,8 @@
 //!          records   between the core's words and the run folder's
 //!          service   gRPC: workers' connections, handed to jobs
 //!          api       gRPC: users' requests, handed to the registry
+//!          http      HTTP: metrics, figures as JSON, the page
+//!          telemetry what Prometheus is told: metrics, and alerts and dashboards on them
 //!          launch    worker processes: started, watched, started again
 //! ```
 
@@ -16,16 +18,22 @@ mod api;
 pub mod core;
 mod desk;
 mod error;
+pub mod http;
 mod job;
 pub mod launch;
 mod news;
 mod records;
 mod registry;
 mod service;
+pub mod telemetry;
 
 pub use anello_configs::Timings;
 pub use error::{Error, Result};
 pub use job::{Job, JobOptions, Opened, create};
 pub use news::News;
+pub use records::record_of;
 pub use registry::{Refusal, Registry, RegistryOptions, Said};
 pub use service::{Bound, Jobs, Server};
+
+/// Target of the log's lines about what users had done: who asked for what, and what came of it.
+pub const AUDIT: &str = "anello::audit";

@@ -107,7 +107,7 @@ pub(crate) fn formation_of(event: Logged) -> Option<Formation> {
 }
 
 /// A worker's report, as the metrics have it.
-pub(crate) fn record_of(report: v1::StepReport) -> StepRecord {
+pub fn record_of(report: v1::StepReport) -> StepRecord {
     let second = |at: usize| report.seconds.get(at).copied().unwrap_or(0.0);
     let seconds = Seconds {
         step: second(0),

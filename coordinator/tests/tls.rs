@@ -6,6 +6,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use anello_coordinator::launch::Local;
+use anello_coordinator::telemetry::Board;
 use anello_coordinator::{Error, Jobs, Registry, RegistryOptions, Server, Timings};
 use anello_proto::v1;
 use anello_proto::v1::jobs_client::JobsClient;
@@ -43,6 +44,7 @@ impl Coordinator {
             place: place.path().display().to_string(),
             slots: None,
             timings: Timings::new(Duration::from_secs(1)),
+            board: Board::default(),
         };
         let nobody = |_: &str, _: &_, _| Local {
             program: "false".into(),

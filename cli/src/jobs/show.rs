@@ -7,7 +7,7 @@ use anello_proto::v1;
 use super::{phase_of, record_of};
 use crate::failure::Failure;
 use crate::text::{Table, grouped, nats, per_second, percent, utc};
-use crate::words::{describe as sentence_of, short_digest, times};
+use anello_store::words::{describe as sentence_of, short_digest, times};
 
 /// `job small is queued; it waits for its turn: 1 job is before it`
 pub fn sentence(job: &v1::Job) -> Result<String, Failure> {

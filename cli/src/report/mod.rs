@@ -1,7 +1,7 @@
 //! `anello report`: a run as one HTML page that needs nothing else.
 //!
-//! `series` turns the metrics into about two thousand points, `page` lays them and the rest out as HTML, and `page.js`
-//! draws them in the reader's browser.
+//! `series` turns the metrics into about two thousand points, `page` lays them and the rest out as HTML, and the script of
+//! the coordinator's page draws them in the reader's browser.
 
 mod page;
 mod series;

@@ -1,14 +1,14 @@
 //! The page: a template, filled. Pure.
 
+use anello_coordinator::http::{CHARTS, STYLE};
 use anello_store::events::{Event, Record};
 
 use super::{Story, series};
 use crate::stages::{StageSummary, summarise};
 use crate::text::{count, duration, grouped, nats, per_second, utc};
-use crate::words::{describe, where_it_runs};
+use anello_store::words::{describe, where_it_runs};
 
 const TEMPLATE: &str = include_str!("page.html");
-const STYLE: &str = include_str!("page.css");
 const SCRIPT: &str = include_str!("page.js");
 
 /// Events that are told of; of more, the first and the last.
@@ -21,7 +21,7 @@ pub fn render(story: &Story) -> String {
     fill(TEMPLATE, |key| match key {
         "name" => escape(&story.config.name),
         "style" => STYLE.to_owned(),
-        "script" => SCRIPT.to_owned(),
+        "script" => format!("{CHARTS}{SCRIPT}"),
         "status" => escape(&status(story)),
         "facts" => facts(story),
         "tiles" => tiles(story, &stages),

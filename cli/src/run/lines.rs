@@ -6,7 +6,7 @@ use anello_store::events::Event;
 
 use super::tracker::Tracker;
 use crate::text::{count, duration, grouped, lr, nats, per_second, percent, short};
-use crate::words::describe;
+use anello_store::words::describe;
 
 /// The first line of a run.
 pub fn heading(config: &RunConfig, schedule: &Schedule, place: &str) -> String {

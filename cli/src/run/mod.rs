@@ -12,12 +12,15 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use anello_configs::{RunConfig, Schedule};
+use anello_coordinator::http::Keeper;
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
+use anello_tls::Protection;
 use anello_worker::{Control, Ended, Resume, Run, Training, pin_init};
 
 use crate::certs::ListenArgs;
 use crate::config::{load, load_text};
 use crate::failure::{Exit, Failure, Outcome};
+use crate::http::{HttpArgs, Solo};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
 use crate::screen::Screen;
@@ -68,6 +71,8 @@ pub struct Args {
     /// Resume although the config or the data changes the mathematics of the run.
     #[arg(long, requires = "resume")]
     allow: bool,
+    #[command(flatten)]
+    http: HttpArgs,
     /// For workers from elsewhere.
     #[command(flatten)]
     protection: ListenArgs,
@@ -88,11 +93,20 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         return ring::run(args, workers, screen);
     }
     let interrupt = Interrupt::watch()?;
+    // A thread for the page, when there is one: none of those that train waits for it.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let door = args.http.bind(runtime.handle(), &Protection::Loopback)?;
     let run = open(args)?;
     let (config, store) = (run.config.clone(), run.store.clone());
+    let board = args.http.board();
+    let solo = door.is_some().then(|| Solo::new(board.clone(), &config, &store, 1)).transpose()?;
+    let page = door.map(|door| door.open(runtime.handle(), &board, Some(Keeper::Board))).transpose()?;
     let mut tracker = Tracker::new(&config, args.until);
     let mut view = View::new(screen);
     view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;
+    if let Some(page) = &page {
+        view.line(&format!("page at {}", page.url))?;
+    }
 
     let control = Control::default();
     let training = Training::start(run, control.clone(), args.until)?;
@@ -100,6 +114,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     loop {
         match training.notices.recv_timeout(POLL) {
             Ok(notice) => {
+                solo.iter().for_each(|solo| solo.observe(&notice));
                 tracker.observe(&notice);
                 view.notice(&notice, &tracker)?;
             }
@@ -115,6 +130,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let ended = training.join();
     view.close(&tracker)?;
     let ended = ended.inspect_err(|_| say_where_it_stands(&store))?;
+    solo.iter().for_each(|solo| solo.ended(ended.finished));
     screen.print(&summary::table(&metrics::read(&store)?, &ended))?;
     if args.sample > 0 && !stopping {
         screen.print(&samples(&store, &config, &ended, args.sample))?;

@@ -2,14 +2,15 @@
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
+use anello_coordinator::http::Keeper;
 use anello_coordinator::launch::Crew;
 use anello_coordinator::{JobOptions, Jobs, News, Opened, Server, Timings, create};
 use anello_proto::ring::Step;
-use anello_store::{CONFIG, Store, checkpoint, doctor, metrics, read_config};
+use anello_store::{CONFIG, Notice, Store, checkpoint, doctor, metrics, read_config};
 use anello_tls::{Protection, Role};
 use anello_worker::{Ended, pin_init};
 
@@ -18,6 +19,7 @@ use super::view::View;
 use super::{Args, POLL, adopt_init, config_of, lines, no_config, samples, say_where_it_stands, summary};
 use crate::certs::Handed;
 use crate::failure::{Exit, Failure, Outcome};
+use crate::http::Solo;
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
 use crate::screen::Screen;
@@ -35,25 +37,33 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     };
     // Before a run is made that nobody can serve.
     protection.check(args.address)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let door = args.http.bind(runtime.handle(), &protection)?;
     let (store, config) = open(args)?;
     doctor::check_ledger(&store)?;
     let mut tracker = Tracker::new(&config, None);
     let mut view = View::new(screen);
     view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;
 
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let timings = Timings::new(args.detection.unwrap_or(Duration::from_millis(config.ring.detection_ms)));
     // The address first: one that is in use must not fence the coordinator that uses it.
     let bound = runtime.block_on(Server::bind(SocketAddr::new(args.address, args.port), protection))?;
     let jobs = Jobs::default();
     let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
     let (sender, notices) = channel();
+    let board = args.http.board();
+    let solo = door.is_some().then(|| Solo::new(board.clone(), &config, &store, workers)).transpose()?;
     let opened = Opened::take_up(store.clone(), options)?;
+    solo.iter().for_each(|solo| solo.observe(&Notice::Logged(opened.taken().clone())));
     let (job, task) = runtime.block_on(async { opened.start(sender, News::default()) })?;
     // Before anyone can connect: a worker that is told of no such job goes.
     jobs.add(job.clone());
     let server = runtime.block_on(bound.serve(jobs.clone(), None))?;
     view.line(&format!("coordinator at {}, {workers} workers", server.address))?;
+    let page = door.map(|door| door.open(runtime.handle(), &board, Some(Keeper::Board))).transpose()?;
+    if let Some(page) = &page {
+        view.line(&format!("page at {}", page.url))?;
+    }
     let started = if args.external { 0 } else { workers };
     let threads = threads_of(args.threads.or(config.compute.threads), workers);
     let handed = Handed::default();
@@ -62,14 +72,20 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let mut crew = Crew::start(launcher, started, BUDGET)?;
 
     let mut stopping = false;
+    let mut asked = Instant::now();
     loop {
         match notices.recv_timeout(POLL) {
             Ok(notice) => {
+                solo.iter().for_each(|solo| solo.observe(&notice));
                 tracker.observe(&notice);
                 view.notice(&notice, &tracker)?;
             }
             Err(RecvTimeoutError::Timeout) => view.refresh(&tracker),
             Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if let Some(solo) = solo.as_ref().filter(|_| asked.elapsed() >= POLL) {
+            asked = Instant::now();
+            runtime.block_on(job.status()).into_iter().for_each(|status| solo.set_ring(status));
         }
         for said in crew.tend() {
             view.line(&said)?;

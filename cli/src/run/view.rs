@@ -54,7 +54,7 @@ impl<'a> View<'a> {
                 live.notice(notice);
                 live.draw(tracker, self.screen);
             }
-            (Kind::Log(_), Notice::Checkpoint { step, seconds }) => {
+            (Kind::Log(_), Notice::Checkpoint { step, seconds, .. }) => {
                 self.screen.line(&lines::checkpoint(*step, *seconds))?;
             }
             (Kind::Log(last), Notice::Step(record)) => {

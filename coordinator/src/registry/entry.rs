@@ -22,6 +22,7 @@ use crate::job::{Job, JobOptions, Opened};
 use crate::launch::{Crew, Launcher};
 use crate::news::News;
 use crate::records::goal_name;
+use crate::telemetry::Board;
 
 /// Steps and records that are kept to be shown.
 pub(super) const RECENT: usize = 16;
@@ -49,6 +50,8 @@ pub(super) struct Entry<L: Launcher> {
     pub again_at: Option<Instant>,
     /// The phase that was said last.
     pub shown: Option<Phase>,
+    /// Where it is told how it is.
+    pub board: Board,
 }
 
 /// A job's ring.
@@ -83,12 +86,13 @@ fn is_shown(record: &Record) -> bool {
 
 impl<L: Launcher> Entry<L> {
     /// Reads a job's folder.
-    pub fn load(spec: Spec, run: String) -> std::result::Result<Self, StoreError> {
+    pub fn load(spec: Spec, run: String, board: Board) -> std::result::Result<Self, StoreError> {
         let store = Store::open(&run)?;
         let (config, records) = (read_config(&store)?, events::read(&store)?);
         let rows = metrics::read_last(&store, RECENT)?;
         let mut standing = Standing::new(spec.desired);
         records.iter().for_each(|record| standing.observe(record));
+        board.take_up(&spec.name, &config, &store, &records)?;
         Ok(Self {
             total_steps: Schedule::new(&config).total_steps(),
             steps: rows.into(),
@@ -103,6 +107,7 @@ impl<L: Launcher> Entry<L> {
             trouble: None,
             again_at: None,
             shown: None,
+            board,
         })
     }
 
@@ -139,12 +144,14 @@ impl<L: Launcher> Entry<L> {
         match runtime.block_on(ring.job.status()) {
             Some(status) => {
                 ring.ends = status.outcome.is_some();
+                self.board.set_status(&self.spec.name, Some(status.clone()));
                 ring.status = Some(status);
             }
             None => ring.ends = true,
         }
         heard.extend(ring.notices.try_iter());
         for notice in heard {
+            self.board.observe(&self.spec.name, &notice);
             match notice {
                 Notice::Step(record) => keep(&mut self.steps, record),
                 Notice::Logged(record) => self.note(record),
@@ -174,7 +181,9 @@ impl<L: Launcher> Entry<L> {
         let start = || {
             let (name, min) = (self.spec.name.clone(), self.spec.min);
             let options = JobOptions { name, min, desired: workers.max(1), timings };
-            let opened = Opened::take_up(Store::durable(&self.run)?, options)?;
+            let store = Store::durable(&self.run)?;
+            self.board.with(&self.spec.name, |figures| figures.use_store(Some(store.clone())));
+            let opened = Opened::take_up(store, options)?;
             let taken = opened.taken().clone();
             let (sender, notices) = channel();
             let _runtime = runtime.enter();
@@ -186,6 +195,7 @@ impl<L: Launcher> Entry<L> {
         match start() {
             Ok((taken, ring)) => {
                 (self.trouble, self.again_at) = (None, None);
+                self.board.observe(&self.spec.name, &Notice::Logged(taken.clone()));
                 self.note(taken);
                 if self.standing.goal != Goal::Run {
                     runtime.block_on(ring.job.set_goal(self.standing.goal));
@@ -226,6 +236,11 @@ impl<L: Launcher> Entry<L> {
             by: format!("its ring ended without a word ({cause}); report this as a bug"),
         });
         self.given = None;
+        for notice in ring.notices.try_iter() {
+            self.board.observe(&self.spec.name, &notice);
+        }
+        self.board.set_status(&self.spec.name, None);
+        self.board.with(&self.spec.name, |figures| figures.use_store(None));
         let read = |store: Store| Ok((events::read(&store)?, metrics::read_last(&store, RECENT)?));
         match Store::open(&self.run).and_then(read) {
             Ok((records, rows)) => {

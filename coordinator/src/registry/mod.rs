@@ -30,10 +30,11 @@ use crate::core::Goal;
 use crate::error::{Error, Result};
 use crate::launch::{Crew, Launcher};
 use crate::service::Jobs;
+use crate::telemetry::Board;
 use entry::Entry;
 use place::{Place, Spec, unix_ms};
 use queue::{Ask, share};
-pub(crate) use view::log_record;
+pub(crate) use view::{attendant, log_record};
 
 /// Why a user's wish is not done.
 #[derive(Debug, thiserror::Error)]
@@ -130,6 +131,8 @@ pub struct RegistryOptions {
     pub slots: Option<u32>,
     /// The rings' times.
     pub timings: Timings,
+    /// Where it is told how the jobs are.
+    pub board: Board,
 }
 
 /// A hand on the registry.
@@ -164,7 +167,7 @@ impl Registry {
         let mut entries = Vec::new();
         for spec in place.specs()? {
             let (name, run) = (spec.name.clone(), place.run_of(&spec));
-            match Entry::load(spec, run) {
+            match Entry::load(spec, run, options.board.clone()) {
                 Ok(entry) => entries.push(entry),
                 Err(error) => tracing::warn!(name, %error, "a job that cannot be read is left out"),
             }
@@ -193,6 +196,20 @@ impl Registry {
     /// Takes a checkpoint of every job and ends; the next coordinator goes on with them.
     pub async fn stop(&self) {
         let _ = self.commands.send(Command::Stop).await;
+    }
+
+    /// All that there is to see of a job.
+    pub(crate) async fn describe(&self, name: &JobName) -> std::result::Result<v1::JobDetail, Refusal> {
+        self.ask(|reply| Command::Describe(name.clone(), reply)).await
+    }
+
+    /// Does what a user wants of a job: answered when the job's log holds it.
+    pub(crate) async fn want(&self, name: &JobName, wish: Wish) -> std::result::Result<v1::Job, Refusal> {
+        let recorded = self.ask(|reply| Command::Want(name.clone(), wish, reply)).await?;
+        if let Some(recorded) = recorded {
+            recorded.await.map_err(|_| Refusal::Ending("the job came to an end at this moment"))?;
+        }
+        Ok(self.describe(name).await?.job.unwrap_or_default())
     }
 
     pub(crate) async fn ask<T>(
@@ -375,7 +392,7 @@ impl<L: Launcher> Keeper<L> {
         if !self.place.submit(&spec)? {
             return Err(Refusal::Taken { name, phase: "another coordinator's".to_owned() });
         }
-        let entry = Entry::load(spec, run)?;
+        let entry = Entry::load(spec, run, self.options.board.clone())?;
         self.entries.push(entry);
         Ok(self.entries.len() - 1)
     }
@@ -544,6 +561,7 @@ impl<L: Launcher> Keeper<L> {
     fn say_phases(&mut self) {
         for entry in &mut self.entries {
             let phase = entry.phase();
+            entry.board.set_phase(&entry.spec.name, phase, entry.standing.desired);
             if entry.shown != Some(phase) {
                 entry.shown = Some(phase);
                 let why = entry.reason();

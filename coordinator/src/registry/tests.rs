@@ -55,7 +55,12 @@ impl World {
 
     fn keep(&self, slots: u32) -> Kept {
         let timings = Timings::new(Duration::from_millis(200));
-        let options = RegistryOptions { place: self.place.clone(), slots: Some(slots), timings };
+        let options = RegistryOptions {
+            place: self.place.clone(),
+            slots: Some(slots),
+            timings,
+            board: crate::telemetry::Board::default(),
+        };
         let (sender, said) = channel();
         let runtime = self.runtime.handle().clone();
         let kept = Registry::start(options, runtime, Jobs::default(), sender, |_, _, _| Idle);

@@ -70,7 +70,7 @@ impl<L: Launcher> Entry<L> {
     }
 }
 
-fn attendant(worker: &Attendant) -> v1::Attendant {
+pub(crate) fn attendant(worker: &Attendant) -> v1::Attendant {
     let stance = &worker.stance;
     let activity = match &stance.activity {
         _ if !worker.linked => "not connected",

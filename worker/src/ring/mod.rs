@@ -26,6 +26,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anello_proto::ring::Leave;
+use anello_proto::v1;
+use anello_store::Store;
 use anello_tls::Protection;
 
 pub use sum::add_up;
@@ -47,6 +49,17 @@ pub struct WorkerOptions {
     pub machine: String,
     /// CPU threads of LibTorch; absent: the config's, or all cores.
     pub threads: Option<u32>,
+    /// Who is told of this worker's run and of its steps, if anyone. Nothing waits for it.
+    pub watcher: Option<std::sync::mpsc::Sender<Watched>>,
+}
+
+/// What a worker tells whoever watches it.
+#[derive(Clone, Debug)]
+pub enum Watched {
+    /// The coordinator has said where the run is: its folder, on which the worker trains.
+    Run(Store),
+    /// It has applied a step.
+    Step(v1::StepReport),
 }
 
 /// Takes part until sent away. `terminate`, once true, asks to go at the next step boundary.

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use super::link::Link;
 use super::model::{Command, Model, Outside, Told};
 use super::pace::Tally;
-use super::{WorkerOptions, peers};
+use super::{Watched, WorkerOptions, peers};
 use crate::environment;
 use crate::error::{Error, Result};
 
@@ -252,6 +252,7 @@ impl Shell {
         }
         if let Some((listener, shelf)) = self.parts_of_model.take() {
             let store = Store::durable(&welcome.run)?;
+            self.watch(|| Watched::Run(store.clone()));
             let tell = self.tell.clone();
             let tls = self.coordinator.tls.clone();
             let outside = Outside { listener, shelf, tls, runtime: self.runtime.clone(), tell };
@@ -266,6 +267,7 @@ impl Shell {
             Told::Event(event) => self.member.handle(event, effects),
             Told::Step(report) => {
                 self.tally.add(&report);
+                self.watch(|| Watched::Step(report.clone()));
                 if self.rank_zero
                     && self.welcomed
                     && let Some(link) = &self.link
@@ -280,6 +282,12 @@ impl Shell {
             Told::Failed(error) => return Err(error),
         }
         Ok(())
+    }
+
+    fn watch(&self, what: impl FnOnce() -> Watched) {
+        if let Some(watcher) = &self.options.watcher {
+            let _ = watcher.send(what());
+        }
     }
 
     /// Does what the member wants; returns why to go, when it is to.

@@ -192,7 +192,7 @@ impl Desk {
             Ok(manifest) => {
                 self.events.push(Event::Checkpoint { step, weights: manifest.weights.clone() });
                 let seconds = began.elapsed().as_secs_f64();
-                let _ = self.notices.send(Notice::Checkpoint { step, seconds });
+                let _ = self.notices.send(Notice::Checkpoint { step, seconds, bytes: manifest.bytes() });
                 let _ = self.answers.send(Ok(manifest.weights));
             }
             Err(Error::Store(StoreError::Fenced { place })) => {

@@ -1,0 +1,243 @@
+//! Which share of the time trained the run. Pure.
+//!
+//! Of the wall clock of a job, what was inside steps that the run keeps is known to the second from their rows; what a
+//! change of the ring took is in the log. What neither explains (the first ring, loading, a coordinator that was away) is
+//! `other`.
+
+use anello_store::events::{Event, Record};
+use anello_store::metrics::StepRecord;
+
+/// Why time trained nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cause {
+    /// Steps waited for data.
+    Data,
+    /// Steps waited for the copy of a checkpoint.
+    Checkpoint,
+    /// A ring was over and the next one did not train yet.
+    Recovery,
+    /// Steps that had been applied were computed again.
+    Recomputed,
+    /// The user had paused the job.
+    Paused,
+    /// The rest: the first ring, loading, and whatever nobody told of.
+    Other,
+}
+
+impl Cause {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Data, Self::Checkpoint, Self::Recovery, Self::Recomputed, Self::Paused, Self::Other];
+
+    /// Its name in labels.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Data => "data",
+            Self::Checkpoint => "checkpoint",
+            Self::Recovery => "recovery",
+            Self::Recomputed => "recomputed",
+            Self::Paused => "paused",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// A sum over the life of a job. Seconds, but for the times of the log.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Goodput {
+    began_ms: u64,
+    steps: u64,
+    step_s: f64,
+    data_s: f64,
+    checkpoint_s: f64,
+    recovery_s: f64,
+    recomputed_s: f64,
+    paused_s: f64,
+    /// Since when it is paused, or over: the clock stands still.
+    stands: Option<Stands>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Stands {
+    since_ms: u64,
+    paused: bool,
+}
+
+/// What became of the time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shares {
+    /// Seconds in all, pauses included.
+    pub wall_s: f64,
+    /// Seconds inside steps that the run keeps, without their waits for data and checkpoints.
+    pub productive_s: f64,
+    /// `productive_s` as a share of the time without pauses; 0 before there is any.
+    pub goodput: f64,
+    /// Seconds inside steps that the run keeps as a share of the same time.
+    pub effective: f64,
+    /// Seconds lost by cause, in the order of [`Cause::ALL`].
+    pub lost: [(Cause, f64); 6],
+}
+
+impl Goodput {
+    /// Counts from `began_ms` on, milliseconds since 1970.
+    pub fn new(began_ms: u64) -> Self {
+        Self {
+            began_ms,
+            steps: 0,
+            step_s: 0.0,
+            data_s: 0.0,
+            checkpoint_s: 0.0,
+            recovery_s: 0.0,
+            recomputed_s: 0.0,
+            paused_s: 0.0,
+            stands: None,
+        }
+    }
+
+    /// A step that the run keeps. One is told once, however often it was computed.
+    pub fn step(&mut self, row: &StepRecord) {
+        let seconds = row.seconds;
+        if [seconds.step, seconds.data, seconds.checkpoint].iter().all(|s| s.is_finite()) {
+            self.steps += 1;
+            self.step_s += seconds.step;
+            self.data_s += seconds.data;
+            self.checkpoint_s += seconds.checkpoint;
+        }
+    }
+
+    /// A record of the log, in its order.
+    pub fn record(&mut self, record: &Record) {
+        match &record.event {
+            Event::Recovered { took_ms, again, .. } => {
+                self.recovery_s += *took_ms as f64 / 1e3;
+                // A step that is computed again takes as long as one does.
+                if self.steps > 0 {
+                    self.recomputed_s += *again as f64 * self.step_s / self.steps as f64;
+                }
+            }
+            Event::Ended { outcome, .. } => self.stand(record.unix_ms, outcome == "paused"),
+            Event::Stopped { .. } => self.stand(record.unix_ms, true),
+            Event::Finished { .. } => self.stand(record.unix_ms, false),
+            Event::Started { .. } | Event::TakenUp { .. } => {
+                if let Some(Stands { since_ms, .. }) = self.stands.take() {
+                    // Taken up again after an end that was not the user's is time that nobody trained, and `other`.
+                    self.paused_s += seconds_between(since_ms, record.unix_ms);
+                }
+            }
+            Event::PassedOver { .. }
+            | Event::Stage { .. }
+            | Event::Skipped { .. }
+            | Event::Epoch { .. }
+            | Event::SkippedData { .. }
+            | Event::Checkpoint { .. }
+            | Event::CheckpointFailed { .. }
+            | Event::Goal { .. }
+            | Event::Joined { .. }
+            | Event::Lost { .. }
+            | Event::Evicted { .. }
+            | Event::Formed { .. }
+            | Event::Slow { .. }
+            | Event::InStep { .. } => {}
+        }
+    }
+
+    fn stand(&mut self, since_ms: u64, paused: bool) {
+        // What ended stays ended: the first word counts.
+        self.stands.get_or_insert(Stands { since_ms, paused });
+    }
+
+    /// How it is at `now_ms`.
+    pub fn at(&self, now_ms: u64) -> Shares {
+        let (end_ms, pause) = match self.stands {
+            Some(Stands { since_ms, paused: true }) => {
+                (now_ms.max(since_ms), seconds_between(since_ms, now_ms))
+            }
+            Some(Stands { since_ms, paused: false }) => (since_ms, 0.0),
+            None => (now_ms, 0.0),
+        };
+        let paused = self.paused_s + pause;
+        let wall_s = seconds_between(self.began_ms, end_ms);
+        let productive_s = (self.step_s - self.data_s - self.checkpoint_s).max(0.0);
+        let known = self.step_s + self.recovery_s + self.recomputed_s + paused;
+        let other = (wall_s - known).max(0.0);
+        // Clocks of several machines: more may be told of than has passed here.
+        let whole = (wall_s - paused).max(known - paused);
+        let share = |of: f64| if whole > 0.0 { of / whole } else { 0.0 };
+        let lost = Cause::ALL.map(|cause| {
+            let seconds = match cause {
+                Cause::Data => self.data_s,
+                Cause::Checkpoint => self.checkpoint_s,
+                Cause::Recovery => self.recovery_s,
+                Cause::Recomputed => self.recomputed_s,
+                Cause::Paused => paused,
+                Cause::Other => other,
+            };
+            (cause, seconds)
+        });
+        Shares { wall_s, productive_s, goodput: share(productive_s), effective: share(self.step_s), lost }
+    }
+}
+
+fn seconds_between(from_ms: u64, to_ms: u64) -> f64 {
+    to_ms.saturating_sub(from_ms) as f64 / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use anello_store::metrics::Seconds;
+
+    use super::*;
+    use crate::telemetry::figures::tests::row;
+
+    fn record(unix_ms: u64, event: Event) -> Record {
+        Record { number: 1, unix_ms, event }
+    }
+
+    fn second(step: u64, data: f64, checkpoint: f64) -> StepRecord {
+        StepRecord { seconds: Seconds { step: 1.0, data, checkpoint, ..Seconds::default() }, ..row(step) }
+    }
+
+    #[test]
+    fn every_second_has_a_place() {
+        let mut goodput = Goodput::new(1_000);
+        assert_eq!(goodput.at(1_000).goodput, 0.0);
+        // 2 s until the first step, then 10 steps of a second, a tenth waiting for data and a twentieth for a checkpoint.
+        for step in 0..10 {
+            goodput.step(&second(step, 0.1, 0.05));
+        }
+        let recovered =
+            Event::Recovered { generation: 2, workers: 2, took_ms: 3_000, again: 2, checkpoint: None };
+        goodput.record(&record(15_000, recovered));
+        // Two steps again, then it is paused for 20 s.
+        goodput.record(&record(18_000, Event::Ended { outcome: "paused".into(), reason: None }));
+        let shares = goodput.at(38_000);
+        assert_eq!(shares.wall_s, 37.0);
+        let rounded = shares.lost.map(|(cause, seconds)| (cause.name(), (seconds * 100.0).round() / 100.0));
+        let expected = [
+            ("data", 1.0),
+            ("checkpoint", 0.5),
+            ("recovery", 3.0),
+            ("recomputed", 2.0),
+            ("paused", 20.0),
+            ("other", 2.0),
+        ];
+        assert_eq!(rounded, expected);
+        assert!((shares.productive_s - 8.5).abs() < 1e-9);
+        assert!((shares.goodput - 8.5 / 17.0).abs() < 1e-9 && (shares.effective - 10.0 / 17.0).abs() < 1e-9);
+        let parts: f64 = shares.lost.iter().map(|(_, seconds)| seconds).sum();
+        assert!((parts + shares.productive_s - shares.wall_s).abs() < 1e-9);
+        // It goes on; the pause stays what it was.
+        goodput.record(&record(40_000, Event::TakenUp { step: Some(10) }));
+        let later = goodput.at(41_000);
+        assert_eq!((later.lost[4], later.wall_s), ((Cause::Paused, 22.0), 40.0));
+    }
+
+    #[test]
+    fn the_clock_of_what_is_over_stands_still() {
+        let mut goodput = Goodput::new(0);
+        goodput.step(&second(0, 0.0, 0.0));
+        goodput.record(&record(2_000, Event::Ended { outcome: "completed".into(), reason: None }));
+        assert_eq!(goodput.at(2_000), goodput.at(900_000));
+        assert_eq!(goodput.at(900_000).goodput, 0.5);
+    }
+}
