@@ -17,6 +17,7 @@ run: build data
 ## All tests.
 test: setup
 	@scripts/s3-venv
+	@scripts/test-tools
 	$(CARGO) build --quiet -p anello
 	$(CARGO) test --workspace --no-fail-fast
 
@@ -50,7 +51,7 @@ data: build
 
 clean:
 	$(CARGO) clean
-	rm -rf libtorch data/tiny .venv-bench .venv-s3
+	rm -rf libtorch data/tiny .venv-bench .venv-s3 .test-tools
 
 ## Simulated histories of the ring, then whole runs of real processes, with faults of new seeds. The numbers bound it.
 soak: export ANELLO_SEED ?= $(shell date +%s)000

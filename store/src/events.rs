@@ -229,7 +229,7 @@ fn path_of(number: u64) -> String {
 impl EventLog {
     /// The log of `store`, positioned after its last record.
     pub fn open(store: &Store) -> Result<Self> {
-        let next = store.list("events")?.iter().filter_map(number_of).max().unwrap_or(0) + 1;
+        let next = last_number(store)? + 1;
         Ok(Self { store: store.clone(), session: next, next, unsure: None })
     }
 
@@ -301,6 +301,11 @@ pub fn read_after(store: &Store, after: u64, most: usize) -> Result<Vec<Record>>
         records.push(parse(store, &path, &bytes)?);
     }
     Ok(records)
+}
+
+/// Number of the last record; 0: there is none.
+pub fn last_number(store: &Store) -> Result<u64> {
+    Ok(store.list("events")?.iter().filter_map(number_of).max().unwrap_or(0))
 }
 
 fn parse(store: &Store, path: &str, bytes: &[u8]) -> Result<Record> {

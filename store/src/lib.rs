@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! any prefix      store        objects at a path or URL, read and written from plain threads
+//!                 traffic      what was asked of one, and what came of it
 //!                 remote       which server a URL means, whose credentials, how long anything may take
 //!                 doctor       is a store fit for runs?
 //! the run folder  config       the config that a run was begun with
@@ -31,6 +32,8 @@ pub mod metrics;
 mod notice;
 mod remote;
 mod store;
+mod traffic;
+pub mod words;
 
 pub use config::{CONFIG, read_config};
 pub use cursor::{Cursor, OpenDocument, SourceCursor};
@@ -38,3 +41,4 @@ pub use environment::{ENVIRONMENT, Environment};
 pub use error::{Error, Result};
 pub use notice::Notice;
 pub use store::{Attempts, Object, Store};
+pub use traffic::{Counts, Operation, Traffic};

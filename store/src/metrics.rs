@@ -285,6 +285,29 @@ pub fn write(store: &Store, records: &[StepRecord]) -> Result<()> {
     Err(Error::Fenced { place: store.place_of(&path) })
 }
 
+/// Hands over the records of steps after `after` (absent: all), object by object in the order of their steps. A step may
+/// come twice: the later one counts.
+pub fn read_after(store: &Store, after: Option<u64>, mut take: impl FnMut(StepRecord)) -> Result<()> {
+    let objects = store.list("metrics")?;
+    let mut ranges: Vec<((u64, u64), &Object)> =
+        objects.iter().filter_map(|object| Some((range_of(&object.path)?, object))).collect();
+    ranges.sort_unstable_by_key(|(range, _)| *range);
+    for ((_, last), Object { path, .. }) in ranges {
+        if after.is_some_and(|after| last <= after) {
+            continue;
+        }
+        let Some(bytes) = store.get(path)? else { continue };
+        let records = decode(bytes).map_err(|cause| {
+            Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew")
+        })?;
+        records
+            .into_iter()
+            .filter(|record| after.is_none_or(|after| record.step > after))
+            .for_each(&mut take);
+    }
+    Ok(())
+}
+
 /// All records of a run in order of their steps, each step once.
 pub fn read(store: &Store) -> Result<Vec<StepRecord>> {
     let mut by_step = std::collections::BTreeMap::new();
@@ -424,6 +447,15 @@ mod tests {
             let last = &all[all.len().saturating_sub(count)..];
             assert_eq!(shown(&read_last(&store, count).unwrap()), shown(last), "{count}");
         }
+        let after = |after| {
+            let mut steps = Vec::new();
+            read_after(&store, after, |record| steps.push(record.step)).unwrap();
+            steps
+        };
+        assert_eq!(
+            (after(None), after(Some(5)), after(Some(9))),
+            ((0..10).collect(), vec![6, 7, 8, 9], vec![])
+        );
         // The first is not looked at when it is not needed.
         store.put("metrics/0000000000-0000000003.parquet", b"damaged".to_vec()).unwrap();
         assert_eq!(shown(&read_last(&store, 6).unwrap()), shown(&records[4..]));

@@ -24,6 +24,8 @@ pub enum Notice {
         step: u64,
         /// Seconds that writing took, in the background.
         seconds: f64,
+        /// Size of its parts, bytes.
+        bytes: u64,
     },
     /// A checkpoint could not be written. Training goes on; it is tried again.
     CheckpointFailed {

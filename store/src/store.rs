@@ -14,6 +14,7 @@ use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, P
 use tokio::runtime::Runtime;
 
 use crate::remote::{self, Remote};
+use crate::traffic::{Meter, Operation, Traffic};
 use crate::{Error, Result};
 
 /// Bytes that one request for a part of a large object carries. Larger objects are read and written in pieces of it, so
@@ -40,6 +41,7 @@ pub struct Store {
     place: String,
     folder: Option<PathBuf>,
     runtime: Arc<Runtime>,
+    meter: Arc<Meter>,
 }
 
 /// How often something is tried. The pause doubles each time.
@@ -135,7 +137,16 @@ impl Store {
             })?;
         let attempts = Attempts { most: 1, ..CREATE };
         let once = inner.clone();
-        Ok(Self { inner, once, attempts, prefix, place, folder, runtime: Arc::new(runtime) })
+        Ok(Self {
+            inner,
+            once,
+            attempts,
+            prefix,
+            place,
+            folder,
+            runtime: Arc::new(runtime),
+            meter: Arc::default(),
+        })
     }
 
     /// Where it is, for people: the path of a folder, else the URL. [`Store::open`] takes it.
@@ -153,11 +164,17 @@ impl Store {
         self.folder.as_deref()
     }
 
+    /// What was asked of this store and its clones, and what came of it.
+    pub fn traffic(&self) -> Traffic {
+        self.meter.read_off()
+    }
+
     /// Everything below `folder` (`""`: everything), ordered by path.
     pub fn list(&self, folder: &str) -> Result<Vec<Object>> {
         let at = self.at(folder);
         let found = self.runtime.block_on(self.inner.list(Some(&at)).try_collect::<Vec<_>>());
-        let found = found.map_err(|e| self.failed("listing", folder, e))?;
+        let found =
+            self.meter.count(Operation::List, found).map_err(|e| self.failed("listing", folder, e))?;
         let mut objects: Vec<Object> = found
             .into_iter()
             .filter_map(|meta| {
@@ -174,7 +191,8 @@ impl Store {
     pub fn folders(&self, folder: &str) -> Result<Vec<String>> {
         let at = self.at(folder);
         let found = self.runtime.block_on(self.inner.list_with_delimiter(Some(&at)));
-        let found = found.map_err(|e| self.failed("listing", folder, e))?;
+        let found =
+            self.meter.count(Operation::List, found).map_err(|e| self.failed("listing", folder, e))?;
         let name = |path: Path| path.parts().next_back().map(|part| part.as_ref().to_owned());
         let mut names: Vec<String> = found.common_prefixes.into_iter().filter_map(name).collect();
         names.sort_unstable();
@@ -188,6 +206,12 @@ impl Store {
 
     /// The object's bytes; `None` where there is none.
     pub fn get(&self, path: &str) -> Result<Option<Bytes>> {
+        let found = self.meter.count(Operation::Get, self.get_patiently(path))?;
+        self.meter.read(found.as_ref().map_or(0, Bytes::len));
+        Ok(found)
+    }
+
+    fn get_patiently(&self, path: &str) -> Result<Option<Bytes>> {
         let at = self.at(path);
         let mut pause = self.attempts.pause;
         for attempt in 1.. {
@@ -201,6 +225,7 @@ impl Store {
                 ) if attempt < self.attempts.most => {}
                 Err(e) => return Err(self.failed("reading", path, e)),
             }
+            self.meter.retry(Operation::Get);
             std::thread::sleep(pause);
             pause *= 2;
         }
@@ -236,13 +261,16 @@ impl Store {
         let at = self.at(path);
         let options = GetOptions { range: Some(GetRange::Suffix(length)), ..Default::default() };
         let read = async { self.inner.get_opts(&at, options).await?.bytes().await };
-        self.runtime.block_on(read).map_err(|e| self.failed("reading", path, e))
+        let read = self.meter.count(Operation::Get, self.runtime.block_on(read));
+        read.inspect(|bytes| self.meter.read(bytes.len())).map_err(|e| self.failed("reading", path, e))
     }
 
     /// The bytes of each range of the object.
     pub fn ranges(&self, path: &str, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let at = self.at(path);
-        let read = self.runtime.block_on(self.inner.get_ranges(&at, ranges));
+        let read =
+            self.meter.count(Operation::Get, self.runtime.block_on(self.inner.get_ranges(&at, ranges)));
+        let read = read.inspect(|pieces| self.meter.read(pieces.iter().map(Bytes::len).sum()));
         let pieces = read.map_err(|e| self.failed("reading", path, e))?.into_iter().zip(ranges);
         let pieces = pieces.map(|(bytes, range)| whole(bytes, range.end - range.start));
         pieces.collect::<object_store::Result<_>>().map_err(|e| self.failed("reading", path, e))
@@ -251,6 +279,7 @@ impl Store {
     /// Writes the object, over an old one if there is one.
     pub fn put(&self, path: &str, bytes: impl Into<Bytes>) -> Result<()> {
         let (at, bytes) = (self.at(path), bytes.into());
+        self.meter.written(bytes.len());
         let put = async {
             if self.folder.is_some() || bytes.len() <= WHOLE_MAX {
                 self.inner.put(&at, PutPayload::from(bytes)).await.map(drop)
@@ -258,7 +287,9 @@ impl Store {
                 self.put_in_pieces(&at, bytes).await
             }
         };
-        self.runtime.block_on(put).map_err(|e| self.failed("writing", path, e))
+        self.meter
+            .count(Operation::Put, self.runtime.block_on(put))
+            .map_err(|e| self.failed("writing", path, e))
     }
 
     /// The object appears with its last piece, whole.
@@ -284,7 +315,13 @@ impl Store {
     ///
     /// When an answer was lost on the way, the object is read: with our bytes it is ours.
     pub fn create(&self, path: &str, bytes: impl Into<Bytes>) -> Result<bool> {
-        let (at, bytes) = (self.at(path), bytes.into());
+        let bytes = bytes.into();
+        self.meter.written(bytes.len());
+        self.meter.count(Operation::Create, self.create_patiently(path, bytes))
+    }
+
+    fn create_patiently(&self, path: &str, bytes: Bytes) -> Result<bool> {
+        let at = self.at(path);
         let (mut unsure, mut pause) = (false, self.attempts.pause);
         for attempt in 1.. {
             let payload = PutPayload::from(bytes.clone());
@@ -301,6 +338,7 @@ impl Store {
                 Err(object_store::Error::Generic { .. }) if attempt < self.attempts.most => unsure = true,
                 Err(cause) => return Err(self.failed("creating", path, cause)),
             }
+            self.meter.retry(Operation::Create);
             std::thread::sleep(pause);
             pause *= 2;
         }
@@ -309,19 +347,21 @@ impl Store {
 
     /// When the object was written by the store's clock, milliseconds since 1970; `None` where there is none.
     pub fn written_ms(&self, path: &str) -> Result<Option<i64>> {
-        match self.runtime.block_on(self.inner.head(&self.at(path))) {
+        let written = match self.runtime.block_on(self.inner.head(&self.at(path))) {
             Ok(meta) => Ok(Some(meta.last_modified.timestamp_millis())),
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(self.failed("reading", path, e)),
-        }
+        };
+        self.meter.count(Operation::Head, written)
     }
 
     /// Deletes the object; one that is not there is fine.
     pub fn delete(&self, path: &str) -> Result<()> {
-        match self.runtime.block_on(self.inner.delete(&self.at(path))) {
+        let deleted = match self.runtime.block_on(self.inner.delete(&self.at(path))) {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(e) => Err(self.failed("deleting", path, e)),
-        }
+        };
+        self.meter.count(Operation::Delete, deleted)
     }
 
     /// Removes what a killed process had not finished to write. In a folder an object is written as `NAME#N` and then

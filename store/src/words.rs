@@ -1,9 +1,9 @@
 //! The event log in plain words.
 
-use anello_store::Environment;
-use anello_store::events::{Event, RingMember};
+use crate::Environment;
+use crate::events::{Event, RingMember};
 
-use crate::text::grouped;
+use anello_configs::text::grouped;
 
 /// What happened, as one line without the time (changed keys follow on lines of their own).
 pub fn describe(event: &Event) -> String {

@@ -44,6 +44,8 @@ pub enum Protocol {
     Grpc,
     /// The collective.
     Ring,
+    /// HTTP/1.1: pages and metrics.
+    Http,
 }
 
 impl Protocol {
@@ -51,6 +53,7 @@ impl Protocol {
         match self {
             Self::Grpc => vec![b"h2".to_vec()],
             Self::Ring => vec![b"anello-ring".to_vec()],
+            Self::Http => vec![b"http/1.1".to_vec()],
         }
     }
 }
@@ -133,11 +136,19 @@ impl Tls {
 
     /// For connections that come to us from those who have one of `roles`.
     pub fn server(&self, protocol: Protocol, roles: &[Role]) -> Arc<ServerConfig> {
-        let verifier = Arc::new(OnlyRoles { any: self.client_verifier(), roles: roles.to_vec() });
+        self.server_with(protocol, Arc::new(OnlyRoles { any: self.client_verifier(), roles: roles.to_vec() }))
+    }
+
+    /// For connections that come to us from anyone, who proves by other means what he may.
+    pub fn server_for_anyone(&self, protocol: Protocol) -> Arc<ServerConfig> {
+        self.server_with(protocol, WebPkiClientVerifier::no_client_auth())
+    }
+
+    fn server_with(&self, protocol: Protocol, clients: Arc<dyn ClientCertVerifier>) -> Arc<ServerConfig> {
         let mut config = ServerConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("ring has TLS 1.3")
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(clients)
             .with_cert_resolver(Arc::new(SingleCertAndKey::from(self.own.clone())));
         config.alpn_protocols = protocol.alpn();
         // A connection that is resumed is not asked for its certificate again.

@@ -207,6 +207,11 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Size of all parts, bytes.
+    pub fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.bytes).sum()
+    }
+
     fn digest(&self) -> String {
         let bare = Self { blake3: String::new(), ..self.clone() };
         let bytes = serde_json::to_vec(&bare).expect("every map of a manifest has string keys");

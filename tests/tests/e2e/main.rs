@@ -1,10 +1,11 @@
 //! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS, in a
-//! bucket, cut off; compared; weights out and in, and used.
+//! bucket, cut off; compared; weights out and in, and used; over HTTP, as Prometheus and a browser see it.
 
 mod bisect;
 mod bucket;
 mod cut;
 mod disk;
+mod http;
 mod interchange;
 mod jobs;
 mod kill;
