@@ -117,7 +117,16 @@ fn data(s: &mut Section<'_, '_>) -> Data {
         sources: sources.into_iter().filter_map(|(name, source)| Some((name, source?))).collect(),
         on_corrupt: s.choice("on_corrupt", OnCorrupt::Fail),
         prefetch_bytes: s.quantity("prefetch_bytes", Unit::Bytes, 4096..=1 << 46, Some(256 << 20)),
+        cache: cache(s),
     }
+}
+
+fn cache(s: &mut Section<'_, '_>) -> Option<Cache> {
+    let bytes = s.quantity("cache_bytes", Unit::Bytes, 1 << 20..=1 << 50, Some(10 << 30));
+    let is_path =
+        |text: &str| !text.trim().is_empty() && !text.contains(char::is_control) && !text.contains("://");
+    let dir = s.optional("cache_dir").then(|| s.text("cache_dir", "a path on the machine", is_path));
+    dir.map(|dir| Cache { dir, bytes })
 }
 
 fn source(s: &mut Section<'_, '_>) -> Source {

@@ -369,8 +369,10 @@ fn anchor(table: &mut Table, directory: &Path) {
     else {
         return;
     };
-    if let Some(tokenizer) = data.entries.get_mut("tokenizer") {
-        anchor_path(&mut tokenizer.node, directory);
+    for key in ["tokenizer", "cache_dir"] {
+        if let Some(path) = data.entries.get_mut(key) {
+            anchor_path(&mut path.node, directory);
+        }
     }
     let Some(Entry { node: Node { value: Value::Table(sources), .. }, .. }) = data.entries.get_mut("sources")
     else {

@@ -64,7 +64,7 @@ impl RunConfig {
     ///
     /// Left out, because the weights after each step are the same whatever they say:
     /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`; `ring.*`;
-    /// `data.prefetch_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
+    /// `data.prefetch_bytes`, `data.cache_dir` and `data.cache_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
     /// the data's own digest to say. Of weights to begin with, `init.weights` counts, and not where they lie.
     ///
@@ -172,12 +172,15 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
             s.rest("threads", *threads);
         }
     });
-    let Data { tokenizer, sources, on_corrupt, prefetch_bytes } = data;
+    let Data { tokenizer, sources, on_corrupt, prefetch_bytes, cache } = data;
     section("data", &|s| {
         if let Some(tokenizer) = tokenizer {
             s.rest("tokenizer", tokenizer.as_str());
         }
         s.bits("on_corrupt", on_corrupt.name()).rest("prefetch_bytes", *prefetch_bytes);
+        if let Some(Cache { dir, bytes }) = cache {
+            s.rest("cache_dir", dir.as_str()).rest("cache_bytes", *bytes);
+        }
     });
     for (name, Source { url }) in sources {
         section(&format!("data.sources.{name}"), &|s| {

@@ -129,6 +129,17 @@ pub struct Data {
     pub on_corrupt: OnCorrupt,
     /// Bound on decoded tokens waiting in memory, bytes, over all lanes.
     pub prefetch_bytes: u64,
+    /// Where shards of remote sources are kept on the machine; absent = nowhere. The bits do not depend on it.
+    pub cache: Option<Cache>,
+}
+
+/// A folder of a machine that keeps what its workers have fetched of shards.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cache {
+    /// The folder, which several processes and runs may share; a relative path in a file is relative to that file.
+    pub dir: String,
+    /// Bound on what it holds, bytes.
+    pub bytes: u64,
 }
 
 /// One token source: a folder (or bucket prefix) of tokenized Parquet shards.

@@ -2,9 +2,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use anello_store::Store;
+use bytes::Bytes;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
+use crate::cache::{Cache, Wanted};
 use crate::decode::{Columns, Documents, Fault, decode};
 use crate::index::{Index, RowGroupEntry, ShardEntry};
 use crate::{Error, Result};
@@ -19,6 +21,7 @@ const FOOTERS_MAX: usize = 512;
 #[derive(Debug)]
 pub struct Dataset {
     store: Store,
+    cache: Option<Arc<Cache>>,
     index: Index,
     /// (shard, row group) of every row group that has rows.
     row_groups: Vec<(u32, u32)>,
@@ -49,7 +52,13 @@ impl Dataset {
                 detail: "its shards hold no document; take the source out of the mixture".to_owned(),
             });
         }
-        Ok(Self { store, index, row_groups, footers: Mutex::default() })
+        Ok(Self { store, cache: None, index, row_groups, footers: Mutex::default() })
+    }
+
+    /// The same, keeping in `cache` what is fetched over a network. A folder of this machine needs no copy in another.
+    pub fn cached(self, cache: Option<Arc<Cache>>) -> Self {
+        let cache = cache.filter(|_| self.store.folder().is_none());
+        Self { cache, ..self }
     }
 
     /// What the folder holds.
@@ -78,7 +87,8 @@ impl Dataset {
         let (shard, group) = self.row_groups[at as usize];
         let entry = &self.index.shards[shard as usize];
         let footer = self.footer(shard, entry)?;
-        footer.documents(&self.store, &entry.path, group as usize, &entry.row_groups[group as usize], vocab)
+        let from = Shard { store: &self.store, cache: self.cache.as_deref(), path: &entry.path };
+        footer.documents(from, group as usize, &entry.row_groups[group as usize], vocab)
     }
 
     fn footer(&self, shard: u32, entry: &ShardEntry) -> Result<Arc<Footer>> {
@@ -86,7 +96,8 @@ impl Dataset {
         if let Some(footer) = lock().get(&shard) {
             return Ok(footer.clone());
         }
-        let footer = Arc::new(Footer::read(&self.store, &entry.path, entry.bytes)?);
+        let from = Shard { store: &self.store, cache: self.cache.as_deref(), path: &entry.path };
+        let footer = Arc::new(Footer::read(from, entry.bytes, &version(entry))?);
         let mut footers = lock();
         if footers.len() >= FOOTERS_MAX {
             footers.clear();
@@ -96,20 +107,58 @@ impl Dataset {
     }
 }
 
+/// What tells a shard apart from another at the same place.
+fn version(entry: &ShardEntry) -> String {
+    serde_json::to_string(entry).expect("an index is numbers and strings")
+}
+
+/// Where the bytes of a shard come from.
+#[derive(Clone, Copy)]
+pub(crate) struct Shard<'a> {
+    pub store: &'a Store,
+    pub cache: Option<&'a Cache>,
+    pub path: &'a str,
+}
+
+impl Shard<'_> {
+    fn place(&self) -> String {
+        self.store.place_of(self.path)
+    }
+
+    /// The last `length` bytes of all `bytes` of them.
+    fn tail(&self, bytes: u64, length: u64, version: &str) -> Result<Bytes> {
+        let fetch = || Ok(Vec::from([self.store.tail(self.path, length)?]));
+        let range = bytes - length..bytes;
+        let ranges = std::slice::from_ref(&range);
+        let wanted = Wanted { place: &self.place(), version, ranges, blake3: None };
+        let mut tail = self.get(wanted, fetch)?;
+        Ok(tail.pop().expect("one range was asked for"))
+    }
+
+    fn get(&self, wanted: Wanted<'_>, fetch: impl FnOnce() -> Result<Vec<Bytes>>) -> Result<Vec<Bytes>> {
+        match self.cache {
+            Some(cache) => cache.get(wanted, fetch),
+            None => fetch(),
+        }
+    }
+}
+
 /// A shard's footer, and where in it the tokens are.
 #[derive(Debug)]
 pub(crate) struct Footer {
     metadata: ParquetMetaData,
     columns: Columns,
+    version: String,
 }
 
 impl Footer {
-    pub(crate) fn read(store: &Store, path: &str, bytes: u64) -> Result<Self> {
-        let fault = |detail: String| Error::Shard { file: store.place_of(path), detail };
+    /// The footer of a shard of so many `bytes`; `version` tells it apart from another at the same place.
+    pub(crate) fn read(from: Shard<'_>, bytes: u64, version: &str) -> Result<Self> {
+        let fault = |detail: String| Error::Shard { file: from.place(), detail };
         let mut reader = ParquetMetaDataReader::new();
         let mut want = FOOTER_BYTES.min(bytes);
         loop {
-            let tail = store.tail(path, want)?;
+            let tail = from.tail(bytes, want, version)?;
             match reader.try_parse_sized(&tail, bytes) {
                 Ok(()) => break,
                 Err(ParquetError::NeedMoreData(more)) if more as u64 > want => want = more as u64,
@@ -120,22 +169,22 @@ impl Footer {
         }
         let metadata = reader.finish().map_err(|e| fault(e.to_string()))?;
         let columns = Columns::find(metadata.file_metadata().schema_descr()).map_err(fault)?;
-        Ok(Self { metadata, columns })
+        Ok(Self { metadata, columns, version: version.to_owned() })
     }
 
     /// The shard's entry in an index, with a digest of each row group if `checksums`.
-    pub(crate) fn entry(&self, store: &Store, path: &str, bytes: u64, checksums: bool) -> Result<ShardEntry> {
+    pub(crate) fn entry(&self, from: Shard<'_>, bytes: u64, checksums: bool) -> Result<ShardEntry> {
         let row_groups = (0..self.metadata.num_row_groups())
             .map(|group| {
                 Ok(RowGroupEntry {
                     rows: u64::try_from(self.metadata.row_group(group).num_rows()).unwrap_or(0),
                     tokens: self.columns.token_slots(&self.metadata, group),
-                    blake3: if checksums { Some(digest(&self.fetch(store, path, group)?)) } else { None },
+                    blake3: if checksums { Some(digest(&self.fetch(from, group, None)?)) } else { None },
                 })
             })
             .collect::<Result<_>>()?;
         Ok(ShardEntry {
-            path: path.to_owned(),
+            path: from.path.to_owned(),
             bytes,
             max_id: self.columns.max_id(&self.metadata),
             row_groups,
@@ -145,21 +194,15 @@ impl Footer {
     /// Fetches the row group, compares it with what the index says of it, and decodes it.
     pub(crate) fn documents(
         &self,
-        store: &Store,
-        path: &str,
+        from: Shard<'_>,
         group: usize,
         entry: &RowGroupEntry,
         vocab: Option<u32>,
     ) -> Result<Documents> {
         if group >= self.metadata.num_row_groups() {
-            return Err(self.fault(
-                store,
-                path,
-                group,
-                Fault::Corrupt("the footer does not list it".to_owned()),
-            ));
+            return Err(self.fault(from, group, Fault::Corrupt("the footer does not list it".to_owned())));
         }
-        let chunks = self.fetch(store, path, group)?;
+        let chunks = self.fetch(from, group, entry.blake3.as_deref())?;
         let checked = match &entry.blake3 {
             Some(expected) if *expected != digest(&chunks) => {
                 Err(Fault::Corrupt("its checksum differs from the index's".to_owned()))
@@ -179,19 +222,18 @@ impl Footer {
                 None => Ok(documents),
             }
         });
-        checked.map_err(|fault| self.fault(store, path, group, fault))
+        checked.map_err(|fault| self.fault(from, group, fault))
     }
 
-    fn fetch(&self, store: &Store, path: &str, group: usize) -> Result<Vec<bytes::Bytes>> {
-        let ranges = self
-            .columns
-            .ranges(&self.metadata, group)
-            .map_err(|fault| self.fault(store, path, group, fault))?;
-        Ok(store.ranges(path, &ranges)?)
+    fn fetch(&self, from: Shard<'_>, group: usize, blake3: Option<&str>) -> Result<Vec<Bytes>> {
+        let ranges =
+            self.columns.ranges(&self.metadata, group).map_err(|fault| self.fault(from, group, fault))?;
+        let wanted = Wanted { place: &from.place(), version: &self.version, ranges: &ranges, blake3 };
+        from.get(wanted, || Ok(from.store.ranges(from.path, &ranges)?))
     }
 
-    fn fault(&self, store: &Store, path: &str, row_group: usize, fault: Fault) -> Error {
-        let file = store.place_of(path);
+    fn fault(&self, from: Shard<'_>, row_group: usize, fault: Fault) -> Error {
+        let file = from.place();
         match fault {
             Fault::Row(row, detail) => Error::Row { file, row_group, row, detail },
             Fault::Corrupt(detail) => {
@@ -205,7 +247,7 @@ impl Footer {
     }
 }
 
-fn digest(chunks: &[bytes::Bytes]) -> String {
+fn digest(chunks: &[Bytes]) -> String {
     let mut hasher = blake3::Hasher::new();
     chunks.iter().for_each(|chunk| {
         hasher.update(chunk);

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use anello_store::{Object, Store};
 use serde::{Deserialize, Serialize};
 
-use crate::dataset::Footer;
+use crate::dataset::{Footer, Shard};
 use crate::progress::{Meter, OnProgress, parallel};
 use crate::{Error, Result};
 
@@ -64,8 +64,9 @@ impl Index {
         let meter = Meter::new(objects.len() as u64, progress);
         let shards = parallel(threads, objects.len(), |at| {
             let Object { path, bytes } = &objects[at];
-            let footer = Footer::read(store, path, *bytes)?;
-            let entry = footer.entry(store, path, *bytes, checksums)?;
+            let from = Shard { store, cache: None, path };
+            let footer = Footer::read(from, *bytes, "")?;
+            let entry = footer.entry(from, *bytes, checksums)?;
             meter.add(1, entry.row_groups.iter().map(|g| g.tokens).sum())?;
             Ok(entry)
         })?;

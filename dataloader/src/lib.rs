@@ -4,11 +4,12 @@
 //! pure     order   which document, when             shells   dataset   a folder of shards: footers, row groups
 //!          pack    documents to sequences                    index     what the shards hold, stored beside them
 //!          decode  a row group's bytes to documents          loader    threads that prefetch lane steps
-//!          lane    one lane's walk
+//!          lane    one lane's walk                           cache     what was fetched of remote shards
 //! ```
 //! A [`Loader`] yields what each lane trains on in each step. It is a function of (seed, sources, plan, lane, cursor)
 //! alone: which lanes are served together, how many threads there are and what was prefetched changes nothing.
 
+mod cache;
 mod dataset;
 mod decode;
 mod error;
@@ -27,6 +28,7 @@ mod verify;
 mod write;
 
 pub use anello_store::{Cursor, OpenDocument, SourceCursor};
+pub use cache::Cache;
 pub use dataset::Dataset;
 pub use decode::{Document, Documents};
 pub use error::{Error, Result};

@@ -1,5 +1,6 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use anello_configs::{OnCorrupt, RunConfig, Schedule};
 use anello_store::Cursor;
 
+use crate::cache::Cache;
 use crate::dataset::Dataset;
 use crate::decode::Documents;
 use crate::lane::{Fetch, Lane, LaneStep, StepData};
@@ -64,9 +66,12 @@ pub struct LoaderOptions {
 impl LoaderOptions {
     /// All lanes of a run from its first step on. Opens every source of the config.
     pub fn of(config: &RunConfig) -> Result<Self> {
+        let cache = config.data.cache.as_ref();
+        let cache = cache.map(|cache| Arc::new(Cache::open(Path::new(&cache.dir), cache.bytes)));
         let mut sources = BTreeMap::new();
         for (name, source) in &config.data.sources {
-            sources.insert(name.clone(), Arc::new(Dataset::open(&source.url)?));
+            let dataset = Dataset::open(&source.url)?.cached(cache.clone());
+            sources.insert(name.clone(), Arc::new(dataset));
         }
         Ok(Self {
             sources,

@@ -18,6 +18,7 @@ fn what_leaves_the_bits_alone_leaves_the_digest_alone() {
         "checkpoint.keep_stage_ends=false",
         "checkpoint.part_bytes=1MiB",
         "data.prefetch_bytes=1MiB",
+        "data.cache_dir=/var/cache/anello",
         "data.tokenizer=tokenizer.json",
         "data.sources.web.url=s3://bucket/web",
         "data.sources.unused.url=unused",
@@ -104,6 +105,7 @@ fn the_readme_knows_every_key() {
     let readme = include_str!("../../README.md");
     let sets = [
         "compute.threads=2",
+        "data.cache_dir=cache",
         "checkpoint.keep_every_steps=5",
         "ring.fault=weights@3/1",
         "init.from=runs/a@4",

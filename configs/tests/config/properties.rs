@@ -51,6 +51,8 @@ fn key() -> impl Strategy<Value = String> {
         "code",
         "tokenizer",
         "prefetch_bytes",
+        "cache_dir",
+        "cache_bytes",
         "checkpoint",
         "keep_last",
         "warmup",
