@@ -3,14 +3,13 @@
 //! Store calls block, so they live here and not on the runtime. What fails for now is tried again with a growing pause;
 //! only another coordinator's record ends it.
 
-use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anello_configs::Checkpoint as Policy;
 use anello_proto::ring::{Generation, Step};
-use anello_store::checkpoint::{Manifest, Parts, Written, commit, let_go, prune, set_aside, steps};
+use anello_store::checkpoint::{Manifest, Parts, commit, let_go, point_at, prune, set_aside, steps};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Store};
@@ -176,8 +175,8 @@ impl<F: Fn(Done)> Work<F> {
         Ok(())
     }
 
-    /// Metrics first, so that a checkpoint never stands after steps that were not logged; then the manifest; only then
-    /// is an old checkpoint let go.
+    /// Metrics first, so that a checkpoint never stands after steps that were not logged; then the manifest; then
+    /// `latest.json` points at it; only then is an old checkpoint let go.
     fn commit(&mut self, step: Step, parts: &[String]) -> Result<(), StoreError> {
         let began = std::time::Instant::now();
         let saved = self.again(Self::flush).and_then(|()| self.log.check()).and_then(|()| {
@@ -188,22 +187,22 @@ impl<F: Fn(Done)> Work<F> {
             let facts = parts.first().map(|parts| parts.facts.clone()).ok_or_else(|| {
                 StoreError::malformed("a checkpoint", "it has no writer", "report this as a bug")
             })?;
-            // The same part may have two writers: its owner, and whoever took that one for dead.
-            let written = parts.into_iter().flat_map(|parts| parts.written);
-            let written: BTreeMap<String, Written> =
-                written.map(|written| (written.part.name.clone(), written)).collect();
-            let written = written.into_values().collect();
+            // The same blocks may have two writers: their owner, and whoever took that one for dead.
+            let written = parts.into_iter().flat_map(|parts| parts.written).collect();
             commit(&self.store, Manifest::new(facts, written))
         });
         match saved {
             Ok(manifest) => {
                 let bytes = manifest.bytes();
-                let weights = manifest.weights;
+                let weights = manifest.weights.clone();
                 let record = self.again(|work| {
                     work.log.append(Event::Checkpoint { step: step.0, weights: weights.clone() })
                 })?;
                 (self.tell)(Done::Appended { record, formed: None });
                 (self.tell)(Done::Committed { step, seconds: began.elapsed().as_secs_f64(), bytes });
+                if let Err(cause) = point_at(&self.store, &manifest) {
+                    tracing::warn!(%cause, "latest.json cannot be written now; the next checkpoint moves it");
+                }
                 if let Err(cause) = let_go(&self.store, &self.policy) {
                     tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
                 }

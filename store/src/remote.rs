@@ -6,12 +6,13 @@
 //! | `gs://BUCKET/PREFIX` | `GOOGLE_APPLICATION_CREDENTIALS`, …; else those of the machine |
 //! | `az://CONTAINER/PREFIX` | `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, …; else those of the machine |
 //!
-//! Only variables that begin with the cloud's own prefix count: others (`TIMEOUT`, `TOKEN`) belong to somebody else.
+//! Only variables that begin with the cloud's own prefix count: others (`TIMEOUT`, `TOKEN`) belong to somebody else. With it
+//! they set what is not set here, as `AWS_READ_TIMEOUT=10s` or `AWS_CHECKSUM_ALGORITHM=sha256`.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use object_store::aws::AmazonS3Builder;
+use object_store::aws::{AmazonS3Builder, Checksum};
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::memory::InMemory;
@@ -83,6 +84,10 @@ fn build(
                 .any(|(name, value)| name.starts_with("aws_endpoint") && value.starts_with("http://"));
             let client = client.with_allow_http(plain);
             let builder = AmazonS3Builder::new().with_client_options(client).with_retry(retry);
+            // S3 itself checks what arrives against it and keeps it with the object. Other servers may not know it, but check
+            // the SHA-256 of each body that is signed with the request.
+            let elsewhere = variables.iter().any(|(name, _)| name.starts_with("aws_endpoint"));
+            let builder = if elsewhere { builder } else { builder.with_checksum_algorithm(Checksum::SHA256) };
             let builder = variables.into_iter().fold(builder, |builder, (name, value)| match name.parse() {
                 Ok(key) => builder.with_config(key, value),
                 Err(_) => builder,

@@ -1,29 +1,25 @@
 //! A prefix of an object store, for plain threads.
 
+mod pieces;
+
 use std::ops::Range;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use futures::{StreamExt, TryStreamExt, stream};
+use bytes::Bytes;
+use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::{Path, PathPart};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::Runtime;
 
+use self::pieces::{SHORT, UNPROVED, whole};
 use crate::remote::{self, Remote};
 use crate::traffic::{Meter, Operation, Traffic};
 use crate::{Error, Result};
 
-/// Bytes that one request for a part of a large object carries. Larger objects are read and written in pieces of it, so
-/// that a stall or a lost connection costs one piece.
-const PIECE: usize = 8 << 20;
-/// Pieces under way at a time: at most 64 MiB of one object are on the wire.
-const PIECES: usize = 8;
-/// Larger objects than this are written in pieces.
-const WHOLE_MAX: usize = 2 * PIECE;
 /// Attempts at a put-if-absent, and the pause after the first: 6.3 s of pauses in all.
 const CREATE: Attempts = Attempts { most: 7, pause: Duration::from_millis(100) };
 
@@ -51,6 +47,17 @@ pub struct Attempts {
     pub most: u32,
     /// Between the first two.
     pub pause: Duration,
+}
+
+/// What came of [`Store::get_sized`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// There is none.
+    Absent,
+    /// It has so many bytes, which were not wanted.
+    Other(u64),
+    /// All of it.
+    Bytes(Bytes),
 }
 
 /// An object of a [`Store`].
@@ -206,18 +213,31 @@ impl Store {
 
     /// The object's bytes; `None` where there is none.
     pub fn get(&self, path: &str) -> Result<Option<Bytes>> {
-        let found = self.meter.count(Operation::Get, self.get_patiently(path))?;
-        self.meter.read(found.as_ref().map_or(0, Bytes::len));
+        match self.get_sized(path, |_| true)? {
+            Fetched::Bytes(bytes) => Ok(Some(bytes)),
+            Fetched::Absent => Ok(None),
+            Fetched::Other(_) => unreachable!("any size will do"),
+        }
+    }
+
+    /// The object's bytes, when `fits` says so of how many they are. Nothing is read of others: what an object claims to be
+    /// bounds what is held in memory for it.
+    pub fn get_sized(&self, path: &str, fits: impl Fn(u64) -> bool) -> Result<Fetched> {
+        let found = self.meter.count(Operation::Get, self.get_patiently(path, fits))?;
+        if let Fetched::Bytes(bytes) = &found {
+            self.meter.read(bytes.len());
+        }
         Ok(found)
     }
 
-    fn get_patiently(&self, path: &str) -> Result<Option<Bytes>> {
+    fn get_patiently(&self, path: &str, fits: impl Fn(u64) -> bool) -> Result<Fetched> {
         let at = self.at(path);
         let mut pause = self.attempts.pause;
         for attempt in 1.. {
-            match self.runtime.block_on(self.read(&at)) {
-                Ok(bytes) => return Ok(Some(bytes)),
-                Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            match self.runtime.block_on(self.read(&at, &fits)) {
+                Ok(Ok(bytes)) => return Ok(Fetched::Bytes(bytes)),
+                Ok(Err(size)) => return Ok(Fetched::Other(size)),
+                Err(object_store::Error::NotFound { .. }) => return Ok(Fetched::Absent),
                 // It was written anew while it was read, or came short.
                 Err(
                     object_store::Error::Precondition { .. }
@@ -230,30 +250,6 @@ impl Store {
             pause *= 2;
         }
         unreachable!("the last attempt returns")
-    }
-
-    /// All of an object; a large one of a remote store in pieces, several at a time, all of them of one version.
-    async fn read(&self, at: &Path) -> object_store::Result<Bytes> {
-        let found = self.inner.get(at).await?;
-        let (size, version) = (found.meta.size, found.meta.e_tag.clone());
-        if self.folder.is_some() || size <= WHOLE_MAX as u64 || version.is_none() {
-            return whole(found.bytes().await?, size);
-        }
-        drop(found);
-        let starts = (0..size).step_by(PIECE);
-        let pieces = starts.map(|start| {
-            let range = start..size.min(start + PIECE as u64);
-            let length = range.end - range.start;
-            let range = Some(GetRange::Bounded(range));
-            let options = GetOptions { range, if_match: version.clone(), ..Default::default() };
-            async move { whole(self.inner.get_opts(at, options).await?.bytes().await?, length) }
-        });
-        let mut all = BytesMut::with_capacity(size as usize);
-        let mut pieces = stream::iter(pieces).buffered(PIECES);
-        while let Some(piece) = pieces.try_next().await? {
-            all.extend_from_slice(&piece);
-        }
-        Ok(all.freeze())
     }
 
     /// The last `length` bytes of the object, or all of it if it is shorter.
@@ -278,37 +274,41 @@ impl Store {
 
     /// Writes the object, over an old one if there is one.
     pub fn put(&self, path: &str, bytes: impl Into<Bytes>) -> Result<()> {
-        let (at, bytes) = (self.at(path), bytes.into());
-        self.meter.written(bytes.len());
-        let put = async {
-            if self.folder.is_some() || bytes.len() <= WHOLE_MAX {
-                self.inner.put(&at, PutPayload::from(bytes)).await.map(drop)
-            } else {
-                self.put_in_pieces(&at, bytes).await
-            }
-        };
-        self.meter
-            .count(Operation::Put, self.runtime.block_on(put))
-            .map_err(|e| self.failed("writing", path, e))
+        self.put_chunks(path, &[bytes.into()])
     }
 
-    /// The object appears with its last piece, whole.
-    async fn put_in_pieces(&self, at: &Path, bytes: Bytes) -> object_store::Result<()> {
-        let mut upload = self.inner.put_multipart(at).await?;
-        let starts = (0..bytes.len()).step_by(PIECE);
-        let pieces: Vec<_> = starts
-            .map(|start| upload.put_part(bytes.slice(start..bytes.len().min(start + PIECE)).into()))
-            .collect();
-        let sent = stream::iter(pieces).buffer_unordered(PIECES).try_collect::<Vec<()>>().await;
-        let done = match sent {
-            Ok(_) => upload.complete().await.map(drop),
-            Err(cause) => Err(cause),
-        };
-        if done.is_err() {
-            // What was sent costs until the bucket's own rules remove it; that it cannot be removed now is no news.
-            let _ = upload.abort().await;
+    /// Writes `chunks`, one after the other, as one object.
+    pub fn put_chunks(&self, path: &str, chunks: &[Bytes]) -> Result<()> {
+        self.meter.written(chunks.iter().map(Bytes::len).sum());
+        let written = self.runtime.block_on(self.write(&self.at(path), chunks));
+        self.meter.count(Operation::Put, written).map_err(|e| self.failed("writing", path, e))
+    }
+
+    /// [`Store::put_chunks`], then reads the object back, a few pieces at a time, and compares: an error where it is not
+    /// there as it was written.
+    pub fn put_proved(&self, path: &str, chunks: &[Bytes]) -> Result<()> {
+        self.put_chunks(path, chunks)?;
+        self.meter.count(Operation::Get, self.prove_patiently(path, chunks))?;
+        self.meter.read(chunks.iter().map(Bytes::len).sum());
+        Ok(())
+    }
+
+    fn prove_patiently(&self, path: &str, chunks: &[Bytes]) -> Result<()> {
+        let (at, mut pause) = (self.at(path), self.attempts.pause);
+        for attempt in 1.. {
+            let proof = match self.runtime.block_on(self.prove(&at, chunks)) {
+                Ok(()) => return Ok(()),
+                Err(cause) => cause,
+            };
+            // A store may take a while to show what it has taken.
+            if attempt >= self.attempts.most {
+                return Err(self.failed("reading back", path, proof));
+            }
+            self.meter.retry(Operation::Get);
+            std::thread::sleep(pause);
+            pause *= 2;
         }
-        done
+        unreachable!("the last attempt returns")
     }
 
     /// Creates the object. `false`: it was there, and is as it was.
@@ -343,6 +343,16 @@ impl Store {
             pause *= 2;
         }
         unreachable!("the last attempt returns")
+    }
+
+    /// Size of the object, bytes; `None` where there is none.
+    pub fn size(&self, path: &str) -> Result<Option<u64>> {
+        let size = match self.runtime.block_on(self.inner.head(&self.at(path))) {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(self.failed("reading", path, e)),
+        };
+        self.meter.count(Operation::Head, size)
     }
 
     /// When the object was written by the store's clock, milliseconds since 1970; `None` where there is none.
@@ -394,21 +404,12 @@ impl Store {
 
     fn failed(&self, action: &'static str, path: &str, source: object_store::Error) -> Error {
         let place = if path.is_empty() { self.place.clone() } else { self.place_of(path) };
-        let remedy = remote::remedy(&place, &source).map(|remedy| format!("; {remedy}")).unwrap_or_default();
+        // Of what the store gave us, and not as it was written, it knows no remedy.
+        let ours = matches!(source, object_store::Error::Generic { store, .. } if [SHORT, UNPROVED].contains(&store));
+        let remedy = remote::remedy(&place, &source).filter(|_| !ours);
+        let remedy = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
         Error::Object { action, place, source: Box::new(source), remedy }
     }
-}
-
-/// Names the error of bytes that came short, among those of stores.
-const SHORT: &str = "anello";
-
-/// The bytes, when they are as many as were asked for.
-fn whole(bytes: Bytes, length: u64) -> object_store::Result<Bytes> {
-    if bytes.len() as u64 == length {
-        return Ok(bytes);
-    }
-    let fact = format!("{} bytes came of {length}", bytes.len());
-    Err(object_store::Error::Generic { store: SHORT, source: fact.into() })
 }
 
 fn wrong_place(place: &str, detail: &dyn std::fmt::Display) -> Error {

@@ -18,8 +18,9 @@ const FAULTS_MAX: u32 = 3;
 /// A new run of `config` in `store`, for workers to train: the config, written once.
 ///
 /// # Errors
-/// A folder that holds a run already; those of the store.
+/// A folder that holds a run already, or what is left of one; those of the store.
 pub fn create(store: &Store, config: &RunConfig) -> Result<()> {
+    checkpoint::refuse_leftovers(store)?;
     if !store.create(CONFIG, config.to_toml())? {
         return Err(anello_store::Error::Fenced { place: store.place_of(CONFIG) }.into());
     }
@@ -49,7 +50,7 @@ impl Opened {
     pub fn take_up(store: Store, options: JobOptions) -> Result<Self> {
         let config = read_config(&store)?;
         let mut log = EventLog::open(&store)?;
-        let checkpoints = checkpoint::steps(&store)?;
+        let checkpoints = checkpoint::known_steps(&store)?;
         let records = events::read(&store)?;
         let quarantined = records.iter().filter_map(|record| match &record.event {
             Logged::Evicted { machine, .. } => Some(machine.clone()),

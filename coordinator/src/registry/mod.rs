@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use anello_configs::{RunConfig, Timings};
 use anello_proto::jobs::{JobName, Phase, Submission};
 use anello_proto::v1;
+use anello_store::checkpoint::refuse_leftovers;
 use anello_store::{CONFIG, Store, read_config};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -378,6 +379,9 @@ impl<L: Launcher> Keeper<L> {
         }
         self.place.check()?;
         let store = Store::durable(&run)?;
+        if store.get(CONFIG)?.is_none() {
+            refuse_leftovers(&store)?;
+        }
         if !store.create(CONFIG, config.to_toml())? {
             // A run that is there goes on, if it is the same run.
             let theirs = read_config(&store)?;

@@ -1,15 +1,16 @@
 //! What a checkpoint says of itself: a value, without I/O.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use super::{BLOCK, Written};
+use super::{BLOCK, Written, folder};
 use crate::{Cursor, Environment, Error, Result};
 
-/// Version of the format that this build writes, and the newest that it reads.
-pub const FORMAT: u32 = 1;
+/// The newest version of the format that this build reads. It writes 1 where every part is in the checkpoint's own folder,
+/// and 2 where some are those of earlier checkpoints.
+pub const FORMAT: u32 = 2;
 
 /// What a checkpoint is: everything needed to go on, and the digests to know that it is whole.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -96,8 +97,11 @@ impl Facts {
 /// One part of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
-    /// Object name beside the manifest.
+    /// Object name in the folder of the checkpoint that it was written for.
     pub name: String,
+    /// Step of that checkpoint, an earlier one, whose blocks these still are; absent: it was written for this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<u64>,
     /// First block.
     pub first_block: u64,
     /// Number of blocks.
@@ -111,7 +115,18 @@ pub struct Part {
 impl Part {
     /// Its blocks.
     pub fn range(&self) -> Range<usize> {
-        self.first_block as usize..(self.first_block + self.blocks) as usize
+        self.first_block as usize..self.first_block.saturating_add(self.blocks) as usize
+    }
+
+    /// Its path in the run folder, named by the manifest of the checkpoint after `step` steps.
+    pub fn path(&self, step: u64) -> String {
+        format!("{}/{}", folder(self.step.unwrap_or(step)), self.name)
+    }
+
+    /// Whether its name is one that parts have, and not a path to somewhere else.
+    fn is_well_named(&self) -> bool {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+        self.name.starts_with("part-") && self.name.bytes().all(plain)
     }
 }
 
@@ -142,14 +157,46 @@ pub fn digest_of_blocks(blocks: &[String]) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
+/// Of parts that may be there twice or overlap, those that follow one another from block 0 to the last; all of them, by their
+/// first block, where there is no such way. Of several ways it is the one of the longest parts.
+fn one_after_the_other(mut parts: Vec<Written>, step: u64) -> Vec<Written> {
+    // A part of this very checkpoint that was found there is no part of an earlier one.
+    for written in &mut parts {
+        written.part.step = written.part.step.filter(|of| *of != step);
+    }
+    let end_of = |written: &Written| written.part.first_block.saturating_add(written.part.blocks);
+    parts.sort_by_key(|written| (written.part.first_block, std::cmp::Reverse(written.part.blocks)));
+    let all = parts.iter().map(end_of).max().unwrap_or(0);
+    // From the last block back: from which first blocks the rest can be had.
+    let mut starts = BTreeSet::from([all]);
+    for written in parts.iter().rev() {
+        if written.part.blocks > 0 && starts.contains(&end_of(written)) {
+            starts.insert(written.part.first_block);
+        }
+    }
+    if !starts.contains(&0) {
+        return parts;
+    }
+    let mut covered = 0;
+    parts.retain(|written| {
+        let next = written.part.first_block == covered
+            && written.part.blocks > 0
+            && starts.contains(&end_of(written));
+        covered = if next { end_of(written) } else { covered };
+        next
+    });
+    parts
+}
+
 pub(super) fn damaged(step: u64, fact: impl Into<String>) -> Error {
     Error::Checkpoint { step, fact: fact.into(), remedy: "use the checkpoint before it".to_owned() }
 }
 
 impl Manifest {
-    /// The manifest of `parts`, in any order, which together are all blocks of a checkpoint.
-    pub fn new(facts: Facts, mut parts: Vec<Written>) -> Self {
-        parts.sort_by_key(|written| written.part.first_block);
+    /// The manifest of `parts`, in any order, which together are all blocks of a checkpoint. Blocks may be there more
+    /// than once, when several have written them: they need not have cut them alike.
+    pub fn new(facts: Facts, parts: Vec<Written>) -> Self {
+        let parts = one_after_the_other(parts, facts.position.step);
         let mut blocks = BlockDigests::default();
         let mut described = Vec::new();
         for Written { part, digests: [weights, exp_avg, exp_avg_sq] } in parts {
@@ -160,8 +207,9 @@ impl Manifest {
         }
         let Facts { position, updates, layers, cursors, config, data, environment } = facts;
         let Position { step, stage, stage_end, tokens } = position;
+        let elsewhere = described.iter().any(|part| part.step.is_some());
         let mut manifest = Self {
-            format: FORMAT,
+            format: if elsewhere { FORMAT } else { 1 },
             step,
             stage,
             stage_end,
@@ -212,7 +260,7 @@ impl Manifest {
         self.parts.iter().map(|part| part.bytes).sum()
     }
 
-    fn digest(&self) -> String {
+    pub(super) fn digest(&self) -> String {
         let bare = Self { blake3: String::new(), ..self.clone() };
         let bytes = serde_json::to_vec(&bare).expect("every map of a manifest has string keys");
         blake3::hash(&bytes).to_hex().to_string()
@@ -222,8 +270,9 @@ impl Manifest {
         let blocks = self.elements / BLOCK as u64;
         let mut covered = 0;
         for part in &self.parts {
-            if part.first_block != covered || part.name.contains('/') {
-                return Err(damaged(step, format!("manifest.json: part {} is out of place", part.name)));
+            let later = part.step.is_some_and(|of| of >= step);
+            if part.first_block != covered || part.blocks == 0 || later || !part.is_well_named() {
+                return Err(damaged(step, format!("manifest.json: part {:?} is out of place", part.name)));
             }
             covered = covered.saturating_add(part.blocks);
         }

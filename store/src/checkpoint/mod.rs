@@ -1,32 +1,48 @@
 //! Checkpoints: parts cut by block, and the manifest whose creation makes a checkpoint exist.
 //!
 //! ```text
-//! checkpoints/0000001200/part-00000-00000001.safetensors    weights, exp_avg, exp_avg_sq of blocks a..b, each [n] F32
-//! checkpoints/0000001200/manifest.json                      created last, with put-if-absent
+//! checkpoints/0000001200/part-00000-00085-00000001.safetensors    weights, exp_avg, exp_avg_sq of blocks 0..85, each [n] F32
+//! checkpoints/0000001200/manifest.json                            created when all parts are there, with put-if-absent
+//! latest.json                                                     moved last; a hint for readers
 //!
 //! pure    manifest   what a checkpoint says, and whether it can be believed
-//! shells  part       the bytes of some blocks          catalog    which checkpoints there are: commit, delete, set aside
-//!         retention  which of them may go
+//! shells  blocks     blocks of a state to parts        part       the bytes of some blocks
+//!         catalog    which checkpoints there are: commit, set aside, the newest
+//!         retention  which of them may go              copying    one of them to another place
 //! ```
 //!
-//! The first number in a part's name is its first block (older builds counted the parts; the manifest has the names, so
-//! nobody minds). The second is its writer's: that of the event with which the writer took the run up, or of the
+//! In this order a checkpoint comes: its parts, each read back as it is written; a look at all of them; the manifest;
+//! `latest.json`; and only then does an old checkpoint go. A kill between any two leaves the checkpoints before it, or it.
+//!
+//! A part whose blocks are still the same is not written again: the manifest then names that of an earlier checkpoint. It stays
+//! as long as some manifest names it.
+//!
+//! The first two numbers in a part's name are its blocks (older builds named them otherwise; the manifest has the names, so
+//! nobody minds). The third is its writer's: that of the event with which the writer took the run up, or of the
 //! generation that several writers share. A process that slept while another took over can therefore never write over
-//! a part of the other's, and writers that share a number have blocks of their own.
+//! a part of the other's, and writers that share a number and write the same name write the same bytes.
 //!
 //! Parts are cut by block, not by worker or tensor, so that any number of workers can write and load them. What is
 //! not there: a schedule position (it is the step), generator states (they are counters that follow from the step
 //! and the cursors), anything that depends on who trained.
 
+mod blocks;
 mod catalog;
+mod copying;
 mod manifest;
+mod parallel;
 mod part;
 mod retention;
 
-pub use catalog::{commit, delete, folder, read_manifest, set_aside, split_name, steps};
+pub use blocks::write_blocks;
+pub use catalog::{
+    LATEST, commit, folder, known_steps, point_at, read_manifest, refuse_leftovers, set_aside, split_name,
+    steps,
+};
+pub use copying::{Copied, copy};
 pub use manifest::{BlockDigests, FORMAT, Facts, Manifest, Part, Position, digest_of_blocks};
-pub use part::{Parts, Written, read_part, verify, write_part};
-pub use retention::{let_go, prune, superseded, tidy};
+pub use part::{Parts, Written, read_part, read_parts, verify};
+pub use retention::{Pruning, delete, let_go, plan_pruning, prune, superseded};
 
 /// Elements of a block: the unit of the gradient norm, of digests, of ownership and of checkpoints.
 pub const BLOCK: usize = 1 << 16;

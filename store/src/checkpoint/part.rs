@@ -1,12 +1,17 @@
 //! The bytes of a part: blocks of the three flat buffers as one safetensors object.
 
+use std::borrow::Cow;
+use std::ops::Range;
+
+use bytes::Bytes;
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::{Dtype, View};
 use serde::{Deserialize, Serialize};
 
 use super::manifest::damaged;
+use super::parallel::each;
 use super::{BLOCK_BYTES, BUFFERS, Facts, Manifest, Part, folder, read_manifest};
-use crate::{Result, Store};
+use crate::{Fetched, Result, Store};
 
 /// A part that was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,40 +31,82 @@ pub struct Parts {
     pub written: Vec<Written>,
 }
 
-/// Writes the part `name` of the checkpoint after `step` steps: from `first_block` on, the blocks that `buffers` (the
-/// little-endian bytes of weights, first and second moments, whole blocks of each) are. Panics when they are of other
-/// sizes.
+/// Bytes of parts that are read at a time, by all threads together; one part may be larger.
+const READ_BYTES: u64 = 1 << 30;
+
+/// What stands before the numbers in a part. The numbers of the view are not asked for: they follow from elsewhere.
+struct Numbers([usize; 1]);
+
+impl View for Numbers {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.0
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&[])
+    }
+
+    fn data_len(&self) -> usize {
+        self.0[0] * 4
+    }
+}
+
+/// The header of the part of `blocks` of the checkpoint after `step` steps: all of it but the numbers.
+fn header(step: u64, blocks: &Range<usize>) -> Vec<u8> {
+    let numbers = || Numbers([blocks.len() * BLOCK_BYTES / 4]);
+    // One entry: safetensors would write several in the random order of a hash map, and the same part would not be
+    // the same bytes when it is written again.
+    let place = format!("step {step}, blocks {}..{}", blocks.start, blocks.end);
+    let metadata = [("anello".to_owned(), place)];
+    let views = BUFFERS.map(|name| (name, numbers()));
+    safetensors::serialize(views, Some(metadata.into_iter().collect()))
+        .expect("the header of three F32 buffers always serialises")
+}
+
+/// Writes the part of the checkpoint after `step` steps that holds, from `first_block` on, the blocks that `buffers` (the
+/// little-endian bytes of weights, first and second moments, whole blocks of each) are, reads it back and compares.
+/// `digests` are those of the blocks, by buffer. The part's name says which blocks it holds and who wrote it (`stamp`), so
+/// that two that write the same name write the same bytes. Panics when the sizes do not fit together.
 pub fn write_part(
     store: &Store,
     step: u64,
-    name: String,
+    stamp: u64,
     first_block: usize,
-    buffers: [&[u8]; 3],
+    buffers: [Bytes; 3],
+    digests: [Vec<String>; 3],
 ) -> Result<Written> {
-    let blocks = buffers[0].len() / BLOCK_BYTES;
-    assert!(buffers.iter().all(|buffer| buffer.len() == blocks * BLOCK_BYTES), "whole blocks of each buffer");
-    let digests = buffers.map(|buffer| {
-        buffer.chunks(BLOCK_BYTES).map(|block| blake3::hash(block).to_hex().to_string()).collect::<Vec<_>>()
+    let blocks = first_block..first_block + buffers[0].len() / BLOCK_BYTES;
+    let length = blocks.len() * BLOCK_BYTES;
+    assert!(buffers.iter().all(|buffer| buffer.len() == length), "whole blocks of each buffer");
+    assert!(digests.iter().all(|digests| digests.len() == blocks.len()), "a digest of each block");
+    // safetensors puts tensors of one type in the order of their names.
+    let mut chunks = vec![Bytes::from(header(step, &blocks))];
+    chunks.extend(in_file_order().map(|buffer| buffers[buffer].clone()));
+    let mut hasher = blake3::Hasher::new();
+    chunks.iter().for_each(|chunk| {
+        hasher.update(chunk);
     });
-    let views = BUFFERS.into_iter().zip(buffers).map(|(name, buffer)| {
-        let view = TensorView::new(Dtype::F32, vec![buffer.len() / 4], buffer);
-        (name, view.expect("the shape is the buffer's own length"))
-    });
-    // One entry: safetensors would write several in the random order of a hash map, and the same part would not be
-    // the same bytes when it is written again.
-    let place = format!("step {step}, blocks {first_block}..{}", first_block + blocks);
-    let metadata = [("anello".to_owned(), place)];
-    let bytes = safetensors::serialize(views, Some(metadata.into_iter().collect()))
-        .expect("three F32 buffers always serialise");
     let part = Part {
-        name,
-        first_block: first_block as u64,
-        blocks: blocks as u64,
-        bytes: bytes.len() as u64,
-        blake3: blake3::hash(&bytes).to_hex().to_string(),
+        name: format!("part-{:05}-{:05}-{stamp:08}.safetensors", blocks.start, blocks.end),
+        step: None,
+        first_block: blocks.start as u64,
+        blocks: blocks.len() as u64,
+        bytes: chunks.iter().map(|chunk| chunk.len() as u64).sum(),
+        blake3: hasher.finalize().to_hex().to_string(),
     };
-    store.put(&format!("{}/{}", folder(step), part.name), bytes)?;
+    store.put_proved(&format!("{}/{}", folder(step), part.name), &chunks)?;
     Ok(Written { part, digests })
+}
+
+/// Indices of the buffers in the order of their names.
+fn in_file_order() -> impl Iterator<Item = usize> {
+    let mut order = [0, 1, 2];
+    order.sort_by_key(|buffer| BUFFERS[*buffer]);
+    order.into_iter()
 }
 
 /// Reads one part whole, checks every block against the manifest, and hands each buffer's bytes to `take`, by its
@@ -72,13 +119,16 @@ pub fn read_part(
     mut take: impl FnMut(usize, &[u8]),
 ) -> Result<()> {
     let step = manifest.step;
-    let path = format!("{}/{}", folder(step), part.name);
     let position = manifest.parts.iter().position(|p| p == part).map_or(0, |at| at + 1);
-    let name = format!("part {} ({position} of {})", part.name, manifest.parts.len());
-    let Some(bytes) = store.get(&path)? else { return Err(damaged(step, format!("{name} is missing"))) };
-    if bytes.len() as u64 != part.bytes {
-        return Err(damaged(step, format!("{name} has {} bytes, not {}", bytes.len(), part.bytes)));
-    }
+    let of = part.step.map(|of| format!(" of checkpoint {of}")).unwrap_or_default();
+    let name = format!("part {}{of} ({position} of {})", part.name, manifest.parts.len());
+    let bytes = match store.get_sized(&part.path(step), |size| size == part.bytes)? {
+        Fetched::Bytes(bytes) => bytes,
+        Fetched::Absent => return Err(damaged(step, format!("{name} is missing"))),
+        Fetched::Other(size) => {
+            return Err(damaged(step, format!("{name} has {size} bytes, not {}", part.bytes)));
+        }
+    };
     let tensors = SafeTensors::deserialize(&bytes)
         .map_err(|cause| damaged(step, format!("{name} is no safetensors: {cause}")))?;
     for (buffer, buffer_name) in BUFFERS.into_iter().enumerate() {
@@ -101,17 +151,37 @@ pub fn read_part(
         }
         take(buffer, data);
     }
-    if blake3::hash(&bytes).to_hex().as_str() != part.blake3 {
+    // Past the header there are the blocks alone, which were checked. Another build may have written another header.
+    let known = header(part.step.unwrap_or(step), &part.range());
+    if !bytes.starts_with(&known) && blake3::hash(&bytes).to_hex().as_str() != part.blake3 {
         return Err(damaged(step, format!("{name}: its header has changed")));
     }
     Ok(())
 }
 
+/// [`read_part`] of all parts of a checkpoint, on several threads. `targets` has one place for each part, which `take` fills:
+/// it is given the place, the index of the buffer and its bytes.
+pub fn read_parts<T: Send>(
+    store: &Store,
+    manifest: &Manifest,
+    targets: Vec<T>,
+    holds: impl Fn(usize) -> String + Sync,
+    take: impl Fn(&mut T, usize, &[u8]) + Sync,
+) -> Result<()> {
+    assert_eq!(targets.len(), manifest.parts.len(), "a place for each part");
+    let largest = manifest.parts.iter().map(|part| part.bytes).max().unwrap_or(1).max(1);
+    let most = (READ_BYTES / largest).clamp(1, 64) as usize;
+    each(most, targets, |at, mut target| {
+        let take = |buffer: usize, bytes: &[u8]| take(&mut target, buffer, bytes);
+        read_part(store, manifest, &manifest.parts[at], &holds, take)
+    })
+    .map(drop)
+}
+
 /// Reads and checks every part of the checkpoint after `step` steps without keeping it.
 pub fn verify(store: &Store, step: u64) -> Result<Manifest> {
     let manifest = read_manifest(store, step)?;
-    for part in &manifest.parts {
-        read_part(store, &manifest, part, |_| String::new(), |_, _| ())?;
-    }
+    let nowhere = vec![(); manifest.parts.len()];
+    read_parts(store, &manifest, nowhere, |_| String::new(), |(), _, _| ())?;
     Ok(manifest)
 }

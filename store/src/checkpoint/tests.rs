@@ -1,3 +1,7 @@
+mod broken;
+
+use bytes::Bytes;
+
 use super::*;
 use crate::{Cursor, Environment, Error, Store};
 
@@ -21,14 +25,20 @@ fn facts(step: u64) -> Facts {
     }
 }
 
-/// Three blocks in two parts, all bytes of a buffer its index plus `fill`.
+/// The buffers of `blocks` blocks, all bytes of a buffer its index plus `fill`.
+fn buffers(blocks: usize, fill: u8) -> [Bytes; 3] {
+    [0, 1, 2].map(|buffer| vec![fill + buffer; blocks * BLOCK_BYTES].into())
+}
+
+fn part_of(store: &Store, step: u64, stamp: u64, first: usize, buffers: [Bytes; 3]) -> Written {
+    let digests = blocks::digests(&buffers).unwrap();
+    part::write_part(store, step, stamp, first, buffers, digests).unwrap()
+}
+
+/// Three blocks in two parts.
 fn parts(store: &Store, step: u64, session: u64, fill: u8) -> Vec<Written> {
-    let write = |index: usize, first: usize, blocks: usize| {
-        let buffers = [0, 1, 2].map(|buffer| vec![fill + buffer; blocks * BLOCK_BYTES]);
-        let name = format!("part-{index:05}-{session:08}.safetensors");
-        write_part(store, step, name, first, buffers.each_ref().map(Vec::as_slice)).unwrap()
-    };
-    vec![write(1, 2, 1), write(0, 0, 2)]
+    let write = |first, blocks| part_of(store, step, session, first, buffers(blocks, fill));
+    vec![write(2, 1), write(0, 2)]
 }
 
 fn saved(store: &Store, step: u64, session: u64, fill: u8) -> crate::Result<Manifest> {
@@ -71,20 +81,16 @@ fn a_second_commit_is_a_success_with_the_same_state_and_fenced_with_another() {
 fn a_manifest_whose_parts_were_tidied_away_is_no_checkpoint() {
     let store = Store::memory().unwrap();
     let manifest = Manifest::new(facts(7), parts(&store, 7, 1, 5));
-    tidy(&store, 7).unwrap();
+    plan_pruning(&store, |_| Vec::new(), |_| Some(7)).unwrap().carry_out(&store).unwrap();
     let refused = commit(&store, manifest);
-    assert!(matches!(refused, Err(Error::Fenced { .. })), "{refused:?}");
+    assert!(matches!(refused, Err(Error::Checkpoint { .. })), "{refused:?}");
     assert!(store.list("").unwrap().is_empty());
 }
 
 #[test]
 fn parts_of_several_writers_make_one_checkpoint_and_travel_as_json() {
     let store = Store::memory().unwrap();
-    let write = |first: usize, blocks: usize| {
-        let buffers = [0, 1, 2].map(|buffer| vec![buffer; blocks * BLOCK_BYTES]);
-        let name = format!("part-{first:05}-00000009.safetensors");
-        write_part(&store, 7, name, first, buffers.each_ref().map(Vec::as_slice)).unwrap()
-    };
+    let write = |first, blocks| part_of(&store, 7, 9, first, buffers(blocks, 0));
     let [here, there] = [write(0, 2), write(2, 1)];
     let sent = serde_json::to_string(&vec![there]).unwrap();
     let received: Vec<Written> = serde_json::from_str(&sent).unwrap();
@@ -127,12 +133,12 @@ fn damage_is_named_and_a_newer_format_is_none() {
     let told = read_part(&store, &manifest, &manifest.parts[0], |_| "a, b".to_owned(), |_, _| ());
     assert_eq!(
         told.unwrap_err().to_string(),
-        "checkpoint 7: part part-00000-00000001.safetensors (1 of 2): block 1 of weights has changed, \
+        "checkpoint 7: part part-00000-00002-00000001.safetensors (1 of 2): block 1 of weights has changed, \
          which holds a, b; use the checkpoint before it"
     );
     let missing = read_manifest(&store, 8).unwrap_err().to_string();
     assert_eq!(missing, "checkpoint 8: memory has no checkpoints/0000000008/manifest.json; there are: 7");
-    let newer = serde_json::to_string(&manifest).unwrap().replacen("\"format\":1", "\"format\":2", 1);
+    let newer = serde_json::to_string(&manifest).unwrap().replacen("\"format\":1", "\"format\":3", 1);
     let newer = Manifest::parse(newer.as_bytes(), 7, "memory/manifest.json");
     assert!(matches!(newer, Err(Error::Malformed { .. })), "{newer:?}");
 }
@@ -155,11 +161,306 @@ fn pruning_takes_what_the_policy_lets_go_and_what_no_checkpoint_names() {
     };
     prune(&store, &policy).unwrap();
     assert_eq!(steps(&store).unwrap(), [2, 4, 5]);
-    let own = ["part-00000-00000001.safetensors", "part-00001-00000001.safetensors"];
+    let own = ["part-00000-00002-00000001.safetensors", "part-00002-00003-00000001.safetensors"];
     assert_eq!(names(&store, 1), [""; 0]);
     assert_eq!(names(&store, 3), ["manifest.set-aside.json", own[0], own[1]], "kept for whoever looks");
     assert_eq!(names(&store, 4), ["manifest.json", own[0], own[1]], "the other writer's are gone");
     assert_eq!(names(&store, 6).len(), 2, "after the newest: still being written");
     delete(&store, 3).unwrap();
     assert_eq!(names(&store, 3), [""; 0]);
+}
+
+/// Six blocks, all bytes of block `b` being `fills[b]` plus the index of the buffer.
+fn state(fills: [u8; 6]) -> [Bytes; 3] {
+    [0, 1, 2].map(|buffer| {
+        fills.iter().flat_map(|fill| vec![fill + buffer; BLOCK_BYTES]).collect::<Vec<u8>>().into()
+    })
+}
+
+/// Saves a state in parts of at most four blocks.
+fn saved_state(store: &Store, step: u64, fills: [u8; 6]) -> Manifest {
+    let part_bytes = 4 * (BLOCK_BYTES * BUFFERS.len()) as u64;
+    let written = write_blocks(store, step, 1, part_bytes, 0, &state(fills)).unwrap();
+    commit(store, Manifest::new(facts(step), written)).unwrap()
+}
+
+fn told(manifest: &Manifest) -> String {
+    let of = |part: &Part| part.step.map(|of| format!(" of {of}")).unwrap_or_default();
+    let word = |part: &Part| format!("{}..{}{}", part.range().start, part.range().end, of(part));
+    manifest.parts.iter().map(word).collect::<Vec<_>>().join(", ")
+}
+
+fn policy() -> anello_configs::Checkpoint {
+    anello_configs::Checkpoint {
+        every_steps: 1,
+        keep_last: 2,
+        keep_every_steps: None,
+        keep_stage_ends: false,
+        part_bytes: 1,
+    }
+}
+
+/// Five checkpoints: the last block alone changes until the third, then another.
+fn incremental() -> Store {
+    let store = Store::memory().unwrap();
+    for (step, fills) in (1..).zip([[9; 6], [9, 9, 9, 9, 9, 2], [9, 9, 9, 9, 9, 3], [9, 4, 9, 9, 9, 3]]) {
+        saved_state(&store, step, fills);
+    }
+    store
+}
+
+#[test]
+fn what_did_not_change_is_named_and_not_written_again() {
+    let store = incremental();
+    let manifest = |step| verify(&store, step).unwrap();
+    let said: Vec<String> = (1..=4).map(|step| told(&manifest(step))).collect();
+    assert_eq!(
+        said,
+        [
+            "0..4, 4..6",
+            "0..4 of 1, 4..5, 5..6",
+            "0..4 of 1, 4..5 of 2, 5..6",
+            "0..1, 1..2, 2..4, 4..5 of 2, 5..6 of 3"
+        ]
+    );
+    assert_eq!((1..=4).map(|step| manifest(step).format).collect::<Vec<_>>(), [1, 2, 2, 2]);
+    let written: Vec<u64> = (1..=4)
+        .map(|step| names(&store, step).iter().filter(|name| name.starts_with("part")).count() as u64)
+        .collect();
+    assert_eq!(written, [2, 2, 1, 3]);
+    // The bytes do not tell of it.
+    let whole = Store::memory().unwrap();
+    let plain = saved_state(&whole, 4, [9, 4, 9, 9, 9, 3]);
+    assert_eq!((&plain.blocks, &plain.weights), (&manifest(4).blocks, &manifest(4).weights));
+    let mut read = [0, 1, 2].map(|_| Vec::new());
+    for part in &manifest(4).parts {
+        let take = |buffer: usize, bytes: &[u8]| read[buffer].extend_from_slice(bytes);
+        read_part(&store, &manifest(4), part, |_| String::new(), take).unwrap();
+    }
+    assert_eq!(read.map(Bytes::from), state([9, 4, 9, 9, 9, 3]));
+}
+
+#[test]
+fn a_part_goes_with_the_last_checkpoint_that_names_it() {
+    let store = incremental();
+    prune(&store, &policy()).unwrap();
+    assert_eq!(steps(&store).unwrap(), [3, 4]);
+    let there = |step| names(&store, step).iter().map(|name| name[5..16].to_owned()).collect::<Vec<_>>();
+    assert_eq!((there(1), there(2)), (vec!["00000-00004".to_owned()], vec!["00004-00005".to_owned()]));
+    for step in [3, 4] {
+        verify(&store, step).unwrap();
+    }
+    // Two more that share nothing with those before.
+    for (step, fill) in [(5, 50), (6, 60)] {
+        saved_state(&store, step, [fill; 6]);
+        prune(&store, &policy()).unwrap();
+    }
+    assert_eq!(steps(&store).unwrap(), [5, 6]);
+    assert_eq!(store.list("checkpoints").unwrap().len(), 2 * 3, "two parts and a manifest each");
+    for step in [5, 6] {
+        verify(&store, step).unwrap();
+    }
+}
+
+#[test]
+fn pruning_that_is_killed_anywhere_leaves_whole_checkpoints_and_is_finished_by_the_next() {
+    let store = incremental();
+    parts(&store, 3, 2, 9);
+    let plan = |store: &Store| {
+        let gone = |kept: &[(u64, bool)]| superseded(&policy(), kept);
+        plan_pruning(store, gone, |kept| kept.last().copied()).unwrap()
+    };
+    let pruning = plan(&store);
+    assert_eq!((&pruning.gone[..], &pruning.kept[..]), (&[1, 2][..], &[3, 4][..]));
+    assert_eq!(
+        pruning.objects.len(),
+        2 + 1 + 1 + 2,
+        "manifests, parts that nobody names, and the other writer's"
+    );
+    assert!(pruning.bytes() > 5 * BLOCK_BYTES as u64);
+    pruning.carry_out(&store).unwrap();
+    let done = store.list("").unwrap();
+    for killed in 0..pruning.objects.len() {
+        let left = incremental();
+        parts(&left, 3, 2, 9);
+        let some = Pruning { objects: pruning.objects[..killed].to_vec(), ..pruning.clone() };
+        some.carry_out(&left).unwrap();
+        for step in steps(&left).unwrap() {
+            verify(&left, step).unwrap_or_else(|e| panic!("killed after {killed}: {e}"));
+        }
+        plan(&left).carry_out(&left).unwrap();
+        assert_eq!(left.list("").unwrap(), done, "killed after {killed}");
+    }
+}
+
+#[test]
+fn nothing_is_removed_while_a_manifest_cannot_be_read_and_may_name_it() {
+    let store = incremental();
+    let path = catalog::manifest_path(4);
+    let text = String::from_utf8(store.get(&path).unwrap().unwrap().to_vec()).unwrap();
+    store.put(&path, text.replacen("\"format\": 2", "\"format\": 3", 1)).unwrap();
+    let before = store.list("").unwrap();
+    let refused = prune(&store, &policy());
+    assert!(matches!(refused, Err(Error::Malformed { .. })), "{refused:?}");
+    assert_eq!(store.list("").unwrap(), before);
+    // One that is damaged names nothing that anyone can use; what it has of its own stays to be looked at.
+    store.put(&path, text.replacen("\"updates\": 4", "\"updates\": 5", 1)).unwrap();
+    prune(&store, &policy()).unwrap();
+    assert_eq!(steps(&store).unwrap(), [2, 3, 4]);
+    assert_eq!(names(&store, 4).len(), 4);
+    for step in [2, 3] {
+        verify(&store, step).unwrap();
+    }
+}
+
+#[test]
+fn writers_that_cut_the_same_blocks_otherwise_make_one_checkpoint() {
+    let store = Store::memory().unwrap();
+    let write = |first, blocks| part_of(&store, 7, 9, first, buffers(blocks, 5));
+    let one = [write(0, 2), write(2, 2)];
+    let other = [write(1, 1), write(2, 1), write(3, 1)];
+    for order in [[&one[..], &other], [&other, &one]] {
+        let manifest = Manifest::new(facts(7), order.concat());
+        assert_eq!(told(&manifest), "0..2, 2..4");
+    }
+    let mixed = Manifest::new(facts(7), [&one[..1], &other].concat());
+    assert_eq!(told(&mixed), "0..2, 2..3, 3..4");
+    commit(&store, mixed).unwrap();
+    verify(&store, 7).unwrap();
+    // 0..2 leads nowhere when 2 is not there to go on from.
+    let way = [write(0, 1), write(0, 2), write(1, 3)];
+    assert_eq!(told(&Manifest::new(facts(8), way.to_vec())), "0..1, 1..4");
+}
+
+#[test]
+fn a_part_that_is_gone_or_cut_short_is_found_before_the_manifest() {
+    for short in [true, false] {
+        let store = Store::memory().unwrap();
+        let manifest = Manifest::new(facts(7), parts(&store, 7, 1, 5));
+        let path = manifest.parts[1].path(7);
+        if short { store.put(&path, "short") } else { store.delete(&path) }.unwrap();
+        let refused = commit(&store, manifest).unwrap_err().to_string();
+        assert!(
+            refused.starts_with(
+                "checkpoint 7: checkpoints/0000000007/part-00002-00003-00000001.safetensors is not there as"
+            ),
+            "{refused}"
+        );
+        assert_eq!(steps(&store).unwrap(), [0u64; 0]);
+    }
+}
+
+#[test]
+fn a_run_does_not_begin_where_history_is_lost() {
+    use crate::events::{Event, EventLog};
+    let store = Store::memory().unwrap();
+    refuse_leftovers(&store).unwrap();
+    assert_eq!(known_steps(&store).unwrap(), [0u64; 0]);
+    let weights = saved(&store, 7, 1, 5).unwrap().weights;
+    EventLog::open(&store).unwrap().append(Event::Checkpoint { step: 7, weights }).unwrap();
+    assert_eq!(known_steps(&store).unwrap(), [7]);
+    let refused = refuse_leftovers(&store).unwrap_err().to_string();
+    assert_eq!(
+        refused,
+        "memory: there is events/00000001.json of a run whose config.toml is missing; bring it back, or give another place"
+    );
+    delete(&store, 7).unwrap();
+    let refused = known_steps(&store).unwrap_err().to_string();
+    assert_eq!(
+        refused,
+        "checkpoint 7: the log of memory tells of it, and no checkpoint is there any more; bring the checkpoints back, \
+         or begin a new run in another place"
+    );
+}
+
+#[test]
+fn the_pointer_is_a_hint_and_no_more() {
+    let store = Store::memory().unwrap();
+    let manifests = [3, 5].map(|step| saved(&store, step, 1, 5).unwrap());
+    point_at(&store, &manifests[1]).unwrap();
+    let said: serde_json::Value = serde_json::from_slice(&store.get(LATEST).unwrap().unwrap()).unwrap();
+    assert_eq!(
+        (&said["step"], &said["manifest"]),
+        (&5.into(), &"checkpoints/0000000005/manifest.json".into())
+    );
+    assert_eq!(said["weights"], manifests[1].weights);
+    // Left behind, ahead, or damaged: what is there is what counts.
+    point_at(&store, &manifests[0]).unwrap();
+    assert_eq!(steps(&store).unwrap(), [3, 5]);
+    delete(&store, 3).unwrap();
+    assert_eq!(steps(&store).unwrap(), [5]);
+    store.put(LATEST, "{").unwrap();
+    assert_eq!(steps(&store).unwrap(), [5]);
+}
+
+/// A run with a config and a checkpoint of parts of several steps.
+fn run_to_copy() -> Store {
+    let store = incremental();
+    store.put(crate::CONFIG, "name = \"copied\"\n").unwrap();
+    store.put(crate::ENVIRONMENT, "{}").unwrap();
+    store
+}
+
+#[test]
+fn a_copy_is_the_same_bytes_and_what_is_there_is_not_sent_again() {
+    let (from, to) = (run_to_copy(), Store::memory().unwrap());
+    let copied = copy(&from, 3, &to, |_| ()).unwrap();
+    assert_eq!((copied.sent.0, copied.there), (3, 0));
+    assert_eq!((verify(&to, 3).unwrap(), steps(&to).unwrap()), (read_manifest(&from, 3).unwrap(), vec![3]));
+    for object in to.list("").unwrap().iter().filter(|object| object.path != LATEST) {
+        assert_eq!(to.get(&object.path).unwrap(), from.get(&object.path).unwrap(), "{}", object.path);
+    }
+    // The next shares two parts with it; a damaged one is sent again.
+    let damaged = read_manifest(&from, 4).unwrap().parts[4].path(4);
+    let mut bytes = to.get(&damaged).unwrap().unwrap().to_vec();
+    bytes[100_000] ^= 1;
+    to.put(&damaged, bytes).unwrap();
+    let copied = copy(&from, 4, &to, |_| ()).unwrap();
+    assert_eq!((copied.sent.0, copied.there), (4, 1));
+    let copied = copy(&from, 4, &to, |_| ()).unwrap();
+    assert_eq!((copied.sent, copied.there), ((0, 0), 5));
+    for step in [3, 4] {
+        verify(&to, step).unwrap();
+    }
+    assert!(String::from_utf8_lossy(&to.get(LATEST).unwrap().unwrap()).contains("\"step\": 4"));
+}
+
+#[test]
+fn a_copy_is_refused_where_something_else_is_and_of_what_is_damaged() {
+    let from = run_to_copy();
+    let refused = |to: &Store| copy(&from, 4, to, |_| ()).unwrap_err().to_string();
+    let to = Store::memory().unwrap();
+    to.put("events/00000001.json", "{}").unwrap();
+    assert!(
+        refused(&to).starts_with("memory: it holds a run with a history of its own; copy to"),
+        "{}",
+        refused(&to)
+    );
+    let to = Store::memory().unwrap();
+    to.put(crate::CONFIG, "name = \"other\"\n").unwrap();
+    assert!(
+        refused(&to).starts_with("memory: it holds checkpoints of another run; copy to"),
+        "{}",
+        refused(&to)
+    );
+    let to = Store::memory().unwrap();
+    let other = Facts { config: "other".to_owned(), ..facts(2) };
+    commit(&to, Manifest::new(other, parts(&to, 2, 1, 5))).unwrap();
+    assert!(
+        refused(&to).starts_with("memory: it holds checkpoints of another run; copy to"),
+        "{}",
+        refused(&to)
+    );
+
+    let to = Store::memory().unwrap();
+    let path = read_manifest(&from, 4).unwrap().parts[4].path(4);
+    let mut bytes = from.get(&path).unwrap().unwrap().to_vec();
+    bytes[100_000] ^= 1;
+    from.put(&path, bytes).unwrap();
+    assert_eq!(
+        refused(&to),
+        "checkpoint 4: part part-00005-00006-00000001.safetensors has changed since it was written; \
+         use the checkpoint before it"
+    );
+    assert_eq!((steps(&to).unwrap(), to.get(crate::CONFIG).unwrap()), (vec![], None));
 }

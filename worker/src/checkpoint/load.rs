@@ -1,11 +1,12 @@
 //! Reading checkpoints: nothing is used before its digest was checked.
 
 use anello_configs::Model;
-use anello_store::checkpoint::{Manifest, read_manifest, read_part};
+use anello_store::checkpoint::{BLOCK, Manifest, read_manifest, read_parts};
 use anello_store::{Error as StoreError, Store};
 use tch::{Device, Tensor};
 
 use crate::error::Result;
+use crate::ffi;
 use crate::optimizer::State;
 use crate::params::Layout;
 
@@ -18,33 +19,38 @@ pub struct Loaded {
     pub state: State,
 }
 
-/// Reads the checkpoint after `step` steps of a run of `model`.
+/// Reads the checkpoint after `step` steps of a run of `model`, its parts by several threads straight into the tensors.
 pub fn load(store: &Store, step: u64, model: &Model, device: Device) -> Result<Loaded> {
-    let mut buffers = [const { Vec::new() }; 3];
-    let (manifest, layout) =
-        read(store, step, model, |buffer, bytes| buffers[buffer].extend_from_slice(bytes))?;
-    let state = state_of(layout, &buffers, manifest.updates, device);
+    let (manifest, layout) = open(store, step, model)?;
+    let [mut weights, mut exp_avg, mut exp_avg_sq] = [(); 3].map(|()| layout.zeros(Device::Cpu));
+    let flat = [&mut weights, &mut exp_avg, &mut exp_avg_sq].map(ffi::as_mut_slice);
+    let [weights_by_part, exp_avg_by_part, exp_avg_sq_by_part] = flat.map(|flat| by_part(&manifest, flat));
+    let targets = weights_by_part.into_iter().zip(exp_avg_by_part).zip(exp_avg_sq_by_part);
+    let targets = targets.map(|((weights, exp_avg), exp_avg_sq)| [weights, exp_avg, exp_avg_sq]).collect();
+    let take = |target: &mut [&mut [f32]; 3], buffer: usize, bytes: &[u8]| fill(target[buffer], bytes);
+    read_parts(store, &manifest, targets, holds(&layout), take)?;
+    let [weights, exp_avg, exp_avg_sq] = [weights, exp_avg, exp_avg_sq]
+        .map(|flat| if device == Device::Cpu { flat } else { flat.to_device(device) });
+    let state = State { layout, weights, exp_avg, exp_avg_sq, updates: manifest.updates };
     Ok(Loaded { manifest, state })
 }
 
 /// Reads the weights alone of the checkpoint after `step` steps of a run of `model`: the flat buffer, and its layout.
 /// The moments are checked, and not kept.
 pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest, Layout, Vec<f32>)> {
-    let mut weights = Vec::new();
-    let (manifest, layout) = read(store, step, model, |buffer, bytes| {
+    let (manifest, layout) = open(store, step, model)?;
+    let mut weights = vec![0f32; layout.len()];
+    let take = |target: &mut &mut [f32], buffer: usize, bytes: &[u8]| {
         if buffer == 0 {
-            weights.extend(floats(bytes));
+            fill(target, bytes);
         }
-    })?;
+    };
+    read_parts(store, &manifest, by_part(&manifest, &mut weights), holds(&layout), take)?;
     Ok((manifest, layout, weights))
 }
 
-fn read(
-    store: &Store,
-    step: u64,
-    model: &Model,
-    mut take: impl FnMut(usize, &[u8]),
-) -> Result<(Manifest, Layout)> {
+/// The manifest, and the layout of the state that it is of.
+fn open(store: &Store, step: u64, model: &Model) -> Result<(Manifest, Layout)> {
     let manifest = read_manifest(store, step)?;
     let layout = Layout::new(model, manifest.layers);
     if layout.len() as u64 != manifest.elements {
@@ -53,11 +59,27 @@ fn read(
         let remedy = "use the config that it was trained with".to_owned();
         return Err(StoreError::Checkpoint { step, fact, remedy }.into());
     }
-    let holds = |block| layout.names_in(block).collect::<Vec<_>>().join(", ");
-    for part in &manifest.parts {
-        read_part(store, &manifest, part, holds, &mut take)?;
-    }
     Ok((manifest, layout))
+}
+
+fn holds(layout: &Layout) -> impl Fn(usize) -> String + Sync {
+    |block| layout.names_in(block).collect::<Vec<_>>().join(", ")
+}
+
+/// A flat buffer, cut into what each part holds of it.
+fn by_part<'a>(manifest: &Manifest, mut flat: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+    let cut = manifest.parts.iter().map(|part| {
+        let (of_part, rest) = std::mem::take(&mut flat).split_at_mut(part.range().len() * BLOCK);
+        flat = rest;
+        of_part
+    });
+    cut.collect()
+}
+
+fn fill(target: &mut [f32], bytes: &[u8]) {
+    for (value, four) in target.iter_mut().zip(floats(bytes)) {
+        *value = four;
+    }
 }
 
 fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {

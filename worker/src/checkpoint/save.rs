@@ -1,11 +1,10 @@
 //! Writing a checkpoint: a copy on the host, then its parts. Whoever has all parts commits their manifest.
 
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anello_store::checkpoint::{BLOCK, BLOCK_BYTES, BUFFERS, Facts, Written, write_part};
+use anello_store::checkpoint::{BLOCK, Facts, Written, write_blocks};
 use anello_store::{Result, Store};
+use bytes::Bytes;
 
 use crate::optimizer::State;
 
@@ -17,7 +16,7 @@ pub struct Snapshot {
     /// The blocks that were copied.
     blocks: Range<usize>,
     /// Their bytes: weights, first and second moments, little-endian.
-    pub buffers: [Vec<u8>; 3],
+    pub buffers: [Bytes; 3],
 }
 
 impl Snapshot {
@@ -29,7 +28,7 @@ impl Snapshot {
         let host = |flat: &tch::Tensor| {
             let mut bytes = vec![0u8; len * 4];
             flat.narrow(0, start as i64, len as i64).copy_data_u8(&mut bytes, len);
-            bytes
+            Bytes::from(bytes)
         };
         Self { facts, blocks, buffers: [host(&state.weights), host(&state.exp_avg), host(&state.exp_avg_sq)] }
     }
@@ -48,37 +47,8 @@ pub(crate) fn block_digest(values: &[f32]) -> String {
     blake3::hash(&bytes).to_hex().to_string()
 }
 
-/// Writes `snapshot` in parts of about `part_bytes`, and returns them in the order of their blocks. `stamp` keeps
-/// writers apart that write the same blocks: the number of the event with which this one took the run up, or that of
-/// its ring's generation.
+/// Writes `snapshot` by [`write_blocks`], whose words these are.
 pub fn write(store: &Store, snapshot: &Snapshot, part_bytes: u64, stamp: u64) -> Result<Vec<Written>> {
     let Snapshot { facts, blocks, buffers } = snapshot;
-    let blocks_a_part = (part_bytes as usize / (BLOCK_BYTES * BUFFERS.len())).clamp(1, blocks.len().max(1));
-    let firsts: Vec<usize> = blocks.clone().step_by(blocks_a_part).collect();
-
-    // Two at a time: one is hashed while another is written.
-    let next = AtomicUsize::new(0);
-    let written = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..firsts.len().min(2) {
-            scope.spawn(|| {
-                while let Some(&first) = firsts.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let end = (first + blocks_a_part).min(blocks.end);
-                    let name = format!("part-{first:05}-{stamp:08}.safetensors");
-                    let bytes = (first - blocks.start) * BLOCK_BYTES..(end - blocks.start) * BLOCK_BYTES;
-                    let of_part = buffers.each_ref().map(|buffer| &buffer[bytes.clone()]);
-                    let part = write_part(store, facts.position.step, name, first, of_part);
-                    let failed = part.is_err();
-                    written.lock().expect("no holder panics").push(part);
-                    if failed {
-                        next.store(firsts.len(), Ordering::Relaxed);
-                    }
-                }
-            });
-        }
-    });
-    let written = written.into_inner().expect("no holder panics");
-    let mut written = written.into_iter().collect::<Result<Vec<Written>>>()?;
-    written.sort_by_key(|written| written.part.first_block);
-    Ok(written)
+    write_blocks(store, facts.position.step, stamp, part_bytes, blocks.start, buffers)
 }

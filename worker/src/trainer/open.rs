@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
-use anello_store::checkpoint::{set_aside, steps};
+use anello_store::checkpoint::{known_steps, refuse_leftovers, set_aside};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::{CONFIG, Cursor, ENVIRONMENT, Error as StoreError, Store, metrics, read_config};
 use tch::Device;
@@ -65,6 +65,7 @@ impl Run {
             let fact = format!("{} holds a run already", store.place());
             return Err(Error::config(fact, "resume it, or give another folder"));
         }
+        refuse_leftovers(&store)?;
         let data = LoaderOptions::of(&config)?;
         if !store.create(CONFIG, config.to_toml())? {
             return Err(StoreError::Fenced { place: store.place_of(CONFIG) }.into());
@@ -160,7 +161,7 @@ impl Run {
     /// The newest checkpoint that is whole. The newer ones that are not (step and reason) go into `passed_over`: they
     /// are to be set aside so that the run can write those steps again.
     fn newest_usable(&self, passed_over: &mut Vec<(u64, String)>) -> Result<Option<Loaded>> {
-        let steps = steps(&self.store)?;
+        let steps = known_steps(&self.store)?;
         for &step in steps.iter().rev() {
             match checkpoint::load(&self.store, step, &self.config.model, Device::Cpu) {
                 Ok(loaded) => return Ok(Some(loaded)),

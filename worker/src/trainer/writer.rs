@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anello_configs::Checkpoint;
-use anello_store::checkpoint::{Manifest, commit, prune};
+use anello_store::checkpoint::{Manifest, commit, point_at, prune};
 use anello_store::events::{Event, EventLog};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Notice, Store};
@@ -183,13 +183,15 @@ impl Desk {
         Ok(())
     }
 
-    /// Metrics first, so that a checkpoint never stands after steps that were not logged; then parts and manifest;
-    /// only then is an old checkpoint let go. Only a fence ends the writer.
+    /// Metrics first, so that a checkpoint never stands after steps that were not logged; then parts and manifest; then
+    /// `latest.json` points at it; only then is an old checkpoint let go. Only a fence ends the writer.
     fn checkpoint(&mut self, snapshot: &Snapshot) -> Result<()> {
         let began = Instant::now();
         let step = snapshot.facts.position.step;
+        let mut newest = None;
         match self.save(snapshot) {
             Ok(manifest) => {
+                newest = Some(manifest.clone());
                 self.events.push(Event::Checkpoint { step, weights: manifest.weights.clone() });
                 let seconds = began.elapsed().as_secs_f64();
                 let _ = self.notices.send(Notice::Checkpoint { step, seconds, bytes: manifest.bytes() });
@@ -211,6 +213,9 @@ impl Desk {
         let ours = flushed.is_ok();
         tolerate(flushed, "the event log")?;
         if ours {
+            if let Some(Err(cause)) = newest.map(|manifest| point_at(&self.store, &manifest)) {
+                tracing::warn!(%cause, "latest.json cannot be written now; the next checkpoint moves it");
+            }
             self.prune();
         }
         Ok(())

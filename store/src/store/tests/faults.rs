@@ -4,12 +4,15 @@ use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures::future::ready;
 use futures::stream::BoxStream;
+use futures::{StreamExt, stream};
 use object_store::{
     CopyOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, PutMultipartOptions,
     PutOptions, PutResult, UploadPart,
 };
 
+use super::super::pieces::{PIECE, PIECES};
 use super::*;
 use crate::checkpoint::{self, BLOCK_BYTES, Facts, Manifest, Position};
 use crate::doctor;
@@ -40,11 +43,14 @@ struct Network {
     looks_first: bool,
     /// Requests and pieces that there were, and the most pieces at a time.
     seen: Arc<[AtomicUsize; 3]>,
+    /// What listings do not show yet: paths that end so.
+    unlisted: &'static str,
 }
 
 impl Network {
     fn new() -> Self {
-        Self { inner: Arc::default(), fates: Arc::default(), looks_first: false, seen: Arc::default() }
+        let (inner, fates, seen) = Default::default();
+        Self { inner, fates, looks_first: false, seen, unlisted: "/" }
     }
 
     /// A store that tries three times.
@@ -144,7 +150,9 @@ impl ObjectStore for Network {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
-        self.inner.list(prefix)
+        let unlisted = self.unlisted;
+        let shown = move |meta: &ObjectMeta| !meta.location.as_ref().ends_with(unlisted);
+        self.inner.list(prefix).filter(move |meta| ready(meta.as_ref().map_or(true, shown))).boxed()
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
@@ -299,14 +307,12 @@ fn an_object_that_is_written_anew_while_it_is_read_is_read_again() {
     assert!(read == other || read == large(), "a mixture of two versions");
 }
 
-#[test]
-fn no_fault_leaves_a_checkpoint_that_is_not_whole() {
-    let buffer = vec![1u8; BLOCK_BYTES];
+fn facts() -> Facts {
     let environment: crate::Environment = serde_json::from_value(serde_json::json!({
         "anello": "0", "revision": null, "libtorch": "0", "device": "a CPU", "threads": 1, "system": "linux"
     }))
     .unwrap();
-    let facts = Facts {
+    Facts {
         position: Position { step: 3, stage: "stable".to_owned(), stage_end: false, tokens: 3 },
         updates: 3,
         layers: 1,
@@ -314,36 +320,41 @@ fn no_fault_leaves_a_checkpoint_that_is_not_whole() {
         config: String::new(),
         data: Default::default(),
         environment,
-    };
-    let fates = [Fate::Done, Fate::Refused, Fate::AnswerLost, Fate::Conflict, Fate::Late, Fate::Short];
+    }
+}
+
+fn buffers(blocks: usize) -> [Bytes; 3] {
+    [1, 2, 3].map(|byte| Bytes::from(vec![byte; blocks * BLOCK_BYTES]))
+}
+
+#[test]
+fn no_fault_leaves_a_checkpoint_that_is_not_whole() {
+    let (buffers, facts) = (buffers(1), facts());
+    let fates = [Fate::Done, Fate::Refused, Fate::AnswerLost, Fate::Conflict, Fate::Short];
     let mut outcomes = [0, 0];
-    for first in fates {
-        for second in fates {
-            for third in fates {
-                let network = Network::new();
-                network.next(&[first, second, third]);
-                let store = network.store();
-                let write = || {
-                    let name = "part-00000-00000001.safetensors".to_owned();
-                    let buffers = [&buffer[..], &buffer, &buffer];
-                    let written = checkpoint::write_part(&store, 3, name, 0, buffers)?;
-                    checkpoint::commit(&store, Manifest::new(facts.clone(), vec![written]))
-                };
-                let committed = write().is_ok();
-                outcomes[usize::from(committed)] += 1;
-                let beyond = network.beyond();
-                let there = checkpoint::steps(&beyond).unwrap();
-                let what = format!("{first:?} {second:?} {third:?}");
-                // A caller that heard of no success tries again; one that did has it.
-                assert!(!committed || there == [3], "{what}");
-                for step in there {
-                    checkpoint::verify(&beyond, step).unwrap_or_else(|e| panic!("{what}: {e}"));
-                }
-                network.next(&[]);
-                write().unwrap_or_else(|e| panic!("{what}, again: {e}"));
-                checkpoint::verify(&beyond, 3).unwrap();
-            }
+    // What becomes of writing the part, of looking at its size, of reading it back, and of creating the manifest.
+    for number in 0..fates.len().pow(4) {
+        let chosen = [1, 5, 25, 125].map(|place| fates[number / place % fates.len()]);
+        let what = format!("{chosen:?}");
+        let network = Network::new();
+        network.next(&chosen);
+        let store = network.store();
+        let write = || {
+            let written = checkpoint::write_blocks(&store, 3, 1, 1 << 20, 0, &buffers)?;
+            checkpoint::commit(&store, Manifest::new(facts.clone(), written))
+        };
+        let committed = write().is_ok();
+        outcomes[usize::from(committed)] += 1;
+        let beyond = network.beyond();
+        let there = checkpoint::steps(&beyond).unwrap();
+        // A caller that heard of no success tries again; one that did has it.
+        assert!(!committed || there == [3], "{what}");
+        for step in there {
+            checkpoint::verify(&beyond, step).unwrap_or_else(|e| panic!("{what}: {e}"));
         }
+        network.next(&[]);
+        write().unwrap_or_else(|e| panic!("{what}, again: {e}"));
+        checkpoint::verify(&beyond, 3).unwrap();
     }
     assert!(outcomes.iter().all(|count| *count > 20), "{outcomes:?}");
 }
@@ -363,4 +374,56 @@ fn a_store_that_lets_two_win_is_found_and_refused() {
     );
     assert_eq!(network.beyond().list("").unwrap(), [], "nothing is left behind");
     doctor::check_ledger(&Network::new().store()).unwrap();
+}
+
+#[test]
+fn a_checkpoint_that_listings_do_not_show_yet_is_known_by_the_pointer() {
+    let network = Network { unlisted: "0000000003/manifest.json", ..Network::new() };
+    let store = network.store();
+    let written = checkpoint::write_blocks(&store, 3, 1, 1 << 20, 0, &buffers(1)).unwrap();
+    let manifest = checkpoint::commit(&store, Manifest::new(facts(), written)).unwrap();
+    assert_eq!(checkpoint::steps(&store).unwrap(), [0u64; 0]);
+    checkpoint::point_at(&store, &manifest).unwrap();
+    assert_eq!(checkpoint::steps(&store).unwrap(), [3]);
+    // Nor does pruning take its parts for nobody's.
+    let nothing = checkpoint::plan_pruning(&store, |_| Vec::new(), |_| Some(9)).unwrap();
+    assert_eq!((nothing.kept, nothing.objects), (vec![3], vec![]));
+}
+
+/// A copy that a bad network cuts short after any request is no run and no checkpoint, and goes on where it was.
+#[test]
+fn a_copy_that_is_cut_short_goes_on() {
+    let from = Store::memory().unwrap();
+    from.put(crate::CONFIG, "name = \"copied\"\n").unwrap();
+    let written = checkpoint::write_blocks(&from, 3, 1, 1 << 20, 0, &buffers(4)).unwrap();
+    checkpoint::commit(&from, Manifest::new(facts(), written)).unwrap();
+    let (mut cut_short, mut resumed) = (0, 0);
+    for requests in 0..60 {
+        for broken in [Fate::Refused, Fate::AnswerLost] {
+            let network = Network::new();
+            let fates = [vec![Fate::Done; requests], vec![broken; 1000]].concat();
+            network.next(&fates);
+            let first = checkpoint::copy(&from, 3, &network.store(), |_| ());
+            network.next(&[]);
+            let beyond = network.beyond();
+            for step in checkpoint::steps(&beyond).unwrap() {
+                checkpoint::verify(&beyond, step).unwrap();
+            }
+            if first.is_ok() {
+                continue;
+            }
+            cut_short += 1;
+            let is_run = beyond.get(crate::CONFIG).unwrap().is_some();
+            assert!(
+                !is_run || checkpoint::steps(&beyond).unwrap() == [3],
+                "a run without what it is a copy of"
+            );
+            let again = checkpoint::copy(&from, 3, &network.store(), |_| ()).unwrap();
+            resumed = again.there.max(resumed);
+            assert_eq!(again.sent.0 + again.there, 4);
+            assert_eq!(checkpoint::verify(&beyond, 3).unwrap().parts.len(), 4);
+            assert!(beyond.get(crate::CONFIG).unwrap().is_some());
+        }
+    }
+    assert!(cut_short > 30 && resumed == 4, "{cut_short} were cut short, {resumed} parts were there");
 }

@@ -88,6 +88,8 @@ impl Thread {
         let held = self.held.as_ref().expect("only a holder offers");
         let Snapshot { facts, buffers, .. } = self.copy(0..held.engine.state().layout.blocks());
         let (updates, layers, cursors) = (facts.updates, facts.layers, facts.cursors);
+        // Nobody else holds them, so nothing is copied.
+        let buffers = buffers.map(Vec::from);
         let state = HostState { generation, step: held.step, updates, layers, cursors, buffers };
         *self.shelf.write().expect("no holder panics") = Some(Arc::new(state));
     }

@@ -136,6 +136,30 @@ fn a_folder_holds_one_run() {
     assert!(text.contains("memory/config.toml does not parse"), "{text}");
 }
 
+/// What is left of a run is nothing to begin a new one in, nor to begin the same one anew.
+#[test]
+fn where_history_is_lost_nothing_is_written() {
+    let (data, store) = (Data::new(), TestStore::new());
+    begin(&store.run(), &data.config(), Some(5));
+    store.run().delete("config.toml").unwrap();
+    let before = store.objects();
+    let Err(error) = Run::create(store.run(), data.config()) else { panic!("something is there") };
+    assert!(error.to_string().contains("of a run whose config.toml is missing; bring it back"), "{error}");
+    assert!(store.objects() == before, "a refusal leaves the folder as it was");
+
+    store.run().put("config.toml", data.config().to_toml()).unwrap();
+    for step in checkpoint::steps(&store.run()).unwrap() {
+        checkpoint::delete(&store.run(), step).unwrap();
+    }
+    let before = store.objects();
+    let text = refused(&store.run(), Resume::default());
+    assert!(
+        text.contains("tells of it, and no checkpoint is there any more; bring the checkpoints back"),
+        "{text}"
+    );
+    assert!(store.objects() == before, "a refusal leaves the folder as it was");
+}
+
 #[test]
 fn data_that_is_not_there_leaves_no_run_behind() {
     let (data, store) = (Data::new(), TestStore::new());

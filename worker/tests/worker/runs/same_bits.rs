@@ -81,6 +81,46 @@ fn a_stage_moves_what_it_trains_and_nothing_else() {
     }
 }
 
+/// While the gate alone trains, a checkpoint writes the block that it is in and names those of the language model. Killed
+/// between any two writes of it, and with the checkpoints gone that the parts were written for, it is the same run.
+#[test]
+fn what_is_frozen_is_not_written_again() {
+    let data = Data::new();
+    let mut config = data.config_with_late_stages();
+    let (reference, _) = undisturbed(config.clone());
+    config.checkpoint.every_steps = 1;
+    (config.checkpoint.keep_last, config.checkpoint.keep_stage_ends) = (2, false);
+    let store = TestStore::new();
+    begin(&store.run(), &config, None);
+    let journal = store.journal();
+    let blocks_written = |step: u64| {
+        let folder = format!("{}/part-", checkpoint::folder(step));
+        let written = journal.iter().filter(|(path, _)| path.starts_with(&folder));
+        let bytes: usize = written.filter_map(|(_, bytes)| Some(bytes.as_ref()?.len())).sum();
+        bytes / (3 * checkpoint::BLOCK_BYTES)
+    };
+    let written: Vec<usize> = (15..=20).map(blocks_written).collect();
+    assert_eq!(written, [4, 2, 1, 1, 4, 4], "steps 15..18 train the gate; its block was in a part of two");
+    assert_eq!(checkpoint::steps(&store.run()).unwrap(), [19, 20]);
+    assert_eq!(store.run().list("checkpoints").unwrap().len(), 2 * 3, "no part outlives its checkpoints");
+
+    let from = journal.iter().position(|(path, _)| path.starts_with("checkpoints/0000000016/")).unwrap();
+    let until =
+        journal.iter().rposition(|(path, _)| path.starts_with("checkpoints/0000000018/part")).unwrap();
+    for killed in from..=until {
+        let what = format!("killed after change {killed}, to {}", journal[killed - 1].0);
+        let left = TestStore::after(&journal[..killed]).run();
+        for step in checkpoint::steps(&left).unwrap() {
+            checkpoint::verify(&left, step).unwrap_or_else(|e| panic!("{what}: {e}"));
+        }
+        assert_eq!(resume(&left, None), reference.ended, "{what}");
+        for step in checkpoint::steps(&left).unwrap() {
+            let manifest = checkpoint::verify(&left, step).unwrap_or_else(|e| panic!("{what}: {e}"));
+            assert_eq!(bits(&manifest), bits(&reference.manifests[&step]), "{what}: checkpoint {step}");
+        }
+    }
+}
+
 #[test]
 fn a_run_twice_is_the_same_run() {
     let data = Data::new();
