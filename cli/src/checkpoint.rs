@@ -1,4 +1,6 @@
-//! `anello checkpoint list | verify | diff`.
+//! `anello checkpoint list | verify | diff`; for those that change a store see `prune`.
+
+mod prune;
 
 use anello_store::checkpoint::{self, Manifest};
 use anello_store::{Error, Store, read_config};
@@ -39,6 +41,30 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Remove old checkpoints of a run, as its config says unless told otherwise, and parts that no checkpoint names. The
+    /// newest two stay, and the newest that is whole: it is read to the last byte before anything goes.
+    Prune {
+        /// The folder of the run.
+        run: String,
+        /// Keep so many of the newest.
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+        keep_last: Option<u32>,
+        /// Keep those whose step is a multiple of this.
+        #[arg(long, value_name = "M", value_parser = clap::value_parser!(u64).range(1..))]
+        keep_every: Option<u64>,
+        /// Say what would go, and remove nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Copy a checkpoint to another place, of whatever kind, where a run can then go on from it. What is there already is not
+    /// sent again.
+    Copy {
+        /// The newest of the run unless a step is given.
+        #[arg(value_name = "RUN[@STEP]")]
+        name: CheckpointName,
+        /// A place that is empty, or holds an earlier or unfinished copy of the same run.
+        to: String,
+    },
 }
 
 /// `anello checkpoint`
@@ -46,6 +72,10 @@ pub fn run(command: &Command, screen: &Screen) -> Outcome {
     match command {
         Command::List { run } => list(run, screen),
         Command::Verify { name } => verify(name, screen),
+        Command::Prune { run, keep_last, keep_every, dry_run } => {
+            prune::prune(run, *keep_last, *keep_every, *dry_run, screen)
+        }
+        Command::Copy { name, to } => prune::copy(name, to, screen),
         Command::Diff { a, b, all } => diff(a, b, if *all { usize::MAX } else { BLOCKS_SHOWN }, screen),
     }
 }
@@ -57,7 +87,7 @@ fn list(run: &str, screen: &Screen) -> Outcome {
         return Err(none_yet(&store));
     }
     let mut table = Table::new(0);
-    table.row(["step", "stage", "tokens", "stage end", "weights", "parts", "size"]);
+    table.row(["step", "stage", "tokens", "stage end", "weights", "parts", "size", "of it new"]);
     for step in steps {
         match checkpoint::read_manifest(&store, step) {
             Ok(manifest) => table.row(row(&manifest)),
@@ -69,7 +99,7 @@ fn list(run: &str, screen: &Screen) -> Outcome {
     Ok(Exit::Done)
 }
 
-fn row(manifest: &Manifest) -> [String; 7] {
+fn row(manifest: &Manifest) -> [String; 8] {
     [
         grouped(manifest.step),
         manifest.stage.clone(),
@@ -78,6 +108,7 @@ fn row(manifest: &Manifest) -> [String; 7] {
         short_digest(&manifest.weights).to_owned(),
         manifest.parts.len().to_string(),
         bytes(size(manifest)),
+        bytes(manifest.parts.iter().filter(|part| part.step.is_none()).map(|part| part.bytes).sum()),
     ]
 }
 

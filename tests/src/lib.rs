@@ -2,12 +2,14 @@
 
 mod command;
 mod network;
+mod proxy;
 mod run;
 mod s3;
 mod tool;
 
 pub use command::{Done, Process, anello, binary, signal, wait_until};
 pub use network::Network;
+pub use proxy::{Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
 pub use s3::S3;
 pub use tool::{Prometheus, http, page};

@@ -55,11 +55,21 @@ impl S3 {
         format!("s3://{BUCKET}/{path}")
     }
 
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// What a process needs to reach it.
     pub fn variables(&self) -> Vec<(&'static str, String)> {
+        self.variables_by(self.port)
+    }
+
+    /// The same by way of another port.
+    pub fn variables_by(&self, port: u16) -> Vec<(&'static str, String)> {
         let text = |text: &str| text.to_owned();
         vec![
-            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port)),
+            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}")),
             ("AWS_ACCESS_KEY_ID", text("tests")),
             ("AWS_SECRET_ACCESS_KEY", text("tests")),
             ("AWS_REGION", text("us-east-1")),

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::sync::OnceLock;
 
-use anello_tests::{Done, Process, S3, wait_until};
+use anello_tests::{Done, Fate, Process, Proxy, S3, wait_until};
 
 use super::world;
 
@@ -126,4 +126,74 @@ fn the_doctor_finds_a_bucket_fit() {
         "{told}"
     );
     assert_eq!(s3().keys("doctor"), Vec::<String>::new(), "it leaves nothing behind");
+}
+
+/// A checkpoint that is copied to a bucket is a run that goes on there; pruned, the run keeps what it must.
+#[test]
+fn a_copy_goes_on_elsewhere_and_pruning_keeps_what_is_whole() {
+    let url = s3().url("copied");
+    let told = anello(&["checkpoint", "copy", "undisturbed@20", &url]).expect(0);
+    assert!(told.contains("checkpoint 20 of undisturbed") && told.contains("parts sent"), "{told}");
+    let again = anello(&["checkpoint", "copy", "undisturbed@20", &url]).expect(0);
+    assert!(again.contains("; 0 of "), "{again}");
+    anello(&["run", "--resume", &url, "--sample", "0"]).expect(0);
+    let told = anello(&["checkpoint", "diff", "undisturbed", &url]).expect(0);
+    assert!(told.contains("are equal: all"), "{told}");
+    let refused = anello(&["checkpoint", "copy", "undisturbed@20", &url]);
+    assert!(refused.log.contains("it holds a run with a history of its own"), "{refused:?}");
+    refused.expect(2);
+
+    let list = || anello(&["checkpoint", "list", &url]).expect(0);
+    let before = list();
+    let planned = anello(&["checkpoint", "prune", &url, "--keep-last", "2", "--dry-run"]).expect(0);
+    assert!(planned.contains("checkpoint 31 is whole") && planned.contains("would go: "), "{planned}");
+    assert_eq!(list(), before, "nothing went");
+    anello(&["checkpoint", "prune", &url, "--keep-last", "2"]).expect(0);
+    anello(&["checkpoint", "verify", &url]).expect(0);
+    let after = list();
+    assert!(after.lines().count() < before.lines().count(), "{before}\n{after}");
+    let nothing = anello(&["checkpoint", "prune", &url, "--keep-last", "2"]).expect(0);
+    assert!(nothing.contains("go: none"), "{nothing}");
+}
+
+/// Data, log, metrics and checkpoints by way of a network that loses, cuts, delays and refuses, and two kills in between.
+#[test]
+fn a_run_over_a_bad_network_is_the_undisturbed_run() {
+    let fates = [
+        Fate::Status(500),
+        Fate::Status(503),
+        Fate::Status(429),
+        Fate::AnswerLost,
+        Fate::Short,
+        Fate::Slow,
+        Fate::Silence,
+    ];
+    let (data, url) = (s3().url("storm-data"), s3().url("storm"));
+    for source in ["tales", "lists"] {
+        let (text, out) = (format!("{source}.jsonl"), format!("{data}/{source}"));
+        let tokenize = ["data", "tokenize", &text, "--tokenizer", "tokenizer.json", "--out", &out];
+        anello(&[&tokenize[..], &["--row-group", "200"]].concat()).expect(0);
+    }
+    let proxy = Proxy::start(s3().port(), 8, &fates, 5);
+    let mut variables = s3().variables_by(proxy.port());
+    // What is silent is given up after a second, and not after half a minute.
+    variables.push(("AWS_READ_TIMEOUT", "1s".to_owned()));
+    let start = |arguments: &[&str]| Process::start_with(&world().folder, arguments, &variables);
+    let cache = world().folder.join("storm-cache").display().to_string();
+    let sets = ["tales", "lists"].map(|source| format!("data.sources.{source}.url={data}/{source}"));
+    let cache = format!("data.cache_dir={cache}");
+    let mut arguments = vec!["run", "small.toml", "--out", &url, "--sample", "0"];
+    for set in sets.iter().chain([&cache]) {
+        arguments.extend(["--set", set]);
+    }
+    for until in [5, 14] {
+        let mut process = start(&arguments);
+        wait_until("it is so far", || s3().newest_checkpoint("storm") >= until || process.ended());
+        process.kill();
+        arguments = vec!["run", "--resume", &url, "--sample", "0"];
+    }
+    start(&arguments).wait().expect(0);
+    assert_undisturbed(&url);
+    let harmed = proxy.harmed();
+    assert!(harmed.iter().map(|(_, count)| count).sum::<u64>() > 20, "{harmed:?}");
 }

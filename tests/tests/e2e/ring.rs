@@ -115,6 +115,18 @@ fn stages_that_freeze_parameters_are_the_same_in_a_ring() {
         let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
         assert_eq!(figures(run), figures("late-one"), "{run}");
     }
+    // Nor is it written again, by one process or by a ring.
+    world().anello(&[&one[..2], &["--out", "late-resumed", "--until", "6"], &one[4..]].concat()).expect(0);
+    world().anello(&["run", "--resume", "late-resumed", "--workers", "2", "--sample", "0"]).expect(0);
+    world().anello(&["checkpoint", "diff", "late-one", "late-resumed"]).expect(0);
+    for run in ["late-one", "late-resumed"] {
+        let path = world().folder.join(run).join("checkpoints/0000000008/manifest.json");
+        let manifest: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let parts = manifest["parts"].as_array().unwrap();
+        let own = parts.iter().filter(|part| part["step"].is_null()).count();
+        assert!(own == 1 && parts.len() == 4, "{run}: {own} of {} parts were written anew", parts.len());
+        world().anello(&["checkpoint", "verify", run]).expect(0);
+    }
     let formed = events("late-two").lines().filter(|line| line.contains("formed with")).count();
     assert!(formed >= 3, "{formed} rings over two changes of what is trained");
 }
