@@ -89,7 +89,7 @@ pub fn copy(name: &CheckpointName, to: &str, screen: &Screen) -> Outcome {
         "{to}: checkpoint {} of {}, weights {}; {parts} of {} parts sent, {}",
         grouped(step),
         from.place(),
-        crate::words::short_digest(&copied.manifest.weights),
+        anello_store::words::short_digest(&copied.manifest.weights),
         parts + copied.there,
         bytes(sent),
     ))?;
