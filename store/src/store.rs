@@ -277,40 +277,6 @@ impl Store {
         self.put_chunks(path, &[bytes.into()])
     }
 
-    /// Writes `chunks`, one after the other, as one object.
-    pub fn put_chunks(&self, path: &str, chunks: &[Bytes]) -> Result<()> {
-        self.meter.written(chunks.iter().map(Bytes::len).sum());
-        let written = self.runtime.block_on(self.write(&self.at(path), chunks));
-        self.meter.count(Operation::Put, written).map_err(|e| self.failed("writing", path, e))
-    }
-
-    /// [`Store::put_chunks`], then reads the object back, a few pieces at a time, and compares: an error where it is not
-    /// there as it was written.
-    pub fn put_proved(&self, path: &str, chunks: &[Bytes]) -> Result<()> {
-        self.put_chunks(path, chunks)?;
-        self.meter.count(Operation::Get, self.prove_patiently(path, chunks))?;
-        self.meter.read(chunks.iter().map(Bytes::len).sum());
-        Ok(())
-    }
-
-    fn prove_patiently(&self, path: &str, chunks: &[Bytes]) -> Result<()> {
-        let (at, mut pause) = (self.at(path), self.attempts.pause);
-        for attempt in 1.. {
-            let proof = match self.runtime.block_on(self.prove(&at, chunks)) {
-                Ok(()) => return Ok(()),
-                Err(cause) => cause,
-            };
-            // A store may take a while to show what it has taken.
-            if attempt >= self.attempts.most {
-                return Err(self.failed("reading back", path, proof));
-            }
-            self.meter.retry(Operation::Get);
-            std::thread::sleep(pause);
-            pause *= 2;
-        }
-        unreachable!("the last attempt returns")
-    }
-
     /// Creates the object. `false`: it was there, and is as it was.
     ///
     /// When an answer was lost on the way, the object is read: with our bytes it is ours.

@@ -6,6 +6,7 @@ use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStoreExt, PutPayload};
 
 use super::Store;
+use crate::traffic::Operation;
 
 /// Bytes that one request for a part of a large object carries. Larger objects are read and written in pieces of it, so
 /// that a stall or a lost connection costs one piece.
@@ -20,6 +21,40 @@ pub(super) const SHORT: &str = "anello";
 pub(super) const UNPROVED: &str = "anello, read back";
 
 impl Store {
+    /// Writes `chunks`, one after the other, as one object.
+    pub fn put_chunks(&self, path: &str, chunks: &[Bytes]) -> crate::Result<()> {
+        self.meter.written(chunks.iter().map(Bytes::len).sum());
+        let written = self.runtime.block_on(self.write(&self.at(path), chunks));
+        self.meter.count(Operation::Put, written).map_err(|e| self.failed("writing", path, e))
+    }
+
+    /// [`Store::put_chunks`], then reads the object back, a few pieces at a time, and compares: an error where it is not
+    /// there as it was written.
+    pub fn put_proved(&self, path: &str, chunks: &[Bytes]) -> crate::Result<()> {
+        self.put_chunks(path, chunks)?;
+        self.meter.count(Operation::Get, self.prove_patiently(path, chunks))?;
+        self.meter.read(chunks.iter().map(Bytes::len).sum());
+        Ok(())
+    }
+
+    fn prove_patiently(&self, path: &str, chunks: &[Bytes]) -> crate::Result<()> {
+        let (at, mut pause) = (self.at(path), self.attempts.pause);
+        for attempt in 1.. {
+            let proof = match self.runtime.block_on(self.prove(&at, chunks)) {
+                Ok(()) => return Ok(()),
+                Err(cause) => cause,
+            };
+            // A store may take a while to show what it has taken.
+            if attempt >= self.attempts.most {
+                return Err(self.failed("reading back", path, proof));
+            }
+            self.meter.retry(Operation::Get);
+            std::thread::sleep(pause);
+            pause *= 2;
+        }
+        unreachable!("the last attempt returns")
+    }
+
     /// All of an object, when its size `fits`, else its size; a large one of a remote store in pieces, all of one version.
     pub(super) async fn read(
         &self,
