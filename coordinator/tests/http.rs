@@ -138,7 +138,7 @@ fn what_is_known_of_a_job_is_told_as_it_is_described() {
     assert_eq!((&jobs["jobs"][0]["step"], &jobs["jobs"][0]["phase"]), (&30.into(), &"running".into()));
     let figures = here.json("/api/v1/jobs/small/metrics?points=100");
     assert_eq!((&figures["rows"], &figures["stride"]), (&30.into(), &1.into()));
-    assert_eq!(figures["step"], serde_json::json!((0..30).collect::<Vec<u64>>()));
+    assert_eq!(figures["step"], Value::from((0..30).collect::<Vec<u64>>()));
     assert_eq!(
         (&figures["figures"]["loss"]["mean"][7], &figures["skipped"]),
         (&Value::Null, &serde_json::json!([[7, 65536]]))

@@ -84,7 +84,7 @@ fn whoever_watches_a_run_changes_no_bit_of_it() {
 fn prometheus_scrapes_a_run_and_alerts_fire_by_their_causes() {
     // Nobody is taken for dead by silence here: who is frozen stays.
     let mut serving =
-        Serving::coordinator("http-alerts", "3", &["--detection", "120s", "--peak-flops", "1e9"]);
+        Serving::coordinator("http-alerts", "3", &["--detection", "30s", "--peak-flops", "1e9"]);
     let limits = Limits {
         stalled_s: 3,
         checkpoint_s: 2,
@@ -104,7 +104,7 @@ fn prometheus_scrapes_a_run_and_alerts_fire_by_their_causes() {
 
     // A long job, without checkpoints, whose rate makes it diverge.
     let long = ["--set", "stage.stable.tokens=3000000", "--set", "checkpoint.every_steps=1000000"];
-    let diverges = ["--set", "stage.stable.lr=1e30", "--set", "stage.warmup.lr_to=1e30"];
+    let diverges = ["--set", "stage.stable.lr=10", "--set", "optimizer.weight_decay=1"];
     let submit = ["submit", "small.toml", "--name", "a", "--workers", "2"];
     serving.ask(&[&submit[..], &long, &diverges].concat());
     wait_until("its steps are there", || is("anello_step{job=\"a\"}", |step| step > 20.0));
