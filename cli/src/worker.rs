@@ -100,7 +100,10 @@ fn watch(job: String, board: Board) -> Result<Sender<Watched>, Failure> {
                     }
                     board.with(&job, |figures| figures.use_store(Some(store)));
                 }
-                Watched::Step(report) => board.observe(&job, &Notice::Step(record_of(report))),
+                Watched::Step(report, load) => {
+                    board.with(&job, |figures| figures.bear(load.queued_bytes, load.sent_bytes));
+                    board.observe(&job, &Notice::Step(record_of(report)));
+                }
             }
         }
     })?;

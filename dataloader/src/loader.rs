@@ -173,6 +173,11 @@ impl Loader {
         self.waited
     }
 
+    /// Bytes of micro-batches that wait to be taken.
+    pub fn queued_bytes(&self) -> u64 {
+        self.queues.iter().map(|queue| queue.lock().bytes as u64).sum()
+    }
+
     /// Says once for all lanes that a source starts over.
     fn note_epochs(&mut self, step: &LaneStep) {
         for (source, epoch) in &step.epochs_by_source {

@@ -125,6 +125,10 @@ impl Samples {
         {
             self.set(&STEP_SECONDS, &[job, phase], seconds);
         }
+        if let Some(queued) = figures.queued_bytes {
+            self.set(&QUEUED, &[job], queued as f64);
+            self.set(&SENT, &[job], figures.sent_bytes as f64);
+        }
         self.set_if(&THROUGHPUT, &[job], figures.tokens_per_s());
         self.set(&FLOPS, &[job], figures.done_flops);
         if let (Some(peak), Some(flops), members @ 1..) =

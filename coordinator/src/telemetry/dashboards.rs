@@ -220,6 +220,14 @@ pub const DASHBOARDS: &[Dashboard] = &[
                 "s",
                 &[("anello_worker_step_seconds{job=~\"$job\", phase=\"reduce\"}", "{{worker}}")],
             ),
+            lines(
+                "Sent to other members, by worker",
+                "Bps",
+                &[(
+                    "rate(anello_ring_sent_bytes_total{job=~\"$job\"}[$__rate_interval])",
+                    "{{job}} {{instance}}",
+                )],
+            ),
         ],
     },
     Dashboard {
@@ -302,6 +310,11 @@ pub const DASHBOARDS: &[Dashboard] = &[
                     "rate(anello_store_bytes_total{job=~\"$job\"}[$__rate_interval])",
                     "{{job}} {{direction}}",
                 )],
+            ),
+            lines(
+                "Data that waits, by worker",
+                "bytes",
+                &[("anello_data_queue_bytes{job=~\"$job\"}", "{{job}} {{instance}}")],
             ),
             lines(
                 "Sources begun anew",

@@ -159,6 +159,10 @@ families! {
     PASSED_OVER = Keeper Counter, "anello_checkpoints_passed_over_total", ["job"],
         "Checkpoints that were damaged and passed over.";
 
+    SENT = Worker Counter, "anello_ring_sent_bytes_total", ["job"],
+        "Bytes of gradients that a worker sent to the other members, with the heads of their frames.";
+    QUEUED = Worker Gauge, "anello_data_queue_bytes", ["job"],
+        "Bytes of packed batches that wait for a worker's next steps.";
     EPOCHS = Keeper Counter, "anello_data_epochs_total", ["job"],
         "Times that a lane began a source anew.";
     SKIPPED_DATA = Keeper Counter, "anello_data_skipped_row_groups_total", ["job"],

@@ -134,6 +134,10 @@ pub struct Figures {
     pub status: Option<Status>,
     /// Workers that are wanted, where somebody asks for some.
     pub wanted: Option<u32>,
+    /// Bytes of data that wait for the next steps, where this process computes them.
+    pub queued_bytes: Option<u64>,
+    /// Bytes that were sent to the other members of the ring, where this process is one.
+    pub sent_bytes: u64,
 }
 
 impl Figures {
@@ -175,6 +179,8 @@ impl Figures {
             phase: None,
             status: None,
             wanted: None,
+            queued_bytes: None,
+            sent_bytes: 0,
         }
     }
 
@@ -334,6 +340,12 @@ impl Figures {
     /// What was asked of its stores.
     pub fn traffic(&self) -> Traffic {
         self.past + self.store.as_ref().map(Store::traffic).unwrap_or_default()
+    }
+
+    /// A step was computed here: bytes of data that wait now, and bytes that it sent to the other members.
+    pub fn bear(&mut self, queued_bytes: u64, sent_bytes: u64) {
+        self.queued_bytes = Some(queued_bytes);
+        self.sent_bytes += sent_bytes;
     }
 
     /// The newest row.

@@ -83,8 +83,7 @@ fn whoever_watches_a_run_changes_no_bit_of_it() {
 #[test]
 fn prometheus_scrapes_a_run_and_alerts_fire_by_their_causes() {
     // Nobody is taken for dead by silence here: who is frozen stays.
-    let mut serving =
-        Serving::coordinator("http-alerts", "3", &["--detection", "30s", "--peak-flops", "1e9"]);
+    let serving = Serving::coordinator("http-alerts", "3", &["--detection", "30s", "--peak-flops", "1e9"]);
     let limits = Limits {
         stalled_s: 3,
         checkpoint_s: 2,
@@ -193,15 +192,25 @@ fn an_operator_may_act_and_each_act_is_told_in_the_log() {
 #[test]
 fn a_worker_tells_its_own_metrics() {
     let _ = std::fs::remove_dir_all(world().folder.join("http-worker"));
-    let run = ["run", "small.toml", "--out", "http-worker", "--workers", "1", "--external", "--sample", "0"];
+    let run = ["run", "small.toml", "--out", "http-worker", "--workers", "2", "--external", "--sample", "0"];
     let long = ["--set", "stage.stable.tokens=300000"];
     let serving = Serving::start(&[&run[..], &long].concat());
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).unwrap().port();
     let address = format!("127.0.0.1:{port}");
     let worker = ["worker", "--coordinator", &serving.coordinator, "--job", "small", "--http", &address];
     let _worker = Process::start(&world().folder, &worker);
-    let told = |text: &str| text.contains("anello_steps_total{job=\"small\",stage=\"warmup\"} 4\n");
-    wait_until("it tells of its steps", || told(&http(port, "GET", "/metrics", &[], "").1));
+    let _other = Process::start(&world().folder, &worker[..5]);
+    let value = |name: &str| -> f64 {
+        let (_, text) = http(port, "GET", "/metrics", &[], "");
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|value| value.parse().ok()).unwrap_or(-1.0)
+    };
+    wait_until("it tells of its steps", || {
+        value("anello_steps_total{job=\"small\",stage=\"stable\"}") >= 4.0
+    });
+    // Half of a gradient goes to the other, and half of the sum, at each step: some hundred kilobytes.
+    wait_until("it sends to the other", || value("anello_ring_sent_bytes_total{job=\"small\"}") >= 262_144.0);
+    assert!(value("anello_data_queue_bytes{job=\"small\"}") >= 0.0);
     let (_, text) = http(port, "GET", "/metrics", &[], "");
     assert!(text.contains("anello_store_requests_total{job=\"small\",operation=\"get\"}"), "{text}");
     assert!(
@@ -209,7 +218,7 @@ fn a_worker_tells_its_own_metrics() {
         "that is the coordinator's: {text}"
     );
     assert_eq!(http(port, "GET", "/api/v1/jobs", &[], "").0, 404);
-    assert!(serving.tells("anello_member_workers{job=\"small\"} 1"));
+    assert!(serving.tells("anello_member_workers{job=\"small\"} 2"));
 }
 
 #[test]

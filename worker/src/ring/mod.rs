@@ -58,8 +58,17 @@ pub struct WorkerOptions {
 pub enum Watched {
     /// The coordinator has said where the run is: its folder, on which the worker trains.
     Run(Store),
-    /// It has applied a step.
-    Step(v1::StepReport),
+    /// It has applied a step: its figures, and how the worker is after it.
+    Step(v1::StepReport, Load),
+}
+
+/// How a worker is after a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Bytes of data that wait for the next steps.
+    pub queued_bytes: u64,
+    /// Bytes that it sent to the other members in this one.
+    pub sent_bytes: u64,
 }
 
 /// Takes part until sent away. `terminate`, once true, asks to go at the next step boundary.

@@ -26,9 +26,9 @@ use anello_tls::Tls;
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::WorkerOptions;
 use super::parts::{self, PartsWriter};
 use super::peers::Shelf;
+use super::{Load, WorkerOptions};
 use crate::account::{Epochs, Stamp};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -42,7 +42,11 @@ pub(super) enum Command {
 /// What it tells.
 pub(super) enum Told {
     Event(Event),
-    Step(v1::StepReport),
+    /// A step is applied, with the bytes of data that wait for the next ones.
+    Step {
+        report: v1::StepReport,
+        queued_bytes: u64,
+    },
     /// It cannot serve this run at all.
     Failed(Error),
 }
@@ -246,6 +250,7 @@ impl Thread {
             if loader.is_none() && !serving.lanes.is_empty() {
                 loader = Some(self.loader(&serving.lanes, at)?);
             }
+            let sent_before = ring.sent_bytes();
             let (control, mut report) = self.step(&plan, &serving, &mut ring, loader.as_mut())?;
             at += 1;
             self.inject_fault(at, rank);
@@ -257,7 +262,9 @@ impl Thread {
                 step::add_checkpoint_seconds(&mut report, stalled.elapsed().as_secs_f64());
             }
             // Whatever comes after it, the step is applied.
-            let _ = self.tell.send(Told::Step(report));
+            let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
+            let sent_bytes = ring.sent_bytes() - sent_before;
+            let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));
             compared?;
             tracing::debug!(generation = formation.generation.0, step = at, "applied a step");
             self.event(Event::Applied { holds: Step(at) });

@@ -265,9 +265,9 @@ impl Shell {
     fn told(&mut self, told: Told, effects: &mut Vec<Effect>) -> Result<()> {
         match told {
             Told::Event(event) => self.member.handle(event, effects),
-            Told::Step(report) => {
+            Told::Step(report, load) => {
                 self.tally.add(&report);
-                self.watch(|| Watched::Step(report.clone()));
+                self.watch(|| Watched::Step(report.clone(), load));
                 if self.rank_zero
                     && self.welcomed
                     && let Some(link) = &self.link

@@ -107,6 +107,12 @@ fn farewell_frame(generation: Generation, operation: u64, farewell: &Farewell) -
 }
 
 impl Tcp {
+    /// Bytes of blocks, with the heads of their frames, that were sent to the other members so far. What TLS adds is not
+    /// counted.
+    pub fn sent_bytes(&self) -> u64 {
+        self.net.sent_bytes()
+    }
+
     fn alive(&mut self) -> Result<()> {
         if let Some(cause) = &self.dead {
             return Err(Error::Dead { cause: cause.clone() });

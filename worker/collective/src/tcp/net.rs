@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
-use super::frame::{Address, Fault, Kind, Message, MessageReceiver, Progress, Receiver, Sender, message};
+use super::frame::{
+    Address, Fault, HEADER_BYTES, Kind, Message, MessageReceiver, Progress, Receiver, Sender, message,
+};
 use super::socket::{Poll, Wake};
 use super::stream::Stream;
 use super::traffic::Traffic;
@@ -46,6 +48,8 @@ struct Link {
     /// Data frames of this operation.
     sent: usize,
     received: usize,
+    /// Bytes of all data frames that went whole, their heads included.
+    sent_bytes: u64,
 }
 
 /// How a rank's control connection ended.
@@ -103,9 +107,15 @@ impl Net {
             sender: Sender::default(),
             receiver: Receiver::default(),
             sent: 0,
+            sent_bytes: 0,
             received: 0,
         };
         Self { rank, generation, abort, wake, links: streams.into_iter().map(link).collect(), operation: 0 }
+    }
+
+    /// Bytes of gradients and state that went to the other members.
+    pub fn sent_bytes(&self) -> u64 {
+        self.links.iter().map(|link| link.sent_bytes).sum()
     }
 
     pub fn generation(&self) -> Generation {
@@ -396,7 +406,10 @@ impl Link {
             moved += payload.len().max(1);
             let checksum = || traffic.checksum(address, payload);
             match self.sender.send(&mut self.data, address, payload, checksum) {
-                Ok(Progress::Done) => self.sent += 1,
+                Ok(Progress::Done) => {
+                    self.sent += 1;
+                    self.sent_bytes += (HEADER_BYTES + payload.len()) as u64;
+                }
                 Ok(Progress::Blocked) => break,
                 Err(error) => self.broken = Some((told(&error), Instant::now())),
             }
