@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
 use super::guard::Caller;
-use super::routes::{App, name_of, problem, refusal};
+use super::routes::{App, No, name_of, problem, refusal};
 use super::words;
 use crate::registry::Wish;
 
@@ -39,13 +39,13 @@ pub(super) async fn act(
     Extension(from): Extension<SocketAddr>,
     body: Body,
 ) -> Response {
-    let response = obey(&app, &name, &action, body).await.unwrap_or_else(|response| response);
+    let response = obey(&app, &name, &action, body).await.unwrap_or_else(IntoResponse::into_response);
     let (who, outcome) = (caller.name.unwrap_or_default(), response.status().as_u16());
     tracing::info!(target: crate::AUDIT, who, role = caller.role.name(), %from, action, job = name, outcome, "asked over HTTP");
     response
 }
 
-async fn obey(app: &App, name: &str, action: &str, body: Body) -> Result<Response, Response> {
+async fn obey(app: &App, name: &str, action: &str, body: Body) -> Result<Response, No> {
     let name = name_of(name)?;
     let read = axum::body::to_bytes(body, app.limits.body_bytes);
     let body = match tokio::time::timeout(app.limits.body, read).await {

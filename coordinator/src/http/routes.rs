@@ -168,11 +168,11 @@ impl Site {
 }
 
 fn refusal_of(refused: Refused) -> Response {
-    match refused {
+    let response = match refused {
         Refused::Unknown => {
             let mut response =
                 problem(StatusCode::UNAUTHORIZED, "give a token of the coordinator's --token file");
-            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response.0.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             response
         }
         Refused::Forbidden => {
@@ -186,15 +186,26 @@ fn refusal_of(refused: Refused) -> Response {
             StatusCode::FORBIDDEN,
             "ask for this server as localhost or by its address, not by another name",
         ),
+    };
+    response.into_response()
+}
+
+/// An answer that says what is wrong, on its way out.
+#[derive(Debug)]
+pub(super) struct No(Box<Response>);
+
+impl IntoResponse for No {
+    fn into_response(self) -> Response {
+        *self.0
     }
 }
 
 /// An answer that says what is wrong.
-pub(super) fn problem(status: StatusCode, error: impl Into<String>) -> Response {
-    (status, Json(words::Problem { error: error.into() })).into_response()
+pub(super) fn problem(status: StatusCode, error: impl Into<String>) -> No {
+    No(Box::new((status, Json(words::Problem { error: error.into() })).into_response()))
 }
 
-pub(super) fn refusal(refusal: &Refusal) -> Response {
+pub(super) fn refusal(refusal: &Refusal) -> No {
     let status = match refusal {
         Refusal::NoSuchJob { .. } => StatusCode::NOT_FOUND,
         Refusal::Taken { .. } | Refusal::Over { .. } => StatusCode::CONFLICT,
@@ -204,7 +215,7 @@ pub(super) fn refusal(refusal: &Refusal) -> Response {
     problem(status, refusal.to_string())
 }
 
-pub(super) fn name_of(text: &str) -> Result<JobName, Response> {
+pub(super) fn name_of(text: &str) -> Result<JobName, No> {
     JobName::new(text).ok_or_else(|| problem(StatusCode::BAD_REQUEST, "this is no name of a job"))
 }
 
@@ -215,7 +226,7 @@ impl Shared {
     }
 
     /// The run folder of a job.
-    fn run_of(&self, name: &JobName) -> Result<String, Response> {
+    fn run_of(&self, name: &JobName) -> Result<String, No> {
         self.board.with(name.as_str(), |figures| figures.run.clone()).ok_or_else(|| {
             problem(
                 StatusCode::NOT_FOUND,
@@ -229,7 +240,7 @@ impl Shared {
         &self,
         name: &JobName,
         read: impl FnOnce(&Store) -> anello_store::Result<T> + Send + 'static,
-    ) -> Result<T, Response> {
+    ) -> Result<T, No> {
         let run = self.run_of(name)?;
         let done =
             tokio::task::spawn_blocking(move || Store::open(&run).and_then(|store| read(&store))).await;
@@ -243,7 +254,7 @@ impl Shared {
     }
 
     /// All rows of a job: read once, then followed by what the board hears.
-    async fn history(&self, name: &JobName) -> Result<Arc<Mutex<History>>, Response> {
+    async fn history(&self, name: &JobName) -> Result<Arc<Mutex<History>>, No> {
         let kept = {
             let mut histories = self.histories.lock().unwrap_or_else(PoisonError::into_inner);
             histories.retain(|_, kept| kept.used.elapsed() < HISTORY_STAYS);
@@ -286,7 +297,7 @@ impl Shared {
 async fn scrape(State(app): State<App>) -> Response {
     match app.scrape.text() {
         Ok(text) => ([(CONTENT_TYPE, Scrape::CONTENT_TYPE)], text).into_response(),
-        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
 
@@ -314,8 +325,9 @@ pub(super) async fn ready(State(app): State<App>) -> Response {
     let Some(keeper) = &app.keeper else { return well().into_response() };
     match tokio::time::timeout(PATIENCE, keeper.list(&app.board)).await {
         Ok(Ok(_)) => well().into_response(),
-        Ok(Err(why)) => refusal(&why),
-        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "the jobs' keeper does not answer now; ask again"),
+        Ok(Err(why)) => refusal(&why).into_response(),
+        Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "the jobs' keeper does not answer now; ask again")
+            .into_response(),
     }
 }
 
@@ -331,7 +343,7 @@ pub(super) async fn jobs(State(app): State<App>, caller: axum::Extension<Caller>
             let jobs = jobs.into_iter().map(words::Job::from).collect();
             Json(words::Jobs { jobs, role: role.name().to_owned() }).into_response()
         }
-        Err(why) => refusal(&why),
+        Err(why) => refusal(&why).into_response(),
     }
 }
 
@@ -373,7 +385,7 @@ pub(super) async fn detail(app: &App, name: &JobName) -> Result<words::JobDetail
 pub(super) async fn job(
     State(app): State<App>,
     Path(name): Path<String>,
-) -> Result<Json<words::JobDetail>, Response> {
+) -> Result<Json<words::JobDetail>, No> {
     let name = name_of(&name)?;
     let mut detail = detail(&app, &name).await.map_err(|why| refusal(&why))?;
     let kept = app.read(&name, checkpoint::steps).await?;
@@ -418,7 +430,7 @@ pub(super) async fn figures(
     State(app): State<App>,
     Path(name): Path<String>,
     range: Result<Query<Range>, axum::extract::rejection::QueryRejection>,
-) -> Result<Json<words::Metrics>, Response> {
+) -> Result<Json<words::Metrics>, No> {
     let Query(Range { from, to, points }) =
         range.map_err(|wrong| problem(StatusCode::BAD_REQUEST, wrong.body_text()))?;
     let (name, points) = (name_of(&name)?, points.unwrap_or(POINTS.1));
@@ -460,7 +472,7 @@ pub(super) async fn log(
     State(app): State<App>,
     Path(name): Path<String>,
     after: Result<Query<After>, axum::extract::rejection::QueryRejection>,
-) -> Result<Json<words::Events>, Response> {
+) -> Result<Json<words::Events>, No> {
     let Query(After { after, limit }) =
         after.map_err(|wrong| problem(StatusCode::BAD_REQUEST, wrong.body_text()))?;
     let (name, limit) = (name_of(&name)?, limit.unwrap_or(RECORDS.1));
@@ -493,7 +505,7 @@ pub(super) async fn log(
 pub(super) async fn config(
     State(app): State<App>,
     Path(name): Path<String>,
-) -> Result<Json<words::Config>, Response> {
+) -> Result<Json<words::Config>, No> {
     let name = name_of(&name)?;
     let read = |store: &Store| {
         let environment = store.get(ENVIRONMENT)?.and_then(|text| serde_json::from_slice(&text).ok());

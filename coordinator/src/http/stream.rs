@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::history::History;
-use super::routes::{App, detail, name_of, problem, refusal};
+use super::routes::{App, No, detail, name_of, problem, refusal};
 use super::words;
 
 /// How often it is looked for what changed.
@@ -44,7 +44,7 @@ const POINTS: usize = 60;
         (status = 503, description = "Too many read streams", body = words::Problem)
     )
 )]
-pub(super) async fn follow(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Response> {
+pub(super) async fn follow(State(app): State<App>, Path(name): Path<String>) -> Result<Response, No> {
     let name = name_of(&name)?;
     detail(&app, &name).await.map_err(|why| refusal(&why))?;
     let place = app.streams.clone().try_acquire_owned().map_err(|_| {

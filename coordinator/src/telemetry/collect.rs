@@ -48,11 +48,14 @@ impl Collector for Collected {
     }
 }
 
+/// Values, each with its labels.
+type Labelled<T> = Vec<(Vec<String>, T)>;
+
 /// Values by family and labels. A value that is set twice is the later one.
 #[derive(Default)]
 struct Samples {
-    values: BTreeMap<&'static str, Vec<(Vec<String>, f64)>>,
-    durations: BTreeMap<&'static str, Vec<(Vec<String>, Vec<f64>)>>,
+    values: BTreeMap<&'static str, Labelled<f64>>,
+    durations: BTreeMap<&'static str, Labelled<Vec<f64>>>,
 }
 
 impl Samples {

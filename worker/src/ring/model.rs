@@ -42,11 +42,8 @@ pub(super) enum Command {
 /// What it tells.
 pub(super) enum Told {
     Event(Event),
-    /// A step is applied, with the bytes of data that wait for the next ones.
-    Step {
-        report: v1::StepReport,
-        queued_bytes: u64,
-    },
+    /// A step is applied: its figures, and how the worker is after it.
+    Step(v1::StepReport, Load),
     /// It cannot serve this run at all.
     Failed(Error),
 }
