@@ -18,6 +18,7 @@ run: build data
 test: setup
 	@scripts/s3-venv
 	@scripts/test-tools
+	@scripts/tensorboard-venv
 	$(CARGO) build --quiet -p anello
 	$(CARGO) test --workspace --no-fail-fast
 
@@ -51,7 +52,7 @@ data: build
 
 clean:
 	$(CARGO) clean
-	rm -rf libtorch data/tiny .venv-bench .venv-s3 .test-tools
+	rm -rf libtorch data/tiny .venv-bench .venv-s3 .venv-tensorboard .test-tools
 
 ## Simulated histories of the ring, then whole runs of real processes, with faults of new seeds. The numbers bound it.
 soak: export ANELLO_SEED ?= $(shell date +%s)000

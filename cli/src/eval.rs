@@ -1,9 +1,11 @@
 //! `anello eval`: what a model is worth at each loop step on held-out data, and what leaving early costs.
 
+mod plot;
+
 use std::path::{Path, PathBuf};
 
 use anello_configs::Mask;
-use anello_dataloader::{Dataset, Document, MicroBatch, Packer};
+use anello_dataloader::{Dataset, InOrder};
 use anello_worker::Rotary;
 use anello_worker::evaluate::{Evaluation, Sums, continuation};
 use serde_json::{Value, json};
@@ -17,6 +19,9 @@ use crate::weights::Weights;
 
 /// Exit masses that are tried.
 const MASSES: [f64; 9] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9];
+
+/// Tokens that go through the model at a time, about.
+const BATCH_TOKENS: u32 = 4096;
 
 /// Arguments of `anello eval`.
 #[derive(Debug, clap::Args)]
@@ -40,6 +45,9 @@ pub struct Args {
     /// Loop steps (default: as last trained). May be more.
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=256))]
     loops: Option<u32>,
+    /// Write accuracy against mean depth as an SVG that needs nothing else.
+    #[arg(long, value_name = "FILE", requires = "data")]
+    plot: Option<PathBuf>,
     /// One JSON object in place of tables.
     #[arg(long)]
     json: bool,
@@ -70,7 +78,10 @@ fn data(args: &Args, weights: &Weights, loops: u32, set: &str, screen: &Screen) 
     let mut found = Evaluation::new(loops, &MASSES);
     let bar = screen.add(args.tokens, "{bar:30.cyan/dim} {pos} of {len} tokens");
     let mut read = 0;
-    for batch in batches(&dataset, sequence, weights.vocab, args.tokens) {
+    let sequences = (BATCH_TOKENS / sequence).max(1);
+    let most = args.tokens.div_ceil(u64::from(sequences) * u64::from(sequence));
+    let batches = InOrder::new(&dataset, sequences, sequence, Mask::Document, Some(weights.vocab));
+    for batch in batches.take(usize::try_from(most).unwrap_or(usize::MAX)) {
         let batch = batch?;
         read += batch.tokens() as u64;
         found.add(&weights.model, &rotary, Mask::Document, &batch);
@@ -87,71 +98,16 @@ fn data(args: &Args, weights: &Weights, loops: u32, set: &str, screen: &Screen) 
             grouped(args.tokens)
         )));
     }
+    if let Some(path) = &args.plot {
+        let failed = |source| Failure::File { action: "writing", path: path.clone(), source };
+        std::fs::write(path, plot::svg(&weights.name, set, &found)).map_err(failed)?;
+    }
     screen.print(&if args.json {
         format!("{}\n", as_json(&weights.name, set, &found))
     } else {
         as_tables(&weights.name, set, &found)
     })?;
     Ok(Exit::Done)
-}
-
-/// The documents of `set` in their order, packed one after the other. The last batch, which is not full, is left out
-/// unless it is the only one.
-fn batches(
-    set: &Dataset,
-    sequence: u32,
-    vocab: u32,
-    tokens: u64,
-) -> impl Iterator<Item = Result<MicroBatch, anello_dataloader::Error>> {
-    let sequences = (4096 / sequence).max(1);
-    let (mut read, mut group, mut at, mut from) = (0, 0, 0, 0);
-    let mut documents = None;
-    let mut over = false;
-    std::iter::from_fn(move || {
-        if over || read >= tokens {
-            return None;
-        }
-        let mut packer = Packer::new(sequences, sequence, Mask::Document);
-        while packer.room() > 0 {
-            if documents.is_none() {
-                if group == set.row_groups() {
-                    over = true;
-                    let full = (sequences * sequence) as usize;
-                    return (packer.room() < full && read == 0).then(|| Ok(padded(packer, sequence)));
-                }
-                match set.read(group, Some(vocab)) {
-                    Ok(next) => (documents, group, at, from) = (Some(next), group + 1, 0, 0),
-                    Err(error) => {
-                        over = true;
-                        return Some(Err(error));
-                    }
-                }
-            }
-            let here = documents.as_ref().expect("just read");
-            if at == here.len() {
-                documents = None;
-                continue;
-            }
-            let document = here.at(at);
-            from += packer.push(document, from);
-            if from >= document.tokens.len() {
-                (at, from) = (at + 1, 0);
-            }
-        }
-        let batch = packer.finish();
-        read += batch.tokens() as u64;
-        Some(Ok(batch))
-    })
-}
-
-/// What little there is, filled up with tokens that do not count.
-fn padded(mut packer: Packer, sequence: u32) -> MicroBatch {
-    let filler = vec![0; sequence as usize];
-    let nothing = vec![0; filler.len()];
-    while packer.room() > 0 {
-        packer.push(Document { tokens: &filler, counted: Some(&nothing) }, 0);
-    }
-    packer.finish()
 }
 
 fn figures(sums: &Sums, counted: u64) -> (f64, f64, f64) {

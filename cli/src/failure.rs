@@ -8,9 +8,9 @@ pub const EXIT_CODES: &str = "\
 Exit codes:
   0    done (also: `--until` was reached; of `watch`: the job is complete, or cancelled)
   1    failed; of `checkpoint verify` and `data verify`: something is broken; of `checkpoint diff` and `bisect`: they
-       differ; of `doctor`: no run may live there
-  2    the arguments or the config are wrong; of `checkpoint diff` and `bisect`: they could not be compared; of `doctor`:
-       it could not be tried
+       differ; of `audit`: the run is not what its record says; of `doctor`: no run may live there
+  2    the arguments or the config are wrong; of `checkpoint diff` and `bisect`: they could not be compared; of `audit`:
+       not all could be checked; of `doctor`: it could not be tried
   3    refused: of `worker`, since it does not fit the job; of what connects to a coordinator, since one side does
        not accept the other's certificate. Starting it again changes nothing
   4    of `worker --until-eof`: the process that started it is gone

@@ -4,20 +4,23 @@
 //! thin shells   run         train or resume            data         tokenize, index, inspect, …
 //!               config      config, plan               checkpoint   list, verify, diff
 //!               log         events, metrics            report       one HTML page
+//!               tensorboard metrics as an event file
 //!               worker      a worker process of a ring    coordinator  several jobs, as a service
 //!               jobs        submit, list, watch, top, pause, … at a coordinator
 //!               certs       a private CA, and how other commands are given its certificates
 //!               interchange export, import             generate, eval
 //!                                                      weights      a model by its name
 //!               bisect      why two runs are not the same        doctor   is a store fit for runs?
+//!               audit       is a run what its record says?
 //!               dashboards  for Grafana and Prometheus    http       `--http` of any of them
 //! shared        screen      where progress is drawn    interrupt    Ctrl-C: the first asks, the second leaves
 //!               waiting     LibTorch's threads sleep    trace        a timeline of steps
 //!               failure     exit codes                 place        what a user calls a run: RUN, RUN@STEP
-//! pure          text        numbers, times, tables
+//! pure          text        numbers, times, tables     difference  of two computations of a step
 //!               stages      what became of each stage
 //! ```
 
+mod audit;
 mod bisect;
 mod certs;
 mod checkpoint;
@@ -25,6 +28,7 @@ mod config;
 mod coordinator;
 mod dashboards;
 mod data;
+mod difference;
 mod doctor;
 mod eval;
 mod failure;
@@ -39,6 +43,7 @@ mod report;
 mod run;
 mod screen;
 mod stages;
+mod tensorboard;
 mod text;
 mod trace;
 mod waiting;
@@ -119,6 +124,9 @@ enum Command {
     Checkpoint(checkpoint::Command),
     /// Find the first step, phase, lane and block in which two runs differ. Exit code 0: they are equal; 1: they differ.
     Bisect(bisect::Args),
+    /// Compute a run's steps again and compare them with its record, bit for bit. Exit code 0: it is what it says; 1: it
+    /// is not.
+    Audit(audit::Args),
     /// Try out whether runs may live at a place. Exit code 0: they may; 1: they may not.
     Doctor(doctor::Args),
     /// Tell what happened in a run.
@@ -135,7 +143,12 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let computes = matches!(
         cli.command,
-        Command::Run(_) | Command::Worker(_) | Command::Generate(_) | Command::Eval(_) | Command::Bisect(_)
+        Command::Run(_)
+            | Command::Worker(_)
+            | Command::Generate(_)
+            | Command::Eval(_)
+            | Command::Bisect(_)
+            | Command::Audit(_)
     );
     if computes {
         waiting::sleep_while_waiting();
@@ -178,13 +191,14 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         }
         Command::Checkpoint(command) => checkpoint::run(&command, screen),
         Command::Bisect(args) => comparison(bisect::run(&args, screen)),
+        Command::Audit(args) => comparison(audit::run(&args, screen)),
         Command::Doctor(args) => comparison(doctor::run(&args, screen)),
         Command::Generate(args) => generate::run(&args, screen),
         Command::Eval(args) => eval::run(&args, screen),
         Command::Export(args) => interchange::export(&args, screen),
         Command::Import(args) => interchange::import(&args, screen),
         Command::Events(args) => log::events(&args, screen),
-        Command::Metrics(args) => log::metrics(&args),
+        Command::Metrics(args) => log::metrics(&args, screen),
         Command::Dashboards(args) => dashboards::run(&args, screen),
         Command::Report(args) => report::run(&args, screen),
     }

@@ -78,7 +78,9 @@ pub fn record_of(step: u64, stage: &str, loops: usize) -> StepRecord {
         entropy: (loops as f64).ln(),
         grad_norm: 0.3,
         applied: true,
-        seconds: Seconds { step: 0.5, data: 0.05, compute: 0.35, reduce: 0.0, update: 0.1, checkpoint: 0.0 },
+        weights: None,
+        evals: Vec::new(),
+        seconds: Seconds { step: 0.5, data: 0.05, compute: 0.35, update: 0.1, ..Seconds::default() },
     }
 }
 

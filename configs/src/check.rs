@@ -27,12 +27,17 @@ pub(crate) fn check(config: &RunConfig) -> Vec<Finding> {
     lanes(config, &mut findings);
     model(&config.model, &mut findings);
     prefetch(config, &mut findings);
+    if config.eval.every_steps > 0 && config.eval.sets.is_empty() {
+        let fact = "eval.every_steps is above 0, and there is no held-out set".to_owned();
+        findings.add("eval.every_steps", &[], fact, "add an [eval.sets.NAME] table with its url");
+    }
     let mut layers = config.model.layers;
     for stage in &config.stages {
         batch(config, stage, &mut findings);
         mixture(config, stage, &mut findings);
         curve(stage, &mut findings);
         objective(stage, &mut findings);
+        eval(config, stage, &mut findings);
         layers = upcycle(stage, layers, &mut findings);
     }
     findings.0
@@ -157,6 +162,19 @@ fn mixture(config: &RunConfig, stage: &Stage, findings: &mut Findings) {
         };
         let (key, source) = (format!("{mixture}.{name}"), format!("data.sources.{name}"));
         findings.add(key, &[&source], format!("{mixture} names `{name}`, which is no source"), remedy);
+    }
+}
+
+fn eval(config: &RunConfig, stage: &Stage, findings: &mut Findings) {
+    let sets = &config.eval.sets;
+    for name in stage.eval.iter().flatten().filter(|name| !sets.contains_key(*name)) {
+        let remedy = match closest(name, sets.keys().map(String::as_str)) {
+            Some(close) => format!("did you mean `{close}`?"),
+            None => format!("add an [eval.sets.{name}] table with its url"),
+        };
+        let (key, set) = (key(stage, "eval"), format!("eval.sets.{name}"));
+        let fact = format!("{key} names `{name}`, which is no held-out set");
+        findings.add(key, &[&set], fact, remedy);
     }
 }
 

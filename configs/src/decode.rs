@@ -15,7 +15,7 @@ use crate::names::{A_NAME, Curve, closest, is_name};
 use crate::problem::Origin;
 use crate::quantity::Unit;
 use crate::run::*;
-use crate::tree::{Entry, Table, Value, join};
+use crate::tree::{Entry, Node, Table, Value, join};
 
 /// Largest count of tokens in a stage: the tokens of every possible run fit in 64 bits.
 const STAGE_TOKENS_MAX: u64 = 10_000_000_000_000_000;
@@ -51,10 +51,29 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
     let compute = top.section_or_empty("compute", compute);
     let data = top.section_or_empty("data", data);
     let checkpoint = top.section_or_empty("checkpoint", checkpoint);
+    let guard = top.section_or_empty("guard", guard);
+    let eval = top.section_or_empty("eval", eval);
+    let record = top.section_or_empty("record", record);
     let ring = top.section_or_empty("ring", ring);
     let stages = stages(&mut top, &data.sources);
     top.finish();
-    (RunConfig { name, seed, lanes, model, init, optimizer, compute, data, checkpoint, ring, stages }, found)
+    let config = RunConfig {
+        name,
+        seed,
+        lanes,
+        model,
+        init,
+        optimizer,
+        compute,
+        data,
+        checkpoint,
+        guard,
+        eval,
+        record,
+        ring,
+        stages,
+    };
+    (config, found)
 }
 
 fn model(s: &mut Section<'_, '_>) -> Model {
@@ -142,6 +161,28 @@ fn checkpoint(s: &mut Section<'_, '_>) -> Checkpoint {
         keep_stage_ends: s.flag("keep_stage_ends", true),
         part_bytes: s.quantity("part_bytes", Unit::Bytes, 64 << 10..=64 << 30, Some(256 << 20)),
     }
+}
+
+fn guard(s: &mut Section<'_, '_>) -> Guard {
+    Guard {
+        on_spike: s.choice("on_spike", OnSpike::Log),
+        window: s.count("window", 4..=10_000, Some(64)) as u32,
+        factor: s.number("factor", "a number, 1 to 1000", |v| (1.0..=1000.0).contains(&v), Some(8.0)),
+        floor: s.number("floor", "a number above 0, up to 100", |v| v > 0.0 && v <= 100.0, Some(0.2)),
+    }
+}
+
+fn eval(s: &mut Section<'_, '_>) -> Eval {
+    let sets = s.map("sets", |s, name| s.section(name, source));
+    Eval {
+        every_steps: s.count("every_steps", 0..=1 << 53, Some(0)),
+        sequences: s.count("sequences", 1..=1 << 24, Some(64)) as u32,
+        sets: sets.into_iter().filter_map(|(name, set)| Some((name, set?))).collect(),
+    }
+}
+
+fn record(s: &mut Section<'_, '_>) -> Record {
+    Record { digest_every_steps: s.count("digest_every_steps", 0..=1 << 53, Some(10)) }
 }
 
 fn ring(s: &mut Section<'_, '_>) -> Ring {
@@ -256,7 +297,21 @@ fn stage(s: &mut Section<'_, '_>, name: &str, sources: &BTreeMap<String, Source>
         loss,
         reset_optimizer: s.flag("reset_optimizer", false),
         upcycle: s.optional("upcycle").then(|| s.section("upcycle", upcycle)).flatten(),
+        eval: s.optional("eval").then(|| names(s, "eval", "the names of held-out sets, as [\"held-out\"]")),
     }
+}
+
+/// A list of names.
+fn names(s: &mut Section<'_, '_>, key: &str, accepted: &str) -> Vec<String> {
+    let name = |node: &Node| match &node.value {
+        Value::Text(name) if is_name(name) => Some(name.clone()),
+        _ => None,
+    };
+    let read = s.read(key, accepted, None, |node| match &node.value {
+        Value::List(items) => items.iter().map(name).collect::<Option<Vec<String>>>(),
+        _ => None,
+    });
+    read.unwrap_or_default()
 }
 
 fn ramp(s: &mut Section<'_, '_>) -> Ramp {

@@ -113,7 +113,8 @@ impl RunConfig {
 }
 
 impl Loaded {
-    /// Checks that the local folders of the sources which the run's stages use, and the tokenizer, are there.
+    /// Checks that the local folders of the sources which the run's stages use, of the held-out sets, and the tokenizer
+    /// are there.
     ///
     /// Apart from loading, because a run can be planned where its data is not.
     pub fn check_sources(&self) -> Result<(), ConfigError> {
@@ -121,8 +122,12 @@ impl Loaded {
         let used = |name: &String| self.config.stages.iter().any(|stage| stage.mixture.contains_key(name));
         let sources = data.sources.iter().filter(|(name, _)| used(name));
         let sources = sources.map(|(name, source)| (format!("data.sources.{name}.url"), &source.url));
+        let eval = &self.config.eval;
+        let sets = eval.sets.iter().filter(|_| eval.every_steps > 0);
+        let sets = sets.map(|(name, set)| (format!("eval.sets.{name}.url"), &set.url));
         let tokenizer = data.tokenizer.iter().map(|path| ("data.tokenizer".to_owned(), path));
         let problems: Vec<Problem> = sources
+            .chain(sets)
             .chain(tokenizer)
             .filter(|(_, location)| local_path(location).is_some_and(|path| !path.exists()))
             .map(|(key, location)| Problem {
@@ -365,6 +370,9 @@ fn anchor(table: &mut Table, directory: &Path) {
     {
         anchor_path(&mut from.node, directory);
     }
+    if let Some(Entry { node: Node { value: Value::Table(eval), .. }, .. }) = table.entries.get_mut("eval") {
+        anchor_urls(eval, "sets", directory);
+    }
     let Some(Entry { node: Node { value: Value::Table(data), .. }, .. }) = table.entries.get_mut("data")
     else {
         return;
@@ -374,7 +382,12 @@ fn anchor(table: &mut Table, directory: &Path) {
             anchor_path(&mut path.node, directory);
         }
     }
-    let Some(Entry { node: Node { value: Value::Table(sources), .. }, .. }) = data.entries.get_mut("sources")
+    anchor_urls(data, "sources", directory);
+}
+
+/// The `url` of each table in the table `key`.
+fn anchor_urls(table: &mut Table, key: &str, directory: &Path) {
+    let Some(Entry { node: Node { value: Value::Table(sources), .. }, .. }) = table.entries.get_mut(key)
     else {
         return;
     };

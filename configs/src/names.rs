@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::run::{Dtype, LaneShares, Loss, Mask, OnCorrupt, Recompute, Trains};
+use crate::run::{Dtype, LaneShares, Loss, Mask, OnCorrupt, OnSpike, Recompute, Trains};
 
 /// A closed choice with its words.
 pub(crate) trait Named: Copy + PartialEq + 'static {
@@ -35,6 +35,7 @@ named! {
     Recompute { "none" => None, "layer" => Layer, "loop" => Loop }
     LaneShares { "balanced" => Balanced, "by-speed" => BySpeed }
     OnCorrupt { "fail" => Fail, "skip" => Skip }
+    OnSpike { "off" => Off, "log" => Log, "skip" => Skip }
     Mask { "document" => Document, "causal" => Causal }
     Trains { "all" => All, "gate" => Gate }
     Loss { "loop" => Loop, "gate" => Gate, "sft" => Sft }

@@ -63,7 +63,8 @@ impl RunConfig {
     /// Every key that changes the bits of the run, with its value as TOML.
     ///
     /// Left out, because the weights after each step are the same whatever they say:
-    /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`; `ring.*`;
+    /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`;
+    /// `guard.*` unless it skips; `eval.*` and the `eval` of a stage, which only measure; `record.*`; `ring.*`;
     /// `data.prefetch_bytes`, `data.cache_dir` and `data.cache_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
     /// the data's own digest to say. Of weights to begin with, `init.weights` counts, and not where they lie.
@@ -137,8 +138,22 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
     let mut section = |name: &str, fill: &dyn Fn(&mut Section<'_>)| {
         fill(&mut Section { entries: &mut entries, name: name.to_owned() })
     };
-    let RunConfig { name, seed, lanes, model, init, optimizer, compute, data, checkpoint, ring, stages } =
-        config;
+    let RunConfig {
+        name,
+        seed,
+        lanes,
+        model,
+        init,
+        optimizer,
+        compute,
+        data,
+        checkpoint,
+        guard,
+        eval,
+        record,
+        ring,
+        stages,
+    } = config;
     section("", &|s| {
         let names: Vec<String> = stages.iter().map(|stage| stage.name.as_str().toml()).collect();
         s.rest("name", name.as_str()).bits("seed", *seed).bits("lanes", *lanes);
@@ -195,6 +210,26 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         }
         s.rest("keep_stage_ends", *keep_stage_ends).rest("part_bytes", *part_bytes);
     });
+    section("guard", &|s| {
+        let Guard { on_spike, window, factor, floor } = guard;
+        // What is only told of changes no bit, and neither does what is measured for it.
+        let changes_bits = *on_spike == OnSpike::Skip;
+        s.put("on_spike", on_spike.name().toml(), changes_bits).put("window", window.toml(), changes_bits);
+        s.put("factor", factor.toml(), changes_bits).put("floor", floor.toml(), changes_bits);
+    });
+    let Eval { every_steps, sequences, sets } = eval;
+    section("eval", &|s| {
+        s.rest("every_steps", *every_steps).rest("sequences", *sequences);
+    });
+    for (name, Source { url }) in sets {
+        section(&format!("eval.sets.{name}"), &|s| {
+            s.rest("url", url.as_str());
+        });
+    }
+    section("record", &|s| {
+        let Record { digest_every_steps } = record;
+        s.rest("digest_every_steps", *digest_every_steps);
+    });
     let Ring {
         detection_ms,
         digest_every_steps,
@@ -237,6 +272,7 @@ fn stage_entries(s: &mut Section<'_>, stage: &Stage) {
         loss,
         reset_optimizer,
         upcycle,
+        eval,
     } = stage;
     s.bits("tokens", *tokens).bits("sequence", *sequence).bits("batch", *batch);
     if let Some(Ramp { from, over }) = ramp {
@@ -260,6 +296,10 @@ fn stage_entries(s: &mut Section<'_>, stage: &Stage) {
     s.bits("reset_optimizer", *reset_optimizer);
     if let Some(Upcycle { layers }) = upcycle {
         s.bits("upcycle.layers", *layers);
+    }
+    if let Some(sets) = eval {
+        let names: Vec<String> = sets.iter().map(|name| name.as_str().toml()).collect();
+        s.put("eval", format!("[{}]", names.join(", ")), false);
     }
 }
 

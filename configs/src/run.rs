@@ -25,6 +25,12 @@ pub struct RunConfig {
     pub data: Data,
     /// When checkpoints are taken and which are kept.
     pub checkpoint: Checkpoint,
+    /// What a loss far above those before it does.
+    pub guard: Guard,
+    /// Held-out data that the model is measured on while it trains.
+    pub eval: Eval,
+    /// What is put on record for those who want to check the run.
+    pub record: Record,
     /// How a ring watches over itself.
     pub ring: Ring,
     /// The recipe, in order.
@@ -174,6 +180,57 @@ pub struct Checkpoint {
     pub part_bytes: u64,
 }
 
+/// The loss-spike guard. A step is a spike when its loss is above the median of the stage's last `window` by more than
+/// `factor` standard deviations (estimated by the median absolute deviation) and more than `floor`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Guard {
+    /// What a spike does. Only what skips changes bits.
+    pub on_spike: OnSpike,
+    /// Steps of the stage that it is measured by; from half of them on.
+    pub window: u32,
+    /// Standard deviations above the median.
+    pub factor: f64,
+    /// Least distance from the median, nats.
+    pub floor: f64,
+}
+
+/// What a loss spike does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnSpike {
+    /// Nothing; nobody looks.
+    Off,
+    /// It is told of.
+    Log,
+    /// Its update is not applied, as with a step that is not finite.
+    Skip,
+}
+
+/// Held-out data that the model is measured on while it trains. It changes no bit of the run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Eval {
+    /// Steps between two measurements; 0 = never. The end of a stage is measured too.
+    pub every_steps: u64,
+    /// The first so many sequences of each set, as long as those of the stage; a set that is shorter is taken whole.
+    pub sequences: u32,
+    /// The sets by name.
+    pub sets: BTreeMap<String, Source>,
+}
+
+/// What is put on record beside the figures of every step, so that others can check the run. It changes no bit of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Steps between two digests of the weights in the metrics; 0 = never.
+    pub digest_every_steps: u64,
+}
+
+impl Record {
+    /// Whether the weights after `steps` steps are put on record.
+    pub fn has_weights(&self, steps: u64) -> bool {
+        self.digest_every_steps > 0 && steps.is_multiple_of(self.digest_every_steps)
+    }
+}
+
 /// How a ring of workers watches over itself. None of it changes a bit of the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ring {
@@ -248,6 +305,8 @@ pub struct Stage {
     pub reset_optimizer: bool,
     /// Duplicate the layer stack before the first step of the stage.
     pub upcycle: Option<Upcycle>,
+    /// Held-out sets that it is measured on; absent = all.
+    pub eval: Option<Vec<String>>,
 }
 
 /// Tokens of one global batch: constant, or rising linearly over the first tokens of the stage.

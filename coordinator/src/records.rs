@@ -3,7 +3,7 @@
 use anello_proto::ring::{Endpoints, Formation, Generation, Member, Source, Step, WorkerId};
 use anello_proto::v1;
 use anello_store::events::{Event as Logged, RingMember};
-use anello_store::metrics::{Seconds, StepRecord};
+use anello_store::metrics::{Evaluated, Seconds, StepRecord};
 
 use crate::core::{Entry, Goal, Outcome};
 
@@ -106,6 +106,11 @@ pub(crate) fn formation_of(event: Logged) -> Option<Formation> {
     Some(Formation { generation: Generation(generation), start: Step(start), source, members, save_first })
 }
 
+fn evaluated(eval: v1::Evaluated) -> Evaluated {
+    let v1::Evaluated { set, counted, loop_loss, accuracy, exit } = eval;
+    Evaluated { set, counted, loop_loss, accuracy, exit }
+}
+
 /// A worker's report, as the metrics have it.
 pub fn record_of(report: v1::StepReport) -> StepRecord {
     let second = |at: usize| report.seconds.get(at).copied().unwrap_or(0.0);
@@ -116,6 +121,7 @@ pub fn record_of(report: v1::StepReport) -> StepRecord {
         reduce: second(3),
         update: second(4),
         checkpoint: second(5),
+        eval: second(6),
     };
     StepRecord {
         step: report.step,
@@ -130,6 +136,8 @@ pub fn record_of(report: v1::StepReport) -> StepRecord {
         entropy: report.entropy,
         grad_norm: report.grad_norm,
         applied: report.applied,
+        weights: report.weights,
+        evals: report.evals.into_iter().map(evaluated).collect(),
         seconds,
     }
 }

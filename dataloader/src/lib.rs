@@ -5,6 +5,7 @@
 //!          pack    documents to sequences                    index     what the shards hold, stored beside them
 //!          decode  a row group's bytes to documents          loader    threads that prefetch lane steps
 //!          lane    one lane's walk                           cache     what was fetched of remote shards
+//!          in_order  a set from its beginning, to measure on
 //! ```
 //! A [`Loader`] yields what each lane trains on in each step. It is a function of (seed, sources, plan, lane, cursor)
 //! alone: which lanes are served together, how many threads there are and what was prefetched changes nothing.
@@ -13,6 +14,7 @@ mod cache;
 mod dataset;
 mod decode;
 mod error;
+mod in_order;
 mod index;
 mod inspect;
 mod lane;
@@ -32,6 +34,7 @@ pub use cache::Cache;
 pub use dataset::Dataset;
 pub use decode::{Document, Documents};
 pub use error::{Error, Result};
+pub use in_order::InOrder;
 pub use index::{INDEX_FILE, Index, RowGroupEntry, ShardEntry};
 pub use inspect::{Inspection, Sample, inspect};
 pub use lane::{LaneStep, SkippedRowGroup, StepData};

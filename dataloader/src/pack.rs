@@ -72,6 +72,11 @@ impl Packer {
         Self { batch, mask }
     }
 
+    /// Tokens that are in.
+    pub fn tokens(&self) -> usize {
+        self.batch.input_ids.len()
+    }
+
     /// Tokens that the current sequence still takes; 0 when the micro-batch is full.
     pub fn room(&self) -> usize {
         let (filled, length) = (self.batch.input_ids.len(), self.batch.length as usize);

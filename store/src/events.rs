@@ -42,6 +42,19 @@ pub enum Event {
         /// Its loss, as text since it may be NaN.
         loss: String,
     },
+    /// The loss of a step was far above those before it.
+    Spike {
+        /// The step (steps applied or skipped before it).
+        step: u64,
+        /// Its loss, nats a token, as the shortest text that reads back to the same bits.
+        loss: String,
+        /// The median of those before it.
+        median: String,
+        /// What it would have had to stay at or below.
+        limit: String,
+        /// Whether its update was left out for that.
+        skipped: bool,
+    },
     /// A lane began a source anew.
     Epoch {
         /// The step.

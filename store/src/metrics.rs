@@ -3,6 +3,8 @@
 //! Rows are written in objects `metrics/FIRST-LAST.parquet`. Everything but the `_s` columns is a function of the run
 //! alone: whoever trained, and however often it was resumed, the values are the same bits.
 
+mod eval;
+
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, BooleanArray, Float64Array, RecordBatch, StringArray, UInt64Array};
@@ -12,6 +14,9 @@ use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use eval::Evaluated;
+use eval::{EvalColumns, eval_columns};
 
 use crate::{Error, Object, Result, Store};
 
@@ -48,6 +53,12 @@ pub struct StepRecord {
     pub grad_norm: f64,
     /// False when the step was skipped because it was not finite.
     pub applied: bool,
+    /// Digest of the weights after the step, as a manifest has it; put on record every `record.digest_every_steps`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<String>,
+    /// What the model was worth on held-out data after the step, one a set; mostly none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub evals: Vec<Evaluated>,
     /// Wall-clock seconds of the step, and where they went.
     pub seconds: Seconds,
 }
@@ -73,11 +84,19 @@ pub struct Seconds {
     /// Waiting for the copy of a checkpoint.
     #[serde(with = "bits")]
     pub checkpoint: f64,
+    /// Measuring on held-out data.
+    #[serde(with = "bits", default = "bits::zero")]
+    pub eval: f64,
 }
 
 /// Floating-point numbers as the integers that their bits are: text would lose a bit here and a NaN there.
 mod bits {
     use super::{Deserialize, Deserializer, Serialize, Serializer};
+
+    /// What is not there.
+    pub fn zero() -> f64 {
+        0.0
+    }
 
     pub trait Bits: Sized {
         type As: Serialize + for<'de> Deserialize<'de>;
@@ -131,7 +150,7 @@ impl StepRecord {
     }
 }
 
-const NUMBERS: [&str; 12] = [
+const NUMBERS: [&str; 13] = [
     "lr",
     "loss",
     "entropy",
@@ -144,16 +163,19 @@ const NUMBERS: [&str; 12] = [
     "update_s",
     "checkpoint_s",
     REDUCE,
+    EVAL,
 ];
-/// The column that files of before the ring do not have.
+/// Columns that older files do not have.
 const REDUCE: &str = "reduce_s";
+const EVAL: &str = "eval_s";
+const WEIGHTS: &str = "weights";
 
-fn numbers(record: &StepRecord) -> [f64; 12] {
+fn numbers(record: &StepRecord) -> [f64; 13] {
     let s = &record.seconds;
     let (kl, depth) = (record.kl(), record.depth());
     let of_step = [record.lr, record.loss, record.entropy, kl, depth, record.grad_norm];
     let [lr, loss, entropy, kl, depth, norm] = of_step;
-    [lr, loss, entropy, kl, depth, norm, s.step, s.data, s.compute, s.update, s.checkpoint, s.reduce]
+    [lr, loss, entropy, kl, depth, norm, s.step, s.data, s.compute, s.update, s.checkpoint, s.reduce, s.eval]
 }
 
 /// The records as one Arrow batch: the columns of a metrics object.
@@ -170,6 +192,8 @@ pub fn to_batch(records: &[StepRecord]) -> RecordBatch {
     columns.push(("counted".into(), integer(|r| r.counted)));
     let applied: Vec<bool> = records.iter().map(|r| r.applied).collect();
     columns.push(("applied".into(), Arc::new(BooleanArray::from(applied))));
+    let digests = records.iter().map(|record| record.weights.as_deref());
+    columns.push((WEIGHTS.into(), Arc::new(digests.collect::<StringArray>())));
     for (at, name) in NUMBERS.into_iter().enumerate() {
         let values = records.iter().map(|record| numbers(record)[at]);
         columns.push((name.into(), Arc::new(Float64Array::from_iter_values(values))));
@@ -181,6 +205,7 @@ pub fn to_batch(records: &[StepRecord]) -> RecordBatch {
         columns.push((format!("loss_{}", t + 1), column(|r| &r.loop_loss)));
         columns.push((format!("exit_{}", t + 1), column(|r| &r.exit)));
     }
+    columns.extend(eval_columns(records));
     let fields = columns.iter().map(|(name, array)| Field::new(name, array.data_type().clone(), true));
     let schema = Schema::new(fields.collect::<Vec<_>>());
     let arrays = columns.into_iter().map(|(_, array)| array).collect();
@@ -205,7 +230,7 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
         let missing = |name: &str| format!("column {name} is missing or of another type");
         let array = |name: &str| batch.column_by_name(name).ok_or_else(|| missing(name));
         let number = |name: &str| -> std::result::Result<Float64Array, String> {
-            if name == REDUCE && batch.column_by_name(name).is_none() {
+            if [REDUCE, EVAL].contains(&name) && batch.column_by_name(name).is_none() {
                 return Ok(vec![0.0; batch.num_rows()].into());
             }
             array(name)?.as_any().downcast_ref::<Float64Array>().cloned().ok_or_else(|| missing(name))
@@ -218,12 +243,19 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
         let stage = array("stage")?.as_any().downcast_ref::<StringArray>().ok_or_else(|| missing("stage"))?;
         let applied =
             array("applied")?.as_any().downcast_ref::<BooleanArray>().ok_or_else(|| missing("applied"))?;
+        let weights = match batch.column_by_name(WEIGHTS) {
+            Some(column) => {
+                Some(column.as_any().downcast_ref::<StringArray>().ok_or_else(|| missing(WEIGHTS))?)
+            }
+            None => None,
+        };
         let columns = NUMBERS.map(number).into_iter().collect::<std::result::Result<Vec<_>, _>>()?;
         let per_loop = |stem: &str| -> std::result::Result<Vec<Float64Array>, String> {
             let names = (1..).map(|t| format!("{stem}_{t}"));
             names.take_while(|name| batch.column_by_name(name).is_some()).map(|name| number(&name)).collect()
         };
         let (losses, exits) = (per_loop("loss")?, per_loop("exit")?);
+        let evals = EvalColumns::of(&batch)?;
         for row in 0..batch.num_rows() {
             let of = |columns: &[Float64Array]| {
                 columns.iter().filter(|c| c.is_valid(row)).map(|c| c.value(row)).collect::<Vec<_>>()
@@ -241,6 +273,7 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
                 update,
                 checkpoint,
                 reduce,
+                eval,
             ] = columns.iter().map(|c| c.value(row)).collect::<Vec<_>>()[..]
             else {
                 return Err("the columns are incomplete".to_owned());
@@ -258,7 +291,9 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
                 entropy,
                 grad_norm,
                 applied: applied.value(row),
-                seconds: Seconds { step: s_step, data, compute, reduce, update, checkpoint },
+                weights: weights.filter(|w| w.is_valid(row)).map(|w| w.value(row).to_owned()),
+                evals: evals.at(row),
+                seconds: Seconds { step: s_step, data, compute, reduce, update, checkpoint, eval },
             });
         }
     }
@@ -371,107 +406,4 @@ pub fn truncate(store: &Store, step: u64) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn record(step: u64, loops: usize) -> StepRecord {
-        StepRecord {
-            step,
-            stage: "stable".into(),
-            tokens: 100 * (step + 1),
-            batch_tokens: 100,
-            counted: 97,
-            lr: 1e-3 / (step + 1) as f64,
-            loss: 7.1,
-            loop_loss: (0..loops).map(|t| 7.0 - t as f64 / 7.0).collect(),
-            exit: vec![1.0 / loops as f64; loops],
-            entropy: (loops as f64).ln(),
-            grad_norm: if step == 3 { f64::NAN } else { 0.3 },
-            applied: step != 3,
-            seconds: Seconds {
-                step: 0.5,
-                data: 0.1,
-                compute: 0.2,
-                reduce: 0.1,
-                update: 0.1,
-                checkpoint: 0.0,
-            },
-        }
-    }
-
-    /// `Debug` text: equal values, NaN included.
-    fn shown(records: &[StepRecord]) -> String {
-        format!("{records:?}")
-    }
-
-    #[test]
-    fn records_survive_parquet_also_when_t_changes() {
-        let store = Store::memory().unwrap();
-        let records: Vec<StepRecord> = (0..6).map(|s| record(s, if s < 4 { 8 } else { 4 })).collect();
-        write(&store, &records[..5]).unwrap();
-        write(&store, &records[5..]).unwrap();
-        assert_eq!(shown(&read(&store).unwrap()), shown(&records));
-        assert!((records[0].depth() - 4.5).abs() < 1e-12 && records[0].kl().abs() < 1e-12);
-    }
-
-    #[test]
-    fn records_are_the_same_bits_after_transport() {
-        let records = [record(2, 4), StepRecord { loss: 0.1 + 0.2, ..record(3, 4) }];
-        let json = serde_json::to_vec(&records).unwrap();
-        let back: Vec<StepRecord> = serde_json::from_slice(&json).unwrap();
-        assert_eq!((&back[0], shown(&back)), (&records[0], shown(&records)));
-    }
-
-    #[test]
-    fn a_file_of_before_the_ring_reads_with_no_seconds_in_the_collective() {
-        let records = [record(0, 4), record(1, 4)];
-        let mut batch = to_batch(&records);
-        batch.remove_column(batch.schema().index_of(REDUCE).unwrap());
-        let mut bytes = Vec::new();
-        let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), None).unwrap();
-        writer.write(&batch).unwrap();
-        writer.close().unwrap();
-        let expected = records.map(|r| StepRecord { seconds: Seconds { reduce: 0.0, ..r.seconds }, ..r });
-        assert_eq!(decode(bytes.into()).unwrap(), expected);
-    }
-
-    #[test]
-    fn the_last_records_are_read_without_the_others() {
-        let store = Store::memory().unwrap();
-        let records: Vec<StepRecord> = (0..10).map(|s| record(s, 4)).collect();
-        for part in [&records[..4], &records[4..8], &records[8..]] {
-            write(&store, part).unwrap();
-        }
-        for count in [0, 1, 2, 3, 6, 7, 10, 99] {
-            let all = read(&store).unwrap();
-            let last = &all[all.len().saturating_sub(count)..];
-            assert_eq!(shown(&read_last(&store, count).unwrap()), shown(last), "{count}");
-        }
-        let after = |after| {
-            let mut steps = Vec::new();
-            read_after(&store, after, |record| steps.push(record.step)).unwrap();
-            steps
-        };
-        assert_eq!(
-            (after(None), after(Some(5)), after(Some(9))),
-            ((0..10).collect(), vec![6, 7, 8, 9], vec![])
-        );
-        // The first is not looked at when it is not needed.
-        store.put("metrics/0000000000-0000000003.parquet", b"damaged".to_vec()).unwrap();
-        assert_eq!(shown(&read_last(&store, 6).unwrap()), shown(&records[4..]));
-        assert!(read_last(&store, 7).is_err());
-    }
-
-    #[test]
-    fn truncation_keeps_exactly_what_is_before_the_step() {
-        let store = Store::memory().unwrap();
-        let records: Vec<StepRecord> = (0..10).map(|s| record(s, 4)).collect();
-        write(&store, &records[..4]).unwrap();
-        write(&store, &records[4..8]).unwrap();
-        write(&store, &records[8..]).unwrap();
-        truncate(&store, 6).unwrap();
-        assert_eq!(shown(&read(&store).unwrap()), shown(&records[..6]));
-        truncate(&store, 4).unwrap();
-        assert_eq!(shown(&read(&store).unwrap()), shown(&records[..4]));
-    }
-}
+mod tests;

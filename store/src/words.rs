@@ -28,6 +28,14 @@ pub fn describe(event: &Event) -> String {
         Event::Skipped { step, loss } => {
             format!("step {} was skipped: it was not finite (loss {loss})", grouped(*step))
         }
+        Event::Spike { step, loss, median, limit, skipped } => {
+            let outcome = if *skipped { "; its update was left out" } else { "" };
+            let [loss, median, limit] = [loss, median, limit].map(|text| short_number(text));
+            format!(
+                "the loss of step {} is a spike: {loss}, above {limit}, where the median is {median}{outcome}",
+                grouped(*step)
+            )
+        }
         Event::Epoch { step, source, epoch } => {
             format!("source {source} is in its {} epoch, from step {}", ordinal(epoch + 1), grouped(*step))
         }
@@ -121,6 +129,11 @@ pub fn describe(event: &Event) -> String {
             format!("finished after {} steps, weights {}", grouped(*step), short_digest(weights))
         }
     }
+}
+
+/// A number as people read it, of the text that has all its digits.
+fn short_number(text: &str) -> String {
+    text.parse().map_or_else(|_| text.to_owned(), |value: f64| format!("{value:.3}"))
 }
 
 /// Device and build in one line.
@@ -297,6 +310,16 @@ mod tests {
             (
                 Event::Started { step: 1200, environment, changed },
                 "resumed after step 1 200 on A CPU, 1 thread, linux x86_64; anello 0.1.0 (abc), libtorch 2.11.0\n  changed: seed: 1 -> 2",
+            ),
+            (
+                Event::Spike {
+                    step: 1300,
+                    loss: "6.123456".into(),
+                    median: "2.5".into(),
+                    limit: "2.75".into(),
+                    skipped: true,
+                },
+                "the loss of step 1 300 is a spike: 6.123, above 2.750, where the median is 2.500; its update was left out",
             ),
             (
                 Event::Epoch { step: 7, source: "docs".into(), epoch: 1 },

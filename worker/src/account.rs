@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 
 use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{LaneStep, LoaderOptions};
-use anello_store::checkpoint::{Facts, Position};
+use anello_store::checkpoint::{BLOCK, Facts, Position, digest_of_blocks};
 use anello_store::events::{self, Event};
 use anello_store::{Cursor, Environment, Store};
 
+use crate::checkpoint::block_digest;
 use crate::engine::Outcome;
 use crate::environment;
+use crate::ffi;
+use crate::guard::Spike;
 use crate::optimizer::State;
 
 /// What is stamped on every checkpoint that a process writes.
@@ -38,9 +41,31 @@ impl Stamp {
     pub fn facts(&self, state: &State, position: Position, cursors: Vec<Cursor>) -> Facts {
         let Self { config, data, environment } = self.clone();
         let (updates, layers) = (state.updates, state.layout.layers() as u32);
-        Facts { position, updates, layers, cursors, config, data, environment }
+        let losses = state.losses.clone();
+        Facts { position, updates, layers, cursors, losses, config, data, environment }
     }
 }
+
+/// Digest of the weights, as a manifest has it: of the digests of their blocks, in order.
+pub fn weights_digest(state: &State) -> String {
+    let _span = tracing::trace_span!("digest of the weights").entered();
+    let weights = ffi::as_slice(&state.weights);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(DIGEST_THREADS);
+    let share = weights.len().div_ceil(threads).next_multiple_of(BLOCK).max(BLOCK);
+    let of_share = |values: &[f32]| values.chunks(BLOCK).map(block_digest).collect::<Vec<String>>();
+    let digests: Vec<String> = std::thread::scope(|scope| {
+        let mut shares = weights.chunks(share);
+        let own = shares.next().unwrap_or(&[]);
+        let others: Vec<_> = shares.map(|values| scope.spawn(move || of_share(values))).collect();
+        let mut digests = of_share(own);
+        digests.extend(others.into_iter().flat_map(|other| other.join().expect("hashing does not panic")));
+        digests
+    });
+    digest_of_blocks(&digests)
+}
+
+/// Threads that hash at most: past so many the memory is what they wait for.
+const DIGEST_THREADS: usize = 8;
 
 /// How far a run is once `step` steps are done. Panics past the last step of `schedule`.
 pub fn position_after(schedule: &Schedule, step: u64) -> Position {
@@ -53,10 +78,18 @@ pub fn position_after(schedule: &Schedule, step: u64) -> Position {
     }
 }
 
-/// What the log is told of a step that was not applied.
-pub fn skip_event(plan: &StepPlan<'_>, outcome: &Outcome) -> Option<Event> {
-    let loss = outcome.sums.loss / outcome.sums.counted.max(1) as f64;
-    (!outcome.update.applied).then(|| Event::Skipped { step: plan.step, loss: loss.to_string() })
+/// What the log is told of a step that was not applied, or whose loss is a spike.
+pub fn outcome_event(plan: &StepPlan<'_>, outcome: &Outcome) -> Option<Event> {
+    let step = plan.step;
+    let exact = |value: f64| format!("{value:?}");
+    match outcome.spike {
+        Some(Spike { loss, median, limit }) => {
+            let [loss, median, limit] = [loss, median, limit].map(exact);
+            Some(Event::Spike { step, loss, median, limit, skipped: !outcome.update.applied })
+        }
+        None if !outcome.update.applied => Some(Event::Skipped { step, loss: outcome.loss().to_string() }),
+        None => None,
+    }
 }
 
 /// The epochs that the log has told of, by source, so that each is told once.

@@ -10,12 +10,14 @@
 
 use std::ops::Range;
 
-use anello_configs::{Compute, RunConfig, Stage, StepPlan, Trains};
+use anello_configs::{Compute, OnSpike, RunConfig, Stage, StepPlan, Trains};
 use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
+use crate::evaluate::Evaluation;
 use crate::fold::Fold;
+use crate::guard::{self, Spike};
 use crate::model::{Context, Model, Rotary, Tokens};
 use crate::objective::{self, Goal, LossSums};
 use crate::optimizer::{State, Update};
@@ -138,12 +140,19 @@ pub struct Outcome {
     pub sums: LossSums,
     /// The update.
     pub update: Update,
+    /// The loss is far above those before it.
+    pub spike: Option<Spike>,
 }
 
 impl Outcome {
+    /// The objective, nats a token.
+    pub fn loss(&self) -> f64 {
+        mean_loss(&self.sums)
+    }
+
     /// What is logged of the step of `plan`.
     pub fn record(&self, plan: &StepPlan<'_>, seconds: Seconds) -> StepRecord {
-        let Self { sums, update } = self;
+        let Self { sums, update, .. } = self;
         let mean = |sum: f64| sum / sums.counted.max(1) as f64;
         StepRecord {
             step: plan.step,
@@ -158,9 +167,16 @@ impl Outcome {
             entropy: mean(sums.entropy),
             grad_norm: update.grad_norm,
             applied: update.applied,
+            weights: None,
+            evals: Vec::new(),
             seconds,
         }
     }
+}
+
+/// The objective, nats a token.
+fn mean_loss(sums: &LossSums) -> f64 {
+    sums.loss / sums.counted.max(1) as f64
 }
 
 /// The additions that a lane's gradient sets off in the tree, made as far as it is whole.
@@ -254,6 +270,10 @@ impl Engine {
         if let Some(upcycle) = plan.upcycle {
             let layout = Layout::new(&self.config.model, upcycle.layers);
             self.load_state(self.state.upcycled(layout));
+        }
+        if plan.first_of_stage {
+            // Another T, sequence length or mixture has another loss.
+            self.state.losses.clear();
         }
         if plan.reset_optimizer {
             self.state.reset_moments();
@@ -367,6 +387,12 @@ impl Engine {
         walk(&self.model, &context, &ids_n, &targets_n, pass, gradient, walked)
     }
 
+    /// Adds the tokens of `batch` to `sums`: what the model is worth on them as `stage` trains it. Nothing changes.
+    pub fn evaluate(&self, stage: &Stage, batch: &MicroBatch, sums: &mut Evaluation) {
+        let (_, rotary) = self.rotary.as_ref().expect("enter() comes before evaluate()");
+        sums.add(&self.model, rotary, stage.mask, batch);
+    }
+
     fn on_device(&self, stage: &Stage, batch: &MicroBatch) -> (Context, Tensor, Tensor) {
         let (_, rotary) = self.rotary.as_ref().expect("enter() comes before lane()");
         let context = Context::new(batch, rotary, self.model.kind(), stage.mask);
@@ -392,11 +418,14 @@ impl Engine {
     /// Ends the step with the total of all lanes of the run: the flat `gradient`, which is overwritten, and the sums.
     pub fn finish_with(&mut self, plan: &StepPlan<'_>, gradient: &Tensor, sums: LossSums) -> Outcome {
         let _span = tracing::trace_span!("update").entered();
-        let finite = sums.loss.is_finite();
+        let (guard, loss) = (&self.config.guard, mean_loss(&sums));
+        let spike = guard::spike(guard, &self.state.losses, loss);
+        let wanted = sums.loss.is_finite() && (spike.is_none() || guard.on_spike != OnSpike::Skip);
         let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
         let update =
-            self.state.update(&self.config.optimizer, plan.lr, gradient, sums.counted, finite, moved);
-        Outcome { sums, update }
+            self.state.update(&self.config.optimizer, plan.lr, gradient, sums.counted, wanted, moved);
+        guard::remember(guard, &mut self.state.losses, loss);
+        Outcome { sums, update, spike }
     }
 
     /// Takes back a gradient buffer that is no longer needed, for a later lane. One of a layout that is no longer in use

@@ -52,6 +52,19 @@ impl Evaluation {
         }
     }
 
+    /// Adds what `other` found of as many loop steps and the same exit masses: the caller fixes the order.
+    pub fn merge(&mut self, other: &Self) {
+        fn add(left: &mut Sums, right: &Sums) {
+            left.loss += right.loss;
+            left.correct += right.correct;
+            left.depth += right.depth;
+        }
+        self.counted += other.counted;
+        self.steps.iter_mut().zip(&other.steps).for_each(|(left, right)| add(left, right));
+        self.exit.iter_mut().zip(&other.exit).for_each(|(left, right)| *left += right);
+        self.by_mass.iter_mut().zip(&other.by_mass).for_each(|((_, left), (_, right))| add(left, right));
+    }
+
     /// Adds the tokens of `batch`.
     pub fn add(&mut self, model: &Model, rotary: &Rotary, mask: Mask, batch: &MicroBatch) {
         tch::no_grad(|| {

@@ -5,15 +5,19 @@
 //!                   model      the looped language model          objective  loss and its backward by chunks
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
+//!                   guard      what a loss spike is
 //!                   generate   texts, with early exit         evaluate   figures of each loop step
+//!                   validate   these on held-out data, while a run trains
 //! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
 //!                   init       what a run begins with              interchange  the published layout, out and in
 //! to ask why        bisect     two runs side by side, and computed again
+//!                   audit      one run computed again, against its own record
 //! the shells        trainer    one thread that owns the model, one that writes; commands in, notices out
 //!                   ring       the same in a ring of workers under a coordinator
 //! ```
 
 mod account;
+pub mod audit;
 pub mod bisect;
 pub mod checkpoint;
 mod engine;
@@ -23,6 +27,7 @@ pub mod evaluate;
 mod ffi;
 mod fold;
 mod generate;
+mod guard;
 mod init;
 pub mod interchange;
 mod model;
@@ -32,8 +37,9 @@ mod params;
 pub mod ring;
 mod tape;
 mod trainer;
+mod validate;
 
-pub use account::{Epochs, Stamp, position_after, skip_event};
+pub use account::{Epochs, Stamp, outcome_event, position_after};
 pub use engine::{Engine, Growing, Outcome, Pass, forward_backward};
 pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
@@ -46,3 +52,4 @@ pub use optimizer::{State, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};
 pub use tape::Tape;
 pub use trainer::{Control, Ended, Resume, Run, Training};
+pub use validate::HeldOut;

@@ -35,6 +35,8 @@ pub struct State {
     pub exp_avg_sq: Tensor,
     /// Updates applied since the moments were last zero.
     pub updates: u64,
+    /// Losses of the last steps of the stage, the oldest first: what a spike is measured by.
+    pub losses: Vec<f64>,
 }
 
 /// What an update did.
@@ -58,7 +60,7 @@ impl State {
     pub fn new(layout: Layout, weights: Tensor) -> Self {
         let zeros = || layout.zeros(weights.device());
         let (exp_avg, exp_avg_sq) = (zeros(), zeros());
-        Self { layout, weights, exp_avg, exp_avg_sq, updates: 0 }
+        Self { layout, weights, exp_avg, exp_avg_sq, updates: 0, losses: Vec::new() }
     }
 
     /// The initial weights of the seed of `config`.
@@ -70,9 +72,10 @@ impl State {
 
     /// The same in memory of its own.
     pub fn copy(&self) -> Self {
-        let Self { layout, weights, exp_avg, exp_avg_sq, updates } = self;
+        let Self { layout, weights, exp_avg, exp_avg_sq, updates, losses } = self;
         let (weights, exp_avg, exp_avg_sq) = (weights.copy(), exp_avg.copy(), exp_avg_sq.copy());
-        Self { layout: layout.clone(), weights, exp_avg, exp_avg_sq, updates: *updates }
+        let (layout, losses) = (layout.clone(), losses.clone());
+        Self { layout, weights, exp_avg, exp_avg_sq, updates: *updates, losses }
     }
 
     /// Sets moments and their count to zero.
@@ -87,7 +90,7 @@ impl State {
         let spread = |flat: &Tensor| layout.upcycled(&self.layout, flat);
         let (weights, exp_avg, exp_avg_sq) =
             (spread(&self.weights), spread(&self.exp_avg), spread(&self.exp_avg_sq));
-        Self { layout, weights, exp_avg, exp_avg_sq, updates: self.updates }
+        Self { layout, weights, exp_avg, exp_avg_sq, updates: self.updates, losses: self.losses.clone() }
     }
 
     /// One update of the elements `moved` from the gradient's sum over `counted` tokens, which is overwritten; outside of

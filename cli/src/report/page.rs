@@ -183,6 +183,7 @@ fn event_list(records: &[Record]) -> String {
         let kind = match record.event {
             Event::PassedOver { .. }
             | Event::Skipped { .. }
+            | Event::Spike { .. }
             | Event::SkippedData { .. }
             | Event::CheckpointFailed { .. }
             | Event::Lost { .. }

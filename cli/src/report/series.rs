@@ -1,6 +1,6 @@
 //! The metrics as series of points, few enough to draw. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anello_store::events::Event;
 use anello_store::metrics::StepRecord;
@@ -73,8 +73,10 @@ pub fn data(story: &Story) -> Value {
             "update": rounded(&share(&|record| record.seconds.update)),
             "data": rounded(&share(&|record| record.seconds.data)),
             "checkpoint": rounded(&share(&|record| record.seconds.checkpoint)),
+            "eval": rounded(&share(&|record| record.seconds.eval)),
             "other": rounded(&share(&other_seconds)),
         },
+        "heldOut": held_out(&points),
         "checkpoints": checkpoints(story),
         "skipped": records.iter().filter(|r| !r.applied).map(|r| json!([r.step, r.tokens])).collect::<Vec<_>>(),
         "lnV": f64::from(story.config.model.vocab).ln(),
@@ -82,9 +84,37 @@ pub fn data(story: &Story) -> Value {
     })
 }
 
+/// Of each held-out set the loss of each loop step, at every point as it was last measured.
+fn held_out(points: &[&[StepRecord]]) -> Vec<Value> {
+    let all = || points.iter().flat_map(|point| point.iter()).flat_map(|record| &record.evals);
+    let sets: BTreeSet<&str> = all().map(|eval| eval.set.as_str()).collect();
+    let of_set = |set: &str| {
+        let loops = all().filter(|eval| eval.set == set).map(|eval| eval.loop_loss.len()).max().unwrap_or(0);
+        let of_loop = |t: usize| {
+            let mut last = f64::NAN;
+            let values = points.iter().map(|point| {
+                let measured = point.iter().flat_map(|record| &record.evals).rfind(|eval| eval.set == set);
+                if let Some(eval) = measured {
+                    last = eval.loop_loss.get(t).copied().unwrap_or(f64::NAN);
+                }
+                last
+            });
+            rounded(&values.collect::<Vec<f64>>())
+        };
+        json!({ "set": set, "loop": (0..loops).map(of_loop).collect::<Vec<_>>() })
+    };
+    sets.into_iter().map(of_set).collect()
+}
+
 fn other_seconds(record: &StepRecord) -> f64 {
     let seconds = &record.seconds;
-    (seconds.step - seconds.compute - seconds.reduce - seconds.update - seconds.data - seconds.checkpoint)
+    (seconds.step
+        - seconds.compute
+        - seconds.reduce
+        - seconds.update
+        - seconds.data
+        - seconds.checkpoint
+        - seconds.eval)
         .max(0.0)
 }
 

@@ -1,4 +1,5 @@
 use anello_store::events::{Event, Record};
+use anello_store::metrics::Evaluated;
 
 use super::page::escape;
 use super::*;
@@ -79,11 +80,32 @@ fn the_data_is_that_of_the_run() {
     assert_eq!(data["skipped"], serde_json::json!([[5, 600]]));
     assert_eq!(data["norm"][5], serde_json::Value::Null);
     assert_eq!(data["loop"][3][0], 5.5);
-    let shares: f64 = ["compute", "reduce", "update", "data", "checkpoint", "other"]
+    let shares: f64 = ["compute", "reduce", "update", "data", "checkpoint", "eval", "other"]
         .map(|k| data["time"][k][9].as_f64().unwrap())
         .iter()
         .sum();
     assert!((shares - 1.0).abs() < 1e-3, "{shares}");
+}
+
+#[test]
+fn held_out_losses_are_as_last_measured() {
+    let mut story = story(30);
+    for (step, loss) in [(9, 4.0), (19, 3.0)] {
+        story.records[step].evals = vec![Evaluated {
+            set: HOSTILE.to_owned(),
+            counted: 10,
+            loop_loss: vec![loss, loss - 0.5],
+            accuracy: vec![0.1; 2],
+            exit: vec![0.5; 2],
+        }];
+    }
+    let data = carried(&page::render(&story));
+    let set = &data["heldOut"][0];
+    assert_eq!(set["set"], HOSTILE);
+    let at = |t: usize| [8, 9, 18, 19, 29].map(|at| set["loop"][t][at].as_f64());
+    assert_eq!(at(0), [None, Some(4.0), Some(4.0), Some(3.0), Some(3.0)]);
+    assert_eq!(at(1), [None, Some(3.5), Some(3.5), Some(2.5), Some(2.5)]);
+    assert_eq!(set["loop"].as_array().unwrap().len(), 2);
 }
 
 #[test]

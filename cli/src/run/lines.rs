@@ -3,6 +3,7 @@
 use anello_configs::{Parameters, RunConfig, Schedule};
 use anello_store::Notice;
 use anello_store::events::Event;
+use anello_store::metrics::{Evaluated, StepRecord};
 
 use super::tracker::Tracker;
 use crate::text::{count, duration, grouped, lr, nats, per_second, percent, short};
@@ -63,6 +64,24 @@ pub fn step(tracker: &Tracker) -> String {
     )
 }
 
+/// A line for each held-out set that was measured after a step:
+/// `step 200 on held-out data tales: loops 3.100 2.900  accuracy 41.20 % 43.10 %`
+pub fn evals(record: &StepRecord) -> Vec<String> {
+    let line = |eval: &Evaluated| {
+        let losses: Vec<String> = eval.loop_loss.iter().copied().map(nats).collect();
+        let right: Vec<String> =
+            eval.accuracy.iter().map(|share| format!("{:.2} %", share * 100.0)).collect();
+        format!(
+            "step {} on held-out data {}: loops {}  accuracy {}",
+            grouped(record.step + 1),
+            eval.set,
+            losses.join(" "),
+            right.join(" ")
+        )
+    };
+    record.evals.iter().map(line).collect()
+}
+
 /// What is worth a line of its own, on a terminal and in a log.
 pub fn news(notice: &Notice) -> Option<String> {
     match notice {
@@ -76,6 +95,7 @@ pub fn news(notice: &Notice) -> Option<String> {
             }
             Event::PassedOver { .. }
             | Event::Skipped { .. }
+            | Event::Spike { .. }
             | Event::Epoch { .. }
             | Event::SkippedData { .. }
             | Event::TakenUp { .. }
@@ -130,6 +150,19 @@ mod tests {
         (record.applied, record.loss, record.grad_norm) = (false, f64::NAN, f64::INFINITY);
         tracker.observe(&Notice::Step(record));
         assert!(step(&tracker).contains("loss NaN") && step(&tracker).ends_with("  SKIPPED"));
+    }
+
+    #[test]
+    fn a_held_out_set_is_one_line() {
+        let mut record = record_of(199, "stable", 2);
+        assert_eq!(evals(&record), [""; 0]);
+        let (loop_loss, accuracy) = (vec![3.1, 2.9], vec![0.412, 0.431]);
+        let set = "tales".to_owned();
+        record.evals = vec![Evaluated { set, counted: 7, loop_loss, accuracy, exit: vec![0.5; 2] }];
+        assert_eq!(
+            evals(&record),
+            ["step 200 on held-out data tales: loops 3.100 2.900  accuracy 41.20 % 43.10 %"]
+        );
     }
 
     #[test]

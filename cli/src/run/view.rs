@@ -49,6 +49,9 @@ impl<'a> View<'a> {
         if let Notice::Stage { .. } = notice {
             self.screen.line(&lines::stage(tracker))?;
         }
+        if let Notice::Step(record) = notice {
+            lines::evals(record).iter().try_for_each(|line| self.screen.line(line))?;
+        }
         match (&mut self.kind, notice) {
             (Kind::Live(live), _) => {
                 live.notice(notice);

@@ -114,6 +114,8 @@ fn the_readme_knows_every_key() {
         "stage.stable.micro_batch=1",
         "stage.stable.lr_curve=wsd",
         "stage.longct.upcycle.layers=4",
+        "eval.sets.tales.url=tales",
+        "stage.stable.eval=[\"tales\"]",
     ];
     let config = loaded("tiny", &sets);
     let mathematics = config.mathematics();
@@ -132,6 +134,8 @@ fn the_readme_knows_every_key() {
                 .to_owned();
         } else if section.starts_with("data.sources.") {
             shown = "data.sources.NAME.url".to_owned();
+        } else if section.starts_with("eval.sets.") {
+            shown = "eval.sets.NAME.url".to_owned();
         }
         let row = readme.lines().find(|row| {
             row.starts_with('|') && row.split('|').nth(1).unwrap().contains(&format!("`{shown}`"))

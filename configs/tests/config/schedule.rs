@@ -43,6 +43,7 @@ fn stage(index: usize) -> impl Strategy<Value = (Stage, u64)> {
                 loss: Loss::Loop,
                 reset_optimizer,
                 upcycle: upcycle.map(|times| Upcycle { layers: times }),
+                eval: None,
             };
             (stage, quantum_per_lane)
         },

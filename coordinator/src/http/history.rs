@@ -228,6 +228,8 @@ mod tests {
             entropy: 0.5,
             grad_norm: 1.0,
             applied: loss.is_finite(),
+            weights: None,
+            evals: Vec::new(),
             seconds: Seconds { step: 0.5, ..Seconds::default() },
         }
     }

@@ -306,6 +306,7 @@ impl From<&Record> for Event {
             record.event,
             Logged::PassedOver { .. }
                 | Logged::Skipped { .. }
+                | Logged::Spike { .. }
                 | Logged::SkippedData { .. }
                 | Logged::CheckpointFailed { .. }
                 | Logged::Lost { .. }

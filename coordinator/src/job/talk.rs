@@ -74,6 +74,7 @@ impl Running {
                 Ok(
                     event @ (Logged::Stage { .. }
                     | Logged::Skipped { .. }
+                    | Logged::Spike { .. }
                     | Logged::Epoch { .. }
                     | Logged::SkippedData { .. }),
                 ) => self.desk.ask(Task::Append { event, formed: None }),

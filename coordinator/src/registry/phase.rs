@@ -45,6 +45,7 @@ impl Standing {
             Event::PassedOver { .. }
             | Event::Stage { .. }
             | Event::Skipped { .. }
+            | Event::Spike { .. }
             | Event::Epoch { .. }
             | Event::SkippedData { .. }
             | Event::Checkpoint { .. }

@@ -197,6 +197,7 @@ impl Figures {
             | Event::PassedOver { .. }
             | Event::Stage { .. }
             | Event::Skipped { .. }
+            | Event::Spike { .. }
             | Event::Epoch { .. }
             | Event::SkippedData { .. }
             | Event::CheckpointFailed { .. }
@@ -319,7 +320,10 @@ impl Figures {
             Event::SkippedData { .. } => self.counts.skipped_data += 1,
             Event::Goal { workers, .. } => self.wanted = Some(*workers),
             // Counted where they are told of as notices of their own.
-            Event::Checkpoint { .. } | Event::CheckpointFailed { .. } | Event::Skipped { .. } => {}
+            Event::Checkpoint { .. }
+            | Event::CheckpointFailed { .. }
+            | Event::Skipped { .. }
+            | Event::Spike { .. } => {}
             Event::Started { .. }
             | Event::Stage { .. }
             | Event::TakenUp { .. }
@@ -440,6 +444,8 @@ pub(super) mod tests {
             entropy: (loops as f64).ln(),
             grad_norm: 0.5,
             applied: true,
+            weights: None,
+            evals: Vec::new(),
             seconds: Seconds {
                 step: 0.5,
                 data: 0.05,
@@ -447,6 +453,7 @@ pub(super) mod tests {
                 reduce: 0.1,
                 update: 0.04,
                 checkpoint: 0.01,
+                eval: 0.0,
             },
         }
     }

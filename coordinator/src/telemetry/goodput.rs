@@ -127,6 +127,7 @@ impl Goodput {
             Event::PassedOver { .. }
             | Event::Stage { .. }
             | Event::Skipped { .. }
+            | Event::Spike { .. }
             | Event::Epoch { .. }
             | Event::SkippedData { .. }
             | Event::Checkpoint { .. }

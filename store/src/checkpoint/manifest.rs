@@ -39,6 +39,9 @@ pub struct Manifest {
     pub data: BTreeMap<String, String>,
     /// Where each lane is in its data.
     pub cursors: Vec<Cursor>,
+    /// Losses of the last steps of the stage, nats a token, the oldest first: what a spike is measured by.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "exact")]
+    pub losses: Vec<f64>,
     /// Where it was written.
     pub environment: Environment,
     /// The parts, in the order of their blocks.
@@ -49,6 +52,20 @@ pub struct Manifest {
     pub blocks: BlockDigests,
     /// BLAKE3 of all of the above: of this manifest as compact JSON with this field empty.
     pub blake3: String,
+}
+
+/// Numbers as the shortest texts that read back to the same bits.
+mod exact {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(values: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
+        values.iter().map(|value| format!("{value:?}")).collect::<Vec<String>>().serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<f64>, D::Error> {
+        let texts = Vec::<String>::deserialize(deserializer)?;
+        texts.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+    }
 }
 
 /// How far a run is.
@@ -75,6 +92,9 @@ pub struct Facts {
     pub layers: u32,
     /// Where each lane is in its data.
     pub cursors: Vec<Cursor>,
+    /// Losses of the last steps of the stage, nats a token, the oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "exact")]
+    pub losses: Vec<f64>,
     /// Digest of the config's mathematics.
     pub config: String,
     /// Digest of the index of each source, by name.
@@ -205,7 +225,7 @@ impl Manifest {
             blocks.exp_avg.extend(exp_avg);
             blocks.exp_avg_sq.extend(exp_avg_sq);
         }
-        let Facts { position, updates, layers, cursors, config, data, environment } = facts;
+        let Facts { position, updates, layers, cursors, losses, config, data, environment } = facts;
         let Position { step, stage, stage_end, tokens } = position;
         let elsewhere = described.iter().any(|part| part.step.is_some());
         let mut manifest = Self {
@@ -221,6 +241,7 @@ impl Manifest {
             config,
             data,
             cursors,
+            losses,
             environment,
             parts: described,
             weights: digest_of_blocks(&blocks.weights),

@@ -12,6 +12,7 @@ fn facts(step: u64) -> Facts {
         updates: step,
         layers: 2,
         cursors: vec![Cursor::default()],
+        losses: vec![7.25, 0.1 + 0.2],
         config: text("c"),
         data: [(text("docs"), text("d"))].into(),
         environment: Environment {

@@ -10,6 +10,7 @@ mod interchange;
 mod jobs;
 mod kill;
 mod links;
+mod recorded;
 mod ring;
 mod signals;
 mod tls;

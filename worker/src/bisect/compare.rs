@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anello_configs::StepPlan;
 use anello_store::checkpoint::{BUFFERS, Manifest};
-use anello_store::metrics::StepRecord;
+use anello_store::metrics::{Evaluated, StepRecord};
 use tch::{Device, Kind, Tensor};
 
 use super::findings::{Blocks, Difference, Element, Figure, KeyDifference, Phase, Records, SourceDifference};
@@ -38,7 +38,20 @@ pub(super) fn records(a: &Recorded, b: &Recorded) -> Records {
 
 /// The figures of a step that differ, bit for bit, and the first phase among them.
 pub(super) fn figures(a: &StepRecord, b: &StepRecord) -> Option<Difference> {
-    let (in_a, in_b) = (figures_of(a), figures_of(b));
+    let (mut in_a, mut in_b) = (figures_of(a), figures_of(b));
+    // How often the weights are put on record may differ between two runs that are the same.
+    if let (Some(of_a), Some(of_b)) = (&a.weights, &b.weights) {
+        for (figures, digest) in [(&mut in_a, of_a), (&mut in_b, of_b)] {
+            figures.push((Phase::Update, "weights".to_owned(), digest.clone()));
+        }
+    }
+    // So may what they are measured on.
+    for of_a in &a.evals {
+        if let Some(of_b) = b.evals.iter().find(|of_b| of_b.set == of_a.set) {
+            in_a.extend(evals_of(of_a));
+            in_b.extend(evals_of(of_b));
+        }
+    }
     let differing = pairs(in_a, in_b);
     let phase = differing.iter().map(|(phase, _)| *phase).min()?;
     let figures = differing.into_iter().map(|(_, figure)| figure).collect();
@@ -54,6 +67,17 @@ fn figures_of(record: &StepRecord) -> Vec<FigureOf> {
     figures.push((Phase::Norm, "grad_norm".to_owned(), exact(record.grad_norm)));
     figures.push((Phase::Norm, "applied".to_owned(), record.applied.to_string()));
     figures.push((Phase::Update, "lr".to_owned(), exact(*lr)));
+    figures
+}
+
+fn evals_of(eval: &Evaluated) -> Vec<FigureOf> {
+    let Evaluated { set, counted, loop_loss, accuracy, exit } = eval;
+    let mut figures = vec![(Phase::Eval, format!("eval_{set}_counted"), counted.to_string())];
+    for (stem, values) in [("loss", loop_loss), ("accuracy", accuracy), ("exit", exit)] {
+        let named = values.iter().zip(1..);
+        figures
+            .extend(named.map(|(value, t)| (Phase::Eval, format!("eval_{set}_{stem}_{t}"), exact(*value))));
+    }
     figures
 }
 

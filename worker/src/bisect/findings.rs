@@ -35,6 +35,8 @@ pub enum Phase {
     Norm,
     /// Learning rate, weights and moments.
     Update,
+    /// What the weights are worth on held-out data.
+    Eval,
 }
 
 /// The first difference between two computations of one step. Of each pair the first is A's, or what is on record; the

@@ -2,22 +2,24 @@
 //!
 //! ```text
 //! recorded   a run folder: config (and what was changed on the way), figures, manifests, where it was trained
+//! side       one run, computed again step by step from its record
 //! compare    two of these: keys, figures, blocks of checkpoints             findings   what was found, as plain values
-//! replay     both from the last state that is equal in both: batch, losses, gradient by lane, sum, norm, update
+//! replay     both sides from the last state that is equal in both: batch, losses, gradient by lane, sum, norm, update
 //! ```
 //! Where both computations agree and a record says otherwise, the machine that made the record computed wrongly, or is
 //! of another kind: the same config, data and seed have one and only one result.
 
 mod compare;
 mod findings;
-mod recorded;
+pub(crate) mod recorded;
 mod replay;
+pub(crate) mod side;
 
 use anello_store::Store;
 
 pub use findings::*;
 use recorded::Recorded;
-use replay::Start;
+use side::Start;
 
 use crate::error::{Error, Result};
 

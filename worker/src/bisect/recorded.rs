@@ -13,10 +13,12 @@ use crate::error::{Error, Result};
 
 /// A run as its folder tells it.
 #[derive(Debug)]
-pub(super) struct Recorded {
+pub(crate) struct Recorded {
     pub store: Store,
     /// Its configs in order, each with the first step that it holds for; the first is of step 0.
     pub configs: Vec<Epoch>,
+    /// What its log tells, in order.
+    pub events: Vec<Event>,
     /// What was logged, by step.
     pub records: BTreeMap<u64, StepRecord>,
     /// Checkpoints by steps applied.
@@ -30,7 +32,7 @@ pub(super) struct Recorded {
 
 /// A config from a step on.
 #[derive(Clone, Debug)]
-pub(super) struct Epoch {
+pub(crate) struct Epoch {
     pub from: u64,
     pub config: RunConfig,
     schedule: Schedule,
@@ -55,9 +57,11 @@ impl Recorded {
         }
         let configs = configs(config, &told)?;
         let environments = environments(store, &told, &manifests)?;
+        let events = told.into_iter().map(|record| record.event).collect();
         let records = records.into_iter().map(|record| (record.step, record)).collect();
         let notes = Vec::new();
-        let mut run = Self { store: store.clone(), configs, records, manifests, environments, unread, notes };
+        let store = store.clone();
+        let mut run = Self { store, configs, events, records, manifests, environments, unread, notes };
         run.note_gaps();
         run.note_changed_config();
         Ok(run)
@@ -73,12 +77,16 @@ impl Recorded {
         }
     }
 
-    fn note_changed_config(&mut self) {
-        let differs = |(step, manifest): &(&u64, &Manifest)| {
-            let before = step.saturating_sub(1);
-            self.config_at(before).digest() != manifest.config
+    /// The first checkpoint that says that it was trained with another config than the folder tells of.
+    pub fn changed_config(&self) -> Option<&Manifest> {
+        let differs = |manifest: &&Manifest| {
+            self.config_at(manifest.step.saturating_sub(1)).digest() != manifest.config
         };
-        if let Some((step, _)) = self.manifests.iter().find(differs) {
+        self.manifests.values().find(differs)
+    }
+
+    fn note_changed_config(&mut self) {
+        if let Some(Manifest { step, .. }) = self.changed_config() {
             let place = self.store.place();
             self.notes.push(format!(
                 "checkpoint {step} of {place} was trained with another config than its folder tells of; \

@@ -1,34 +1,17 @@
 //! Both runs computed again, step by step and side by side.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-use anello_configs::StepPlan;
-use anello_dataloader::{Dataset, LaneStep, Loader, LoaderOptions, MicroBatch, RowGroupEntry};
-use anello_store::metrics::{Seconds, StepRecord};
-use anello_store::{Cursor, Error as StoreError};
-use tch::{Device, Tensor};
+use anello_dataloader::{Dataset, MicroBatch, RowGroupEntry};
+use anello_store::Error as StoreError;
+use anello_store::metrics::StepRecord;
 
 use super::compare;
 use super::findings::{Difference, Figure, Phase, Replayed};
 use super::recorded::Recorded;
-use crate::checkpoint::load;
+use super::side::{Ran, Side, Start};
 use crate::engine::{Engine, Outcome};
 use crate::environment;
 use crate::error::{Error, Result};
-use crate::init::initial_state;
-use crate::objective::LossSums;
-use crate::optimizer::State;
 use crate::params::Layout;
-
-/// Where both runs begin to be computed again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Start {
-    /// Steps applied.
-    pub step: u64,
-    /// Whether both load a checkpoint of it; else each makes its own initial weights.
-    pub checkpoint: bool,
-}
 
 /// Computes both again from the first of `starts` that can be had, until something differs, at most until `until` steps are
 /// applied. `progress` hears (steps applied at the start, steps applied).
@@ -56,8 +39,7 @@ pub(super) fn replay(
         let Stepped { differs, computed } = step_both(&mut sides, step, step == start.step)?;
         found.to += 1;
         found.differs = differs;
-        found.off_record =
-            [0, 1].map(|side| off_record(sides[side].run, &computed[side], sides[side].engine.state()));
+        found.off_record = [0, 1].map(|side| sides[side].off_record(&computed[side]));
     }
     progress(start.step, found.to);
     Ok(found)
@@ -71,104 +53,15 @@ fn open<'a>(
 ) -> Result<(Start, [Side<'a>; 2])> {
     let (last, others) = starts.split_last().expect("there is always the seed");
     for &start in others {
-        match Side::new(a, start, b, notes).and_then(|of_a| Ok([of_a, Side::new(b, start, a, notes)?])) {
+        match Side::open(a, start, Some(b), notes)
+            .and_then(|of_a| Ok([of_a, Side::open(b, start, Some(a), notes)?]))
+        {
             Ok(sides) => return Ok((start, sides)),
             Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => notes.push(damaged.to_string()),
             Err(other) => return Err(other),
         }
     }
-    Ok((*last, [Side::new(a, *last, b, notes)?, Side::new(b, *last, a, notes)?]))
-}
-
-/// Where what was computed of a step is not what the run has on record of it.
-fn off_record(run: &Recorded, computed: &StepRecord, state: &State) -> Option<Difference> {
-    let logged = run.records.get(&computed.step);
-    let figures = logged.and_then(|logged| compare::figures(logged, computed));
-    let manifest = run.manifests.get(&(computed.step + 1));
-    let blocks = manifest.and_then(|manifest| compare::from_checkpoint(run, manifest, state));
-    match (figures, blocks) {
-        // The figures are of before the update: the earlier phase names the difference, the blocks are kept.
-        (Some(figures), Some(of_checkpoint)) => Some(Difference { blocks: of_checkpoint.blocks, ..figures }),
-        (figures, of_checkpoint) => figures.or(of_checkpoint),
-    }
-}
-
-/// One run, as it is computed again.
-struct Side<'a> {
-    run: &'a Recorded,
-    engine: Engine,
-    loader: Loader,
-    sources: BTreeMap<String, Arc<Dataset>>,
-    /// Where each lane is.
-    cursors: Vec<Cursor>,
-    /// The first step of the config that engine and loader are for.
-    config_from: u64,
-}
-
-impl<'a> Side<'a> {
-    /// `run` at `start`; when its own checkpoint cannot be read, the one of `other`, which is equal, is taken.
-    fn new(run: &'a Recorded, start: Start, other: &Recorded, notes: &mut Vec<String>) -> Result<Self> {
-        let (step, config) = (start.step, run.config_at(start.step));
-        let (engine, cursors) = if start.checkpoint {
-            let model = &config.model;
-            let loaded = load(&run.store, step, model, Device::Cpu).or_else(|cause| {
-                let loaded = load(&other.store, step, model, Device::Cpu)?;
-                let place = other.store.place();
-                notes.push(format!("{cause}: that of {place}, which is equal, was taken"));
-                Ok::<_, Error>(loaded)
-            })?;
-            (Engine::with_state(config, loaded.state), loaded.manifest.cursors)
-        } else {
-            let state = initial_state(config, Device::Cpu)?;
-            (Engine::with_state(config, state), vec![Cursor::default(); config.lanes as usize])
-        };
-        let data = LoaderOptions::of(config)?;
-        note_other_data(run, &data, notes);
-        let sources = data.sources.clone();
-        let loader =
-            Loader::open(LoaderOptions { start_step: step, cursors: Some(cursors.clone()), ..data })?;
-        Ok(Self { run, engine, loader, sources, cursors, config_from: run.config_from(step) })
-    }
-
-    /// Goes over to the config of `step`, when the run was given another one there.
-    fn follow_config(&mut self, step: u64) -> Result<()> {
-        let from = self.run.config_from(step);
-        if from == self.config_from {
-            return Ok(());
-        }
-        let config = self.run.config_at(step);
-        let data = LoaderOptions::of(config)?;
-        let cursors = Some(self.cursors.clone());
-        self.loader = Loader::open(LoaderOptions { start_step: step, cursors, ..data })?;
-        self.engine = Engine::with_state(config, self.engine.state().copy());
-        self.config_from = from;
-        Ok(())
-    }
-
-    fn plan(&self, step: u64) -> Result<StepPlan<'a>> {
-        self.run.plan_at(step).ok_or_else(|| {
-            let fact = format!("the config of {} ends before step {step}", self.run.store.place());
-            Error::config(fact, "its config.toml was changed by hand; bring the old one back")
-        })
-    }
-
-    fn lane_step(&mut self, step: u64, lane: u32) -> Result<LaneStep> {
-        let next = self.loader.next().expect("the loader has the same schedule as the plan")?;
-        assert_eq!((next.step, next.lane), (step, lane), "the loader serves another step");
-        self.cursors[lane as usize] = next.cursor.clone();
-        Ok(next)
-    }
-}
-
-/// The data that is there now may not be that of the run: then nothing that is computed tells of the run.
-fn note_other_data(run: &Recorded, data: &LoaderOptions, notes: &mut Vec<String>) {
-    let trained_on = run.data();
-    for (source, dataset) in &data.sources {
-        if trained_on.get(source).is_some_and(|digest| *digest != dataset.index().digest()) {
-            let place = run.store.place();
-            notes.push(format!("source {source} is not the data any more that {place} was trained on"));
-        }
-    }
+    Ok((*last, [Side::open(a, *last, Some(b), notes)?, Side::open(b, *last, Some(a), notes)?]))
 }
 
 /// Sources of one name that are not the same, by their indexes: which tokens they hold is told by checksums, where both
@@ -265,8 +158,8 @@ fn step_both(sides: &mut [Side<'_>; 2], step: u64, first_step: bool) -> Result<S
     let lanes = [a.cursors.len() as u32, b.cursors.len() as u32];
     let same_layout = a.engine.state().layout.has_places_of(&b.engine.state().layout);
     for lane in 0..lanes[0].max(lanes[1]) {
-        let of_a = if lane < lanes[0] { Some(run_lane(a, &plans.0, lane)?) } else { None };
-        let of_b = if lane < lanes[1] { Some(run_lane(b, &plans.1, lane)?) } else { None };
+        let of_a = if lane < lanes[0] { Some(a.run_lane(&plans.0, lane)?) } else { None };
+        let of_b = if lane < lanes[1] { Some(b.run_lane(&plans.1, lane)?) } else { None };
         if let (Some(of_a), Some(of_b)) = (&of_a, &of_b) {
             first.lane(lane, of_a, of_b, same_layout.then_some(&a.engine.state().layout));
         }
@@ -281,7 +174,7 @@ fn step_both(sides: &mut [Side<'_>; 2], step: u64, first_step: bool) -> Result<S
             vec![Figure { name: "lanes".to_owned(), values: lanes.map(|lanes| lanes.to_string()) }]
         });
     }
-    let totals = (total(&mut a.engine), total(&mut b.engine));
+    let totals = (a.total(), b.total());
     first.note(Phase::Reduce, || {
         let layout = &a.engine.state().layout;
         let blocks =
@@ -291,43 +184,15 @@ fn step_both(sides: &mut [Side<'_>; 2], step: u64, first_step: bool) -> Result<S
         let phase = Phase::Reduce;
         differs.then_some(Difference { step, phase, checkpoint: None, lane: None, figures, blocks })
     });
-    let outcomes = (finish(a, &plans.0, totals.0), finish(b, &plans.1, totals.1));
+    let outcomes = (a.finish(&plans.0, totals.0), b.finish(&plans.1, totals.1));
     first.figures(Phase::Norm, None, || norms((a, &outcomes.0), (b, &outcomes.1), step));
     first.note(Phase::Update, || {
         let rates = [plans.0.lr, plans.1.lr].map(compare::exact);
         let rate = (rates[0] != rates[1]).then(|| Figure { name: "lr".to_owned(), values: rates });
         states(step, Phase::Update, &a.engine, &b.engine, rate.into_iter().collect())
     });
-    let record = |plan: &StepPlan<'_>, outcome: &Outcome| outcome.record(plan, Seconds::default());
-    let computed = [record(&plans.0, &outcomes.0), record(&plans.1, &outcomes.1)];
+    let computed = [a.record(&plans.0, &outcomes.0)?, b.record(&plans.1, &outcomes.1)?];
     Ok(Stepped { differs: first.found, computed })
-}
-
-/// What one lane came to.
-struct Ran {
-    micro_batches: Vec<MicroBatch>,
-    gradient: Tensor,
-    sums: LossSums,
-}
-
-fn run_lane(side: &mut Side<'_>, plan: &StepPlan<'_>, lane: u32) -> Result<Ran> {
-    let LaneStep { micro_batches, .. } = side.lane_step(plan.step, lane)?;
-    let (gradient, sums) = side.engine.lane_gradient(plan.stage, &micro_batches);
-    Ok(Ran { micro_batches, gradient, sums })
-}
-
-/// The tree's total: one worker has all lanes, which are a power of two.
-fn total(engine: &mut Engine) -> (Tensor, LossSums) {
-    let mut partials = engine.take_partials();
-    let (_, _, gradient, sums) = partials.pop().expect("every lane was folded");
-    assert!(partials.is_empty(), "all lanes are one subtree");
-    (gradient, sums)
-}
-
-fn finish(side: &mut Side<'_>, plan: &StepPlan<'_>, (gradient, sums): (Tensor, LossSums)) -> Outcome {
-    let outcome = side.engine.finish_with(plan, &gradient, sums);
-    side.engine.recycle(gradient);
-    outcome
 }
 
 /// The first place at which what a lane trains on differs.

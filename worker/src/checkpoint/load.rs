@@ -31,8 +31,17 @@ pub fn load(store: &Store, step: u64, model: &Model, device: Device) -> Result<L
     read_parts(store, &manifest, targets, holds(&layout), take)?;
     let [weights, exp_avg, exp_avg_sq] = [weights, exp_avg, exp_avg_sq]
         .map(|flat| if device == Device::Cpu { flat } else { flat.to_device(device) });
-    let state = State { layout, weights, exp_avg, exp_avg_sq, updates: manifest.updates };
+    let (updates, losses) = (manifest.updates, manifest.losses.clone());
+    let state = State { layout, weights, exp_avg, exp_avg_sq, updates, losses };
     Ok(Loaded { manifest, state })
+}
+
+/// Reads and checks the checkpoint after `step` steps of a run of `model`, and keeps nothing of it.
+pub fn check(store: &Store, step: u64, model: &Model) -> Result<Manifest> {
+    let (manifest, layout) = open(store, step, model)?;
+    let nowhere = vec![(); manifest.parts.len()];
+    read_parts(store, &manifest, nowhere, holds(&layout), |(), _, _| ())?;
+    Ok(manifest)
 }
 
 /// Reads the weights alone of the checkpoint after `step` steps of a run of `model`: the flat buffer, and its layout.
@@ -87,9 +96,15 @@ fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
 }
 
 /// The state whose three flat buffers are these bytes, little-endian.
-pub(crate) fn state_of(layout: Layout, buffers: &[Vec<u8>; 3], updates: u64, device: Device) -> State {
+pub(crate) fn state_of(
+    layout: Layout,
+    buffers: &[Vec<u8>; 3],
+    updates: u64,
+    losses: Vec<f64>,
+    device: Device,
+) -> State {
     let [weights, exp_avg, exp_avg_sq] = buffers
         .each_ref()
         .map(|bytes| Tensor::from_slice(&floats(bytes).collect::<Vec<f32>>()).to_device(device));
-    State { layout, weights, exp_avg, exp_avg_sq, updates }
+    State { layout, weights, exp_avg, exp_avg_sq, updates, losses }
 }

@@ -5,7 +5,7 @@ mod load;
 mod save;
 
 pub use compare::{BlockDifference, Comparison, compare};
-pub(crate) use load::state_of;
 pub use load::{Loaded, load, load_weights};
+pub(crate) use load::{check, state_of};
 pub(crate) use save::block_digest;
 pub use save::{Snapshot, write};

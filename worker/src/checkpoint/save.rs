@@ -43,8 +43,14 @@ impl Snapshot {
 
 /// Digest of a block of numbers, as a manifest has it.
 pub(crate) fn block_digest(values: &[f32]) -> String {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    blake3::hash(&bytes).to_hex().to_string()
+    const PIECE: usize = 1 << 12;
+    let (mut hasher, mut bytes) = (blake3::Hasher::new(), [0; PIECE * 4]);
+    for piece in values.chunks(PIECE) {
+        let to = &mut bytes[..piece.len() * 4];
+        to.as_chunks_mut().0.iter_mut().zip(piece).for_each(|(four, value)| *four = value.to_le_bytes());
+        hasher.update(to);
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 /// Writes `snapshot` by [`write_blocks`], whose words these are.

@@ -19,6 +19,7 @@ mod replicas;
 mod shell;
 mod spot;
 mod sum;
+mod validation;
 mod word;
 
 use std::net::IpAddr;

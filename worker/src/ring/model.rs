@@ -33,6 +33,7 @@ use crate::account::{Epochs, Stamp};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::params::{BLOCK, Layout};
+use crate::validate::HeldOut;
 
 /// What the model thread is told.
 pub(super) enum Command {
@@ -134,6 +135,7 @@ struct Thread {
     runtime: tokio::runtime::Handle,
     tell: UnboundedSender<Told>,
     held: Option<Held>,
+    held_out: Option<HeldOut>,
     /// The buffer that gradients are gathered in.
     total: Option<Tensor>,
     writer: PartsWriter,
@@ -162,6 +164,7 @@ impl Thread {
             tch::set_num_threads(threads as i32);
         }
         let data = LoaderOptions::of(&config)?;
+        let held_out = HeldOut::open(&config)?;
         let stamp = Stamp::new(&config, &data);
         // Where the run was started: by the first worker that came.
         store.create(ENVIRONMENT, stamp.environment.to_json())?;
@@ -185,6 +188,7 @@ impl Thread {
             runtime,
             tell,
             held: None,
+            held_out,
             total: None,
             writer,
         })
@@ -256,13 +260,22 @@ impl Thread {
             if due && compared.is_ok() {
                 let stalled = Instant::now();
                 self.snapshot(&ring, formation);
-                step::add_checkpoint_seconds(&mut report, stalled.elapsed().as_secs_f64());
+                step::add_seconds(&mut report, 5, stalled.elapsed().as_secs_f64());
             }
+            // Who holds other weights than most measures and reports none of them.
+            let odd = matches!(&compared, Err(Cause::Diverged { workers, .. })
+                if workers.is_empty() || workers.contains(&worker));
+            let measured = match odd {
+                true => Ok(()),
+                false => self.validate(&plan, &serving, &mut ring, &mut report),
+            };
             // Whatever comes after it, the step is applied.
-            let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
-            let sent_bytes = ring.sent_bytes() - sent_before;
-            let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));
-            compared?;
+            if !odd {
+                let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
+                let sent_bytes = ring.sent_bytes() - sent_before;
+                let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));
+            }
+            compared.and(measured)?;
             tracing::debug!(generation = formation.generation.0, step = at, "applied a step");
             self.event(Event::Applied { holds: Step(at) });
             if control > 0 && at < schedule.total_steps() {

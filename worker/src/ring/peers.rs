@@ -38,6 +38,8 @@ pub(super) struct HostState {
     pub layers: u32,
     /// Where each lane is.
     pub cursors: Vec<Cursor>,
+    /// Losses of the last steps of the stage.
+    pub losses: Vec<f64>,
     /// Weights, first and second moments: whole blocks, little-endian.
     pub buffers: [Vec<u8>; 3],
 }
@@ -84,6 +86,7 @@ impl Peers for Service {
             layers: state.layers,
             blocks: all,
             cursors: serde_json::to_string(&state.cursors).expect("maps have string keys"),
+            losses: state.losses.clone(),
         };
         let head = StateChunk { chunk: Some(Chunk::Head(head)) };
         let (first, end) = (first_block as usize, end as usize);
@@ -175,7 +178,8 @@ async fn gather_all(
     if have != 3 * len {
         return Err(format!("{have} of {} bytes of state came", 3 * len));
     }
-    Ok(HostState { generation, step, updates: head.updates, layers: head.layers, cursors, buffers })
+    let StateHead { updates, layers, losses, .. } = head;
+    Ok(HostState { generation, step, updates, layers, cursors, losses, buffers })
 }
 
 /// One holder's part. A holder that has not got there yet is asked again.

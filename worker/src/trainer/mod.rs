@@ -22,13 +22,14 @@ use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{LaneStep, Loader};
 use anello_store::checkpoint::{read_manifest, steps};
 use anello_store::events::{Event, EventLog};
-use anello_store::metrics::Seconds;
+use anello_store::metrics::{Seconds, StepRecord};
 use anello_store::{Cursor, Notice, Store};
 
-use crate::account::{Epochs, Stamp, position_after, skip_event};
+use crate::account::{Epochs, Stamp, outcome_event, position_after, weights_digest};
 use crate::checkpoint::Snapshot;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::validate::HeldOut;
 
 pub use open::{Resume, Run};
 use writer::{Job, Writer};
@@ -101,6 +102,7 @@ struct Trainer {
     schedule: Schedule,
     engine: Engine,
     loader: Loader,
+    held_out: Option<HeldOut>,
     /// Where each lane is after the last step.
     cursors: Vec<Cursor>,
     stamp: Stamp,
@@ -134,6 +136,7 @@ impl Trainer {
             schedule,
             engine,
             loader,
+            held_out: run.held_out,
             cursors,
             stamp,
             epochs,
@@ -196,9 +199,17 @@ impl Trainer {
         }
         let updated = Instant::now();
         let outcome = self.engine.finish(plan);
-        seconds.update = updated.elapsed().as_secs_f64();
         self.next_step = plan.step + 1;
-        self.tell(skip_event(plan, &outcome))?;
+        let on_record = self.config.record.has_weights(self.next_step);
+        let weights = on_record.then(|| weights_digest(self.engine.state()));
+        seconds.update = updated.elapsed().as_secs_f64();
+        self.tell(outcome_event(plan, &outcome))?;
+        let mut evals = Vec::new();
+        if let Some(held_out) = self.held_out.as_mut().filter(|held_out| held_out.is_due(plan)) {
+            let measured = Instant::now();
+            evals = held_out.measure(&self.engine, plan)?;
+            seconds.eval = measured.elapsed().as_secs_f64();
+        }
 
         self.note_failure()?;
         let due = self.next_step.is_multiple_of(self.config.checkpoint.every_steps) || plan.last_of_stage;
@@ -213,7 +224,7 @@ impl Trainer {
             seconds.checkpoint = stalled.elapsed().as_secs_f64();
         }
         seconds.step = began.elapsed().as_secs_f64();
-        let record = outcome.record(plan, seconds);
+        let record = StepRecord { weights, evals, ..outcome.record(plan, seconds) };
         self.writer.send(Job::Metrics(record.clone()))?;
         let _ = self.notices.send(Notice::Step(record));
         let taken = snapshot.is_some();

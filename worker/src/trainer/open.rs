@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::environment;
 use crate::error::{Error, Result};
 use crate::init::initial_state;
+use crate::validate::HeldOut;
 
 /// A run that is ready to be trained.
 pub struct Run {
@@ -26,6 +27,7 @@ pub struct Run {
     /// Time between two attempts at what could not be written.
     pub retry: Duration,
     data: LoaderOptions,
+    pub(super) held_out: Option<HeldOut>,
     resumed: bool,
     allow: bool,
     /// Whether the run folder has another config still.
@@ -66,13 +68,22 @@ impl Run {
             return Err(Error::config(fact, "resume it, or give another folder"));
         }
         refuse_leftovers(&store)?;
-        let data = LoaderOptions::of(&config)?;
+        let (data, held_out) = (LoaderOptions::of(&config)?, HeldOut::open(&config)?);
         if !store.create(CONFIG, config.to_toml())? {
             return Err(StoreError::Fenced { place: store.place_of(CONFIG) }.into());
         }
         store.put(ENVIRONMENT, environment::of_cpu(config.compute.threads).to_json())?;
-        let (retry, changed) = (RETRY, Vec::new());
-        Ok(Self { config, store, retry, data, resumed: false, allow: false, new_config: false, changed })
+        Ok(Self {
+            config,
+            store,
+            retry: RETRY,
+            data,
+            held_out,
+            resumed: false,
+            allow: false,
+            new_config: false,
+            changed: Vec::new(),
+        })
     }
 
     /// The run in `store` (as for [`Run::create`]), to go on from its newest usable checkpoint.
@@ -106,9 +117,9 @@ impl Run {
                 format!("{} has {} lanes, the config {}", store.place(), begun_with.lanes, config.lanes);
             return Err(Error::config(fact, "begin a new run; lanes are fixed for the life of one"));
         }
-        let data = LoaderOptions::of(&config)?;
+        let (data, held_out) = (LoaderOptions::of(&config)?, HeldOut::open(&config)?);
         let (new_config, allow) = (config != begun_with, resume.allow);
-        Ok(Self { config, store, retry: RETRY, data, resumed: true, allow, new_config, changed })
+        Ok(Self { config, store, retry: RETRY, data, held_out, resumed: true, allow, new_config, changed })
     }
 
     /// Builds engine and loader at the first step to train, and claims the run: of two processes one gets through

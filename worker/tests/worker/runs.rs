@@ -3,6 +3,7 @@
 //! The run is small and has all that a real one has: five stages that change T, β, sequence length, RoPE base, mask
 //! and mixture, a batch ramp, an optimizer reset and an upcycling; two sources; checkpoints of several parts.
 
+mod audit;
 mod bisect;
 mod damage;
 mod faults;
@@ -11,7 +12,9 @@ mod log;
 mod resume;
 mod same_bits;
 mod several;
+mod spikes;
 mod store;
+mod validation;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -159,7 +162,7 @@ impl Data {
         data
     }
 
-    fn write(&self, source: &str, count: u64) {
+    pub fn write(&self, source: &str, count: u64) {
         let stream = Stream::new(3, source, &[]);
         let documents: Vec<Vec<i32>> = (0..count)
             .map(|d| {

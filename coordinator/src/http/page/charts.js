@@ -81,6 +81,11 @@ const anelloCharts = (box, tip, key, data, define) => {
         domain: range([...data.loop, ...(data.loopHigh || []), [data.lnV]], 1.6), format: fixed(3), tick: small,
         refs: [{ y: data.lnV, text: 'ln V: knowing nothing' }], skips: true,
       },
+      ...(data.heldOut || []).map(({ set, loop }) => ({
+        title: `Held-out loss: ${set}`, note: 'nats a token, as last measured', full: true, height: 260,
+        series: loop.map((values, t) => ({ name: `t = ${t + 1}`, values, color: () => loopColor(t) })),
+        domain: range(loop), format: fixed(3), tick: small,
+      })),
       {
         title: 'Where tokens exit', note: 'mean p(t) of each loop step', full: true, height: 260, stack: true,
         series: loopNames.map((name, t) => ({ name, values: data.exit[t], color: () => loopColor(t) })),
@@ -114,8 +119,8 @@ const anelloCharts = (box, tip, key, data, define) => {
       },
       {
         title: 'Where the time went', note: 'share of each step', stack: true,
-        series: ['compute', 'reduce', 'update', 'data', 'checkpoint', 'other']
-          .filter(name => data.time[name].some(v => v > 0))
+        series: ['compute', 'reduce', 'update', 'data', 'checkpoint', 'eval', 'other']
+          .filter(name => data.time[name]?.some(v => v > 0))
           .map(name => ({ name, values: data.time[name], color: () => css('--' + name) })),
         domain: [0, 1], format: share, tick: share,
       },

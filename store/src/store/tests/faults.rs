@@ -317,6 +317,7 @@ fn facts() -> Facts {
         updates: 3,
         layers: 1,
         cursors: Vec::new(),
+        losses: Vec::new(),
         config: String::new(),
         data: Default::default(),
         environment,

@@ -2,7 +2,10 @@
 
 use anello_configs::Model;
 
+use tch::Device;
+
 use super::*;
+use crate::objective::LossSums;
 use crate::params::BLOCK;
 
 fn layout() -> Layout {

@@ -1,6 +1,7 @@
 //! State: taken where a generation says, offered to those that lack it, and copied for checkpoints.
 
 use anello_store::Error as StoreError;
+use anello_store::checkpoint::Facts;
 
 use super::*;
 use crate::account::position_after;
@@ -79,7 +80,7 @@ impl Thread {
 
     fn hold_host_state(&mut self, state: HostState) {
         let layout = Layout::new(&self.config.model, state.layers);
-        let moments = state_of(layout, &state.buffers, state.updates, Device::Cpu);
+        let moments = state_of(layout, &state.buffers, state.updates, state.losses, Device::Cpu);
         let engine = Engine::with_state(&self.config, moments);
         self.held = Some(Held { engine, step: state.step, cursors: state.cursors });
     }
@@ -87,10 +88,10 @@ impl Thread {
     fn offer(&self, generation: Generation) {
         let held = self.held.as_ref().expect("only a holder offers");
         let Snapshot { facts, buffers, .. } = self.copy(0..held.engine.state().layout.blocks());
-        let (updates, layers, cursors) = (facts.updates, facts.layers, facts.cursors);
+        let Facts { updates, layers, cursors, losses, .. } = facts;
         // Nobody else holds them, so nothing is copied.
         let buffers = buffers.map(Vec::from);
-        let state = HostState { generation, step: held.step, updates, layers, cursors, buffers };
+        let state = HostState { generation, step: held.step, updates, layers, cursors, losses, buffers };
         *self.shelf.write().expect("no holder panics") = Some(Arc::new(state));
     }
 

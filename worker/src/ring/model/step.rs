@@ -3,15 +3,16 @@
 use anello_collective::Step as RingStep;
 use anello_dataloader::LaneStep;
 use anello_store::events::Event as Logged;
-use anello_store::metrics::{Seconds, StepRecord};
+use anello_store::metrics::{Evaluated, Seconds, StepRecord};
 
 use super::faults::flip_a_bit;
 use super::*;
-use crate::account::skip_event;
+use crate::account::{outcome_event, weights_digest};
 use crate::engine::Growing;
 use crate::ring::replicas;
 use crate::ring::spot::{self, Spot};
 use crate::ring::sum::add_up;
+use crate::ring::validation;
 use crate::ring::word::{Agreed, Word, agree};
 
 impl Thread {
@@ -110,14 +111,16 @@ impl Thread {
         *cursors = moved;
         let held = self.held.as_mut().expect("state was taken");
         held.step = Step(plan.step + 1);
+        let on_record = self.config.record.has_weights(plan.step + 1);
+        let weights = on_record.then(|| weights_digest(held.engine.state()));
         seconds.update = updated.elapsed().as_secs_f64();
         seconds.step = began.elapsed().as_secs_f64();
         let mut events = self.told.get_or_insert_default().not_told(events);
         events.extend(
             plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }),
         );
-        events.extend(skip_event(plan, &outcome));
-        Ok((control, report(outcome.record(plan, seconds), &events)))
+        events.extend(outcome_event(plan, &outcome));
+        Ok((control, report(StepRecord { weights, ..outcome.record(plan, seconds) }, &events)))
     }
 
     /// Has one lane's gradient computed by a second member, and by a third when the two differ, before anything of the step
@@ -154,6 +157,28 @@ impl Thread {
         Ok(hash)
     }
 
+    /// Measures the model on held-out data where that is due after the step of `plan`.
+    pub(super) fn validate(
+        &mut self,
+        plan: &StepPlan<'_>,
+        serving: &Serving<'_>,
+        ring: &mut tcp::Tcp,
+        report: &mut v1::StepReport,
+    ) -> Served<()> {
+        let Some(held_out) = self.held_out.as_mut().filter(|held_out| held_out.is_due(plan)) else {
+            return Ok(());
+        };
+        let began = Instant::now();
+        let members: Vec<Range<u32>> =
+            serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
+        let engine = &self.held.as_ref().expect("state was taken").engine;
+        let measured = validation::measure(held_out, engine, plan, &members, ring);
+        let (evals, broken) = measured.map_err(|error| fault(error.to_string()))?;
+        report.evals = evals.into_iter().map(evaluated).collect();
+        add_seconds(report, 6, began.elapsed().as_secs_f64());
+        broken.map_or(Ok(()), |broken| Err(cause_of(&broken, serving.formation)))
+    }
+
     /// Ends the ring when the replicas differ after `at` steps.
     pub(super) fn compare_replicas(
         &self,
@@ -185,14 +210,19 @@ fn next_lane_step(loader: &mut Loader, step: u64, lane: u32) -> Served<LaneStep>
     Ok(lane_step)
 }
 
-/// A checkpoint's copy was waited for after the step, as a part of it.
-pub(super) fn add_checkpoint_seconds(report: &mut v1::StepReport, seconds: f64) {
+/// What was done after the step, as a part of it: `of` is its place among the seconds.
+pub(super) fn add_seconds(report: &mut v1::StepReport, of: usize, seconds: f64) {
     report.seconds[0] += seconds;
-    report.seconds[5] += seconds;
+    report.seconds[of] += seconds;
+}
+
+fn evaluated(eval: Evaluated) -> v1::Evaluated {
+    let Evaluated { set, counted, loop_loss, accuracy, exit } = eval;
+    v1::Evaluated { set, counted, loop_loss, accuracy, exit }
 }
 
 fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
-    let Seconds { step, data, compute, reduce, update, checkpoint } = record.seconds;
+    let Seconds { step, data, compute, reduce, update, checkpoint, eval } = record.seconds;
     v1::StepReport {
         step: record.step,
         stage: record.stage,
@@ -206,7 +236,9 @@ fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
         entropy: record.entropy,
         grad_norm: record.grad_norm,
         applied: record.applied,
-        seconds: vec![step, data, compute, reduce, update, checkpoint],
+        weights: record.weights,
+        evals: record.evals.into_iter().map(evaluated).collect(),
+        seconds: vec![step, data, compute, reduce, update, checkpoint, eval],
         events: events
             .iter()
             .map(|event| {

@@ -19,7 +19,7 @@ fn trained(config: &RunConfig) -> Store {
     store
 }
 
-fn with(config: &RunConfig, key: &str, value: &str) -> RunConfig {
+pub fn with(config: &RunConfig, key: &str, value: &str) -> RunConfig {
     assert!(config.mathematics().contains_key(key), "{key} is no key");
     config.with(&[(key, Some(value))]).unwrap()
 }
@@ -218,7 +218,7 @@ fn a_config_that_was_changed_on_the_way_is_followed() {
     assert_eq!((replayed(&findings).from, replayed(&findings).checkpoint), (0, false));
 }
 
-fn change_figure(store: &Store, step: u64, change: impl FnOnce(&mut StepRecord)) {
+pub fn change_figure(store: &Store, step: u64, change: impl FnOnce(&mut StepRecord)) {
     let mut records = metrics::read(store).unwrap();
     change(&mut records[step as usize]);
     metrics::truncate(store, 0).unwrap();
@@ -259,6 +259,7 @@ fn computed_wrongly(config: &RunConfig, after: u64, element: usize) -> Store {
                 updates: state.updates,
                 layers: state.layout.layers() as u32,
                 cursors: manifest.cursors,
+                losses: manifest.losses,
                 config: manifest.config,
                 data: manifest.data,
                 environment: manifest.environment,

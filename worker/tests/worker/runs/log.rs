@@ -172,11 +172,11 @@ fn compare_says_which_blocks_differ() {
 
 /// Writes a checkpoint anew with another state.
 fn save_again(store: &Store, manifest: &Manifest, state: &anello_worker::State) {
-    let Manifest { step, stage, stage_end, tokens, cursors, config, data, environment, .. } =
+    let Manifest { step, stage, stage_end, tokens, cursors, losses, config, data, environment, .. } =
         manifest.clone();
     let position = Position { step, stage, stage_end, tokens };
     let (updates, layers) = (state.updates, state.layout.layers() as u32);
-    let facts = Facts { position, updates, layers, cursors, config, data, environment };
+    let facts = Facts { position, updates, layers, cursors, losses, config, data, environment };
     let snapshot = Snapshot::take(state, 0..state.layout.blocks(), facts.clone());
     checkpoint::delete(store, step).unwrap();
     let written = write(store, &snapshot, 1 << 20, 0).unwrap();

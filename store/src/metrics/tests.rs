@@ -1,0 +1,117 @@
+use super::*;
+
+fn evaluated(set: &str, loops: usize) -> Evaluated {
+    let per_loop = |from: f64| (1..=loops).map(|t| from / t as f64).collect::<Vec<f64>>();
+    let [loop_loss, accuracy, exit] = [7.3, 0.7, 0.9].map(per_loop);
+    Evaluated { set: set.to_owned(), counted: 640, loop_loss, accuracy, exit }
+}
+
+fn record(step: u64, loops: usize) -> StepRecord {
+    StepRecord {
+        step,
+        stage: "stable".into(),
+        tokens: 100 * (step + 1),
+        batch_tokens: 100,
+        counted: 97,
+        lr: 1e-3 / (step + 1) as f64,
+        loss: 7.1,
+        loop_loss: (0..loops).map(|t| 7.0 - t as f64 / 7.0).collect(),
+        exit: vec![1.0 / loops as f64; loops],
+        entropy: (loops as f64).ln(),
+        grad_norm: if step == 3 { f64::NAN } else { 0.3 },
+        applied: step != 3,
+        evals: match step % 3 {
+            0 => Vec::new(),
+            sets => (0..sets).map(|set| evaluated(&format!("set-{set}"), loops)).collect(),
+        },
+        weights: (step % 2 == 1).then(|| format!("{step:064x}")),
+        seconds: Seconds {
+            step: 0.5,
+            data: 0.1,
+            compute: 0.2,
+            reduce: 0.1,
+            update: 0.1,
+            checkpoint: 0.0,
+            eval: 0.25,
+        },
+    }
+}
+
+/// `Debug` text: equal values, NaN included.
+fn shown(records: &[StepRecord]) -> String {
+    format!("{records:?}")
+}
+
+#[test]
+fn records_survive_parquet_also_when_t_changes() {
+    let store = Store::memory().unwrap();
+    let records: Vec<StepRecord> = (0..6).map(|s| record(s, if s < 4 { 8 } else { 4 })).collect();
+    write(&store, &records[..5]).unwrap();
+    write(&store, &records[5..]).unwrap();
+    assert_eq!(shown(&read(&store).unwrap()), shown(&records));
+    assert!((records[0].depth() - 4.5).abs() < 1e-12 && records[0].kl().abs() < 1e-12);
+}
+
+#[test]
+fn records_are_the_same_bits_after_transport() {
+    let records = [record(2, 4), StepRecord { loss: 0.1 + 0.2, ..record(3, 4) }];
+    let json = serde_json::to_vec(&records).unwrap();
+    let back: Vec<StepRecord> = serde_json::from_slice(&json).unwrap();
+    assert_eq!((&back[0], shown(&back)), (&records[0], shown(&records)));
+}
+
+#[test]
+fn a_file_of_an_older_build_reads_without_what_it_does_not_have() {
+    let records = [record(0, 4), record(1, 4)];
+    let mut batch = to_batch(&records);
+    for newer in [REDUCE, EVAL, WEIGHTS] {
+        batch.remove_column(batch.schema().index_of(newer).unwrap());
+    }
+    let mut bytes = Vec::new();
+    let mut writer = ArrowWriter::try_new(&mut bytes, batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+    let expected = records.map(|r| StepRecord {
+        seconds: Seconds { reduce: 0.0, eval: 0.0, ..r.seconds },
+        weights: None,
+        ..r
+    });
+    assert_eq!(decode(bytes.into()).unwrap(), expected);
+}
+
+#[test]
+fn the_last_records_are_read_without_the_others() {
+    let store = Store::memory().unwrap();
+    let records: Vec<StepRecord> = (0..10).map(|s| record(s, 4)).collect();
+    for part in [&records[..4], &records[4..8], &records[8..]] {
+        write(&store, part).unwrap();
+    }
+    for count in [0, 1, 2, 3, 6, 7, 10, 99] {
+        let all = read(&store).unwrap();
+        let last = &all[all.len().saturating_sub(count)..];
+        assert_eq!(shown(&read_last(&store, count).unwrap()), shown(last), "{count}");
+    }
+    let after = |after| {
+        let mut steps = Vec::new();
+        read_after(&store, after, |record| steps.push(record.step)).unwrap();
+        steps
+    };
+    assert_eq!((after(None), after(Some(5)), after(Some(9))), ((0..10).collect(), vec![6, 7, 8, 9], vec![]));
+    // The first is not looked at when it is not needed.
+    store.put("metrics/0000000000-0000000003.parquet", b"damaged".to_vec()).unwrap();
+    assert_eq!(shown(&read_last(&store, 6).unwrap()), shown(&records[4..]));
+    assert!(read_last(&store, 7).is_err());
+}
+
+#[test]
+fn truncation_keeps_exactly_what_is_before_the_step() {
+    let store = Store::memory().unwrap();
+    let records: Vec<StepRecord> = (0..10).map(|s| record(s, 4)).collect();
+    write(&store, &records[..4]).unwrap();
+    write(&store, &records[4..8]).unwrap();
+    write(&store, &records[8..]).unwrap();
+    truncate(&store, 6).unwrap();
+    assert_eq!(shown(&read(&store).unwrap()), shown(&records[..6]));
+    truncate(&store, 4).unwrap();
+    assert_eq!(shown(&read(&store).unwrap()), shown(&records[..4]));
+}

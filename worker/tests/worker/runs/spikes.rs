@@ -1,0 +1,109 @@
+//! Loss spikes: found by the rule, told of, and left out when the config says so; alike however the run is cut.
+
+use anello_worker::audit::{Options, Verdict, audit};
+
+use super::*;
+
+/// Thirty steps of one stage, whose learning rate makes the loss leap.
+fn wild(data: &Data, on_spike: &str) -> RunConfig {
+    const STAGE: &str = r#"
+[stage.stable]
+tokens = 3840
+sequence = 16
+batch = 128
+lr = 0.3
+loops = 2
+mixture = { words = 3, code = 1 }
+"#;
+    let (head, _) = CONFIG.split_once("[stage.warmup]").unwrap();
+    let (before, rest) = head.split_once("stages = ").unwrap();
+    let (_, after) = rest.split_once('\n').unwrap();
+    let guard = format!("[guard]\non_spike = {on_spike:?}\nwindow = 6\nfactor = 2.0\nfloor = 0.01\n");
+    data.parse(&format!("{before}stages = [\"stable\"]\n{after}{guard}{STAGE}"))
+}
+
+fn spikes(store: &Store) -> Vec<(u64, f64, f64, bool)> {
+    let told = events_of(store).into_iter().filter_map(|event| match event {
+        Event::Spike { step, loss, limit, skipped, .. } => {
+            Some((step, loss.parse().unwrap(), limit.parse().unwrap(), skipped))
+        }
+        _ => None,
+    });
+    told.collect()
+}
+
+fn weights(store: &Store, step: u64) -> String {
+    checkpoint::read_manifest(store, step).unwrap().weights
+}
+
+#[test]
+fn spikes_are_told_of_and_left_out_by_the_same_rule() {
+    let data = Data::new();
+    let (logged, skipped, off) =
+        (Store::memory().unwrap(), Store::memory().unwrap(), Store::memory().unwrap());
+    for (store, on_spike) in [(&logged, "log"), (&skipped, "skip"), (&off, "off")] {
+        let mut config = wild(&data, on_spike);
+        config.checkpoint.every_steps = 1;
+        begin(store, &config, None);
+    }
+    let told = spikes(&logged);
+    assert!(!told.is_empty(), "the run is wild");
+    assert!(told.iter().all(|(_, loss, limit, skipped)| loss > limit && !skipped));
+    let rows = metrics::read(&logged).unwrap();
+    assert!(rows.iter().all(|row| row.applied));
+    for (step, loss, ..) in &told {
+        assert_eq!(rows[*step as usize].loss.to_bits(), loss.to_bits());
+    }
+    // To tell of it changes nothing.
+    let last = rows.len() as u64;
+    assert_eq!(weights(&logged, last), weights(&off, last));
+    assert_eq!(spikes(&off), []);
+    assert!(checkpoint::read_manifest(&off, last).unwrap().losses.is_empty());
+
+    // Up to the first both are the same run; its update is left out.
+    let first = told[0].0;
+    assert_eq!(spikes(&skipped)[0], (first, told[0].1, told[0].2, true));
+    assert_eq!(weights(&skipped, first), weights(&logged, first));
+    let rows = metrics::read(&skipped).unwrap();
+    for row in &rows {
+        let left_out = spikes(&skipped).iter().any(|(step, ..)| *step == row.step);
+        assert_eq!(row.applied, !left_out, "step {}", row.step);
+        if row.step > 0 {
+            let same = weights(&skipped, row.step) == weights(&skipped, row.step + 1);
+            assert_eq!(same, left_out, "step {}", row.step);
+        }
+    }
+    let manifest = checkpoint::read_manifest(&skipped, first).unwrap();
+    let before: Vec<f64> = rows[..first as usize].iter().map(|row| row.loss).collect();
+    assert_eq!(manifest.losses, before[before.len().saturating_sub(6)..], "the window is in the checkpoint");
+}
+
+#[test]
+fn a_run_that_is_stopped_anywhere_leaves_out_the_same_steps() {
+    let (data, undisturbed) = (Data::new(), Store::memory().unwrap());
+    let config = wild(&data, "skip");
+    let ended = begin(&undisturbed, &config, None);
+    let expected = spikes(&undisturbed);
+    assert!(!expected.is_empty());
+    for stop in 1..ended.step {
+        let store = Store::memory().unwrap();
+        begin(&store, &config, Some(stop));
+        assert_eq!(resume(&store, None), ended, "stopped after {stop} steps");
+        assert_eq!(spikes(&store), expected, "stopped after {stop} steps");
+    }
+    let options = Options { workers: 2, ..Options::default() };
+    let findings = audit(&undisturbed, &options, &mut |_| {}).unwrap();
+    assert_eq!(findings.verdict, Verdict::Confirmed, "{findings:#?}");
+}
+
+#[test]
+fn only_what_skips_is_mathematics() {
+    let data = Data::new();
+    let digest = |on_spike| wild(&data, on_spike).digest();
+    assert_eq!(digest("log"), digest("off"));
+    assert_ne!(digest("log"), digest("skip"));
+    let keys = wild(&data, "skip").mathematics();
+    for key in ["guard.on_spike", "guard.window", "guard.factor", "guard.floor"] {
+        assert!(keys.contains_key(key), "{key}");
+    }
+}
