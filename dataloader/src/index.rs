@@ -13,6 +13,9 @@ pub const INDEX_FILE: &str = "index.json";
 
 const VERSION: u32 = 1;
 
+/// Documents, and tokens, that an index may tell of: past what any run can train on, and far from where sums end.
+const MOST: u64 = 10_000_000_000_000_000;
+
 /// What a folder of token shards holds: enough to say which document comes when without opening a shard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Index {
@@ -94,6 +97,13 @@ impl Index {
             serde_json::from_slice(&bytes).map_err(|e| fault(format!("cannot be read ({e})")))?;
         if index.version != VERSION {
             return Err(fault(format!("has version {}, this build reads {VERSION}", index.version)));
+        }
+        for (what, of) in [("documents", (|g| g.rows) as fn(&RowGroupEntry) -> u64), ("tokens", |g| g.tokens)]
+        {
+            let total = index.row_groups().try_fold(0u64, |sum, group| sum.checked_add(of(group)));
+            if total.is_none_or(|total| total > MOST) {
+                return Err(fault(format!("claims more than {MOST} {what}")));
+            }
         }
         let listed: BTreeMap<_, _> =
             shards_of(store.list("")?).into_iter().map(|o| (o.path, o.bytes)).collect();
