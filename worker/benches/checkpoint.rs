@@ -64,6 +64,7 @@ fn facts(state: &State) -> Facts {
         updates: state.updates,
         layers: state.layout.layers() as u32,
         cursors: vec![Cursor::default(); 64],
+        losses: Vec::new(),
         config: String::new(),
         data: Default::default(),
         environment,
@@ -77,7 +78,7 @@ fn serve() {
         Tensor::randn([layout.len() as i64], (Kind::Float, Device::Cpu))
     };
     let (weights, exp_avg, exp_avg_sq) = (flat(1), flat(2), flat(3));
-    let state = State { layout: layout.clone(), weights, exp_avg, exp_avg_sq, updates: 7 };
+    let state = State { layout: layout.clone(), weights, exp_avg, exp_avg_sq, updates: 7, losses: Vec::new() };
     println!("{}", json!({ "mib": (3 * layout.len()) >> 18 }));
     for line in std::io::stdin().lock().lines().map(|line| line.expect("standard input")) {
         let answer = match line.split_once(' ') {
