@@ -21,9 +21,12 @@ pub struct HeldOut {
     lanes: u32,
     vocab: u32,
     sets: Vec<(String, Dataset)>,
-    /// What was read last, and for what: (stage, lanes served).
-    read: Option<((usize, Range<u32>), Vec<Set>)>,
+    /// What was read last, and for what.
+    read: Option<(Served, Vec<Set>)>,
 }
+
+/// Index of the stage, and the lanes that are served here.
+type Served = (usize, Range<u32>);
 
 /// The micro-batches of the lanes that are served here.
 #[derive(Debug)]
