@@ -49,7 +49,17 @@ fn row(step: u64) -> StepRecord {
         entropy: 1.38,
         grad_norm: 0.5,
         applied: step != 7,
-        seconds: Seconds { step: 0.5, data: 0.1, compute: 0.3, reduce: 0.05, update: 0.05, checkpoint: 0.0 },
+        weights: None,
+        evals: Vec::new(),
+        seconds: Seconds {
+            step: 0.5,
+            data: 0.1,
+            compute: 0.3,
+            reduce: 0.05,
+            update: 0.05,
+            checkpoint: 0.0,
+            eval: 0.0,
+        },
     }
 }
 

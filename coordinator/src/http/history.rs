@@ -60,7 +60,7 @@ pub struct Thinned {
     pub stage: Vec<u16>,
     /// Names of the stages that were trained.
     pub stages: Vec<String>,
-    /// In the order of [`FIGURES`].
+    /// In the order of `FIGURES`.
     pub figures: Vec<Band>,
     /// Tokens a second of wall clock.
     pub tokens_per_s: Band,
@@ -68,7 +68,7 @@ pub struct Thinned {
     pub loop_loss: Vec<Band>,
     /// p(t): means alone.
     pub exit: Vec<Vec<Option<f32>>>,
-    /// Steps that were not finite, with the tokens of the run after them; the first [`SKIPPED_MAX`] of the part.
+    /// Steps that were not finite, with the tokens of the run after them; the first `SKIPPED_MAX` of the part.
     pub skipped: Vec<(u64, u64)>,
 }
 

@@ -45,9 +45,12 @@ fn what_was_fetched_once_is_not_fetched_again_by_whomever() {
     assert_eq!(files(dir.path()).len(), 5, "and nothing unfinished");
 }
 
+/// Does something to the bytes of an entry.
+type Damage = fn(&mut Vec<u8>);
+
 #[test]
 fn a_damaged_entry_is_fetched_anew() {
-    let damages: [(&str, fn(&mut Vec<u8>)); 5] = [
+    let damages: [(&str, Damage); 5] = [
         ("a bit", |bytes| bytes[20_000] ^= 1),
         ("a bit of its digest", |bytes| *bytes.last_mut().unwrap() ^= 1),
         ("its end is missing", |bytes| bytes.truncate(10_000)),
