@@ -272,7 +272,7 @@ impl Thread {
             // Whatever comes after it, the step is applied.
             if !odd {
                 let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
-                let sent_bytes = ring.sent_bytes() - sent_before;
+                let sent_bytes = ring.sent_bytes().saturating_sub(sent_before);
                 let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));
             }
             compared.and(measured)?;
