@@ -19,6 +19,7 @@ test: setup
 	@scripts/s3-venv
 	@scripts/test-tools
 	@scripts/tensorboard-venv
+	@scripts/kube-tools
 	$(CARGO) build --quiet -p anello
 	$(CARGO) test --workspace --no-fail-fast
 
@@ -52,7 +53,7 @@ data: build
 
 clean:
 	$(CARGO) clean
-	rm -rf libtorch data/tiny .venv-bench .venv-s3 .venv-tensorboard .test-tools
+	rm -rf libtorch data/tiny .venv-bench .venv-s3 .venv-tensorboard .venv-kube .test-tools
 
 ## Simulated histories of the ring, then whole runs of real processes, with faults of new seeds. The numbers bound it.
 soak: export ANELLO_SEED ?= $(shell date +%s)000

@@ -7,11 +7,14 @@ use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_coordinator::http::Keeper;
-use anello_coordinator::{Jobs, Registry, RegistryOptions, Said, Server, Timings};
+use anello_coordinator::{Jobs, Refusal, Registry, RegistryOptions, Said, Server, Timings};
+use anello_proto::jobs::{JobName, Submission};
 use anello_store::{Store, doctor};
 use anello_tls::Role;
+use anello_worker::pin_init;
 
 use crate::certs::{Handed, ListenArgs};
+use crate::config::load;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::http::HttpArgs;
 use crate::interrupt::Interrupt;
@@ -37,6 +40,19 @@ pub struct Args {
     /// How long a silent fault of a worker may go unseen.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = read_time)]
     detection: Duration,
+    /// Submit this config at the start, a preset or a TOML file, unless the place holds the job already. What is wrong
+    /// with it ends the command, with exit code 2.
+    #[arg(long, value_name = "CONFIG")]
+    submit: Option<String>,
+    /// Set a key over that config. May be given again.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "submit")]
+    sets: Vec<String>,
+    /// Name of that job (default: the config's).
+    #[arg(long, value_name = "NAME", requires = "submit")]
+    name: Option<String>,
+    /// Fewest workers that train it.
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "submit", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    min: u32,
     #[command(flatten)]
     http: HttpArgs,
     #[command(flatten)]
@@ -45,9 +61,25 @@ pub struct Args {
 
 const POLL: Duration = Duration::from_millis(100);
 
+/// The job that is submitted at the start.
+fn submission(args: &Args) -> Result<Option<Submission>, Failure> {
+    let Some(config) = &args.submit else { return Ok(None) };
+    let mut loaded = load(config, &args.sets)?;
+    loaded.check_sources()?;
+    pin_init(&mut loaded.config)?;
+    let name = args.name.clone().unwrap_or_else(|| loaded.config.name.clone());
+    let name = JobName::new(name.as_str()).ok_or_else(|| {
+        Failure::Usage(format!("`{name}` is no name of a job; give letters, digits, `-` and `_` with --name"))
+    })?;
+    let (min, config) = (args.min, loaded.config.to_toml());
+    Ok(Some(Submission { config, name: Some(name), min, desired: min, run: None }))
+}
+
 /// `anello coordinator`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let interrupt = Interrupt::watch()?;
+    // What a person got wrong, before anything is taken over.
+    let submission = submission(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let protection = args.protection.protection(Role::Coordinator)?;
     let with_tls = if protection.tls().is_some() { " (TLS)" } else { "" };
@@ -86,6 +118,13 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let page = page.transpose()?;
     if let Some(page) = &page {
         screen.line(&format!("page at {}", page.url))?;
+    }
+
+    if let Some(submission) = submission {
+        runtime.block_on(registry.ensure(submission)).map_err(|refusal| match refusal {
+            Refusal::Store(source) => Failure::Store(source),
+            refusal => Failure::Usage(refusal.to_string()),
+        })?;
     }
 
     let mut stopping = false;

@@ -28,6 +28,8 @@ pub enum Exit {
     No,
     /// Somebody interrupted it, and it saved what it had.
     Interrupted,
+    /// A worker that left before the run was over, as it was asked to.
+    Left(u8),
 }
 
 impl Exit {
@@ -37,6 +39,7 @@ impl Exit {
             Self::Done => 0,
             Self::No => 1,
             Self::Interrupted => 130,
+            Self::Left(code) => code,
         }
     }
 }
@@ -68,6 +71,9 @@ pub enum Failure {
     /// A coordinator that cannot be reached, or cannot answer now.
     #[error("{0}")]
     Unreachable(String),
+    /// Kubernetes.
+    #[error(transparent)]
+    Kube(Box<anello_k8s::Error>),
     /// Certificates.
     #[error(transparent)]
     Tls(#[from] anello_tls::Error),
@@ -119,7 +125,7 @@ impl Failure {
             Self::Refused(_) => 3,
             Self::Evicted(_) => 5,
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
-            Self::Ring(_) | Self::Unreachable(_) | Self::Coordinator(_) => 1,
+            Self::Ring(_) | Self::Unreachable(_) | Self::Coordinator(_) | Self::Kube(_) => 1,
             Self::Worker(_) | Self::Store(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,
         }
     }

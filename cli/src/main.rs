@@ -10,6 +10,7 @@
 //!               certs       a private CA, and how other commands are given its certificates
 //!               interchange export, import             generate, eval
 //!                                                      weights      a model by its name
+//!               kube        a PretrainJob, its controller
 //!               bisect      why two runs are not the same        doctor   is a store fit for runs?
 //!               audit       is a run what its record says?
 //!               dashboards  for Grafana and Prometheus    http       `--http` of any of them
@@ -37,6 +38,7 @@ mod http;
 mod interchange;
 mod interrupt;
 mod jobs;
+mod kube;
 mod log;
 mod place;
 mod report;
@@ -81,8 +83,8 @@ enum Command {
     Worker(worker::Args),
     /// Keep the jobs of one place: a queue, a ring of worker processes for each, and the user's commands.
     Coordinator(coordinator::Args),
-    /// Put a job into a coordinator's queue.
-    Submit(jobs::SubmitArgs),
+    /// Put a job into a coordinator's queue, or into a Kubernetes cluster.
+    Submit(Box<jobs::SubmitArgs>),
     /// List a coordinator's jobs.
     List(jobs::ListArgs),
     /// Tell all that there is to see of a job.
@@ -101,6 +103,10 @@ enum Command {
     Scale(jobs::ScaleArgs),
     /// Stop a job for good.
     Cancel(jobs::JobArgs),
+    /// Print the definition of the PretrainJob resource, for `kubectl apply -f -`.
+    Crd,
+    /// Look after the PretrainJobs of a Kubernetes cluster.
+    Controller(kube::ControllerArgs),
     /// Make a private CA and its certificates, for TLS between machines.
     #[command(subcommand)]
     Certs(certs::Command),
@@ -182,6 +188,8 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Resume(args) => jobs::resume(&args, screen),
         Command::Scale(args) => jobs::scale(&args, screen),
         Command::Cancel(args) => jobs::cancel(&args, screen),
+        Command::Crd => kube::crd(screen),
+        Command::Controller(args) => kube::controller(&args, screen),
         Command::Certs(command) => certs::run(&command, screen),
         Command::Plan(args) => config::plan(&args, screen),
         Command::Config(args) => config::show(&args, screen),

@@ -40,6 +40,10 @@ pub struct Args {
     /// End when standard input ends: so a worker never outlives the process that started it.
     #[arg(long)]
     until_eof: bool,
+    /// Exit code of a worker that leaves before the run is over, because it was asked to: for who restarts what has not
+    /// ended well.
+    #[arg(long, value_name = "CODE", default_value_t = 0)]
+    left_code: u8,
     #[command(flatten)]
     http: HttpArgs,
     #[command(flatten)]
@@ -78,7 +82,7 @@ pub fn run(args: &Args) -> Outcome {
         Leave::Done => Ok(Exit::Done),
         Leave::Dismissed { reason } => {
             tracing::info!(reason, "dismissed");
-            Ok(Exit::Done)
+            Ok(Exit::Left(args.left_code))
         }
         Leave::Refused { reason } => Err(Failure::Refused(reason)),
         Leave::Evicted { reason } => Err(Failure::Evicted(reason)),

@@ -1,13 +1,17 @@
 //! What the end-to-end tests share: the built command, its processes with their logs, and a small run.
 
+mod cluster;
 mod command;
+mod kubelet;
 mod network;
 mod proxy;
 mod run;
 mod s3;
 mod tool;
 
+pub use cluster::{Cluster, kube_tool};
 pub use command::{Done, Process, anello, binary, signal, wait_until};
+pub use kubelet::{Kubelet, client_of};
 pub use network::Network;
 pub use proxy::{Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};

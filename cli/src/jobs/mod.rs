@@ -13,6 +13,7 @@ use anello_worker::pin_init;
 use crate::certs::TlsArgs;
 use crate::config::{ConfigArgs, load};
 use crate::failure::{Exit, Failure, Outcome};
+use crate::kube::KubeArgs;
 use crate::screen::Screen;
 use client::Client;
 pub use watch::{top, watch};
@@ -49,21 +50,23 @@ impl JobArgs {
 #[derive(Debug, clap::Args)]
 pub struct SubmitArgs {
     #[command(flatten)]
-    config: ConfigArgs,
+    pub config: ConfigArgs,
     /// The job's name (default: the config's).
     #[arg(long, value_name = "NAME")]
-    name: Option<String>,
+    pub name: Option<String>,
     /// Workers that are wanted (default: as many as --min). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
-    workers: Option<u32>,
+    pub workers: Option<u32>,
     /// Fewest workers that train; with fewer the job waits.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    min: u32,
+    pub min: u32,
     /// The folder, or URL, for the run (default: NAME in the coordinator's place).
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "kube")]
     out: Option<String>,
     #[command(flatten)]
     at: At,
+    #[command(flatten)]
+    pub kube: KubeArgs,
 }
 
 /// Arguments of `anello list`.
@@ -103,6 +106,9 @@ pub fn absolute(place: &str) -> Result<String, Failure> {
 
 /// `anello submit`
 pub fn submit(args: &SubmitArgs, screen: &Screen) -> Outcome {
+    if args.kube.kube {
+        return crate::kube::submit(args, screen);
+    }
     let mut loaded = load(&args.config.config, &args.config.sets)?;
     loaded.check_sources()?;
     pin_init(&mut loaded.config)?;

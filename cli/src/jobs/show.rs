@@ -298,6 +298,7 @@ mod tests {
             }],
             events: vec![v1::LogRecord { number: 7, unix_ms: 0, json: json.into() }],
             lanes: 4,
+            quarantined: Vec::new(),
         }
     }
 

@@ -325,6 +325,8 @@ pub struct Status {
     pub waits_for: Option<String>,
     /// How it ended.
     pub outcome: Option<Outcome>,
+    /// Machines that computed wrongly: nobody from there is taken in.
+    pub quarantined: Vec<String>,
 }
 
 /// A worker as people see it.

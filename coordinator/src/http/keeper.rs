@@ -90,5 +90,6 @@ fn detail_of(name: &str, figures: &Figures) -> v1::JobDetail {
         steps: Vec::new(),
         events: Vec::new(),
         lanes: figures.lanes,
+        quarantined: status.map_or(Vec::new(), |status| status.quarantined.clone()),
     }
 }

@@ -91,6 +91,7 @@ pub(crate) type Recorded = Option<oneshot::Receiver<()>>;
 
 pub(crate) enum Command {
     Submit(Submission, Reply<v1::Job>),
+    Ensure(Submission, Reply<v1::Job>),
     List(Reply<Vec<v1::Job>>),
     Describe(JobName, Reply<v1::JobDetail>),
     Want(JobName, Wish, Reply<Recorded>),
@@ -194,6 +195,14 @@ impl Registry {
         Ok((Self { commands }, thread))
     }
 
+    /// Submits a job, unless the place holds it already: then it goes on.
+    ///
+    /// # Errors
+    /// [`Refusal::Invalid`] when the job that is there is another run; else as for a job that a user submits.
+    pub async fn ensure(&self, submission: Submission) -> std::result::Result<(), Refusal> {
+        self.ask(|reply| Command::Ensure(submission, reply)).await.map(drop)
+    }
+
     /// Takes a checkpoint of every job and ends; the next coordinator goes on with them.
     pub async fn stop(&self) {
         let _ = self.commands.send(Command::Stop).await;
@@ -291,6 +300,14 @@ impl<L: Launcher> Keeper<L> {
             Command::Submit(submission, reply) => {
                 let submitted = self.submit(submission);
                 let job = submitted.map(|at| {
+                    self.share();
+                    self.view(at)
+                });
+                let _ = reply.send(job);
+            }
+            Command::Ensure(submission, reply) => {
+                let ensured = self.ensure(submission);
+                let job = ensured.map(|at| {
                     self.share();
                     self.view(at)
                 });
@@ -399,6 +416,24 @@ impl<L: Launcher> Keeper<L> {
         let entry = Entry::load(spec, run, self.options.board.clone())?;
         self.entries.push(entry);
         Ok(self.entries.len() - 1)
+    }
+
+    fn ensure(&mut self, submission: Submission) -> std::result::Result<usize, Refusal> {
+        let at = match &submission.name {
+            Some(name) => self.find(name).ok(),
+            None => None,
+        };
+        let Some(at) = at else { return self.submit(submission) };
+        let config = RunConfig::parse("the submitted config", &submission.config)
+            .map_err(|problems| Refusal::Invalid(problems.to_string()))?;
+        let entry = &self.entries[at];
+        if let Some(differs) = entry.config.diff_mathematics(&config).first() {
+            return Err(Refusal::Invalid(format!(
+                "{} holds job {} whose {} differs; give another name or place",
+                entry.run, entry.spec.name, differs.key
+            )));
+        }
+        Ok(at)
     }
 
     fn want(&mut self, at: usize, wish: Wish) -> std::result::Result<Recorded, Refusal> {

@@ -122,6 +122,7 @@ mod tests {
             committed: None,
             waits_for: None,
             outcome,
+            quarantined: Vec::new(),
         })
     }
 

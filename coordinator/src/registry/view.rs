@@ -66,6 +66,7 @@ impl<L: Launcher> Entry<L> {
             steps: self.steps.iter().map(figures).collect(),
             events: self.events.iter().map(log_record).collect(),
             lanes: self.config.lanes,
+            quarantined: status.map_or(Vec::new(), |status| status.quarantined.clone()),
         }
     }
 }

@@ -37,6 +37,7 @@ impl Membership {
             committed: self.checkpoints.newest(),
             waits_for,
             outcome,
+            quarantined: self.quarantined.iter().cloned().collect(),
         }
     }
 

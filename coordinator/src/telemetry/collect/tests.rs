@@ -49,6 +49,7 @@ fn status(workers: &[u64]) -> Status {
         committed: None,
         waits_for: None,
         outcome: None,
+        quarantined: Vec::new(),
     }
 }
 

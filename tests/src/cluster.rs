@@ -1,0 +1,194 @@
+//! A real control plane of Kubernetes on loopback: etcd, the API server and the controller manager.
+
+use std::fs::File;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::{Kubelet, anello, wait_until};
+
+/// Runs a part until standard input ends: with this process, whatever becomes of it. At once, since nothing is to be kept,
+/// and an API server whose etcd is gone takes its time.
+const UNTIL_EOF: &str =
+    r#""$0" "$@" < /dev/null & part=$!; read -r _; kill -9 "$part"; wait "$part" 2> /dev/null"#;
+
+/// Controllers that these tests need, and the kubelet's part of the API server's work does not replace.
+const CONTROLLERS: &str = "deployment-controller,replicaset-controller,job-controller,garbage-collector-controller,\
+                           namespace-controller,serviceaccount-controller,pod-garbage-collector-controller,\
+                           resourcequota-controller,disruption-controller";
+
+/// The service account of the controller, as the Helm chart makes it, and the token by which the API server knows it.
+const ACCOUNT: (&str, &str) = ("system:serviceaccount:anello-system:anello", "token-of-the-controller");
+/// Who may do everything.
+const ADMIN: &str = "token-of-the-admin";
+
+/// Where a tool of `scripts/kube-tools` is.
+pub fn kube_tool(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-kube/bin").join(name)
+}
+
+/// A process that ends with this one.
+#[derive(Debug)]
+struct Part(Child);
+
+impl Part {
+    fn start(program: &Path, arguments: &[String], log: &Path) -> Self {
+        let file = || File::create(log).expect("the test's folder can be written");
+        let child = Command::new("sh")
+            .args(["-c", UNTIL_EOF])
+            .arg(program)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(file())
+            .spawn();
+        Self(child.expect("there is a shell"))
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// A cluster under way. It ends when it is dropped or this process ends.
+#[derive(Debug)]
+pub struct Cluster {
+    // Pods first, then what they speak with.
+    kubelet: Option<Kubelet>,
+    _parts: Vec<Part>,
+    folder: PathBuf,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port()
+}
+
+impl Cluster {
+    /// Starts one in `folder`, with these nodes; absent where no control plane was built, which is said.
+    pub fn start(folder: &Path, nodes: &[&str]) -> Option<Self> {
+        let program = kube_tool("controlplane");
+        if !program.exists() {
+            println!("NOT RUN, for there is no control plane: install Go and run scripts/kube-tools");
+            return None;
+        }
+        let _ = std::fs::remove_dir_all(folder);
+        std::fs::create_dir_all(folder.join("keys")).expect("the test's folder can be written");
+        let at = |name: &str| folder.join(name).display().to_string();
+        let (etcd, peers, api) = (free_port(), free_port(), free_port());
+        let words = |part: &str, flags: Vec<String>| [vec![part.to_owned()], flags].concat();
+        let client = format!("http://127.0.0.1:{etcd}");
+        let flags = vec![
+            format!("--data-dir={}", at("etcd")),
+            format!("--listen-client-urls={client}"),
+            format!("--advertise-client-urls={client}"),
+            format!("--listen-peer-urls=http://127.0.0.1:{peers}"),
+            "--unsafe-no-fsync".to_owned(),
+        ];
+        let mut parts = vec![Part::start(&program, &words("etcd", flags), &folder.join("etcd.log"))];
+        wait_until("etcd listens", || TcpStream::connect(("127.0.0.1", etcd)).is_ok());
+
+        // Any pair of keys will do for the tokens of service accounts.
+        anello(folder, &["certs", "init", "--dir", "keys/accounts"]).expect(0);
+        let (key, public) = (at("keys/accounts/user.key"), at("keys/accounts/user.pem"));
+        let tokens = format!("{ADMIN},admin,1,system:masters\n{},{},2\n", ACCOUNT.1, ACCOUNT.0);
+        std::fs::write(at("keys/tokens.csv"), tokens).expect("the test's folder can be written");
+        let flags = vec![
+            format!("--etcd-servers={client}"),
+            "--bind-address=127.0.0.1".to_owned(),
+            "--advertise-address=127.0.0.1".to_owned(),
+            "--endpoint-reconciler-type=none".to_owned(),
+            format!("--secure-port={api}"),
+            format!("--cert-dir={}", at("keys")),
+            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+            format!("--service-account-key-file={public}"),
+            format!("--service-account-signing-key-file={key}"),
+            format!("--token-auth-file={}", at("keys/tokens.csv")),
+            "--authorization-mode=RBAC".to_owned(),
+            // So that services are on this machine.
+            "--service-cluster-ip-range=127.96.0.0/16".to_owned(),
+        ];
+        parts.push(Part::start(&program, &words("apiserver", flags), &folder.join("apiserver.log")));
+        for (file, token) in [("admin.kubeconfig", ADMIN), ("controller.kubeconfig", ACCOUNT.1)] {
+            std::fs::write(at(file), kubeconfig(api, token)).expect("the test's folder can be written");
+        }
+        let mut cluster = Self { kubelet: None, _parts: parts, folder: folder.to_owned() };
+        wait_until("the API server is ready", || cluster.kubectl(&["get", "--raw", "/readyz"]).is_ok());
+        let flags = vec![
+            format!("--kubeconfig={}", at("admin.kubeconfig")),
+            "--leader-elect=false".to_owned(),
+            "--bind-address=127.0.0.1".to_owned(),
+            format!("--secure-port={}", free_port()),
+            format!("--cert-dir={}", at("keys")),
+            format!("--service-account-private-key-file={key}"),
+            format!("--controllers={CONTROLLERS}"),
+        ];
+        let part =
+            Part::start(&program, &words("controller-manager", flags), &folder.join("controllers.log"));
+        cluster._parts.push(part);
+        let pods = folder.join("pods");
+        cluster.kubelet = Some(Kubelet::start(&folder.join("admin.kubeconfig"), nodes, &pods));
+        Some(cluster)
+    }
+
+    /// How to reach it: as `admin`, or as `controller`.
+    pub fn kubeconfig(&self, who: &str) -> PathBuf {
+        self.folder.join(format!("{who}.kubeconfig"))
+    }
+
+    /// Its nodes and pods.
+    pub fn kubelet(&self) -> &Kubelet {
+        self.kubelet.as_ref().expect("it was started")
+    }
+
+    /// `kubectl ARGUMENTS`; the error is what it says.
+    pub fn kubectl(&self, arguments: &[&str]) -> Result<String, String> {
+        self.kubectl_with(arguments, "")
+    }
+
+    /// The same with `input` at its standard input.
+    pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String, String> {
+        let mut child = Command::new(kube_tool("kubectl"))
+            .arg("--kubeconfig")
+            .arg(self.kubeconfig("admin"))
+            .args(arguments)
+            .env("HOME", &self.folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("scripts/kube-tools fetched kubectl");
+        let wrote = child.stdin.take().expect("it is piped").write_all(input.as_bytes());
+        let done = child.wait_with_output().map_err(|cause| cause.to_string())?;
+        wrote.map_err(|cause| cause.to_string())?;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
+        if done.status.success() { Ok(text(done.stdout)) } else { Err(text(done.stderr)) }
+    }
+
+    /// Applies a manifest.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub fn apply(&self, manifest: &str) {
+        if let Err(refused) = self.kubectl_with(&["apply", "--server-side", "-f", "-"], manifest) {
+            panic!("{refused}\n{manifest}");
+        }
+    }
+
+    /// A value of an object by JSONPath, empty when it is not there.
+    pub fn value(&self, object: &str, path: &str) -> String {
+        self.kubectl(&["get", object, "-o", &format!("jsonpath={path}")]).unwrap_or_default()
+    }
+}
+
+fn kubeconfig(port: u16, token: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: it\n\
+         clusters: [{{name: it, cluster: {{server: 'https://127.0.0.1:{port}', insecure-skip-tls-verify: true}}}}]\n\
+         users: [{{name: it, user: {{token: '{token}'}}}}]\n\
+         contexts: [{{name: it, context: {{cluster: it, user: it}}}}]\n"
+    )
+}

@@ -1,0 +1,69 @@
+//! The Helm chart: well-formed, valid against Kubernetes' schemas, and with the definition that the command prints.
+
+use std::process::Command;
+
+use anello_tests::kube_tool;
+
+use super::{chart, template, world};
+
+#[test]
+fn its_definition_is_that_of_this_build() {
+    let file = format!("{}/crd/pretrainjob.yaml", chart());
+    let ours = world().anello(&["crd"]).expect(0);
+    if std::env::var_os("ANELLO_UPDATE").is_some() {
+        std::fs::write(&file, &ours).unwrap();
+    }
+    let theirs = std::fs::read_to_string(&file).unwrap();
+    assert!(
+        ours == theirs,
+        "{file} is old; write it anew: ANELLO_UPDATE=1 cargo test -p anello-tests --test cluster chart"
+    );
+}
+
+#[test]
+fn it_is_well_formed() {
+    let lint = Command::new(kube_tool("helm")).args(["lint", "--strict", &chart()]).output().unwrap();
+    assert!(lint.status.success(), "{}", String::from_utf8_lossy(&lint.stdout));
+    let refused = Command::new(kube_tool("helm"))
+        .args(["template", "anello", &chart(), "--set", "replicas=0", "--set", "imagge.tag=1"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && told.contains("replicas") && told.contains("imagge"), "{told}");
+}
+
+#[test]
+fn what_it_makes_is_valid() {
+    let sets: [&[&str]; 4] = [
+        &[],
+        &["ownNamespaceOnly=true", "crd.install=false", "replicas=2"],
+        &["tls.secretName=certs", "image.tag=1.2.3", "priorityClassName=high", "log=anello_k8s=debug"],
+        &[
+            "serviceAccount.create=false",
+            "serviceAccount.name=mine",
+            "nodeSelector.disk=ssd",
+            "podLabels.team=a",
+        ],
+    ];
+    for values in sets {
+        let manifest = template(values);
+        let file = tempfile(&manifest);
+        let program = kube_tool("kubernetes-validate");
+        let valid = Command::new(program).args(["--strict", "-k", "1.36"]).arg(&file).output().unwrap();
+        let told =
+            String::from_utf8_lossy(&valid.stdout).into_owned() + &String::from_utf8_lossy(&valid.stderr);
+        assert!(valid.status.success(), "{values:?}: {told}\n{manifest}");
+    }
+    let own = template(&["ownNamespaceOnly=true"]);
+    assert!(!own.contains("kind: ClusterRole") && own.contains("- --namespace"), "{own}");
+}
+
+/// Without the definition, which that validator does not know.
+fn tempfile(manifest: &str) -> std::path::PathBuf {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let known = manifest.split("\n---\n").filter(|object| !object.contains("kind: CustomResourceDefinition"));
+    let file = world().folder.join(format!("chart-{}.yaml", COUNT.fetch_add(1, Ordering::Relaxed)));
+    std::fs::write(&file, known.collect::<Vec<_>>().join("\n---\n")).unwrap();
+    file
+}

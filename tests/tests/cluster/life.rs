@@ -1,0 +1,118 @@
+//! What becomes of jobs.
+
+use anello_tests::{newest_checkpoint, wait_until};
+
+use super::Site;
+
+#[test]
+fn a_job_trains_is_scaled_and_comes_to_its_end() {
+    let Some(site) = Site::start("scaled", &["node-0", "node-1"]) else { return };
+    what_cannot_be_is_refused(&site);
+    site.submit("a", 2);
+    site.wait_for_phase("a", "Running");
+    let columns = site.kubectl(&["get", "pretrainjob", "a"]);
+    assert!(
+        columns.starts_with("NAME   PHASE") && columns.contains("WORKERS") && columns.contains("LOSS"),
+        "{columns}"
+    );
+    site.kubectl(&["scale", "pretrainjob", "a", "--replicas", "3"]);
+    wait_until("three pods run", || {
+        site.pods("a", "worker").len() == 3 || site.value("a", "{.status.phase}") == "Completed"
+    });
+    site.kubectl(&["scale", "pretrainjob", "a", "--replicas", "1"]);
+    site.wait_for_phase("a", "Completed");
+    site.assert_undisturbed("a");
+    assert_eq!(site.value("a", "{.status.conditions[?(@.type=='Complete')].status}"), "True");
+    assert_eq!(site.value("a", "{.status.step}"), "31");
+    let events = site.kubectl(&["get", "events", "-o", "jsonpath={.items[*].reason}"]);
+    assert!(events.contains("Completed"), "{events}");
+    wait_until("nothing of it runs", || {
+        site.pods("a", "worker").is_empty() && site.pods("a", "coordinator").is_empty()
+    });
+    site.kubectl(&["delete", "pretrainjob", "a", "--timeout=60s"]);
+    wait_until("its objects are gone", || {
+        site.kubectl(&[
+            "get",
+            "jobs,deployments,services,networkpolicies,configmaps",
+            "-l",
+            "anello.dev/job=a",
+            "-o",
+            "name",
+        ])
+        .is_empty()
+    });
+    assert_eq!(newest_checkpoint(&site.run_of("a")), 31, "the run folder stays");
+}
+
+/// By the API server, in our words.
+fn what_cannot_be_is_refused(site: &Site) {
+    let manifest = site.manifest("bad", 1);
+    let refused = |from: &str, to: &str| {
+        let manifest = manifest.replacen(from, to, 1);
+        let applied = ["apply", "--server-side", "-n", "research", "-f", "-"];
+        site.cluster.kubectl_with(&applied, &manifest).expect_err("it is refused")
+    };
+    let told = refused("insecure: true", "insecure: false");
+    assert!(told.contains("give tls.secretName, or insecure: true"), "{told}");
+    let told = refused("desired: 1", "desired: 0");
+    assert!(told.contains("spec.workers.desired"), "{told}");
+    let told = refused("name: bad", "name: bad.name");
+    assert!(told.contains("no dots"), "{told}");
+    let told = refused("image: anello:test", "imagge: anello:test");
+    assert!(told.contains("imagge"), "{told}");
+}
+
+#[test]
+fn whatever_is_killed_or_lost_changes_nothing() {
+    let Some(site) = Site::start("killed", &["node-0", "node-1", "node-2"]) else { return };
+    site.submit("a", 3);
+    site.wait_for_checkpoint("a", 3);
+    let ended = |site: &Site| site.value("a", "{.status.phase}") == "Completed";
+    // A worker's pod is deleted at once, with its process; then one is drained in order.
+    if let Some(pod) = site.pods("a", "worker").first() {
+        site.kubectl(&["delete", pod, "--grace-period=0", "--force"]);
+    }
+    site.wait_for_checkpoint("a", 9);
+    if let Some(coordinator) = site.pods("a", "coordinator").first() {
+        site.kubectl(&["delete", coordinator, "--wait=false"]);
+    }
+    wait_until("there is a coordinator", || !site.pods("a", "coordinator").is_empty() || ended(&site));
+    // The controller dies, too, and another takes its place.
+    site.cluster
+        .kubectl(&["-n", "anello-system", "delete", "pods", "--all", "--grace-period=0", "--force"])
+        .unwrap_or_else(|refused| panic!("{refused}"));
+    let _ = site.cluster.kubectl(&["drain", "node-1", "--force", "--ignore-daemonsets", "--timeout=60s"]);
+    site.wait_for_phase("a", "Completed");
+    site.assert_undisturbed("a");
+}
+
+#[test]
+fn a_job_is_suspended_resumed_deleted_and_made_anew() {
+    let Some(site) = Site::start("suspended", &["node-0"]) else { return };
+    let suspend = |site: &Site, on: bool| {
+        let patch = format!("{{\"spec\":{{\"suspend\":{on}}}}}");
+        site.kubectl(&["patch", "pretrainjob", "a", "--type=merge", "-p", &patch]);
+    };
+    site.submit("a", 2);
+    site.wait_for_checkpoint("a", 3);
+    suspend(&site, true);
+    site.wait_for_phase("a", "Paused");
+    wait_until("its workers are gone", || site.pods("a", "worker").is_empty());
+    let at = newest_checkpoint(&site.run_of("a"));
+    suspend(&site, false);
+    wait_until("it goes on", || newest_checkpoint(&site.run_of("a")) > at);
+    // Deleting it takes a checkpoint and loses nothing: the same job goes on.
+    site.kubectl(&["delete", "pretrainjob", "a", "--timeout=100s"]);
+    let changed = site.cluster.kubectl_with(
+        &["apply", "--server-side", "-n", "research", "-f", "-"],
+        &site.manifest("a", 2).replace("seed = 3", "seed = 4"),
+    );
+    changed.unwrap_or_else(|refused| panic!("{refused}"));
+    site.wait_for_phase("a", "Failed");
+    let told = site.value("a", "{.status.message}");
+    assert!(told.contains("whose seed differs"), "{told}");
+    site.kubectl(&["delete", "pretrainjob", "a", "--timeout=60s"]);
+    site.submit("a", 1);
+    site.wait_for_phase("a", "Completed");
+    site.assert_undisturbed("a");
+}
