@@ -354,7 +354,7 @@ async fn make(
         Change::Event { reason, warning, note } => {
             let event = Event {
                 type_: if warning { EventType::Warning } else { EventType::Normal },
-                reason: reason.to_owned(),
+                reason,
                 note: Some(note),
                 action: "Reconcile".to_owned(),
                 secondary: None,

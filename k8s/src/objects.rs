@@ -366,7 +366,12 @@ pub fn workers(job: &PretrainJob, crew: &Crew) -> Job {
     }
     let container = Container {
         name: "worker".to_owned(),
-        env: Some(vec![from_pod("POD_IP", "status.podIP"), from_pod("NODE_NAME", "spec.nodeName")]),
+        env: Some(vec![
+            from_pod("POD_IP", "status.podIP"),
+            from_pod("NODE_NAME", "spec.nodeName"),
+            // As many threads for LibTorch as the pod may use are found by itself; a library that waits must not spin.
+            variable("OMP_WAIT_POLICY", "PASSIVE"),
+        ]),
         resources: Some(resources),
         ..Container::default()
     };
@@ -379,10 +384,6 @@ pub fn workers(job: &PretrainJob, crew: &Crew) -> Job {
     pod.priority_class_name = spec.priority_class_name.clone();
     pod.termination_grace_period_seconds = Some(spec.termination_grace_period_seconds);
     pod.affinity = (!crew.without.is_empty()).then(|| away_from(&crew.without));
-    if let Some(container) = pod.containers.first_mut() {
-        // As many threads for LibTorch as the pod may use are found by itself; a library that waits must not spin.
-        container.env.get_or_insert_default().push(variable("OMP_WAIT_POLICY", "PASSIVE"));
-    }
     let mut metadata = metadata(job, workers_name(&name), labels(&name, "worker"));
     let annotations = metadata.annotations.get_or_insert_default();
     annotations.insert(ASKED.to_owned(), spec.workers.desired.to_string());

@@ -120,7 +120,7 @@ pub enum Change {
     /// Tell people about it.
     Event {
         /// A word, as `Suspended`.
-        reason: &'static str,
+        reason: String,
         /// Whether it is a warning.
         warning: bool,
         /// A sentence.
@@ -141,11 +141,6 @@ pub struct Plan {
     pub again_s: Option<u64>,
 }
 
-/// Whether a job is over, by its status.
-fn is_over(phase: Option<&str>) -> bool {
-    ["Completed", "Failed", "Cancelled"].iter().any(|last| phase == Some(last))
-}
-
 /// What is to be done for `job`, which is as `observed`.
 pub fn plan(job: &PretrainJob, observed: &Observed) -> Plan {
     if job.metadata.deletion_timestamp.is_some() {
@@ -156,10 +151,9 @@ pub fn plan(job: &PretrainJob, observed: &Observed) -> Plan {
     if !job.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         changes.push(Change::AddFinalizer);
     }
-    let mut status = status::of(job, observed, &before);
-    let over = is_over(status.phase.as_deref());
+    let status = status::of(job, observed, &before);
     changes.extend(told(&before, &status));
-    if over {
+    if status::is_over(&status) {
         return rest(job, observed, changes, status);
     }
     changes.extend(objects::config_map(job).map(|map| Change::ConfigMap(Box::new(map))));
@@ -170,7 +164,6 @@ pub fn plan(job: &PretrainJob, observed: &Observed) -> Plan {
     let (crew, asks) = steer(job, observed, &status.quarantined_nodes);
     changes.push(Change::Workers(Box::new(objects::workers(job, &crew))));
     changes.extend(asks);
-    status.observed_generation = job.metadata.generation;
     let moving = observed.run.as_ref().is_none_or(|run| run.phase != Phase::Running);
     Plan { changes, status, again_s: Some(if moving { SOON_S } else { LOOK_S }) }
 }
@@ -233,7 +226,6 @@ fn rest(
     mut status: PretrainJobStatus,
 ) -> Plan {
     let finished = *status.finished_unix_seconds.get_or_insert(observed.now);
-    status.observed_generation = job.metadata.generation;
     status.workers = 0;
     if observed.coordinator.is_some() {
         changes.push(Change::Coordinator(Box::new(objects::coordinator(job, 0))));
@@ -251,9 +243,7 @@ fn rest(
 /// A job that is deleted: its run is paused first, so that nothing that was trained is lost. Its objects follow it by
 /// themselves, and its run folder stays: the same job made anew goes on with it.
 fn farewell(job: &PretrainJob, observed: &Observed) -> Plan {
-    let before = job.status.clone().unwrap_or_default();
-    let mut status = status::of(job, observed, &before);
-    status.observed_generation = job.metadata.generation;
+    let status = status::of(job, observed, &job.status.clone().unwrap_or_default());
     if !job.finalizers().iter().any(|finalizer| finalizer == FINALIZER) {
         return Plan { changes: Vec::new(), status, again_s: None };
     }
@@ -261,7 +251,7 @@ fn farewell(job: &PretrainJob, observed: &Observed) -> Plan {
     let late = observed.now - deleted >= FAREWELL_S;
     let phase = observed.run.as_ref().map(|run| run.phase);
     let silent = observed.coordinator.is_none() || observed.crew.is_none();
-    let safe = is_over(status.phase.as_deref())
+    let safe = status::is_over(&status)
         || phase == Some(Phase::Paused)
         || observed.coordinator.as_ref().is_some_and(|coordinator| coordinator.hopeless.is_some());
     if safe || silent || late {
@@ -269,8 +259,11 @@ fn farewell(job: &PretrainJob, observed: &Observed) -> Plan {
             "the run folder {} has taken no last checkpoint within {FAREWELL_S} s; it is let go without",
             objects::run_of(job)
         );
-        let warning =
-            (late && !safe).then_some(Change::Event { reason: "NoLastCheckpoint", warning: true, note });
+        let warning = (late && !safe).then_some(Change::Event {
+            reason: "NoLastCheckpoint".to_owned(),
+            warning: true,
+            note,
+        });
         let changes = warning.into_iter().chain([Change::RemoveFinalizer]).collect();
         return Plan { changes, status, again_s: None };
     }
@@ -282,20 +275,8 @@ fn farewell(job: &PretrainJob, observed: &Observed) -> Plan {
 fn told(before: &PretrainJobStatus, now: &PretrainJobStatus) -> Option<Change> {
     let phase = now.phase.clone().filter(|phase| before.phase.as_ref() != Some(phase))?;
     let because = now.message.as_ref().map(|message| format!(": {message}")).unwrap_or_default();
-    let reason = match phase.as_str() {
-        "Queued" => "Queued",
-        "Forming" => "Forming",
-        "Running" => "Running",
-        "Pausing" => "Pausing",
-        "Paused" => "Paused",
-        "Recovering" => "Recovering",
-        "Completed" => "Completed",
-        "Cancelled" => "Cancelled",
-        "Failed" => "Failed",
-        _ => "Pending",
-    };
     let note = format!("the run is {}{because}", phase.to_lowercase());
-    Some(Change::Event { reason, warning: phase == "Failed", note })
+    Some(Change::Event { warning: phase == "Failed", reason: phase, note })
 }
 
 #[cfg(test)]

@@ -25,6 +25,13 @@ fn word(phase: Phase) -> &'static str {
     }
 }
 
+/// Whether a phase is for good.
+pub fn is_over(status: &PretrainJobStatus) -> bool {
+    [Phase::Completed, Phase::Failed, Phase::Cancelled]
+        .map(word)
+        .contains(&status.phase.as_deref().unwrap_or_default())
+}
+
 /// The status of `job` when it is as `observed`, after `before`. What is not seen now stays as it was.
 pub fn of(job: &PretrainJob, observed: &Observed, before: &PretrainJobStatus) -> PretrainJobStatus {
     let (name, namespace) = (job.name_any(), job.namespace().unwrap_or_default());
@@ -32,10 +39,10 @@ pub fn of(job: &PretrainJob, observed: &Observed, before: &PretrainJobStatus) ->
         selector: Some(workers_selector(&name)),
         coordinator: Some(format!("{}.{namespace}.svc:{PORT}", coordinator_name(&name))),
         run: Some(run_of(job)),
+        observed_generation: job.metadata.generation,
         ..before.clone()
     };
-    let over = ["Completed", "Failed", "Cancelled"].iter().any(|last| before.phase.as_deref() == Some(last));
-    if !over {
+    if !is_over(before) {
         take(&mut status, observed);
     }
     status.conditions = conditions(job, observed, &status, before);

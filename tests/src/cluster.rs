@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::{Kubelet, anello, wait_until};
+use crate::{Kubelet, anello, free_port, wait_until};
 
 /// Runs a part until standard input ends: with this process, whatever becomes of it. At once, since nothing is to be kept,
 /// and an API server whose etcd is gone takes its time.
@@ -61,10 +61,6 @@ pub struct Cluster {
     kubelet: Option<Kubelet>,
     _parts: Vec<Part>,
     folder: PathBuf,
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port()
 }
 
 impl Cluster {
@@ -139,11 +135,6 @@ impl Cluster {
         self.folder.join(format!("{who}.kubeconfig"))
     }
 
-    /// Its nodes and pods.
-    pub fn kubelet(&self) -> &Kubelet {
-        self.kubelet.as_ref().expect("it was started")
-    }
-
     /// `kubectl ARGUMENTS`; the error is what it says.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String, String> {
         self.kubectl_with(arguments, "")
@@ -176,11 +167,6 @@ impl Cluster {
         if let Err(refused) = self.kubectl_with(&["apply", "--server-side", "-f", "-"], manifest) {
             panic!("{refused}\n{manifest}");
         }
-    }
-
-    /// A value of an object by JSONPath, empty when it is not there.
-    pub fn value(&self, object: &str, path: &str) -> String {
-        self.kubectl(&["get", object, "-o", &format!("jsonpath={path}")]).unwrap_or_default()
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
@@ -43,6 +44,11 @@ pub fn signal(process: u32, signal: &str) {
     let sent =
         Command::new("sh").args(["-c", "kill -$1 $0 2>/dev/null", &process.to_string(), signal]).status();
     let _ = sent.expect("there is a shell");
+}
+
+/// A port of loopback that nobody has now.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port()
 }
 
 /// Waits until `condition` holds.

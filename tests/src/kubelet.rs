@@ -10,8 +10,8 @@ use std::fs::File;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -39,7 +39,6 @@ const HOSTNAME: &str = "kubernetes.io/hostname";
 /// A kubelet under way; it and its pods end when it is dropped.
 #[derive(Debug)]
 pub struct Kubelet {
-    lost: Arc<Mutex<BTreeSet<String>>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -47,20 +46,15 @@ pub struct Kubelet {
 impl Kubelet {
     /// Serves `nodes`, which it makes, by the API server of `kubeconfig`; pods' files are in `folder`.
     pub fn start(kubeconfig: &Path, nodes: &[&str], folder: &Path) -> Self {
-        let (lost, stop) = (Arc::default(), Arc::new(AtomicBool::new(false)));
+        let stop = Arc::new(AtomicBool::new(false));
         let nodes = nodes.iter().map(|&node| node.to_owned()).collect();
         let (folder, kubeconfig) = (folder.to_owned(), kubeconfig.to_owned());
-        let (theirs, until) = (Arc::clone(&lost), Arc::clone(&stop));
+        let until = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.expect("a runtime").block_on(serve(kubeconfig, nodes, folder, theirs, until));
+            runtime.expect("a runtime").block_on(serve(kubeconfig, nodes, folder, until));
         });
-        Self { lost, stop, thread: Some(thread) }
-    }
-
-    /// The node is gone: its processes die at once, and nothing more is heard of it.
-    pub fn lose(&self, node: &str) {
-        self.lost.lock().expect("no holder panics").insert(node.to_owned());
+        Self { stop, thread: Some(thread) }
     }
 }
 
@@ -74,19 +68,13 @@ impl Drop for Kubelet {
 }
 
 /// A client of the cluster that `kubeconfig` names.
-pub async fn client_of(kubeconfig: &Path) -> Client {
+async fn client_of(kubeconfig: &Path) -> Client {
     let read = kube::config::Kubeconfig::read_from(kubeconfig).expect("the kubeconfig is there");
     let config = kube::Config::from_custom_kubeconfig(read, &Default::default()).await;
     Client::try_from(config.expect("the kubeconfig is whole")).expect("a client")
 }
 
-async fn serve(
-    kubeconfig: PathBuf,
-    nodes: Vec<String>,
-    folder: PathBuf,
-    lost: Arc<Mutex<BTreeSet<String>>>,
-    stop: Arc<AtomicBool>,
-) {
+async fn serve(kubeconfig: PathBuf, nodes: Vec<String>, folder: PathBuf, stop: Arc<AtomicBool>) {
     let client = client_of(&kubeconfig).await;
     for name in &nodes {
         let mut node = Node::default();
@@ -95,7 +83,7 @@ async fn serve(
         Api::<Node>::all(client.clone()).create(&PostParams::default(), &node).await.expect("a node is made");
     }
     let account = kubeconfig.with_file_name("controller.kubeconfig");
-    let mut desk = Desk { client, nodes, folder, account, lost, pods: BTreeMap::new(), next: 0 };
+    let mut desk = Desk { client, nodes, folder, account, pods: BTreeMap::new(), next: 0 };
     while !stop.load(Ordering::Relaxed) {
         // What fails is tried again in the next round, as everything that speaks to an API server must.
         if let Err(error) = desk.round().await {
@@ -148,7 +136,6 @@ struct Desk {
     folder: PathBuf,
     /// The kubeconfig of pods that have a service account's token.
     account: PathBuf,
-    lost: Arc<Mutex<BTreeSet<String>>>,
     pods: BTreeMap<String, Started>,
     /// Counts pods that were bound or started.
     next: u32,
@@ -156,17 +143,14 @@ struct Desk {
 
 impl Desk {
     async fn round(&mut self) -> Result<(), kube::Error> {
-        let lost = self.lost.lock().expect("no holder panics").clone();
-        self.pods.retain(|_, pod| !lost.contains(&pod.node));
         let pods = Api::<Pod>::all(self.client.clone()).list(&ListParams::default()).await?;
         let there: BTreeSet<String> = pods.items.iter().filter_map(|pod| pod.uid()).collect();
         self.pods.retain(|uid, _| there.contains(uid));
         for pod in &pods.items {
             let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
             match node {
-                Some(node) if lost.contains(&node) => {}
                 Some(node) => self.tend(pod, node).await?,
-                None if pod.metadata.deletion_timestamp.is_none() => self.bind(pod, &lost).await?,
+                None if pod.metadata.deletion_timestamp.is_none() => self.bind(pod).await?,
                 None => {}
             }
         }
@@ -181,7 +165,7 @@ impl Desk {
     }
 
     /// As a scheduler does: to the next node that it may be on.
-    async fn bind(&mut self, pod: &Pod, lost: &BTreeSet<String>) -> Result<(), kube::Error> {
+    async fn bind(&mut self, pod: &Pod) -> Result<(), kube::Error> {
         let affinity = pod.spec.as_ref().and_then(|spec| spec.affinity.as_ref()?.node_affinity.clone());
         let terms = affinity.and_then(|nodes| nodes.required_during_scheduling_ignored_during_execution);
         let expressions = terms.into_iter().flat_map(|terms| terms.node_selector_terms);
@@ -197,8 +181,7 @@ impl Desk {
             .filter(|node| node.spec.as_ref().is_some_and(|spec| spec.unschedulable == Some(true)))
             .map(ResourceExt::name_any)
             .collect();
-        let may =
-            |node: &&String| !lost.contains(*node) && !away.contains(*node) && !cordoned.contains(*node);
+        let may = |node: &&String| !away.contains(*node) && !cordoned.contains(*node);
         let open: Vec<&String> = self.nodes.iter().filter(may).collect();
         let Some(node) = open.get(self.next as usize % open.len().max(1)) else { return Ok(()) };
         let target = ObjectReference { name: Some((*node).clone()), ..ObjectReference::default() };

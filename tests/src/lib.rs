@@ -10,8 +10,8 @@ mod s3;
 mod tool;
 
 pub use cluster::{Cluster, kube_tool};
-pub use command::{Done, Process, anello, binary, signal, wait_until};
-pub use kubelet::{Kubelet, client_of};
+pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
+use kubelet::Kubelet;
 pub use network::Network;
 pub use proxy::{Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};

@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use crate::wait_until;
+use crate::{free_port, wait_until};
 
 /// The bucket that there is from the start.
 const BUCKET: &str = "anello";
@@ -30,8 +30,7 @@ impl S3 {
         let server = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-s3/bin/moto_server");
         assert!(server.exists(), "{} is missing; run scripts/s3-venv", server.display());
         std::fs::create_dir_all(logs).expect("the test's folder can be written");
-        let port =
-            TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port();
+        let port = free_port();
         let log =
             || File::create(logs.join(format!("s3-{port}.log"))).expect("the test's folder can be written");
         let child = Command::new("sh")

@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::wait_until;
+use crate::{free_port, wait_until};
 
 /// Where a program is; `None`, after saying so, where there is none and it need not be.
 ///
@@ -70,8 +70,7 @@ impl Prometheus {
         for (name, text) in [("prometheus.yml", config.as_str()), ("rules.yaml", rules)] {
             std::fs::write(folder.join(name), text).expect("the test's folder can be written");
         }
-        let port =
-            TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port();
+        let port = free_port();
         let child = Command::new(program)
             .args(["--config.file=prometheus.yml", "--storage.tsdb.path=data"])
             .arg(format!("--web.listen-address=127.0.0.1:{port}"))

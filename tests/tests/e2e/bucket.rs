@@ -1,9 +1,8 @@
 //! Runs in a bucket are the runs in a folder, whatever happens to them.
 
-use std::net::TcpListener;
 use std::sync::OnceLock;
 
-use anello_tests::{Done, Fate, Process, Proxy, S3, wait_until};
+use anello_tests::{Done, Fate, Process, Proxy, S3, free_port, wait_until};
 
 use super::world;
 
@@ -14,10 +13,6 @@ fn s3() -> &'static S3 {
 
 fn start(arguments: &[&str]) -> Process {
     Process::start_with(&world().folder, arguments, &s3().variables())
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn anello(arguments: &[&str]) -> Done {

@@ -1,10 +1,11 @@
 //! Rings of worker processes: whatever happens to them and to their coordinator, the run is the undisturbed one.
 
 use std::collections::BTreeSet;
-use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use anello_tests::{Dice, Process, newest_checkpoint, objects, signal, wait_until, without_seconds};
+use anello_tests::{
+    Dice, Process, free_port, newest_checkpoint, objects, signal, wait_until, without_seconds,
+};
 use serde_json::Value;
 
 use super::world;
@@ -22,10 +23,6 @@ fn start(run: &str, workers: u32, more: &[&str]) -> Process {
 fn worker(coordinator: &str) -> Process {
     let arguments = ["worker", "--coordinator", coordinator, "--job", "small", "--threads", "1"];
     Process::start(&world().folder, &arguments)
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn rest(duration: Duration) {
