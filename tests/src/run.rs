@@ -155,14 +155,21 @@ impl World {
 
     /// Asserts that `run` is complete and the same as the undisturbed one: every checkpoint, every metric.
     pub fn assert_undisturbed(&self, run: &str) {
-        self.anello(&["checkpoint", "verify", run]).expect(0);
-        for step in ["", "@4", "@20"] {
+        self.assert_alike(run, "undisturbed");
+        for step in ["@4", "@20"] {
             let (ours, theirs) = (format!("{run}{step}"), format!("undisturbed{step}"));
             let told = self.anello(&["checkpoint", "diff", &theirs, &ours]).expect(0);
             assert!(told.contains("are equal: all"), "{told}");
         }
+    }
+
+    /// Asserts that `run` is complete and ended as `other` did, with the same metrics in every step.
+    pub fn assert_alike(&self, run: &str, other: &str) {
+        self.anello(&["checkpoint", "verify", run]).expect(0);
+        let told = self.anello(&["checkpoint", "diff", other, run]).expect(0);
+        assert!(told.contains("are equal: all"), "{told}");
         let metrics = |run: &str| without_seconds(&self.anello(&["metrics", run, "--csv"]).expect(0));
-        let (ours, theirs) = (metrics(run), metrics("undisturbed"));
+        let (ours, theirs) = (metrics(run), metrics(other));
         assert!(theirs.len() > 30, "{theirs:?}");
         for (ours, theirs) in ours.iter().zip(&theirs) {
             assert_eq!(ours, theirs, "a row of the metrics");

@@ -67,20 +67,24 @@ impl Site {
         PathBuf::from(self.place()).join(job)
     }
 
-    /// The manifest of a job, as `anello submit --kube` makes it.
-    fn manifest(&self, job: &str, workers: u32) -> String {
+    /// The manifest of a job, as `anello submit --kube` makes it, with `settings` as `--set` takes them.
+    fn manifest(&self, job: &str, workers: u32, settings: &[&str]) -> String {
         let (place, workers) = (self.place(), workers.to_string());
         let arguments =
             ["submit", "small.toml", "--kube", "--dry-run", "--image", "anello:test", "--state", &place];
         let more = ["--name", job, "--workers", &workers, "--set", "compute.threads=1"];
-        world().anello(&[&arguments[..], &more].concat()).expect(0)
+        let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+        world().anello(&[&arguments[..], &more, &settings].concat()).expect(0)
     }
 
     fn submit(&self, job: &str, workers: u32) {
-        let manifest = self.manifest(job, workers);
+        self.apply(&self.manifest(job, workers, &[]));
+    }
+
+    fn apply(&self, manifest: &str) {
         let applied = ["apply", "--server-side", "-n", "research", "-f", "-"];
         self.cluster
-            .kubectl_with(&applied, &manifest)
+            .kubectl_with(&applied, manifest)
             .unwrap_or_else(|refused| panic!("{refused}\n{manifest}"));
     }
 
@@ -97,7 +101,7 @@ impl Site {
 
     fn wait_for_phase(&self, job: &str, phase: &str) {
         let mut seen = String::new();
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(115);
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(300);
         while seen != phase {
             seen = self.value(job, "{.status.phase}");
             if std::time::Instant::now() > end {
