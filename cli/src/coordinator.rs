@@ -127,7 +127,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         })?;
     }
 
-    let mut stopping = false;
+    let (mut stopping, mut handed_over) = (false, false);
     let mut fenced = None;
     loop {
         match said.recv_timeout(POLL) {
@@ -142,8 +142,17 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         }
         if interrupt.raised() && !stopping {
             stopping = true;
-            runtime.block_on(registry.stop());
-            screen.line("stopping: every job takes a checkpoint; Ctrl-C again leaves at once")?;
+            // Whoever starts workers elsewhere moves this process as well, and they need not notice.
+            if slots.is_none() && interrupt.terminated() {
+                screen.line(
+                    "leaving: workers train on, and the next coordinator of this place goes on with them",
+                )?;
+                runtime.block_on(registry.hand_over());
+                handed_over = true;
+            } else {
+                screen.line("stopping: every job takes a checkpoint; Ctrl-C again leaves at once")?;
+                runtime.block_on(registry.stop());
+            }
         }
     }
     let _ = thread.join();
@@ -155,6 +164,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         Some(by) => Err(Failure::Ring(format!(
             "another coordinator has taken over {place} ({by}): this one has ended its workers and leaves"
         ))),
+        None if handed_over => Ok(Exit::Done),
         None if stopping => Ok(Exit::Interrupted),
         None => {
             Err(Failure::Ring("the registry's thread ended without a word; report this as a bug".to_owned()))

@@ -64,6 +64,8 @@ pub(crate) enum Input {
     GiveUp { reason: String },
     /// The user wants another number of workers.
     Desired(u32),
+    /// Another coordinator is to go on with it, while it trains. Told when all that is known is written.
+    HandOver(oneshot::Sender<()>),
     /// Somebody wants to know how it is.
     Status(oneshot::Sender<Status>),
 }
@@ -100,6 +102,14 @@ impl Job {
     /// Ends the job as failed: nobody is left to train it.
     pub async fn give_up(&self, reason: String) {
         let _ = self.inputs.send(Input::GiveUp { reason }).await;
+    }
+
+    /// Leaves the job, while its workers train, to the coordinator that takes it up next. The answer comes when all that is
+    /// known of it is written.
+    pub async fn hand_over(&self) -> oneshot::Receiver<()> {
+        let (left, written) = oneshot::channel();
+        let _ = self.inputs.send(Input::HandOver(left)).await;
+        written
     }
 
     /// How it is; absent when it is over.
@@ -175,6 +185,11 @@ impl Running {
                 None => Ok(inbox.recv().await),
             };
             match input {
+                Ok(Some(Input::HandOver(left))) => {
+                    self.leave(inbox).await;
+                    let _ = left.send(());
+                    return Outcome::Cancelled;
+                }
                 Ok(Some(input)) => self.take(input),
                 Ok(None) => return Outcome::Cancelled,
                 Err(_) => self.core_event(Event::Tick),
@@ -185,12 +200,17 @@ impl Running {
             if let Some(outcome) = self.core.outcome().cloned() {
                 self.news.0.tell();
                 self.see_off(&outcome, &mut inbox).await;
-                drop(inbox);
-                let desk = self.desk;
-                let _ = tokio::task::spawn_blocking(move || desk.finish()).await;
+                self.leave(inbox).await;
                 return outcome;
             }
         }
+    }
+
+    /// Lets go of everybody and waits until all is written.
+    async fn leave(self, inbox: mpsc::Receiver<Input>) {
+        let Self { desk, links, .. } = self;
+        drop((inbox, links));
+        let _ = tokio::task::spawn_blocking(move || desk.finish()).await;
     }
 
     fn take(&mut self, input: Input) {
@@ -217,6 +237,8 @@ impl Running {
             }
             Input::GiveUp { reason } => self.core_event(Event::GivenUp { reason }),
             Input::Desired(desired) => self.core_event(Event::Desired(desired)),
+            // Taken by the loop, and while all are seen off there is nothing to hand over.
+            Input::HandOver(_) => {}
             Input::Status(answer) => drop(answer.send(self.core.status())),
         }
     }

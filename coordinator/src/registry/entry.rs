@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anello_configs::{RunConfig, Schedule, Timings};
 use anello_proto::jobs::Phase;
@@ -15,7 +15,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::phase::{Standing, phase};
 use super::place::Spec;
-use super::{AGAIN, Recorded, Refusal};
+use super::{Recorded, Refusal};
 use crate::core::{Goal, Outcome, Status};
 use crate::error::Result;
 use crate::job::{Job, JobOptions, Opened};
@@ -24,6 +24,8 @@ use crate::news::News;
 use crate::records::goal_name;
 use crate::telemetry::Board;
 
+/// Pause before what failed for now is tried again.
+const AGAIN: Duration = Duration::from_secs(3);
 /// Steps and records that are kept to be shown.
 pub(super) const RECENT: usize = 16;
 

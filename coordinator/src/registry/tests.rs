@@ -1,6 +1,7 @@
 //! The registry over workers that never report in: what users see, and what another coordinator finds.
 
 use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use anello_configs::LoadOptions;
 
@@ -76,13 +77,7 @@ impl World {
 
     fn want(&self, kept: &Kept, name: &str, wish: Wish) -> std::result::Result<(), Refusal> {
         let name = JobName::new(name).unwrap();
-        self.runtime.block_on(async {
-            let recorded = kept.registry.ask(|reply| Command::Want(name, wish, reply)).await?;
-            match recorded {
-                Some(recorded) => recorded.await.map_err(|_| Refusal::Ending("over")),
-                None => Ok(()),
-            }
-        })
+        self.runtime.block_on(kept.registry.want(&name, wish)).map(drop)
     }
 
     fn phases(&self, kept: &Kept) -> Vec<(String, Phase)> {
@@ -185,4 +180,21 @@ fn of_two_coordinators_the_older_is_fenced() {
     assert!(fenced.unwrap().contains("_coordinators/00000002.json"));
     older.thread.join().unwrap();
     world.stop(newer);
+}
+
+#[test]
+fn what_is_handed_over_goes_on() {
+    let world = World::new("handed");
+    let kept = world.keep(1);
+    world.submit(&kept, "a", 1).unwrap();
+    wait_for(&kept, "a", Phase::Forming);
+    world.runtime.block_on(kept.registry.hand_over());
+    kept.thread.join().unwrap();
+    let next = world.keep(1);
+    wait_for(&next, "a", Phase::Forming);
+    world.want(&next, "a", Wish::Pause).unwrap();
+    wait_for(&next, "a", Phase::Paused);
+    world.want(&next, "a", Wish::Cancel).unwrap();
+    wait_for(&next, "a", Phase::Cancelled);
+    world.stop(next);
 }

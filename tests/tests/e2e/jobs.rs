@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anello_tests::{Done, Process, newest_checkpoint, objects, signal, wait_until};
+use anello_tests::{Done, Process, free_port, newest_checkpoint, objects, signal, wait_until};
 
 use super::world;
 
@@ -15,8 +15,12 @@ struct Coordinator {
 
 impl Coordinator {
     fn start(place: &str, slots: u32, detection: u32) -> Self {
+        Self::start_at("127.0.0.1:0", place, slots, detection)
+    }
+
+    fn start_at(listen: &str, place: &str, slots: u32, detection: u32) -> Self {
         let (slots, detection) = (slots.to_string(), format!("{detection}s"));
-        let arguments = ["coordinator", "--listen", "127.0.0.1:0", "--jobs", place, "--slots", &slots];
+        let arguments = ["coordinator", "--listen", listen, "--jobs", place, "--slots", &slots];
         let more = ["--detection", &detection];
         let mut process = Process::start(&world().folder, &[&arguments[..], &more].concat());
         let address = |out: &str| Some(out.strip_prefix("coordinator at ")?.split_once(',')?.0.to_owned());
@@ -248,4 +252,32 @@ fn where_the_time_of_its_workers_goes_is_told_while_a_job_trains() {
     ask("cancel");
     coordinator.wait_for("a", "cancelled", 1);
     coordinator.stop().expect(130);
+}
+
+#[test]
+fn a_coordinator_of_workers_from_elsewhere_may_move_while_they_train() {
+    let listen = format!("127.0.0.1:{}", free_port());
+    let mut first = Coordinator::start_at(&listen, "jobs-moved", 0, 10);
+    first.submit("a", 2);
+    let worker = || {
+        let arguments = ["worker", "--coordinator", &listen, "--job", "a", "--threads", "1"];
+        Process::start(&world().folder, &arguments)
+    };
+    let workers = [worker(), worker()];
+    first.wait_for_checkpoint("a", 3);
+    first.process.signal("TERM");
+    let told = first.process.wait().expect(0);
+    assert!(
+        told.ends_with(
+            "leaving: workers train on, and the next coordinator of this place goes on with them\n"
+        )
+    );
+    let mut second = Coordinator::start_at(&listen, "jobs-moved", 0, 10);
+    second.wait_for("a", "completed", 1);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    let told = second.ask(&["logs", "a"]).expect(0);
+    assert!(told.matches("a coordinator took the run up").count() == 2 && !told.contains("paused"), "{told}");
+    second.assert_undisturbed("a");
 }

@@ -113,7 +113,7 @@ fn workers_from_elsewhere_bring_their_own_certificates_and_take_state_over_tls()
     first.wait().expect(0);
     second.wait().expect(0);
     coordinator.signal("TERM");
-    coordinator.wait().expect(130);
+    coordinator.wait().expect(0);
 }
 
 #[test]
