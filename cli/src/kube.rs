@@ -61,9 +61,17 @@ pub struct KubeArgs {
     secret: Vec<String>,
 }
 
+/// Arguments of `anello crd`.
+#[derive(Debug, clap::Args)]
+pub struct CrdArgs {
+    /// Print a page of its fields instead, Markdown.
+    #[arg(long)]
+    reference: bool,
+}
+
 /// `anello crd`
-pub fn crd(screen: &Screen) -> Outcome {
-    screen.print(&anello_k8s::definition())?;
+pub fn crd(args: &CrdArgs, screen: &Screen) -> Outcome {
+    screen.print(&if args.reference { anello_k8s::reference() } else { anello_k8s::definition() })?;
     Ok(Exit::Done)
 }
 

@@ -104,7 +104,7 @@ enum Command {
     /// Stop a job for good.
     Cancel(jobs::JobArgs),
     /// Print the definition of the PretrainJob resource, for `kubectl apply -f -`.
-    Crd,
+    Crd(kube::CrdArgs),
     /// Look after the PretrainJobs of a Kubernetes cluster.
     Controller(kube::ControllerArgs),
     /// Make a private CA and its certificates, for TLS between machines.
@@ -188,7 +188,7 @@ fn command(command: Command, screen: &Screen) -> Outcome {
         Command::Resume(args) => jobs::resume(&args, screen),
         Command::Scale(args) => jobs::scale(&args, screen),
         Command::Cancel(args) => jobs::cancel(&args, screen),
-        Command::Crd => kube::crd(screen),
+        Command::Crd(args) => kube::crd(&args, screen),
         Command::Controller(args) => kube::controller(&args, screen),
         Command::Certs(command) => certs::run(&command, screen),
         Command::Plan(args) => config::plan(&args, screen),

@@ -1,4 +1,6 @@
-//! `PretrainJob`: what a user writes, and what the controller says of it.
+//! `PretrainJob`: what a user writes, and what the controller says of it. `reference` tells of every field.
+
+mod reference;
 
 use std::collections::BTreeMap;
 
@@ -9,6 +11,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use reference::reference;
 
 /// A run, and the workers that it is to have. Its weights and losses depend on `config` and `set` alone.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]

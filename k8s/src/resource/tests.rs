@@ -87,3 +87,16 @@ fn the_definition_is_as_it_was() {
     }
     insta::assert_snapshot!(serde_saphyr::to_string(&crd).unwrap());
 }
+
+#[test]
+fn its_reference_is_that_of_this_build() {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/pretrainjob.md");
+    if std::env::var_os("ANELLO_UPDATE").is_some() {
+        std::fs::write(page, reference()).unwrap();
+    }
+    let written = std::fs::read_to_string(page).unwrap_or_default();
+    assert!(
+        written == reference(),
+        "{page} is old; write it anew: ANELLO_UPDATE=1 cargo test -p anello-k8s reference"
+    );
+}
