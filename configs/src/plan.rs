@@ -44,6 +44,8 @@ pub struct Plan {
     pub lanes: u32,
     /// Lanes of the worker that serves most of them.
     pub lanes_per_worker: u32,
+    /// How many workers have the moments of a block.
+    pub state_copies: StateCopies,
     /// The stages, in order.
     pub stages: Vec<StageEstimate>,
 }
@@ -147,7 +149,8 @@ pub struct Memory {
     pub weights: u64,
     /// fp32 weights, 4 bytes a parameter.
     pub master: u64,
-    /// Two fp32 moments, 8 bytes a parameter.
+    /// Two fp32 moments, 8 bytes a parameter. With `ring.state_copies = 2` and more than two workers those of two workers'
+    /// shares, 12 bytes: the gradient of these is kept too until all have the step.
     pub moments: u64,
     /// fp32 gradient of the lane at work, 4 bytes a parameter.
     pub gradient: u64,
@@ -165,8 +168,8 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// That of a worker with `lanes` lanes in `stage` with `layers` layers.
-    pub fn new(config: &RunConfig, layers: u32, stage: &Stage, lanes: u32) -> Self {
+    /// That of one of `workers` workers, with `lanes` lanes, in `stage` with `layers` layers.
+    pub fn new(config: &RunConfig, layers: u32, stage: &Stage, lanes: u32, workers: u32) -> Self {
         let model = &config.model;
         let parameters = Parameters::new(model, layers).total();
         let element = match config.compute.dtype {
@@ -189,7 +192,10 @@ impl Memory {
         Self {
             weights: if config.compute.dtype == Dtype::Bf16 { 2 * parameters } else { 0 },
             master: 4 * parameters,
-            moments: 8 * parameters,
+            moments: match config.ring.state_copies {
+                StateCopies::Two if workers > 2 => product([12, 2, parameters]).div_ceil(u64::from(workers)),
+                StateCopies::Two | StateCopies::All => 8 * parameters,
+            },
             gradient: 4 * parameters,
             fold: product([4, parameters, lanes.max(1).ilog2().into()]),
             inputs,
@@ -199,7 +205,8 @@ impl Memory {
         }
     }
 
-    /// Weights, moments and the gradient: what a replica holds whatever it computes, 18 bytes a parameter in bf16.
+    /// Weights, moments and the gradient: what a worker holds whatever it computes, 18 bytes a parameter in bf16 where all
+    /// moments are everywhere.
     pub fn state(&self) -> u64 {
         self.weights + self.master + self.moments + self.gradient
     }
@@ -230,7 +237,8 @@ impl Plan {
     /// The plan of a config that has been loaded or checked.
     pub fn new(config: &RunConfig, cluster: Cluster) -> Self {
         let schedule = Schedule::new(config);
-        let lanes_per_worker = config.lanes.div_ceil(cluster.count.clamp(1, config.lanes));
+        let workers = cluster.count.clamp(1, config.lanes);
+        let lanes_per_worker = config.lanes.div_ceil(workers);
         let stages = schedule.stages().map(|(stage, span)| {
             let flops = TokenFlops::new(&config.model, span.layers, stage, config.compute.recompute);
             // A step takes as long as the worker with most lanes.
@@ -242,7 +250,7 @@ impl Plan {
                 span,
                 parameters: Parameters::new(&config.model, span.layers),
                 flops,
-                memory: Memory::new(config, span.layers, stage, lanes_per_worker),
+                memory: Memory::new(config, span.layers, stage, lanes_per_worker, workers),
                 seconds,
                 gpu_hours: seconds * f64::from(cluster.count) / 3600.0,
             }
@@ -255,6 +263,7 @@ impl Plan {
             timings: Timings::new(Duration::from_millis(config.ring.detection_ms)),
             lanes: config.lanes,
             lanes_per_worker,
+            state_copies: config.ring.state_copies,
             stages: stages.collect(),
         }
     }

@@ -237,6 +237,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         straggler_factor,
         straggler_window_steps,
         lanes,
+        state_copies,
         fault,
     } = ring;
     section("ring", &|s| {
@@ -245,6 +246,10 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         s.rest("spot_check_every_steps", *spot_check_every_steps);
         s.rest("straggler_factor", *straggler_factor);
         s.rest("straggler_window_steps", *straggler_window_steps).rest("lanes", lanes.name());
+        match state_copies {
+            StateCopies::All => s.rest("state_copies", "all"),
+            StateCopies::Two => s.rest("state_copies", 2u64),
+        };
         if let Some(Fault { buffer, step, rank }) = fault {
             s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());
         }

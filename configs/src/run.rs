@@ -247,6 +247,8 @@ pub struct Ring {
     pub straggler_window_steps: u32,
     /// How the lanes are shared out.
     pub lanes: LaneShares,
+    /// How many workers have the moments of a block.
+    pub state_copies: StateCopies,
     /// For tests: a bit that is flipped on purpose.
     pub fault: Option<Fault>,
 }
@@ -259,6 +261,18 @@ pub enum LaneShares {
     Balanced,
     /// By how fast it was so far.
     BySpeed,
+}
+
+/// How many workers of a ring have the optimizer's moments of a block. It changes memory and traffic, and no bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StateCopies {
+    /// All of them: no death loses anything.
+    #[serde(rename = "all")]
+    All,
+    /// The block's owner and one other: memory falls with workers, and when two neighbours in the ring die together the run
+    /// goes back to its last checkpoint.
+    #[serde(rename = "2")]
+    Two,
 }
 
 /// One bit flip, once in the life of a process.

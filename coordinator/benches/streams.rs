@@ -125,7 +125,7 @@ fn workers(coordinator: &str, streams: u64) {
 }
 
 fn stance(activity: Activity, holds: Option<u64>) -> v1::FromWorker {
-    let stance = v1::Stance { holds, activity: Some(activity), leaving: false, written: Vec::new() };
+    let stance = v1::Stance { holds, activity: Some(activity), ..Default::default() };
     v1::FromWorker { word: Some(Word::Stance(stance)) }
 }
 

@@ -25,6 +25,8 @@ fn malformed(what: impl Into<String>) -> Malformed {
 
 /// Checkpoints that a stance may name: as many as a worker keeps.
 const WRITTEN_MAX: usize = 16;
+/// Ranges of blocks of a shard: two, and some more while shares move.
+const RANGES_MAX: usize = 8;
 /// Bytes of text that people read.
 const REASON_BYTES_MAX: usize = 16 << 10;
 /// Members of a generation.
@@ -67,6 +69,7 @@ impl From<&Stance> for v1::Stance {
         };
         Self {
             holds: stance.holds.map(|step| step.0),
+            shard: stance.shard.as_ref().map(Into::into),
             activity: Some(activity),
             leaving: stance.leaving,
             written: stance.written.iter().map(Into::into).collect(),
@@ -93,10 +96,39 @@ impl TryFrom<v1::Stance> for Stance {
         }
         Ok(Self {
             holds: message.holds.map(Step),
+            shard: message.shard.map(TryInto::try_into).transpose()?,
             activity,
             leaving: message.leaving,
             written: message.written.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
+    }
+}
+
+impl From<&Shard> for v1::Shard {
+    fn from(shard: &Shard) -> Self {
+        let Shard { blocks, all_blocks, next } = shard;
+        let range = |range: &Range<u64>| v1::BlockRange { first: range.start, end: range.end };
+        Self { blocks: blocks.iter().map(range).collect(), all_blocks: *all_blocks, next: *next }
+    }
+}
+
+impl TryFrom<v1::Shard> for Shard {
+    type Error = Malformed;
+    fn try_from(message: v1::Shard) -> Result<Self, Malformed> {
+        let v1::Shard { blocks, all_blocks, next } = message;
+        if blocks.len() > RANGES_MAX {
+            let count = blocks.len();
+            return Err(malformed(format!("moments in {count} ranges, of at most {RANGES_MAX}")));
+        }
+        let mut from = 0;
+        for &v1::BlockRange { first, end } in &blocks {
+            if first < from || first >= end || end > all_blocks {
+                return Err(malformed(format!("moments of blocks {first} to {end}, of {all_blocks}")));
+            }
+            from = end;
+        }
+        let blocks = blocks.into_iter().map(|range| range.first..range.end).collect();
+        Ok(Self { blocks, all_blocks, next })
     }
 }
 

@@ -58,12 +58,54 @@ impl fmt::Debug for WorkerId {
 pub struct Stance {
     /// The step after which it holds weights and moments; absent: it holds none.
     pub holds: Option<Step>,
+    /// The moments that it has of that state; absent: all of them.
+    pub shard: Option<Shard>,
     /// What it is doing.
     pub activity: Activity,
     /// It was asked to go (SIGTERM), and goes once it is in no ring.
     pub leaving: bool,
     /// Checkpoints that it has written parts of and that are not known to be committed.
     pub written: Vec<Written>,
+}
+
+/// The moments that a worker has where they are shared out over the ring. Weights are whole everywhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// Their blocks, ascending and apart.
+    pub blocks: Vec<Range<u64>>,
+    /// Blocks of the whole state.
+    pub all_blocks: u64,
+    /// It can bring these moments to the step after the one that it holds: whoever holds that has the weights.
+    pub next: bool,
+}
+
+impl Shard {
+    /// What the member of `rank` has: the blocks that it owns, and a second copy of those of the member after it.
+    pub fn of(all_blocks: u64, members: usize, rank: usize) -> Self {
+        Self { blocks: shares(all_blocks, members, rank), all_blocks, next: false }
+    }
+
+    /// Whether it has the moments of a block.
+    pub fn contains(&self, block: u64) -> bool {
+        self.blocks.iter().any(|range| range.contains(&block))
+    }
+}
+
+/// The blocks that the member of `rank` and the one after it own, ascending and apart. Who owns what is the collective's
+/// rule: contiguous shares whose sizes differ by at most one.
+pub fn shares(all_blocks: u64, members: usize, rank: usize) -> Vec<Range<u64>> {
+    let cut = |rank: usize| (u128::from(all_blocks) * rank as u128 / members as u128) as u64;
+    let next = (rank + 1) % members;
+    let mut both = vec![cut(rank)..cut(rank + 1), cut(next)..cut(next + 1)];
+    both.retain(|range| !range.is_empty());
+    both.sort_unstable_by_key(|range| range.start);
+    both.dedup();
+    if let [first, second] = &both[..]
+        && first.end == second.start
+    {
+        both = std::iter::once(first.start..second.end).collect();
+    }
+    both
 }
 
 /// What a worker is doing.

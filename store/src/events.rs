@@ -159,6 +159,13 @@ pub enum Event {
         /// The checkpoint that its state is from; absent: from members that held it.
         checkpoint: Option<u64>,
     },
+    /// State that workers held was given up: the run goes on from its last checkpoint, or begins anew.
+    FellBack {
+        /// Steps applied to it.
+        step: u64,
+        /// Why.
+        reason: String,
+    },
     /// A member of a ring takes longer for a lane than the others. It changes no bit.
     Slow {
         /// Its id.

@@ -107,6 +107,10 @@ pub fn describe(event: &Event) -> String {
             let took = *took_ms as f64 / 1000.0;
             format!("ring re-formed with {} in {took:.2} s; {cost}", of_workers(*workers as usize))
         }
+        Event::FellBack { step, reason } => format!(
+            "the state after step {} is given up and the run goes back to its last checkpoint: {reason}",
+            grouped(*step)
+        ),
         Event::Slow { worker, machine, step, percent } => format!(
             "worker {} on {machine} is slow: its lanes take {} as long as the others' at step {}",
             short_digest(worker),

@@ -78,8 +78,9 @@ fn serve() {
         Tensor::randn([layout.len() as i64], (Kind::Float, Device::Cpu))
     };
     let (weights, exp_avg, exp_avg_sq) = (flat(1), flat(2), flat(3));
+    let cover = Cover::all(layout.blocks());
     let state =
-        State { layout: layout.clone(), weights, exp_avg, exp_avg_sq, updates: 7, losses: Vec::new() };
+        State { layout: layout.clone(), weights, exp_avg, exp_avg_sq, cover, updates: 7, losses: Vec::new() };
     println!("{}", json!({ "mib": (3 * layout.len()) >> 18 }));
     for line in std::io::stdin().lock().lines().map(|line| line.expect("standard input")) {
         let answer = match line.split_once(' ') {

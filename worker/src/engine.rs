@@ -15,12 +15,13 @@ use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
+use crate::cover::Cover;
 use crate::evaluate::Evaluation;
 use crate::fold::Fold;
 use crate::guard::{self, Spike};
 use crate::model::{Context, Model, Rotary, Tokens};
 use crate::objective::{self, Goal, LossSums};
-use crate::optimizer::{State, Update};
+use crate::optimizer::{Prepared, State, Summed, Update};
 use crate::params::{BLOCK, Layout};
 use crate::tape::Tape;
 
@@ -267,7 +268,9 @@ impl Engine {
     /// Prepares for the step of `plan`. Called before its first lane; a second time, for a step that was abandoned, it
     /// changes nothing more.
     pub fn enter(&mut self, plan: &StepPlan<'_>) {
-        if let Some(upcycle) = plan.upcycle {
+        if let Some(upcycle) = plan.upcycle
+            && self.state.layout.layers() as u32 != upcycle.layers
+        {
             let layout = Layout::new(&self.config.model, upcycle.layers);
             self.load_state(self.state.upcycled(layout));
         }
@@ -419,13 +422,49 @@ impl Engine {
     pub fn finish_with(&mut self, plan: &StepPlan<'_>, gradient: &Tensor, sums: LossSums) -> Outcome {
         let _span = tracing::trace_span!("update").entered();
         let (guard, loss) = (&self.config.guard, mean_loss(&sums));
-        let spike = guard::spike(guard, &self.state.losses, loss);
-        let wanted = sums.loss.is_finite() && (spike.is_none() || guard.on_spike != OnSpike::Skip);
+        let (spike, wanted) = self.judge(&sums);
         let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
-        let update =
-            self.state.update(&self.config.optimizer, plan.lr, gradient, sums.counted, wanted, moved);
+        let sum = Summed { gradient, counted: sums.counted, wanted };
+        let update = self.state.update(&self.config.optimizer, plan.lr, sum, moved);
         guard::remember(guard, &mut self.state.losses, loss);
         Outcome { sums, update, spike }
+    }
+
+    /// Whether the loss of a step is a spike, and whether its update is wanted.
+    fn judge(&self, sums: &LossSums) -> (Option<Spike>, bool) {
+        let guard = &self.config.guard;
+        let spike = guard::spike(guard, &self.state.losses, mean_loss(sums));
+        (spike, sums.loss.is_finite() && (spike.is_none() || guard.on_spike != OnSpike::Skip))
+    }
+
+    /// [`Engine::finish_with`] where the moments are shared out over a ring, first half ([`State::prepare`]): the new weights of
+    /// the blocks of `own` take the place of their gradient.
+    pub fn prepare(
+        &self,
+        plan: &StepPlan<'_>,
+        gradient: &Tensor,
+        sums: &LossSums,
+        own: Range<usize>,
+    ) -> (Prepared, Option<Spike>) {
+        let _span = tracing::trace_span!("update").entered();
+        let (spike, wanted) = self.judge(sums);
+        let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
+        let sum = Summed { gradient, counted: sums.counted, wanted };
+        let mut prepared = self.state.prepare(&self.config.optimizer, plan.lr, sum, moved, own);
+        guard::remember(&self.config.guard, &mut prepared.losses, mean_loss(sums));
+        (prepared, spike)
+    }
+
+    /// The second half, once `weights` has everyone's ([`State::complete`]).
+    pub fn complete(&mut self, prepared: &Prepared, weights: &Tensor) {
+        let _span = tracing::trace_span!("update").entered();
+        self.state.complete(prepared, Some(weights));
+    }
+
+    /// The same with the moments of `cover`, as [`State::with_cover`].
+    pub fn set_cover(&mut self, cover: Cover, others: &[(usize, [Tensor; 2])]) {
+        // The model's tensors are views of the weights, which stay where they are.
+        self.state = self.state.share().with_cover(cover, others);
     }
 
     /// Takes back a gradient buffer that is no longer needed, for a later lane. One of a layout that is no longer in use

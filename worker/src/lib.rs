@@ -5,7 +5,7 @@
 //!                   model      the looped language model          objective  loss and its backward by chunks
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
-//!                   guard      what a loss spike is
+//!                   guard      what a loss spike is         cover      which blocks' moments are here
 //!                   generate   texts, with early exit         evaluate   figures of each loop step
 //!                   validate   these on held-out data, while a run trains
 //! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
@@ -20,6 +20,7 @@ mod account;
 pub mod audit;
 pub mod bisect;
 pub mod checkpoint;
+mod cover;
 mod engine;
 mod environment;
 mod error;
@@ -40,6 +41,7 @@ mod trainer;
 mod validate;
 
 pub use account::{Epochs, Stamp, outcome_event, position_after};
+pub use cover::{Cover, Piece};
 pub use engine::{Engine, Growing, Outcome, Pass, forward_backward};
 pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
@@ -48,7 +50,7 @@ pub use generate::{Cache, Generator, Leave, Options as GenerateOptions, Sampled}
 pub use init::{initial_state, pin_init};
 pub use model::{Context, Model, Rotary, Tokens};
 pub use objective::{Goal, LossSums, TokenLosses, log_exit, token_losses};
-pub use optimizer::{State, Update, block_square_sums};
+pub use optimizer::{Prepared, State, Summed, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};
 pub use tape::Tape;
 pub use trainer::{Control, Ended, Resume, Run, Training};

@@ -9,12 +9,18 @@
 //! Every operation below is one IEEE operation an element (no fused multiply-add, whose use would differ between
 //! the vector body and the scalar tail of a LibTorch kernel), so the result does not depend on how the buffer is
 //! cut, by threads or by owners.
+//!
+//! Where the moments are shared out over a ring, an update has two halves. [`State::prepare`] changes nothing of the state:
+//! it makes the new weights of some blocks, for others to have, and keeps the gradient of all blocks whose moments are
+//! here. [`State::complete`] brings those moments a step further, once all new weights are there. In between the state
+//! can still go either way.
 
 use std::ops::Range;
 
 use anello_configs::{Optimizer, RunConfig};
 use tch::{Device, Kind, Tensor};
 
+use crate::cover::{Cover, Piece};
 use crate::params::{BLOCK, Layout};
 
 /// Elements updated at a time: its six operands stay in a core's cache on a CPU.
@@ -29,14 +35,27 @@ pub struct State {
     pub layout: Layout,
     /// Weights, fp32, flat.
     pub weights: Tensor,
-    /// First moments, fp32, flat.
+    /// First moments, fp32: those of the blocks of `cover`, one after the other.
     pub exp_avg: Tensor,
-    /// Second moments, fp32, flat.
+    /// Second moments, as the first.
     pub exp_avg_sq: Tensor,
+    /// The blocks whose moments are here: all, unless they are shared out over a ring.
+    pub cover: Cover,
     /// Updates applied since the moments were last zero.
     pub updates: u64,
     /// Losses of the last steps of the stage, the oldest first: what a spike is measured by.
     pub losses: Vec<f64>,
+}
+
+/// The sum of a global batch's gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct Summed<'a> {
+    /// Flat; an update overwrites it, and looks at it in the blocks that move alone.
+    pub gradient: &'a Tensor,
+    /// Tokens that count.
+    pub counted: u64,
+    /// Whether the update is wanted: its loss is a number, and no spike that is skipped.
+    pub wanted: bool,
 }
 
 /// What an update did.
@@ -46,6 +65,66 @@ pub struct Update {
     pub grad_norm: f64,
     /// False when the norm was not finite: nothing was changed.
     pub applied: bool,
+}
+
+/// What the update of a step has in common for all elements.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Scale {
+    /// Of the gradient's sum: the mean over tokens, and the clip.
+    gradient: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    /// 1 − β2^u.
+    correction2: f64,
+    /// 1 − lr·decay.
+    decay: f64,
+    /// lr / (1 − β1^u).
+    rate: f64,
+}
+
+impl Scale {
+    fn moments(&self, m: &mut Tensor, v: &mut Tensor, g: &Tensor) {
+        *m *= self.beta1;
+        *m += g * (1.0 - self.beta1);
+        *v *= self.beta2;
+        *v += g.square() * (1.0 - self.beta2);
+    }
+
+    fn weights(&self, w: &mut Tensor, m: &Tensor, v: &Tensor, decayed: bool) {
+        let root = (v / self.correction2).sqrt() + self.eps;
+        if decayed {
+            *w *= self.decay;
+        }
+        *w -= m / root * self.rate;
+    }
+}
+
+/// The first half of an update: what it takes to bring the moments that are here to the step after.
+#[derive(Debug)]
+pub struct Prepared {
+    /// What the update does.
+    pub update: Update,
+    /// Absent when the step is skipped.
+    scale: Option<Scale>,
+    /// Elements that move.
+    moved: Range<usize>,
+    /// The blocks whose moments were here.
+    pub cover: Cover,
+    /// The window of losses of the state after: that of the one before, until the step's is taken up.
+    pub losses: Vec<f64>,
+    /// The scaled gradient of what moves, laid as those moments are.
+    gradient: Tensor,
+}
+
+/// The whole blocks that elements lie in.
+fn blocks_of(elements: &Range<usize>) -> Range<usize> {
+    elements.start / BLOCK..elements.end.div_ceil(BLOCK)
+}
+
+/// Some elements of a flat buffer.
+fn part(flat: &Tensor, elements: Range<usize>) -> Tensor {
+    flat.narrow(0, elements.start as i64, elements.len() as i64)
 }
 
 /// Sums of squares of a flat gradient by block, f64: rows of 1024 by LibTorch in fp32, rows of a block in order.
@@ -60,7 +139,8 @@ impl State {
     pub fn new(layout: Layout, weights: Tensor) -> Self {
         let zeros = || layout.zeros(weights.device());
         let (exp_avg, exp_avg_sq) = (zeros(), zeros());
-        Self { layout, weights, exp_avg, exp_avg_sq, updates: 0, losses: Vec::new() }
+        let cover = Cover::all(layout.blocks());
+        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: 0, losses: Vec::new() }
     }
 
     /// The initial weights of the seed of `config`.
@@ -72,10 +152,24 @@ impl State {
 
     /// The same in memory of its own.
     pub fn copy(&self) -> Self {
-        let Self { layout, weights, exp_avg, exp_avg_sq, updates, losses } = self;
+        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses } = self;
         let (weights, exp_avg, exp_avg_sq) = (weights.copy(), exp_avg.copy(), exp_avg_sq.copy());
-        let (layout, losses) = (layout.clone(), losses.clone());
-        Self { layout, weights, exp_avg, exp_avg_sq, updates: *updates, losses }
+        let (layout, cover, losses) = (layout.clone(), cover.clone(), losses.clone());
+        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: *updates, losses }
+    }
+
+    /// The same in the same memory.
+    pub fn share(&self) -> Self {
+        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses } = self;
+        Self {
+            layout: layout.clone(),
+            weights: weights.shallow_clone(),
+            exp_avg: exp_avg.shallow_clone(),
+            exp_avg_sq: exp_avg_sq.shallow_clone(),
+            cover: cover.clone(),
+            updates: *updates,
+            losses: losses.clone(),
+        }
     }
 
     /// Sets moments and their count to zero.
@@ -85,54 +179,177 @@ impl State {
         self.updates = 0;
     }
 
-    /// The state over a stack of `layers` layers, weights and moments repeated (see [`Layout::upcycled`]).
+    /// The state over a stack of `layers` layers, weights and moments repeated (see [`Layout::upcycled`]). Panics when some
+    /// moments are elsewhere.
     pub fn upcycled(&self, layout: Layout) -> Self {
+        assert!(self.cover.is_all(), "a stack grows where all moments are");
         let spread = |flat: &Tensor| layout.upcycled(&self.layout, flat);
         let (weights, exp_avg, exp_avg_sq) =
             (spread(&self.weights), spread(&self.exp_avg), spread(&self.exp_avg_sq));
-        Self { layout, weights, exp_avg, exp_avg_sq, updates: self.updates, losses: self.losses.clone() }
+        let (cover, losses) = (Cover::all(layout.blocks()), self.losses.clone());
+        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: self.updates, losses }
     }
 
-    /// One update of the elements `moved` from the gradient's sum over `counted` tokens, which is overwritten; outside of
-    /// their blocks it is not looked at. `finite_loss` false skips it.
-    pub fn update(
-        &mut self,
+    /// The moments of `blocks`, which are next to one another; panics when some are elsewhere.
+    pub fn moments(&self, blocks: Range<usize>) -> [Tensor; 2] {
+        let place = self.cover.place(blocks.clone());
+        let place = place.unwrap_or_else(|| panic!("the moments of blocks {blocks:?} are elsewhere"));
+        [&self.exp_avg, &self.exp_avg_sq].map(|flat| part(flat, place.start * BLOCK..place.end * BLOCK))
+    }
+
+    /// One update of the elements `moved`, where all moments are here.
+    pub fn update(&mut self, options: &Optimizer, lr: f64, sum: Summed<'_>, moved: Range<usize>) -> Update {
+        assert!(self.cover.is_all(), "all moments are here");
+        let (update, scale) = self.measure(options, lr, sum, &moved);
+        let Some(scale) = scale else { return update };
+        self.updates += 1;
+        for block in blocks_of(&moved) {
+            let slice = (block * SLICE).max(moved.start)..((block + 1) * SLICE).min(moved.end);
+            let here = |flat: &Tensor| part(flat, slice.clone());
+            let (mut w, mut m, mut v) = (here(&self.weights), here(&self.exp_avg), here(&self.exp_avg_sq));
+            let mut g = here(sum.gradient);
+            g *= scale.gradient;
+            scale.moments(&mut m, &mut v, &g);
+            scale.weights(&mut w, &m, &v, block * SLICE < self.layout.decayed_len());
+        }
+        update
+    }
+
+    /// What an update comes to, and what it does to all elements alike; absent: nothing.
+    fn measure(
+        &self,
         options: &Optimizer,
         lr: f64,
-        gradient: &Tensor,
-        counted: u64,
-        finite_loss: bool,
-        moved: Range<usize>,
-    ) -> Update {
-        let blocks = moved.start / BLOCK * BLOCK..moved.end.next_multiple_of(BLOCK);
+        sum: Summed<'_>,
+        moved: &Range<usize>,
+    ) -> (Update, Option<Scale>) {
+        let Summed { gradient, counted, wanted } = sum;
+        let blocks = blocks_of(moved);
         let squares: f64 =
-            block_square_sums(&gradient.narrow(0, blocks.start as i64, blocks.len() as i64)).iter().sum();
+            block_square_sums(&part(gradient, blocks.start * BLOCK..blocks.end * BLOCK)).iter().sum();
         let grad_norm = squares.sqrt() / counted.max(1) as f64;
-        if !(grad_norm.is_finite() && finite_loss) {
-            return Update { grad_norm, applied: false };
+        if !(grad_norm.is_finite() && wanted) {
+            return (Update { grad_norm, applied: false }, None);
         }
-        self.updates += 1;
         let clip = if grad_norm > options.clip { options.clip / grad_norm } else { 1.0 };
-        let scale = clip / counted.max(1) as f64;
-        let power = |beta: f64| 1.0 - libm::pow(beta, self.updates as f64);
-        let (correction1, correction2) = (power(options.beta1), power(options.beta2));
-        for start in blocks.step_by(SLICE) {
-            let slice = start.max(moved.start)..(start + SLICE).min(moved.end);
-            let part = |flat: &Tensor| flat.narrow(0, slice.start as i64, slice.len() as i64);
-            let (mut w, mut m, mut v) = (part(&self.weights), part(&self.exp_avg), part(&self.exp_avg_sq));
-            let mut g = part(gradient);
-            g *= scale;
-            m *= options.beta1;
-            m += &g * (1.0 - options.beta1);
-            v *= options.beta2;
-            v += g.square() * (1.0 - options.beta2);
-            let root = (&v / correction2).sqrt() + options.eps;
-            if start < self.layout.decayed_len() {
-                w *= 1.0 - lr * options.weight_decay;
+        let power = |beta: f64| 1.0 - libm::pow(beta, (self.updates + 1) as f64);
+        let scale = Scale {
+            gradient: clip / counted.max(1) as f64,
+            beta1: options.beta1,
+            beta2: options.beta2,
+            eps: options.eps,
+            correction2: power(options.beta2),
+            decay: 1.0 - lr * options.weight_decay,
+            rate: lr / power(options.beta1),
+        };
+        (Update { grad_norm, applied: true }, Some(scale))
+    }
+
+    /// The first half of [`State::update`], of a gradient that is the same everywhere. The new weights of the blocks of `own`
+    /// that move, whose moments are here, take the place of their gradient.
+    pub fn prepare(
+        &self,
+        options: &Optimizer,
+        lr: f64,
+        sum: Summed<'_>,
+        moved: Range<usize>,
+        own: Range<usize>,
+    ) -> Prepared {
+        let gradient = sum.gradient;
+        let (update, scale) = self.measure(options, lr, sum, &moved);
+        let blocks = blocks_of(&moved);
+        let len = if scale.is_some() { self.cover.elements() } else { 0 };
+        let kept = Tensor::zeros([len as i64], (Kind::Float, gradient.device()));
+        let slice = |block: usize| (block * BLOCK).max(moved.start)..((block + 1) * BLOCK).min(moved.end);
+        if let Some(scale) = &scale {
+            for (block, there) in self.places(blocks.clone()) {
+                let slice = slice(block);
+                let mut g = part(gradient, slice.clone());
+                g *= scale.gradient;
+                let from = there * BLOCK + slice.start - block * BLOCK;
+                part(&kept, from..from + slice.len()).copy_(&g);
             }
-            w -= &m / root * (lr / correction1);
         }
-        Update { grad_norm, applied: true }
+        for block in own.start.max(blocks.start)..own.end.min(blocks.end) {
+            let whole = block * BLOCK..(block + 1) * BLOCK;
+            part(gradient, whole.clone()).copy_(&part(&self.weights, whole));
+            let Some(scale) = &scale else { continue };
+            let slice = slice(block);
+            let [m, v] = self.moments(block..block + 1);
+            let within = slice.start - block * BLOCK..slice.end - block * BLOCK;
+            let (mut m, mut v) = (part(&m, within.clone()).copy(), part(&v, within.clone()).copy());
+            let there = self.cover.place(block..block + 1).expect("own moments are here").start * BLOCK;
+            let g = part(&kept, there + within.start..there + within.end);
+            scale.moments(&mut m, &mut v, &g);
+            let mut w = part(gradient, slice);
+            scale.weights(&mut w, &m, &v, block * BLOCK < self.layout.decayed_len());
+        }
+        let (cover, losses) = (self.cover.clone(), self.losses.clone());
+        Prepared { update, scale, moved, cover, losses, gradient: kept }
+    }
+
+    /// The second half of [`State::update`]: the moments that were here in the first, and, from a buffer in which every moved
+    /// block has its new weights, the weights. Moments that have come since are let go.
+    pub fn complete(&mut self, prepared: &Prepared, weights: Option<&Tensor>) {
+        let Prepared { update: _, scale, moved, cover, losses, gradient } = prepared;
+        if self.cover != *cover {
+            *self = self.share().with_cover(cover.clone(), &[]);
+        }
+        self.losses.clone_from(losses);
+        let blocks = blocks_of(moved);
+        if let Some(scale) = scale {
+            self.updates += 1;
+            for (block, there) in self.places(blocks.clone()) {
+                let start = (block * BLOCK).max(moved.start) - block * BLOCK;
+                let end = ((block + 1) * BLOCK).min(moved.end) - block * BLOCK;
+                let here = |flat: &Tensor| part(flat, there * BLOCK + start..there * BLOCK + end);
+                let (mut m, mut v) = (here(&self.exp_avg), here(&self.exp_avg_sq));
+                scale.moments(&mut m, &mut v, &here(gradient));
+            }
+        }
+        if let Some(weights) = weights {
+            let elements = blocks.start * BLOCK..blocks.end * BLOCK;
+            part(&self.weights, elements.clone()).copy_(&part(weights, elements));
+        }
+    }
+
+    /// The blocks of `blocks` whose moments are here, and where these lie, in blocks.
+    fn places(&self, blocks: Range<usize>) -> Vec<(usize, usize)> {
+        let pieces = self.cover.pieces(blocks).into_iter();
+        pieces.flat_map(|Piece { blocks, at }| blocks.zip(at..)).collect()
+    }
+
+    /// The same weights with the moments of `cover`: those that are here, and, where they are not, of `others`, each from a
+    /// first block on. Panics when some are in neither.
+    pub fn with_cover(self, cover: Cover, others: &[(usize, [Tensor; 2])]) -> Self {
+        if cover == self.cover && others.is_empty() {
+            return self;
+        }
+        let device = self.weights.device();
+        let new = [0, 1].map(|_| Tensor::zeros([cover.elements() as i64], (Kind::Float, device)));
+        let mut filled = Cover::none(cover.of_blocks());
+        let mut fill = |blocks: Range<usize>, from: [Tensor; 2]| {
+            for Piece { blocks: part_of, at } in cover.pieces(blocks.clone()) {
+                let source = (part_of.start - blocks.start) * BLOCK..(part_of.end - blocks.start) * BLOCK;
+                for (new, from) in new.iter().zip(&from) {
+                    let place = at * BLOCK..(at + part_of.len()) * BLOCK;
+                    part(new, place).copy_(&part(from, source.clone()));
+                }
+                filled = filled.and(&Cover::of([part_of], cover.of_blocks()));
+            }
+        };
+        for (first, moments) in others {
+            let blocks = moments[0].numel() / BLOCK;
+            fill(*first..first + blocks, moments.each_ref().map(Tensor::shallow_clone));
+        }
+        if self.cover.of_blocks() == cover.of_blocks() {
+            for range in self.cover.ranges() {
+                fill(range.clone(), self.moments(range.clone()));
+            }
+        }
+        assert_eq!(filled, cover, "moments are missing");
+        let [exp_avg, exp_avg_sq] = new;
+        Self { exp_avg, exp_avg_sq, cover, ..self }
     }
 }
 
@@ -171,6 +388,10 @@ mod tests {
         Tensor::from_slice(&values)
     }
 
+    fn summed(gradient: &Tensor, wanted: bool) -> Summed<'_> {
+        Summed { gradient, counted: 10, wanted }
+    }
+
     /// Against the formula of the module, in f64, element by element.
     #[test]
     fn updates_follow_the_formula() {
@@ -184,7 +405,7 @@ mod tests {
             let host = Vec::<f32>::try_from(&g).unwrap();
             let counted = 10;
             let lr = 1e-2 / step as f64;
-            let got = state.update(&options(), lr, &g, counted, true, 0..n);
+            let got = state.update(&options(), lr, Summed { gradient: &g, counted, wanted: true }, 0..n);
             let norm = host.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt() / counted as f64;
             assert!((got.grad_norm - norm).abs() < 1e-5 * norm, "{} against {norm}", got.grad_norm);
             assert!(norm > 1.0, "the clip is exercised");
@@ -212,7 +433,8 @@ mod tests {
             let g = gradient(&state, 0.5, 1);
             let _ = g.narrow(0, 7, 1).fill_(poison);
             let all = 0..state.layout.len();
-            let update = state.update(&options(), 1e-2, &g, 10, true, all);
+            let sum = Summed { gradient: &g, counted: 10, wanted: true };
+            let update = state.update(&options(), 1e-2, sum, all);
             assert!(!update.applied && state.updates == 0);
             assert!(state.weights.equal(&before));
             assert_eq!(state.exp_avg.abs().max().double_value(&[]), 0.0);
@@ -220,7 +442,65 @@ mod tests {
         let mut state = state();
         let g = gradient(&state, 0.5, 1);
         let all = 0..state.layout.len();
-        assert!(!state.update(&options(), 1e-2, &g, 10, false, all).applied);
+        let sum = Summed { gradient: &g, counted: 10, wanted: false };
+        assert!(!state.update(&options(), 1e-2, sum, all).applied);
+    }
+
+    /// Two halves are one update, to the last bit, wherever the moments are and whatever moves; and before the second half
+    /// nothing is lost.
+    #[test]
+    fn an_update_in_two_halves_over_a_ring_is_the_same() {
+        let all = state().layout.len();
+        let blocks = all / BLOCK;
+        assert!(blocks >= 2, "a state of more than a block");
+        for (members, moved) in
+            [(3, 0..all), (2, 0..all), (3, 0..all - BLOCK / 3), (3, all - BLOCK..all - 40)]
+        {
+            let mut whole = state();
+            let part_of = |rank| state().with_cover(Cover::of_rank(blocks, members, rank), &[]);
+            let mut shards: Vec<State> = (0..members).map(part_of).collect();
+            for step in 1..=3u64 {
+                let (lr, finite) = (1e-2 / step as f64, step != 2);
+                let sum = gradient(&whole, 0.5, step);
+                whole.update(&options(), lr, summed(&sum, finite), moved.clone());
+                let gathered = gradient(&whole, 0.5, step);
+                let prepared: Vec<Prepared> = (0..members)
+                    .map(|rank| {
+                        let shard = &shards[rank];
+                        let (weights, cover) = (shard.weights.copy(), shard.cover.clone());
+                        let own = blocks * rank / members..blocks * (rank + 1) / members;
+                        let sum = gradient(&whole, 0.5, step);
+                        let (moved, own_blocks) = (moved.clone(), own.clone());
+                        let prepared = shard.prepare(&options(), lr, summed(&sum, finite), moved, own_blocks);
+                        assert!(shard.weights.equal(&weights) && shard.cover == cover);
+                        let own = own.start * BLOCK..own.end * BLOCK;
+                        part(&gathered, own.clone()).copy_(&part(&sum, own));
+                        prepared
+                    })
+                    .collect();
+                for (shard, prepared) in shards.iter_mut().zip(&prepared) {
+                    shard.complete(prepared, Some(&gathered));
+                }
+                for shard in &shards {
+                    assert!(shard.weights.equal(&whole.weights), "{members} members, step {step}");
+                    assert_eq!(shard.updates, whole.updates);
+                    for range in shard.cover.ranges() {
+                        let (ours, theirs) = (shard.moments(range.clone()), whole.moments(range.clone()));
+                        assert!(ours.iter().zip(&theirs).all(|(a, b)| a.equal(b)), "step {step}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// A member's moments are those of its share alone: less with every worker.
+    #[test]
+    fn memory_of_moments_falls_with_workers() {
+        let blocks = 64;
+        let held = |members| (0..members).map(|r| Cover::of_rank(blocks, members, r).len()).max().unwrap();
+        assert_eq!([1, 2, 4, 8, 16].map(held), [64, 64, 32, 16, 8]);
+        let state = state().with_cover(Cover::of_rank(2, 2, 0), &[]);
+        assert_eq!(state.exp_avg.numel(), state.cover.elements());
     }
 
     #[test]

@@ -188,6 +188,7 @@ fn event_list(records: &[Record]) -> String {
             | Event::CheckpointFailed { .. }
             | Event::Lost { .. }
             | Event::Evicted { .. }
+            | Event::FellBack { .. }
             | Event::Slow { .. } => " class=\"bad\"",
             Event::Started { .. }
             | Event::Stage { .. }

@@ -105,6 +105,7 @@ pub fn news(notice: &Notice) -> Option<String> {
             | Event::Evicted { .. }
             | Event::Formed { .. }
             | Event::Recovered { .. }
+            | Event::FellBack { .. }
             | Event::Slow { .. }
             | Event::InStep { .. } => Some(describe(&record.event)),
             // The others have a notice of their own, or are told at the end.

@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 use crate::names::{A_NAME, Named, closest, is_name};
 use crate::problem::{Origin, Problem};
 use crate::quantity::{self, Unit};
+use crate::run::StateCopies;
 use crate::tree::{Entry, Node, Table, Value, join};
 
 /// What is wrong, as far as it has been found.
@@ -175,6 +176,15 @@ impl<'f, 't> Section<'f, 't> {
             Value::Text(text) => T::NAMES.iter().find(|(word, _)| word == text).map(|(_, value)| *value),
             _ => None,
         })
+    }
+
+    pub fn state_copies(&mut self, key: &str) -> StateCopies {
+        let read = self.read(key, "\"all\" or 2", Some(StateCopies::All), |node| match &node.value {
+            Value::Text(text) if text == "all" => Some(StateCopies::All),
+            Value::Integer(2) => Some(StateCopies::Two),
+            _ => None,
+        });
+        read.unwrap_or(StateCopies::All)
     }
 
     pub fn text(&mut self, key: &str, accepted: &str, accepts: impl FnOnce(&str) -> bool) -> String {

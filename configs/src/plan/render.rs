@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::units::{binary, duration, number};
 use super::{Plan, StageEstimate};
 use crate::quantity::Unit;
-use crate::run::{LrCurve, Recompute};
+use crate::run::{LrCurve, Recompute, StateCopies};
 use crate::text::{Table, bytes, count, flops, grouped};
 use crate::timings::Timings;
 
@@ -201,7 +201,13 @@ fn notes(plan: &Plan) -> String {
             (plan.lanes_per_worker > 1, "serve fewer lanes a worker"),
             (largest.stage.micro_batch > 1, "take a smaller micro_batch"),
             (plan.recompute == Recompute::None, "recompute layers"),
-            (true, "share the optimizer state over the ring, or take a larger GPU"),
+            match plan.state_copies {
+                StateCopies::All if count > 2 => {
+                    (true, "share out the moments (ring.state_copies = 2), or take a larger GPU")
+                }
+                StateCopies::All => (true, "take a larger GPU"),
+                StateCopies::Two => (true, "take more GPUs, or larger ones"),
+            },
         ];
         let remedies: Vec<&str> =
             remedies.into_iter().filter(|(helps, _)| *helps).map(|(_, text)| text).collect();

@@ -45,6 +45,17 @@ fn states_are_18_bytes_a_parameter() {
 }
 
 #[test]
+fn moments_that_are_shared_out_take_less_with_every_worker() {
+    let config = load("ouro-2.6b", &["ring.state_copies=2"]);
+    let moments = |workers| Plan::new(&config, cluster("h100", workers)).stages[0].memory.moments;
+    let parameters = Plan::new(&config, cluster("h100", 1)).stages[0].parameters.total();
+    // Of two, each has what it owns and what the other does.
+    assert_eq!([1, 2].map(moments), [8 * parameters; 2]);
+    // 8 bytes of moments and 4 of the gradient that is kept beside them, of two shares.
+    assert_eq!([4, 8, 64].map(moments), [4, 8, 64].map(|workers| (24 * parameters).div_ceil(workers)));
+}
+
+#[test]
 fn logits_and_layer_inputs_at_64k_are_as_the_paper_notes_say() {
     assert_eq!(logits_bytes(65_536, 49_152), 12_884_901_888); // 12.9 GB
     let plan = Plan::new(&load("ouro-1.4b", &[]), cluster("h100", 64));

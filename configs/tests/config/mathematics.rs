@@ -17,6 +17,8 @@ fn what_leaves_the_bits_alone_leaves_the_digest_alone() {
         "checkpoint.keep_every_steps=9",
         "checkpoint.keep_stage_ends=false",
         "checkpoint.part_bytes=1MiB",
+        "ring.lanes=by-speed",
+        "ring.state_copies=2",
         "data.prefetch_bytes=1MiB",
         "data.cache_dir=/var/cache/anello",
         "data.tokenizer=tokenizer.json",

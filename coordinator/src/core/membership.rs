@@ -18,6 +18,7 @@
 
 mod alive;
 mod copies;
+pub(super) mod coverage;
 mod gather;
 mod orders;
 mod presence;
@@ -120,6 +121,8 @@ pub struct Membership {
     paces: Paces,
     #[cfg(test)]
     planted: Option<Bug>,
+    /// What workers had that are gone since a ring trained last.
+    gone: Vec<(WorkerId, Shard)>,
     /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
     quarantined: BTreeSet<String>,
     /// Time of the last event.
@@ -165,6 +168,7 @@ impl Membership {
                 for (arrival, member) in formation.members.iter().enumerate() {
                     let stance = Stance {
                         holds: None,
+                        shard: None,
                         activity: Activity::Outside,
                         leaving: false,
                         written: Vec::new(),
@@ -198,6 +202,7 @@ impl Membership {
             arrivals,
             ranks,
             faults: Faults::default(),
+            gone: Vec::new(),
             quarantined: found.quarantined.into_iter().collect(),
             deadline: Some(now),
             forgave: None,
@@ -277,6 +282,7 @@ impl Membership {
             return;
         }
         self.has_trained = true;
+        self.gone.clear();
         let Some(broke) = self.broke.take() else { return };
         let checkpoint = match formation.source {
             Source::Checkpoint { step } => Some(step),
@@ -380,6 +386,10 @@ impl Membership {
         if matches!(self.ring, Ring::Over(Outcome::Fenced { .. })) {
             return;
         }
+        let needed = match self.ring {
+            Ring::Gathering { .. } => self.needed_leavers(),
+            _ => BTreeSet::new(),
+        };
         let mut workers = std::mem::take(&mut self.workers);
         for (&id, worker) in workers.iter_mut().filter(|(_, worker)| worker.linked) {
             let (written, told) = (&worker.stance.written, &mut worker.told_committed);
@@ -393,7 +403,7 @@ impl Membership {
                     });
                 }
             }
-            if let Some(order) = self.owed(id, worker)
+            if let Some(order) = self.owed(id, worker, &needed)
                 && worker.told.as_ref() != Some(&order)
             {
                 worker.told = Some(order.clone());

@@ -281,6 +281,13 @@ pub enum Entry {
         /// Steps that it has applied.
         step: Step,
     },
+    /// The state that workers hold is not gone on from: the last checkpoint is, or the seed.
+    FellBack {
+        /// The step after which they hold it.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
     /// A checkpoint that could not be used.
     PassedOver {
         /// Its step.

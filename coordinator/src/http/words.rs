@@ -311,6 +311,7 @@ impl From<&Record> for Event {
                 | Logged::CheckpointFailed { .. }
                 | Logged::Lost { .. }
                 | Logged::Evicted { .. }
+                | Logged::FellBack { .. }
                 | Logged::Slow { .. }
         );
         Self {

@@ -55,6 +55,7 @@ impl Standing {
             | Event::Evicted { .. }
             | Event::Formed { .. }
             | Event::Recovered { .. }
+            | Event::FellBack { .. }
             | Event::Slow { .. }
             | Event::InStep { .. }
             | Event::Stopped { .. } => {}

@@ -207,6 +207,7 @@ impl Figures {
             | Event::Lost { .. }
             | Event::Evicted { .. }
             | Event::Recovered { .. }
+            | Event::FellBack { .. }
             | Event::Slow { .. }
             | Event::InStep { .. }
             | Event::Ended { .. }
@@ -327,6 +328,7 @@ impl Figures {
             Event::Started { .. }
             | Event::Stage { .. }
             | Event::TakenUp { .. }
+            | Event::FellBack { .. }
             | Event::Slow { .. }
             | Event::InStep { .. }
             | Event::Ended { .. }

@@ -137,6 +137,7 @@ impl Goodput {
             | Event::Lost { .. }
             | Event::Evicted { .. }
             | Event::Formed { .. }
+            | Event::FellBack { .. }
             | Event::Slow { .. }
             | Event::InStep { .. } => {}
         }

@@ -66,11 +66,28 @@ fn stance() -> impl Strategy<Value = v1::Stance> {
     ];
     (
         option::of(number()),
+        option::of(shard()),
         option::weighted(0.9, activity),
         any::<bool>(),
         prop_oneof![9 => vec(written(), 0..4), 1 => vec(written(), WRITTEN_MAX..WRITTEN_MAX + 3)],
     )
-        .prop_map(|(holds, activity, leaving, written)| v1::Stance { holds, activity, leaving, written })
+        .prop_map(|(holds, shard, activity, leaving, written)| v1::Stance {
+            holds,
+            shard,
+            activity,
+            leaving,
+            written,
+        })
+}
+
+fn shard() -> impl Strategy<Value = v1::Shard> {
+    let block = || (0u64..9, 0u64..9).prop_map(|(first, end)| v1::BlockRange { first, end });
+    let blocks = prop_oneof![9 => vec(block(), 0..3), 1 => vec(block(), RANGES_MAX + 1)];
+    (blocks, number(), any::<bool>()).prop_map(|(blocks, all_blocks, next)| v1::Shard {
+        blocks,
+        all_blocks,
+        next,
+    })
 }
 
 fn hello() -> impl Strategy<Value = v1::Hello> {

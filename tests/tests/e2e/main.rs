@@ -12,6 +12,7 @@ mod kill;
 mod links;
 mod recorded;
 mod ring;
+mod shards;
 mod signals;
 mod tls;
 mod twice;

@@ -13,30 +13,36 @@ use super::world;
 /// Steps of the run.
 const STEPS: u64 = 31;
 
-fn start(run: &str, workers: u32, more: &[&str]) -> Process {
+pub(super) fn start(run: &str, workers: u32, more: &[&str]) -> Process {
     let workers = workers.to_string();
     let arguments =
         ["run", "small.toml", "--out", run, "--workers", &workers, "--detection", "1s", "--sample", "0"];
     Process::start(&world().folder, &[&arguments[..], more].concat())
 }
 
-fn worker(coordinator: &str) -> Process {
+pub(super) fn worker(coordinator: &str) -> Process {
     let arguments = ["worker", "--coordinator", coordinator, "--job", "small", "--threads", "1"];
     Process::start(&world().folder, &arguments)
 }
 
-fn rest(duration: Duration) {
+pub(super) fn rest(duration: Duration) {
     let began = Instant::now();
     wait_until("its time has come", || began.elapsed() >= duration);
 }
 
-fn events(run: &str) -> String {
+pub(super) fn events(run: &str) -> String {
     world().anello(&["events", run]).expect(0)
 }
 
-fn assert_undisturbed(run: &str) {
+pub(super) fn assert_undisturbed(run: &str) {
     world().assert_undisturbed(run);
     world().assert_same_checkpoints(run);
+    let losses = |run: &str| {
+        let path = world().folder.join(run).join("checkpoints/0000000020/manifest.json");
+        let text = std::fs::read_to_string(path).expect("it was compared");
+        serde_json::from_str::<Value>(&text).expect("JSON")["losses"].clone()
+    };
+    assert_eq!(losses(run), losses("undisturbed"), "what a spike is measured by");
     let strays =
         objects(&world().folder.join(run)).into_iter().find(|path| path.to_string_lossy().contains('#'));
     assert_eq!(strays, None, "the workers have left something");
@@ -128,12 +134,16 @@ fn stages_that_freeze_parameters_are_the_same_in_a_ring() {
     assert!(formed >= 3, "{formed} rings over two changes of what is trained");
 }
 
-/// Kills, freezes and preempts workers at random moments.
 fn disturbed(seed: u64) {
-    let (mut dice, run) = (Dice(seed), format!("ring-disturbed-{seed}"));
+    let mut dice = Dice(seed);
     let workers = 2 + dice.below(3) as u32;
-    let place = world().folder.join(&run);
-    let mut process = start(&run, workers, &[]);
+    disturb(seed, dice, &format!("ring-disturbed-{seed}"), workers, &[]);
+}
+
+/// Kills, freezes and preempts workers at random moments.
+pub(super) fn disturb(seed: u64, mut dice: Dice, run: &str, workers: u32, set: &[&str]) {
+    let place = world().folder.join(run);
+    let mut process = start(run, workers, set);
     let (mut struck, mut preempted) = (Vec::new(), 0);
     for fault in 0..4 {
         let from = fault * STEPS / 5 + dice.below(STEPS / 5);
@@ -167,16 +177,21 @@ fn disturbed(seed: u64) {
     println!("seed {seed}, {workers} workers: {struck:?}");
     done.expect(0);
     assert!(!struck.is_empty(), "seed {seed}: it was over too soon");
-    assert_undisturbed(&run);
+    assert_undisturbed(run);
+}
+
+fn disturbed_from_outside(seed: u64) {
+    let mut dice = Dice(seed);
+    let wanted = (2 + dice.below(3)) as u32;
+    disturb_from_outside(seed, dice, &format!("ring-outside-{seed}"), wanted, &[]);
 }
 
 /// Workers that nobody starts again, and a coordinator that is not spared: killed and taken over, frozen, joined, left.
-fn disturbed_from_outside(seed: u64) {
-    let (mut dice, run, port) = (Dice(seed), format!("ring-outside-{seed}"), free_port().to_string());
-    let (place, address) = (world().folder.join(&run), format!("127.0.0.1:{port}"));
-    let wanted = (2 + dice.below(3)) as u32;
+pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted: u32, set: &[&str]) {
+    let port = free_port().to_string();
+    let (place, address) = (world().folder.join(run), format!("127.0.0.1:{port}"));
     let more = ["--external", "--port", &port];
-    let mut coordinator = start(&run, wanted, &more);
+    let mut coordinator = start(run, wanted, &[&more[..], set].concat());
     let mut workers: Vec<Process> =
         (0..1 + dice.below(u64::from(wanted))).map(|_| worker(&address)).collect();
     wait_until("the run is there", || place.join("events/00000001.json").exists() || coordinator.ended());
@@ -217,7 +232,7 @@ fn disturbed_from_outside(seed: u64) {
             4 => {
                 coordinator.kill();
                 rest(Duration::from_millis(dice.below(1200)));
-                let (wanted, resume) = (wanted.to_string(), ["run", "--resume", &run, "--detection", "1s"]);
+                let (wanted, resume) = (wanted.to_string(), ["run", "--resume", run, "--detection", "1s"]);
                 let more = ["--workers", &wanted, "--sample", "0"];
                 let external = ["--external", "--port", &port];
                 coordinator = Process::start(&world().folder, &[&resume[..], &more, &external].concat());
@@ -233,7 +248,7 @@ fn disturbed_from_outside(seed: u64) {
     println!("seed {seed}, {wanted} workers wanted: {struck:?}");
     coordinator.wait().expect(0);
     drop(workers);
-    assert_undisturbed(&run);
+    assert_undisturbed(run);
 }
 
 /// Says how to see a failure again.

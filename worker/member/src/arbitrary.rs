@@ -55,11 +55,11 @@ fn event() -> impl Strategy<Value = Option<Event>> {
         1 => Just(Some(Event::Unlinked)),
         8 => (0u64..4, order()).prop_map(|(epoch, order)| Some(Event::Ordered { epoch: Epoch(epoch), order })),
         2 => (number(), number()).prop_map(|(generation, holds)| {
-            Some(Event::Ready { generation: Generation(generation), holds: Step(holds) })
+            Some(Event::Ready { generation: Generation(generation), holds: Step(holds), shard: None })
         }),
         2 => number().prop_map(|holds| Some(Event::Applied { holds: Step(holds) })),
         1 => (number(), option::of(number()), cause).prop_map(|(generation, holds, cause)| {
-            Some(Event::Left { generation: Generation(generation), holds: holds.map(Step), cause })
+            Some(Event::Left { generation: Generation(generation), holds: holds.map(Step), shard: None, cause })
         }),
         3 => written.prop_map(|written| Some(Event::Wrote(written))),
         1 => (number(), number()).prop_map(|(step, generation)| {
@@ -81,7 +81,7 @@ proptest! {
             let event = match (event, ring) {
                 (Some(event), _) => event,
                 (None, Some(generation)) => {
-                    Event::Left { generation, holds: None, cause: Cause::Broken { lost: None, reason: String::new() } }
+                    Event::Left { generation, holds: None, shard: None, cause: Cause::Broken { lost: None, reason: String::new() } }
                 }
                 (None, None) => continue,
             };

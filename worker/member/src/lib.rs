@@ -37,6 +37,8 @@ pub enum Event {
         generation: Generation,
         /// The step after which the state is.
         holds: Step,
+        /// The moments that it has from now on; absent: all of them.
+        shard: Option<Shard>,
     },
     /// A step is applied, so that this many are.
     Applied {
@@ -47,8 +49,10 @@ pub enum Event {
     Left {
         /// Which ring.
         generation: Generation,
-        /// The step after which it holds whole state now.
+        /// The step after which it holds state now.
         holds: Option<Step>,
+        /// The moments that it has of it; absent: all of them.
+        shard: Option<Shard>,
         /// Why.
         cause: Cause,
     },
@@ -123,7 +127,8 @@ impl Default for Member {
 impl Member {
     /// A worker that has just started and holds the state after `holds`, if any.
     pub fn new(holds: Option<Step>) -> Self {
-        let stance = Stance { holds, activity: Activity::Outside, leaving: false, written: Vec::new() };
+        let activity = Activity::Outside;
+        let stance = Stance { holds, shard: None, activity, leaving: false, written: Vec::new() };
         Self {
             linked: false,
             epoch: Epoch(0),
@@ -164,15 +169,15 @@ impl Member {
                 self.ordered(order, out);
             }
             Event::Ordered { .. } => {}
-            Event::Ready { generation, holds } => {
+            Event::Ready { generation, holds, shard } => {
                 if self.stance.activity == (Activity::Forming { generation }) {
                     self.stance.activity = Activity::Running { generation };
-                    self.stance.holds = Some(holds);
+                    (self.stance.holds, self.stance.shard) = (Some(holds), shard);
                 }
             }
             Event::Applied { holds } => self.stance.holds = Some(holds),
-            Event::Left { generation, holds, cause } if self.in_ring() == Some(generation) => {
-                self.stance.holds = holds;
+            Event::Left { generation, holds, shard, cause } if self.in_ring() == Some(generation) => {
+                (self.stance.holds, self.stance.shard) = (holds, shard);
                 self.left(generation, cause, out);
             }
             Event::Left { .. } => {}
@@ -259,8 +264,8 @@ impl Member {
 
     fn form(&mut self, formation: Arc<Formation>, out: &mut Vec<Effect>) {
         let generation = formation.generation;
-        let stored = matches!(formation.source, Source::Checkpoint { .. });
-        if let Some(holds) = self.stance.holds.filter(|holds| *holds > formation.start && !stored) {
+        let of_peers = matches!(formation.source, Source::Peers { .. });
+        if let Some(holds) = self.stance.holds.filter(|holds| *holds > formation.start && of_peers) {
             // Applied after this worker was last heard. Steps are not taken back: the ring is formed anew from here.
             let reason =
                 format!("this worker holds step {holds}, the generation starts at {}", formation.start);

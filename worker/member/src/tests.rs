@@ -18,7 +18,12 @@ fn abort(generation: u64) -> Event {
 }
 
 fn left(generation: u64, holds: u64) -> Event {
-    Event::Left { generation: Generation(generation), holds: Some(Step(holds)), cause: Cause::Ordered }
+    Event::Left {
+        generation: Generation(generation),
+        holds: Some(Step(holds)),
+        shard: None,
+        cause: Cause::Ordered,
+    }
 }
 
 fn after(member: &mut Member, event: Event) -> Vec<Effect> {
@@ -30,7 +35,11 @@ fn after(member: &mut Member, event: Event) -> Vec<Effect> {
 /// A worker that runs generation 3, in the reign of coordinator 1.
 fn running() -> Member {
     let mut member = Member::new(None);
-    let begins = [Event::Linked, form(1, 3, 10), Event::Ready { generation: Generation(3), holds: Step(10) }];
+    let begins = [
+        Event::Linked,
+        form(1, 3, 10),
+        Event::Ready { generation: Generation(3), holds: Step(10), shard: None },
+    ];
     begins.into_iter().for_each(|event| drop(after(&mut member, event)));
     assert_eq!(member.stance().activity, Activity::Running { generation: Generation(3) });
     member
@@ -49,7 +58,7 @@ fn a_ring_is_formed_and_said_to_be() {
         holds: Some(Step(10)),
         ..forming
     };
-    let out = after(&mut member, Event::Ready { generation: Generation(3), holds: Step(10) });
+    let out = after(&mut member, Event::Ready { generation: Generation(3), holds: Step(10), shard: None });
     assert_eq!(out, [Effect::Say(running)]);
     // Steps are told with the heartbeats.
     assert_eq!(after(&mut member, Event::Applied { holds: Step(11) }), []);

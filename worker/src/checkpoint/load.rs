@@ -1,10 +1,13 @@
 //! Reading checkpoints: nothing is used before its digest was checked.
 
-use anello_configs::Model;
-use anello_store::checkpoint::{BLOCK, Manifest, read_manifest, read_parts};
-use anello_store::{Error as StoreError, Store};
-use tch::{Device, Tensor};
+use std::ops::Range;
 
+use anello_configs::Model;
+use anello_store::checkpoint::{BLOCK, BLOCK_BYTES, Manifest, read_manifest, read_parts};
+use anello_store::{Error as StoreError, Store};
+use tch::{Device, Kind, Tensor};
+
+use crate::cover::Cover;
 use crate::error::Result;
 use crate::ffi;
 use crate::optimizer::State;
@@ -21,18 +24,44 @@ pub struct Loaded {
 
 /// Reads the checkpoint after `step` steps of a run of `model`, its parts by several threads straight into the tensors.
 pub fn load(store: &Store, step: u64, model: &Model, device: Device) -> Result<Loaded> {
+    load_shard(store, step, model, device, |layout| Cover::all(layout.blocks()))
+}
+
+/// [`load`] with the moments of some blocks alone; all of them are checked.
+pub fn load_shard(
+    store: &Store,
+    step: u64,
+    model: &Model,
+    device: Device,
+    cover: impl Fn(&Layout) -> Cover,
+) -> Result<Loaded> {
     let (manifest, layout) = open(store, step, model)?;
-    let [mut weights, mut exp_avg, mut exp_avg_sq] = [(); 3].map(|()| layout.zeros(Device::Cpu));
-    let flat = [&mut weights, &mut exp_avg, &mut exp_avg_sq].map(ffi::as_mut_slice);
-    let [weights_by_part, exp_avg_by_part, exp_avg_sq_by_part] = flat.map(|flat| by_part(&manifest, flat));
+    let cover = cover(&layout);
+    let moments = || Tensor::zeros([cover.elements() as i64], (Kind::Float, Device::Cpu));
+    let (mut weights, mut exp_avg, mut exp_avg_sq) = (layout.zeros(Device::Cpu), moments(), moments());
+    let all = Cover::all(layout.blocks());
+    let covers = [&all, &cover, &cover];
+    let weights_by_part = by_part(&manifest, &all, ffi::as_mut_slice(&mut weights));
+    let exp_avg_by_part = by_part(&manifest, &cover, ffi::as_mut_slice(&mut exp_avg));
+    let exp_avg_sq_by_part = by_part(&manifest, &cover, ffi::as_mut_slice(&mut exp_avg_sq));
     let targets = weights_by_part.into_iter().zip(exp_avg_by_part).zip(exp_avg_sq_by_part);
-    let targets = targets.map(|((weights, exp_avg), exp_avg_sq)| [weights, exp_avg, exp_avg_sq]).collect();
-    let take = |target: &mut [&mut [f32]; 3], buffer: usize, bytes: &[u8]| fill(target[buffer], bytes);
+    let targets = targets.zip(&manifest.parts);
+    let targets = targets
+        .map(|(((weights, exp_avg), exp_avg_sq), part)| ([weights, exp_avg, exp_avg_sq], part.range()))
+        .collect();
+    let take = |(target, blocks): &mut ([&mut [f32]; 3], Range<usize>), buffer: usize, bytes: &[u8]| {
+        let mut rest = &mut *target[buffer];
+        for piece in covers[buffer].pieces(blocks.clone()) {
+            let (to, after) = std::mem::take(&mut rest).split_at_mut(piece.blocks.len() * BLOCK);
+            fill(to, &bytes[(piece.blocks.start - blocks.start) * BLOCK_BYTES..]);
+            rest = after;
+        }
+    };
     read_parts(store, &manifest, targets, holds(&layout), take)?;
     let [weights, exp_avg, exp_avg_sq] = [weights, exp_avg, exp_avg_sq]
         .map(|flat| if device == Device::Cpu { flat } else { flat.to_device(device) });
     let (updates, losses) = (manifest.updates, manifest.losses.clone());
-    let state = State { layout, weights, exp_avg, exp_avg_sq, updates, losses };
+    let state = State { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses };
     Ok(Loaded { manifest, state })
 }
 
@@ -54,7 +83,7 @@ pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest
             fill(target, bytes);
         }
     };
-    read_parts(store, &manifest, by_part(&manifest, &mut weights), holds(&layout), take)?;
+    read_parts(store, &manifest, by_part(&manifest, &Cover::all(layout.blocks()), &mut weights), holds(&layout), take)?;
     Ok((manifest, layout, weights))
 }
 
@@ -75,10 +104,11 @@ fn holds(layout: &Layout) -> impl Fn(usize) -> String + Sync {
     |block| layout.names_in(block).collect::<Vec<_>>().join(", ")
 }
 
-/// A flat buffer, cut into what each part holds of it.
-fn by_part<'a>(manifest: &Manifest, mut flat: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+/// The flat buffer of the blocks of `cover`, cut into what each part holds of it.
+fn by_part<'a>(manifest: &Manifest, cover: &Cover, mut flat: &'a mut [f32]) -> Vec<&'a mut [f32]> {
     let cut = manifest.parts.iter().map(|part| {
-        let (of_part, rest) = std::mem::take(&mut flat).split_at_mut(part.range().len() * BLOCK);
+        let blocks: usize = cover.pieces(part.range()).iter().map(|piece| piece.blocks.len()).sum();
+        let (of_part, rest) = std::mem::take(&mut flat).split_at_mut(blocks * BLOCK);
         flat = rest;
         of_part
     });
@@ -95,16 +125,7 @@ fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
     bytes.as_chunks().0.iter().map(|four| f32::from_le_bytes(*four))
 }
 
-/// The state whose three flat buffers are these bytes, little-endian.
-pub(crate) fn state_of(
-    layout: Layout,
-    buffers: &[Vec<u8>; 3],
-    updates: u64,
-    losses: Vec<f64>,
-    device: Device,
-) -> State {
-    let [weights, exp_avg, exp_avg_sq] = buffers
-        .each_ref()
-        .map(|bytes| Tensor::from_slice(&floats(bytes).collect::<Vec<f32>>()).to_device(device));
-    State { layout, weights, exp_avg, exp_avg_sq, updates, losses }
+/// The numbers of these bytes, little-endian.
+pub(crate) fn flat(bytes: &[u8], device: Device) -> Tensor {
+    Tensor::from_slice(&floats(bytes).collect::<Vec<f32>>()).to_device(device)
 }

@@ -21,17 +21,22 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Copies `blocks` of `state` to the host; `facts` are those of this state. This is the only part of a checkpoint
-    /// that training waits for. Panics when `state` has no such blocks.
+    /// that training waits for. Panics when `state` has no such blocks, or their moments are elsewhere.
     pub fn take(state: &State, blocks: Range<usize>, facts: Facts) -> Self {
         assert!(blocks.start <= blocks.end && blocks.end <= state.layout.blocks(), "blocks {blocks:?}");
         let (start, len) = (blocks.start * BLOCK, blocks.len() * BLOCK);
-        let host = |flat: &tch::Tensor| {
-            let mut bytes = vec![0u8; len * 4];
-            flat.narrow(0, start as i64, len as i64).copy_data_u8(&mut bytes, len);
-            Bytes::from(bytes)
-        };
-        Self { facts, blocks, buffers: [host(&state.weights), host(&state.exp_avg), host(&state.exp_avg_sq)] }
+        let weights = state.weights.narrow(0, start as i64, len as i64);
+        let [exp_avg, exp_avg_sq] = state.moments(blocks.clone());
+        let buffers = [weights, exp_avg, exp_avg_sq].map(|flat| Bytes::from(host(&flat)));
+        Self { facts, blocks, buffers }
     }
+}
+
+/// The bytes of a buffer, little-endian.
+pub(crate) fn host(flat: &tch::Tensor) -> Vec<u8> {
+    let mut bytes = vec![0u8; flat.numel() * 4];
+    flat.copy_data_u8(&mut bytes, flat.numel());
+    bytes
 }
 
 impl Snapshot {

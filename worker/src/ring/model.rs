@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 use anello_collective::{
     AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, tcp,
 };
-use anello_configs::{RunConfig, Schedule, StepPlan, Trains};
+use anello_configs::{RunConfig, Schedule, StateCopies, StepPlan, Trains};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
-use anello_proto::ring::{Cause, Formation, Generation, Source, Step, WorkerId};
+use anello_proto::ring::{Cause, Formation, Generation, Shard, Source, Step, WorkerId};
 use anello_proto::v1;
 use anello_store::{Cursor, ENVIRONMENT, Store, read_config};
 use anello_tls::Tls;
@@ -32,6 +32,7 @@ use super::{Load, WorkerOptions};
 use crate::account::{Epochs, Stamp};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::optimizer::Prepared;
 use crate::params::{BLOCK, Layout};
 use crate::validate::HeldOut;
 
@@ -117,6 +118,17 @@ struct Held {
     step: Step,
     /// Of all lanes of the run.
     cursors: Vec<Cursor>,
+    /// The step after, as far as it was made ready; absent: nothing of it.
+    pending: Option<Pending>,
+    /// A stage has begun with it, and has changed it before its first step.
+    entered: bool,
+}
+
+/// What it takes to bring shared-out moments to the step after.
+struct Pending {
+    prepared: Prepared,
+    /// Where all lanes are then.
+    cursors: Vec<Cursor>,
 }
 
 struct Thread {
@@ -147,6 +159,8 @@ struct Serving<'a> {
     rank: usize,
     lanes: Range<u32>,
     hold: &'a AtomicU8,
+    /// The moments are shared out over the members.
+    shared: bool,
 }
 
 impl Thread {
@@ -202,8 +216,9 @@ impl Thread {
                 held.engine.abandon();
             }
             let (generation, holds) = (formation.generation, self.held.as_ref().map(|held| held.step));
-            tracing::info!(%generation, ?holds, ?cause, "left the ring");
-            self.event(Event::Left { generation, holds, cause });
+            let shard = self.held.as_ref().and_then(Held::shard);
+            tracing::info!(%generation, ?holds, ?shard, ?cause, "left the ring");
+            self.event(Event::Left { generation, holds, shard, cause });
         }
     }
 
@@ -222,19 +237,30 @@ impl Thread {
         let generation = formation.generation;
         let rank =
             formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
-        let serving = Serving { formation, rank, lanes: formation.members[rank].lanes.clone(), hold };
+        let lanes = formation.members[rank].lanes.clone();
+        // Of two, each has what it owns and what the other does: all.
+        let shared = self.config.ring.state_copies == StateCopies::Two && formation.members.len() > 2;
+        let serving = Serving { formation, rank, lanes, hold, shared };
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
         self.take_state(&serving, abort)?;
         let mut ring = self.meet(&serving, abort)?;
         *self.shelf.write().expect("no holder panics") = None;
-        let start = formation.start;
-        self.event(Event::Ready { generation, holds: start });
-        if formation.save_first && self.is_due(start.0) {
-            self.snapshot(&ring, formation);
+        let (start, schedule) = (formation.start, self.schedule.clone());
+        let held = self.held.as_ref().expect("state was taken");
+        // A stage that has begun may have changed what the checkpoint of the one before is of.
+        let save = formation.save_first && self.is_due(start.0) && !held.entered;
+        let grows = schedule.at(start.0).is_some_and(|plan| plan.upcycle.is_some());
+        if save && grows {
+            self.snapshot(&serving);
         }
-        let schedule = self.schedule.clone();
+        self.take_share(&serving);
+        let shard = self.held.as_ref().and_then(Held::shard);
+        self.event(Event::Ready { generation, holds: start, shard });
+        if save && !grows {
+            self.snapshot(&serving);
+        }
         let mut loader = None;
         let mut at = start.0;
         loop {
@@ -256,10 +282,10 @@ impl Thread {
             at += 1;
             self.inject_fault(at, rank);
             let due = self.is_due(at) || control == 2;
-            let compared = self.compare_replicas(&mut ring, at, due, formation);
+            let compared = self.compare_replicas(&mut ring, at, due, &serving);
             if due && compared.is_ok() {
                 let stalled = Instant::now();
-                self.snapshot(&ring, formation);
+                self.snapshot(&serving);
                 step::add_seconds(&mut report, 5, stalled.elapsed().as_secs_f64());
             }
             // Who holds other weights than most measures and reports none of them.

@@ -1,6 +1,10 @@
 //! State from worker to worker: the service that hands it out, and the client that gathers it.
+//!
+//! What moves is what somebody lacks, and no more: who gathers asks everyone first what they have ([`Head`]), and then for
+//! each block one of those that have it ([`share_out`]).
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
@@ -9,13 +13,14 @@ use anello_collective::AbortHandle;
 use anello_proto::ring::{Generation, Step};
 use anello_proto::v1::peers_client::PeersClient;
 use anello_proto::v1::peers_server::{Peers, PeersServer};
-use anello_proto::v1::{StateBlocks, StateChunk, StateHead, StateRequest, state_chunk::Chunk};
+use anello_proto::v1::{StateBlocks, StateChunk, StateHead, StateRange, StateRequest, state_chunk::Chunk};
 use anello_store::Cursor;
 use anello_tls::grpc::{To, incoming};
 use anello_tls::{Role, Tls};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 
+use crate::cover::Cover;
 use crate::params::BLOCK;
 
 /// Bytes of a block of one buffer.
@@ -24,8 +29,10 @@ const BLOCK_BYTES: usize = BLOCK * 4;
 const CHUNK_BLOCKS: usize = 4;
 /// Time to reach a peer.
 const CONNECT: Duration = Duration::from_secs(5);
+/// Blocks of a state at most: what is said of one that is larger is not believed.
+const BLOCKS_MAX: u64 = 1 << 32;
 
-/// State on the host, as it is after a step.
+/// What a worker has, on the host, of the state after a step.
 #[derive(Debug)]
 pub(super) struct HostState {
     /// The generation that forms.
@@ -40,8 +47,12 @@ pub(super) struct HostState {
     pub cursors: Vec<Cursor>,
     /// Losses of the last steps of the stage.
     pub losses: Vec<f64>,
-    /// Weights, first and second moments: whole blocks, little-endian.
-    pub buffers: [Vec<u8>; 3],
+    /// Weights: all blocks, little-endian; absent: it has none, or everyone has them.
+    pub weights: Option<Vec<u8>>,
+    /// The blocks whose moments it has.
+    pub cover: Cover,
+    /// First and second moments: those blocks, one after the other.
+    pub moments: [Vec<u8>; 2],
 }
 
 /// What the service hands out now.
@@ -71,29 +82,48 @@ impl Peers for Service {
     type StateStream = Pin<Box<dyn Stream<Item = Result<StateChunk, Status>> + Send>>;
 
     async fn state(&self, request: Request<StateRequest>) -> Result<Response<Self::StateStream>, Status> {
-        let StateRequest { generation, step, first_block, blocks } = request.into_inner();
+        let StateRequest { generation, step, first_block, blocks, weights, moments } = request.into_inner();
         let state = self.shelf.read().expect("no holder panics").clone();
         let state = state
             .filter(|state| (state.generation.0, state.step.0) == (generation, step))
             .ok_or_else(|| Status::unavailable("this state is not on the shelf now; ask again"))?;
-        let all = (state.buffers[0].len() / BLOCK_BYTES) as u64;
+        let all = state.cover.of_blocks() as u64;
         let end = first_block.saturating_add(blocks);
         if end > all {
             return Err(Status::out_of_range(format!("blocks {first_block}..{end} of {all}")));
         }
+        let (first, end) = (first_block as usize, end as usize);
+        let lacks =
+            |what: &str| Status::failed_precondition(format!("no {what} of blocks {first}..{end} here"));
+        if weights && state.weights.is_none() {
+            return Err(lacks("weights"));
+        }
+        let place = state.cover.place(first..end).filter(|_| moments);
+        if moments && place.is_none() {
+            return Err(lacks("moments"));
+        }
+        let range = |range: &Range<usize>| StateRange { first: range.start as u64, end: range.end as u64 };
         let head = StateHead {
             updates: state.updates,
             layers: state.layers,
             blocks: all,
             cursors: serde_json::to_string(&state.cursors).expect("maps have string keys"),
             losses: state.losses.clone(),
+            weights: state.weights.is_some(),
+            moments: state.cover.ranges().iter().map(range).collect(),
         };
         let head = StateChunk { chunk: Some(Chunk::Head(head)) };
-        let (first, end) = (first_block as usize, end as usize);
         let chunks = (first..end).step_by(CHUNK_BLOCKS).map(move |at| {
-            let bytes = at * BLOCK_BYTES..(at + CHUNK_BLOCKS).min(end) * BLOCK_BYTES;
-            let [weights, exp_avg, exp_avg_sq] =
-                state.buffers.each_ref().map(|buffer| buffer[bytes.clone()].to_vec());
+            let until = (at + CHUNK_BLOCKS).min(end);
+            let cut = |buffer: &[u8], from: usize| {
+                buffer[(at - first + from) * BLOCK_BYTES..(until - first + from) * BLOCK_BYTES].to_vec()
+            };
+            let weights = state.weights.as_ref().filter(|_| weights).map(|buffer| cut(buffer, first));
+            let [exp_avg, exp_avg_sq] = match &place {
+                Some(place) => state.moments.each_ref().map(|buffer| cut(buffer, place.start)),
+                None => [Vec::new(), Vec::new()],
+            };
+            let weights = weights.unwrap_or_default();
             let blake3 = digest([&weights, &exp_avg, &exp_avg_sq]);
             let first_block = at as u64;
             let blocks = StateBlocks { first_block, weights, exp_avg, exp_avg_sq, blake3 };
@@ -112,17 +142,217 @@ fn digest(buffers: [&[u8]; 3]) -> Vec<u8> {
     hasher.finalize().as_bytes().to_vec()
 }
 
-/// Gathers the state after `step` from `holders` (addresses), each giving a part of the blocks, all at once.
-///
-/// # Errors
-/// In words: a holder that is lost, a chunk with another digest, the abort.
-pub(super) async fn gather(
-    holders: Vec<String>,
-    tls: Option<&Tls>,
+/// What a peer says that it has.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Head {
+    pub updates: u64,
+    pub layers: u32,
+    pub cursors: Vec<Cursor>,
+    pub losses: Vec<f64>,
+    /// It hands out weights.
+    pub weights: bool,
+    pub cover: Cover,
+}
+
+impl Head {
+    fn read(said: &StateHead) -> Result<Self, String> {
+        let all = said.blocks;
+        let mut from = 0;
+        for &StateRange { first, end } in &said.moments {
+            if first < from || first >= end || end > all {
+                return Err(format!("it has moments of blocks {first} to {end}, of {all}"));
+            }
+            from = end;
+        }
+        if all > BLOCKS_MAX {
+            return Err(format!("it has a state of {all} blocks, of at most {BLOCKS_MAX}"));
+        }
+        let ranges = said.moments.iter().map(|range| range.first as usize..range.end as usize);
+        let cursors = serde_json::from_str(&said.cursors)
+            .map_err(|cause| format!("it tells of no cursors: {cause}"))?;
+        let (updates, layers, weights) = (said.updates, said.layers, said.weights);
+        let (losses, cover) = (said.losses.clone(), Cover::of(ranges, all as usize));
+        Ok(Self { updates, layers, cursors, losses, weights, cover })
+    }
+}
+
+/// What is asked of one peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// Its place among those asked.
+    pub peer: usize,
+    pub blocks: Range<usize>,
+    pub moments: bool,
+}
+
+/// Of whom to ask which blocks: all weights when `weights`, and the moments of `lacks`. Each goes once over the wire, and
+/// peers that have the same share what they send. Heads are those of the peers that may be asked, by their place. Absent: nobody
+/// has some of it.
+pub(super) fn share_out(
+    heads: &[(usize, &Head)],
+    blocks: usize,
+    weights: bool,
+    lacks: &Cover,
+) -> Option<Vec<Asked>> {
+    let mut asked = Vec::new();
+    if weights {
+        let have: Vec<usize> = heads.iter().filter(|(_, head)| head.weights).map(|(peer, _)| *peer).collect();
+        if have.is_empty() {
+            return None;
+        }
+        for (at, &peer) in have.iter().enumerate() {
+            let part = blocks * at / have.len()..blocks * (at + 1) / have.len();
+            asked.push(Asked { peer, blocks: part, moments: false });
+        }
+    }
+    let mut load = vec![0usize; heads.len()];
+    for block in lacks.ranges().iter().cloned().flatten() {
+        let has = |(_, (_, head)): &(usize, &(usize, &Head))| head.cover.place(block..block + 1).is_some();
+        let able = heads.iter().enumerate().filter(has);
+        // Who sent the block before goes on, for as long as it has no more than its share.
+        let (at, (peer, _)) = able.min_by_key(|(at, (peer, _))| {
+            let goes_on = matches!(asked.last(), Some(Asked { peer: last, blocks, moments: true })
+                if last == peer && blocks.end == block);
+            (load[*at] / CHUNK_BLOCKS, !goes_on, *at)
+        })?;
+        load[at] += 1;
+        match asked.last_mut() {
+            Some(Asked { peer: last, blocks, moments: true }) if last == peer && blocks.end == block => {
+                blocks.end += 1;
+            }
+            _ => asked.push(Asked { peer: *peer, blocks: block..block + 1, moments: true }),
+        }
+    }
+    asked.retain(|asked| !asked.blocks.is_empty());
+    Some(asked)
+}
+
+/// Moments of some blocks, from the first on: first and second.
+pub(super) type Moments = (usize, [Vec<u8>; 2]);
+
+/// What was asked for, gathered.
+#[derive(Debug, Default)]
+pub(super) struct Gathered {
+    /// All of them, or none when none were asked for.
+    pub weights: Vec<u8>,
+    pub moments: Vec<Moments>,
+}
+
+impl Gathered {
+    /// Bytes of it.
+    pub fn bytes(&self) -> usize {
+        let moments = self.moments.iter().flat_map(|(_, both)| both).map(Vec::len).sum::<usize>();
+        self.weights.len() + moments
+    }
+}
+
+/// Peers that form the same generation, and the state that is asked of them.
+#[derive(Clone)]
+pub(super) struct Circle {
+    peers: Vec<To>,
     generation: Generation,
     step: Step,
+}
+
+impl Circle {
+    /// Those at `addresses`.
+    pub fn new(addresses: Vec<String>, tls: Option<&Tls>, generation: Generation, step: Step) -> Self {
+        let to = |address| To { address, role: Role::Worker, tls: tls.cloned() };
+        Self { peers: addresses.into_iter().map(to).collect(), generation, step }
+    }
+
+    fn request(&self) -> StateRequest {
+        let (generation, step) = (self.generation.0, self.step.0);
+        StateRequest { generation, step, ..StateRequest::default() }
+    }
+
+    /// What each of them has.
+    ///
+    /// # Errors
+    /// In words: a peer that is lost, one whose head makes no sense, the abort.
+    pub async fn heads(&self, abort: &AbortHandle) -> Result<Vec<Head>, String> {
+        unless_aborted(abort, async {
+            let mut tasks = tokio::task::JoinSet::new();
+            for (at, peer) in self.peers.iter().cloned().enumerate() {
+                let request = self.request();
+                tasks.spawn(async move { (at, fetch(peer, request).await) });
+            }
+            let mut heads: Vec<Option<Head>> = vec![None; self.peers.len()];
+            while let Some(done) = tasks.join_next().await {
+                let (at, fetched) = done.map_err(|cause| cause.to_string())?;
+                heads[at] = Some(fetched?.0);
+            }
+            Ok(heads.into_iter().flatten().collect())
+        })
+        .await
+    }
+
+    /// Gathers what is `asked`, all at once, of a state of `blocks` blocks.
+    ///
+    /// # Errors
+    /// In words: a peer that is lost, a chunk with another digest or that was not asked for, the abort.
+    pub async fn gather(
+        &self,
+        asked: Vec<Asked>,
+        blocks: usize,
+        abort: &AbortHandle,
+    ) -> Result<Gathered, String> {
+        unless_aborted(abort, async {
+            let mut tasks = tokio::task::JoinSet::new();
+            for part in asked {
+                let peer = self.peers[part.peer].clone();
+                let request = StateRequest {
+                    first_block: part.blocks.start as u64,
+                    blocks: part.blocks.len() as u64,
+                    weights: !part.moments,
+                    moments: part.moments,
+                    ..self.request()
+                };
+                tasks.spawn(async move { (part, fetch(peer, request).await) });
+            }
+            let mut gathered = Gathered::default();
+            while let Some(done) = tasks.join_next().await {
+                let (part, fetched) = done.map_err(|cause| cause.to_string())?;
+                let (_, chunks) = fetched?;
+                let mut next = part.blocks.start as u64;
+                let mut both = [Vec::new(), Vec::new()];
+                for StateBlocks { first_block, weights, exp_avg, exp_avg_sq, .. } in chunks {
+                    let asked = if part.moments { exp_avg.len() } else { weights.len() };
+                    let other = if part.moments { weights.len() } else { exp_avg.len() };
+                    if first_block != next || other != 0 || exp_avg.len() != exp_avg_sq.len() {
+                        return Err("a peer sends blocks that were not asked for".to_owned());
+                    }
+                    next += (asked / BLOCK_BYTES) as u64;
+                    if next > part.blocks.end as u64 {
+                        return Err("a peer sends more blocks than were asked for".to_owned());
+                    }
+                    if part.moments {
+                        both[0].extend(exp_avg);
+                        both[1].extend(exp_avg_sq);
+                    } else {
+                        gathered.weights.resize(blocks * BLOCK_BYTES, 0);
+                        let at = first_block as usize * BLOCK_BYTES;
+                        gathered.weights[at..at + weights.len()].copy_from_slice(&weights);
+                    }
+                }
+                if next != part.blocks.end as u64 {
+                    return Err(format!("blocks from {next} to {} did not come", part.blocks.end));
+                }
+                if part.moments {
+                    gathered.moments.push((part.blocks.start, both));
+                }
+            }
+            Ok(gathered)
+        })
+        .await
+    }
+}
+
+/// What `work` comes to, or, when that is earlier, the reason of an abort.
+async fn unless_aborted<T>(
     abort: &AbortHandle,
-) -> Result<HostState, String> {
+    work: impl Future<Output = Result<T, String>>,
+) -> Result<T, String> {
     let aborted = async {
         loop {
             if let Some(reason) = abort.reason() {
@@ -132,60 +362,15 @@ pub(super) async fn gather(
         }
     };
     tokio::select! {
-        state = gather_all(holders, tls, generation, step) => state,
+        done = work => done,
         reason = aborted => Err(reason),
     }
 }
 
-async fn gather_all(
-    holders: Vec<String>,
-    tls: Option<&Tls>,
-    generation: Generation,
-    step: Step,
-) -> Result<HostState, String> {
-    let holders = holders.into_iter().map(|address| To { address, role: Role::Worker, tls: tls.cloned() });
-    let holders: Vec<To> = holders.collect();
-    let request =
-        |first_block, blocks| StateRequest { generation: generation.0, step: step.0, first_block, blocks };
-    let first = holders.first().ok_or("nobody holds the state")?;
-    let (head, _) = fetch(first.clone(), request(0, 0)).await?;
-    let cursors: Vec<Cursor> = serde_json::from_str(&head.cursors)
-        .map_err(|cause| format!("{} tells of no cursors: {cause}", first.address))?;
-    let (count, all) = (holders.len() as u64, head.blocks);
-    let mut tasks = tokio::task::JoinSet::new();
-    for (at, holder) in (0u64..).zip(holders) {
-        let (from, to) = (all * at / count, all * (at + 1) / count);
-        tasks.spawn(fetch(holder, request(from, to - from)));
-    }
-    let len = all as usize * BLOCK_BYTES;
-    let mut buffers = [vec![0; len], vec![0; len], vec![0; len]];
-    let mut have = 0;
-    while let Some(done) = tasks.join_next().await {
-        let (other, chunks) = done.map_err(|cause| cause.to_string())??;
-        if (other.updates, other.layers, other.blocks) != (head.updates, head.layers, head.blocks) {
-            return Err("two holders hold states of different kinds".to_owned());
-        }
-        for chunk in chunks {
-            let at = chunk.first_block as usize * BLOCK_BYTES;
-            for (buffer, bytes) in buffers.iter_mut().zip([chunk.weights, chunk.exp_avg, chunk.exp_avg_sq]) {
-                let place =
-                    buffer.get_mut(at..at + bytes.len()).ok_or("a chunk lies outside of the state")?;
-                place.copy_from_slice(&bytes);
-                have += bytes.len();
-            }
-        }
-    }
-    if have != 3 * len {
-        return Err(format!("{have} of {} bytes of state came", 3 * len));
-    }
-    let StateHead { updates, layers, losses, .. } = head;
-    Ok(HostState { generation, step, updates, layers, cursors, losses, buffers })
-}
-
-/// One holder's part. A holder that has not got there yet is asked again.
-async fn fetch(holder: To, request: StateRequest) -> Result<(StateHead, Vec<StateBlocks>), String> {
-    let failed = |what: String| format!("state from {}: {what}", holder.address);
-    let channel = holder.connect(CONNECT).await.map_err(|cause| failed(cause.to_string()))?;
+/// One peer's part. A peer that has not got there yet is asked again.
+async fn fetch(peer: To, request: StateRequest) -> Result<(Head, Vec<StateBlocks>), String> {
+    let failed = |what: String| format!("state from {}: {what}", peer.address);
+    let channel = peer.connect(CONNECT).await.map_err(|cause| failed(cause.to_string()))?;
     let mut client = PeersClient::new(channel);
     let mut stream = loop {
         match client.state(request).await {
@@ -199,7 +384,7 @@ async fn fetch(holder: To, request: StateRequest) -> Result<(StateHead, Vec<Stat
     let (mut head, mut chunks) = (None, Vec::new());
     while let Some(message) = stream.next().await {
         match message.map_err(|status| failed(status.to_string()))?.chunk {
-            Some(Chunk::Head(said)) => head = Some(said),
+            Some(Chunk::Head(said)) => head = Some(Head::read(&said).map_err(failed)?),
             Some(Chunk::Blocks(blocks)) => {
                 let StateBlocks { weights, exp_avg, exp_avg_sq, blake3, first_block } = &blocks;
                 if digest([weights, exp_avg, exp_avg_sq]) != *blake3 {
@@ -207,8 +392,7 @@ async fn fetch(holder: To, request: StateRequest) -> Result<(StateHead, Vec<Stat
                         "blocks from {first_block} on have another digest than was sent"
                     )));
                 }
-                if weights.len() % BLOCK_BYTES != 0 || [exp_avg.len(), exp_avg_sq.len()] != [weights.len(); 2]
-                {
+                if [weights, exp_avg, exp_avg_sq].iter().any(|bytes| bytes.len() % BLOCK_BYTES != 0) {
                     return Err(failed("a chunk is not of whole blocks".to_owned()));
                 }
                 chunks.push(blocks);
@@ -217,4 +401,103 @@ async fn fetch(holder: To, request: StateRequest) -> Result<(StateHead, Vec<Stat
         }
     }
     Ok((head.ok_or_else(|| failed("no head".to_owned()))?, chunks))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(cover: Cover, weights: bool) -> Head {
+        Head { updates: 7, layers: 1, cursors: Vec::new(), losses: Vec::new(), weights, cover }
+    }
+
+    /// Blocks of moments that each survivor asks for when the member of rank `dead` of `members` is gone.
+    fn moved(blocks: usize, members: usize, dead: usize) -> Vec<usize> {
+        let heads: Vec<Head> = (0..members)
+            .filter(|rank| *rank != dead)
+            .map(|rank| head(Cover::of_rank(blocks, members, rank), false))
+            .collect();
+        let survivors = heads.len();
+        (0..survivors)
+            .map(|rank| {
+                let need = Cover::of_rank(blocks, survivors, rank);
+                let lacks = need.without(&heads[rank].cover);
+                let others: Vec<(usize, &Head)> =
+                    heads.iter().enumerate().filter(|(other, _)| *other != rank).collect();
+                let asked = share_out(&others, blocks, false, &lacks).expect("one death loses nothing");
+                let ranges: Vec<Range<usize>> = asked.iter().map(|asked| asked.blocks.clone()).collect();
+                let total: usize = ranges.iter().map(Range::len).sum();
+                assert_eq!(Cover::of(ranges, blocks), lacks, "what is lacked, and nothing else");
+                assert_eq!(total, lacks.len(), "each block once");
+                for Asked { peer, blocks, moments } in &asked {
+                    assert!(*moments && heads[*peer].cover.place(blocks.clone()).is_some());
+                }
+                total
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_death_moves_what_must_move() {
+        // Of four one dies: the others had half of the moments each, and have two thirds then.
+        let blocks = 48;
+        for dead in 0..4 {
+            let moved = moved(blocks, 4, dead);
+            assert_eq!(moved.len(), 3);
+            let least = 3 * (blocks * 2 / 3 - blocks / 2);
+            let sum: usize = moved.iter().sum();
+            assert!((least..blocks).contains(&sum), "rank {dead} dies: {moved:?} of {blocks}");
+        }
+        for members in 3..9 {
+            (0..members).for_each(|dead| drop(moved(61, members, dead)));
+        }
+    }
+
+    #[test]
+    fn who_has_the_same_shares_what_is_sent() {
+        let all: Vec<Head> = (0..3).map(|_| head(Cover::all(30), true)).collect();
+        let heads: Vec<(usize, &Head)> = all.iter().enumerate().collect();
+        let asked = share_out(&heads, 30, true, &Cover::all(30)).unwrap();
+        for moments in [false, true] {
+            let of = |peer| {
+                let parts = asked.iter().filter(|a| (a.peer, a.moments) == (peer, moments));
+                parts.map(|a| a.blocks.len()).sum::<usize>()
+            };
+            assert_eq!((0..3).map(of).sum::<usize>(), 30);
+            assert!((0..3).all(|peer| (8..=12).contains(&of(peer))), "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn what_nobody_has_is_told() {
+        let heads = [head(Cover::of_rank(8, 4, 0), true), head(Cover::of_rank(8, 4, 1), false)];
+        let heads: Vec<(usize, &Head)> = heads.iter().enumerate().collect();
+        assert!(share_out(&heads, 8, true, &Cover::of([0..3, 3..6], 8)).is_some());
+        assert_eq!(share_out(&heads, 8, false, &Cover::of([0..3, 3..7], 8)), None);
+        assert_eq!(share_out(&heads[1..], 8, true, &Cover::none(8)), None);
+        assert_eq!(share_out(&heads, 8, false, &Cover::none(8)), Some(Vec::new()));
+    }
+
+    #[test]
+    fn a_head_that_makes_no_sense_is_refused() {
+        let said = |moments: &[(u64, u64)], blocks, cursors: &str| StateHead {
+            updates: 1,
+            layers: 1,
+            blocks,
+            cursors: cursors.to_owned(),
+            losses: vec![5.25],
+            weights: true,
+            moments: moments.iter().map(|&(first, end)| StateRange { first, end }).collect(),
+        };
+        assert_eq!(Head::read(&said(&[(0, 2), (3, 5)], 5, "[]")).unwrap().losses, [5.25]);
+        for wrong in [
+            said(&[(0, 2), (1, 5)], 5, "[]"),
+            said(&[(0, 6)], 5, "[]"),
+            said(&[(2, 2)], 5, "[]"),
+            said(&[], 1 << 40, "[]"),
+            said(&[], 5, "{}"),
+        ] {
+            assert!(Head::read(&wrong).is_err(), "{wrong:?}");
+        }
+    }
 }

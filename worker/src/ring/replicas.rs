@@ -2,10 +2,13 @@
 //!
 //! Every member hashes its weights and moments by block and sends the hash of those hashes to all. When they differ, the
 //! block hashes follow, so that all members know alike who differs from the majority, and where.
+//!
+//! Where moments are shared out over the ring, that is for weights alone. Those of a block are with two members, of whom
+//! nobody can tell who is right.
 
 use std::collections::BTreeMap;
 
-use anello_collective::{Collective, Error as RingError, Step as RingStep, tcp};
+use anello_collective::{Collective, Error as RingError, Rank, Step as RingStep, tcp};
 use anello_proto::ring::{Cause, Formation};
 
 use crate::ffi;
@@ -24,9 +27,13 @@ pub(super) fn compare(
     ring: &mut tcp::Tcp,
     step: u64,
     state: &State,
+    shared: bool,
     formation: &Formation,
 ) -> Result<Option<Cause>, RingError> {
-    let blocks = hashes(state);
+    if shared && let Some(cause) = compare_pairs(ring, step, state, formation)? {
+        return Ok(Some(cause));
+    }
+    let blocks = hashes(state, shared);
     let mut root = blake3::Hasher::new();
     blocks.iter().for_each(|hash| {
         root.update(hash.as_bytes());
@@ -50,12 +57,52 @@ pub(super) fn hash_floats(hasher: &mut blake3::Hasher, values: &[f32]) {
     hasher.update(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
 }
 
-fn hashes(state: &State) -> Vec<blake3::Hash> {
-    let buffers = [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(ffi::as_slice);
+/// Compares the moments of each member's blocks with the second copy that the one before it has.
+fn compare_pairs(
+    ring: &mut tcp::Tcp,
+    step: u64,
+    state: &State,
+    formation: &Formation,
+) -> Result<Option<Cause>, RingError> {
+    let (members, rank) = (formation.members.len(), ring.ring().rank().index());
+    let of = |rank: usize| {
+        let mut hasher = blake3::Hasher::new();
+        for block in ring.ring().blocks(Rank(rank as u32)) {
+            let moments = state.moments(block..block + 1);
+            moments.iter().for_each(|moment| hash_floats(&mut hasher, ffi::as_slice(moment)));
+        }
+        hasher.finalize()
+    };
+    let said = [of(rank), of((rank + 1) % members)].map(|hash| *hash.as_bytes()).concat();
+    let all = ring.exchange(RingStep(step), &said)?;
+    Ok(differing_pair(&all).map(|(second, owner)| {
+        let name = |rank: usize| formation.members[rank].worker;
+        let (second, owner) = (name(second), name(owner));
+        let reason = format!(
+            "workers {second} and {owner} have different moments of the blocks of {owner} after step {step}, and nobody can tell who is right"
+        );
+        Cause::Diverged { workers: Vec::new(), reason }
+    }))
+}
+
+/// The first member whose second copy is not what the one after it owns, and that one, by what each said: the hash of its own
+/// moments and that of its second copy.
+fn differing_pair(said: &[Vec<u8>]) -> Option<(usize, usize)> {
+    let pairs = (0..said.len()).map(|rank| (rank, (rank + 1) % said.len()));
+    pairs
+        .into_iter()
+        .find(|(second, owner)| said[*second].get(blake3::OUT_LEN..) != said[*owner].get(..blake3::OUT_LEN))
+}
+
+fn hashes(state: &State, weights_alone: bool) -> Vec<blake3::Hash> {
+    let moments = [&state.exp_avg, &state.exp_avg_sq].map(ffi::as_slice);
+    let moments = if weights_alone { &[][..] } else { &moments[..] };
+    let buffers: Vec<&[f32]> =
+        [ffi::as_slice(&state.weights)].into_iter().chain(moments.iter().copied()).collect();
     (0..state.layout.blocks())
         .map(|block| {
             let mut hasher = blake3::Hasher::new();
-            for buffer in buffers {
+            for buffer in &buffers {
                 hash_floats(&mut hasher, &buffer[block * BLOCK..(block + 1) * BLOCK]);
             }
             hasher.finalize()
@@ -93,4 +140,18 @@ fn verdict(step: u64, roots: &[Vec<u8>], all: &[Vec<u8>], state: &State, formati
     }
     let reason = format!("after step {step} the state differs from all others': {}", told.join("; "));
     Cause::Diverged { workers, reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_copy_that_is_none_names_both() {
+        let said = |own: u8, second: u8| [[own; blake3::OUT_LEN], [second; blake3::OUT_LEN]].concat();
+        assert_eq!(differing_pair(&[said(1, 2), said(2, 3), said(3, 1)]), None);
+        assert_eq!(differing_pair(&[said(1, 2), said(2, 9), said(3, 1)]), Some((1, 2)));
+        assert_eq!(differing_pair(&[said(1, 2), said(2, 3), said(3, 9)]), Some((2, 0)));
+        assert_eq!(differing_pair(&[said(1, 2), Vec::new(), said(3, 1)]), Some((0, 1)));
+    }
 }

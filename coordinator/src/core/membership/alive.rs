@@ -16,7 +16,7 @@ impl Membership {
         let causes: Vec<Cause> = formation.members.iter().filter_map(held).collect();
         // A member that has not taken it up holds more than this generation starts from: it must start later.
         let ahead = causes.is_empty()
-            && !self.faults.distrust
+            && matches!(formation.source, Source::Peers { .. })
             && formation
                 .members
                 .iter()
@@ -148,11 +148,14 @@ impl Membership {
             self.faults = Faults { at, count, distrust: true };
             if count > self.options.faults_max {
                 self.over(Outcome::Failed { reason: format!("after step {at}: {reason}") }, out);
+            } else {
+                out.push(Effect::Record(Entry::FellBack { step: at, reason }));
             }
             return;
         }
         for id in named {
             let Some(worker) = self.workers.remove(&id) else { continue };
+            self.remember(id, &worker);
             let why = Leave::Evicted { reason: reason.clone() };
             out.push(Effect::Send { worker: id, epoch: self.epoch, order: Order::Leave { why } });
             let (machine, step) = (worker.machine.clone(), worker.stance.holds);

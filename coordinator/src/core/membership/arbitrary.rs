@@ -52,8 +52,19 @@ fn stance() -> impl Strategy<Value = Stance> {
         (generation(), cause()).prop_map(|(generation, cause)| Activity::Holding { generation, cause }),
     ];
     let leaving = prop::bool::weighted(0.1);
-    (option::of(step()), activity, leaving, vec(written(), 0..3))
-        .prop_map(|(holds, activity, leaving, written)| Stance { holds, activity, leaving, written })
+    (option::of(step()), option::weighted(0.3, shard()), activity, leaving, vec(written(), 0..3)).prop_map(
+        |(holds, shard, activity, leaving, written)| Stance { holds, shard, activity, leaving, written },
+    )
+}
+
+fn shard() -> impl Strategy<Value = Shard> {
+    let range = (0u64..4, 1u64..4).prop_map(|(start, len)| start..start + len);
+    let size = prop_oneof![9 => Just(7u64), 1 => Just(u64::MAX)];
+    (vec(range, 0..3), size, any::<bool>()).prop_map(|(blocks, all_blocks, next)| Shard {
+        blocks,
+        all_blocks,
+        next,
+    })
 }
 
 /// What comes next. The first three keep a story going that nonsense alone would not get far in.
@@ -66,7 +77,7 @@ enum Act {
     /// A worker does what it was told last.
     Obey(WorkerId),
     /// Anything.
-    Any(Event),
+    Any(Box<Event>),
 }
 
 fn act() -> impl Strategy<Value = Act> {
@@ -98,7 +109,7 @@ fn act() -> impl Strategy<Value = Act> {
         3 => Just(Act::Record),
         3 => worker().prop_map(Act::Arrive),
         6 => worker().prop_map(Act::Obey),
-        9 => event.prop_map(Act::Any),
+        9 => event.prop_map(|event| Act::Any(Box::new(event))),
     ]
 }
 
@@ -130,14 +141,15 @@ impl Watched {
 
     fn act(&mut self, act: Act) -> Result<(), String> {
         let event = match act {
-            Act::Any(event) => event,
+            Act::Any(event) => *event,
             Act::Record => match &self.formed {
                 Some(formed) => Event::Recorded { generation: formed.generation },
                 None => Event::Tick,
             },
             Act::Arrive(worker) => {
                 let activity = Activity::Outside;
-                let stance = Stance { holds: None, activity, leaving: false, written: Vec::new() };
+                let stance =
+                    Stance { holds: None, shard: None, activity, leaving: false, written: Vec::new() };
                 Event::Linked { worker, endpoints: Endpoints::default(), machine: String::new(), stance }
             }
             Act::Obey(worker) => {

@@ -41,14 +41,21 @@ impl Membership {
             return None;
         }
         let mut candidates = self.candidates();
-        if (candidates.len() as u32) < enough.max(1) {
+        // One that asks to go, and is not let go yet, trains on meanwhile.
+        if ((candidates.len() + self.needed_leavers().len()) as u32) < enough.max(1) {
             return None;
         }
         candidates.truncate(self.options.desired.min(self.options.lanes).max(1) as usize);
 
         let stored = self.checkpoints.newest();
-        let survive =
-            candidates.iter().any(|id| self.workers[id].stance.holds.is_some()) && !self.faults.distrust;
+        // Where the moments are shared out, those who go or stand by may have what the others lack.
+        let usable = self.usable();
+        let shared = usable.iter().any(|id| self.workers[id].stance.shard.is_some());
+        let pool = if shared { usable } else { candidates.iter().copied().collect() };
+        let survive = self.survive(&candidates, &pool);
+        if !survive && self.may_have_moments().next().is_some() && !self.faults.distrust {
+            return None;
+        }
         if !survive && listing != Listing::Fresh {
             if listing == Listing::Old {
                 out.push(Effect::List);
@@ -62,15 +69,26 @@ impl Membership {
             out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
             return Some(Ring::Over(outcome));
         }
-        let held = candidates.iter().filter_map(|id| self.workers[id].stance.holds).max();
         let use_held = !self.faults.distrust || stored.is_none();
-        let (start, source) = match (held.filter(|_| use_held), stored) {
-            (Some(held), stored) if Some(held) >= stored => {
+        let held = self.newest_whole(&pool).filter(|_| use_held);
+        let able = held.map(|held| (held, self.with_state(&candidates, &pool, held)));
+        let able = able
+            .filter(|(held, members)| members.len() as u32 >= enough.max(1) && self.is_whole(*held, members));
+        let (start, source) = match (able, stored) {
+            (Some((held, members)), stored) if Some(held) >= stored => {
+                candidates = members;
                 let holders = candidates.iter().filter(|id| self.workers[id].stance.holds == Some(held));
                 (held, Source::Peers { holders: holders.copied().collect() })
             }
-            (_, Some(step)) => (step, Source::Checkpoint { step }),
-            (_, None) => (Step(0), Source::Seed),
+            (_, stored) => {
+                if let Some((step, reason)) = self.lost_moments().filter(|(step, _)| Some(*step) > stored) {
+                    out.push(Effect::Record(Entry::FellBack { step, reason }));
+                }
+                match stored {
+                    Some(step) => (step, Source::Checkpoint { step }),
+                    None => (Step(0), Source::Seed),
+                }
+            }
         };
         let lanes = self.cut(&candidates);
         let member = |(worker, lanes): (WorkerId, Range<u32>)| Member {
@@ -100,19 +118,26 @@ impl Membership {
         }
     }
 
+    /// Whether the newest state that those of `pool` hold is what the next generation goes on from.
+    fn survive(&self, candidates: &[WorkerId], pool: &BTreeSet<WorkerId>) -> bool {
+        let holds = |id: &WorkerId| self.workers[id].stance.holds;
+        !self.faults.distrust
+            && candidates.iter().any(|id| holds(id).is_some())
+            && self.newest_whole(pool) == pool.iter().filter_map(holds).max()
+    }
+
     /// Workers that can be members now, in the order in which they would be.
     pub(super) fn candidates(&self) -> Vec<WorkerId> {
-        let mut all: Vec<(usize, u64, WorkerId)> = self
-            .workers
-            .iter()
-            .filter(|(_, worker)| worker.linked && !worker.stance.leaving && !in_a_ring(&worker.stance))
-            .map(|(id, worker)| {
-                let rank = self.ranks.get(id).copied().unwrap_or(usize::MAX);
-                (rank, worker.arrival, *id)
-            })
-            .collect();
-        all.sort_unstable();
-        all.into_iter().map(|(_, _, id)| id).collect()
+        let usable = self.usable().into_iter();
+        let mut all: Vec<WorkerId> = usable.filter(|id| !self.workers[id].stance.leaving).collect();
+        all.sort_by_key(|id| self.place(*id));
+        all
+    }
+
+    /// Members come in the order of their ranks, then those that arrived first.
+    pub(super) fn place(&self, id: WorkerId) -> (usize, u64, WorkerId) {
+        let rank = self.ranks.get(&id).copied().unwrap_or(usize::MAX);
+        (rank, self.workers.get(&id).map_or(u64::MAX, |worker| worker.arrival), id)
     }
 
     /// The newest step after which a worker holds state.

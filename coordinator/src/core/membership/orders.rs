@@ -3,8 +3,9 @@
 use super::*;
 
 impl Membership {
-    /// What the core wants of a worker that stands as it does; a function of the present alone.
-    pub(super) fn owed(&self, id: WorkerId, worker: &Worker) -> Option<Order> {
+    /// What the core wants of a worker that stands as it does; a function of the present alone. `needed` are those that may
+    /// not go yet, since nobody else has what they have.
+    pub(super) fn owed(&self, id: WorkerId, worker: &Worker, needed: &BTreeSet<WorkerId>) -> Option<Order> {
         let stance = &worker.stance;
         let abort_older = |below: Generation| match &stance.activity {
             Activity::Forming { generation } | Activity::Running { generation } if *generation < below => {
@@ -19,13 +20,21 @@ impl Membership {
                 .then_some(Order::Leave { why: Leave::Dismissed { reason } })
         };
         match &self.ring {
-            Ring::Gathering { .. } | Ring::Recording(_) => {
-                dismissed().or_else(|| abort_older(Generation(u64::MAX)))
+            Ring::Gathering { .. } => {
+                let dismissed = dismissed().filter(|_| !needed.contains(&id));
+                dismissed.or_else(|| abort_older(Generation(u64::MAX)))
+            }
+            Ring::Recording(formation) => {
+                let dismissed =
+                    dismissed().filter(|_| formation.member(id).is_none() && stance.shard.is_none());
+                dismissed.or_else(|| abort_older(Generation(u64::MAX)))
             }
             Ring::Alive { formation, changing } => {
                 let generation = formation.generation;
                 if !self.ranks.contains_key(&id) {
-                    return dismissed().or_else(|| abort_older(Generation(u64::MAX)));
+                    // What it has is a second copy until all members have theirs.
+                    let dismissed = dismissed().filter(|_| stance.shard.is_none() || self.trains());
+                    return dismissed.or_else(|| abort_older(Generation(u64::MAX)));
                 }
                 if stance.activity.generation() < Some(generation) {
                     return Some(Order::Form(formation.clone()));
@@ -40,6 +49,7 @@ impl Membership {
                         Some(Order::Abort { generation, reason: reason.clone() })
                     }
                     (Some(_), _) => worker.told.clone(),
+                    (None, _) if stance.shard.is_some() => abort_older(Generation(u64::MAX)),
                     (None, _) => dismissed().or_else(|| abort_older(Generation(u64::MAX))),
                 }
             }

@@ -35,6 +35,7 @@ impl Membership {
         if self.faults.count > 0
             || stance.leaving != known.stance.leaving
             || stance.written != known.stance.written
+            || stance.shard != known.stance.shard && stance.activity == known.stance.activity
         {
             return false;
         }
@@ -57,6 +58,7 @@ impl Membership {
         }
         known.heard = self.now;
         known.stance.holds = stance.holds;
+        known.stance.shard = stance.shard.clone();
         known.stance.activity = stance.activity.clone();
         self.reached = self.reached.max(stance.holds.unwrap_or_default());
         true
@@ -198,7 +200,11 @@ impl Membership {
     pub(super) fn expire(&mut self, out: &mut Vec<Effect>) {
         let (now, lease) = (self.now, self.options.lease);
         let generation = self.formation().map(|formation| formation.generation);
-        let in_ring = |id| generation.is_some() && self.ranks.contains_key(id);
+        // Between two rings too, what the others lack may be with one whose connection is cut.
+        let in_ring = |id| {
+            let shares = || self.workers.get(id).is_some_and(|worker| worker.stance.shard.is_some());
+            self.ranks.contains_key(id) && (generation.is_some() || shares())
+        };
         // A member whose connection is closed and whom a peer names as lost is dead: no time-out is needed.
         let named: BTreeSet<WorkerId> = self
             .workers
@@ -227,6 +233,7 @@ impl Membership {
         }
         for (id, reason) in gone {
             let worker = self.workers.remove(&id).expect("just seen");
+            self.remember(id, &worker);
             if worker.linked {
                 out.push(Effect::Drop { worker: id, reason: reason.clone() });
             }

@@ -71,7 +71,11 @@ impl Membership {
             }
             Ring::Gathering { .. } => {
                 let (have, need) = (self.candidates().len(), self.needed());
-                Some(format!("workers: {have} of {need} are here"))
+                let away: Vec<String> = self.may_have_moments().map(|id| id.to_string()).collect();
+                Some(match away.is_empty() || (have as u32) < need {
+                    true => format!("workers: {have} of {need} are here"),
+                    false => format!("worker {}, with moments that nobody else may have", away.join(", ")),
+                })
             }
             Ring::Recording(_) => Some("the job's log to take the new generation".to_owned()),
             Ring::Alive { formation, changing } => {

@@ -22,7 +22,7 @@ fn options(desired: u32) -> Options {
 }
 
 fn stance(holds: Option<u64>, activity: Activity) -> Stance {
-    Stance { holds: holds.map(Step), activity, leaving: false, written: Vec::new() }
+    Stance { holds: holds.map(Step), shard: None, activity, leaving: false, written: Vec::new() }
 }
 
 fn blocks(range: Range<u64>) -> Vec<Range<u64>> {

@@ -34,6 +34,41 @@ pub fn state_is_the_reference(step: Step, state: u64, reference: &[u64]) -> Resu
     }
 }
 
+/// **No generation starts with moments that nobody has**: of every block, some member has them, or can bring them there.
+pub fn moments_are_somewhere(
+    formation: &Formation,
+    blocks: u64,
+    has: impl Fn(WorkerId, u64) -> bool,
+) -> Result<(), String> {
+    match (0..blocks).find(|block| !formation.members.iter().any(|member| has(member.worker, *block))) {
+        None => Ok(()),
+        Some(block) => Err(format!(
+            "generation {} starts at {}, and no member has the moments of block {block}",
+            formation.generation, formation.start
+        )),
+    }
+}
+
+/// **Who applies a step uses the moments after the one before**: those of its whole share were made ready from there.
+pub fn moments_of_the_step_before(
+    worker: WorkerId,
+    needs: &BTreeSet<u64>,
+    used: Option<&BTreeSet<u64>>,
+) -> Result<(), String> {
+    match used.is_some_and(|used| used.is_superset(needs)) {
+        true => Ok(()),
+        false => Err(format!("worker {worker} applies a step with moments of {used:?}, and needs {needs:?}")),
+    }
+}
+
+/// **One death loses nothing**: state is given up only when the moments of some block are with nobody who is here.
+pub fn what_is_given_up_is_lost(step: Step, blocks: u64, has: impl Fn(u64) -> bool) -> Result<(), String> {
+    match (0..blocks).all(has) {
+        true => Err(format!("the state after step {step} is given up, and all of it is there")),
+        false => Ok(()),
+    }
+}
+
 /// **One ring**: a generation is formed only when no worker that its coordinator is connected to, and that was in the
 /// generation before, may still take part in a step of that one.
 pub fn former_members_hold(

@@ -70,7 +70,9 @@ fn the_same_seed_is_the_same_history() {
 /// Each classic mistake, put in by hand, is found.
 #[test]
 fn planted_bugs_are_found() {
-    for bug in [Bug::LostVote, Bug::StaleGradient, Bug::EarlyManifest, Bug::AbandonedCheckpoint] {
+    for bug in
+        [Bug::LostVote, Bug::StaleGradient, Bug::EarlyManifest, Bug::AbandonedCheckpoint, Bug::DroppedShard]
+    {
         let found = (0..10_000).find_map(|seed| run(seed, Some(bug)).err().map(|failure| (seed, failure)));
         let (seed, failure) = found.unwrap_or_else(|| panic!("{bug:?} was not found within 10 000 seeds"));
         println!("{bug:?}: seed {seed}: {failure}");

@@ -36,6 +36,8 @@ pub enum Bug {
     EarlyManifest,
     /// The job ends though a checkpoint lacks blocks that a worker keeps a copy of.
     AbandonedCheckpoint,
+    /// A member forgets the step that it made ready when its ring breaks, and says that it has it.
+    DroppedShard,
 }
 
 fn mix(a: u64, b: u64) -> u64 {
@@ -60,6 +62,9 @@ pub struct World {
     verbose: bool,
     options: Options,
     every: u64,
+    /// Blocks of the moments, and whether they are shared out over rings of more than two.
+    blocks: u64,
+    shared: bool,
     reference: Vec<u64>,
     chaos_until: u64,
     faults_left: u32,
@@ -108,6 +113,8 @@ impl World {
             verbose,
             options,
             every: 5,
+            blocks: 1,
+            shared: false,
             reference: Vec::new(),
             chaos_until: 0,
             faults_left: 2,
@@ -134,6 +141,8 @@ impl World {
         world.options.lanes = 1 << (1 + world.below(3));
         world.options.by_speed = world.chance(2);
         world.every = 2 + world.below(6);
+        world.blocks = 1 + world.below(8);
+        world.shared = world.chance(2);
         world.chaos_until = 500 + world.below(2500);
         let mut state = mix(seed, 7);
         world.reference.push(state);
@@ -262,6 +271,8 @@ impl World {
             Happening::Formed { worker, generation } => return self.formed(worker, generation),
             Happening::Ready { worker, generation } => return self.ready(worker, generation),
             Happening::StepEnd { generation, token } => self.step_end(generation, token),
+            Happening::Prepare { worker, generation, token } => self.prepare(worker, generation, token),
+            Happening::Spread { generation, token } => self.spread(generation, token),
             Happening::Apply { worker, generation, step, word, twisted } => {
                 return self.apply(worker, generation, step, word, twisted);
             }

@@ -26,6 +26,7 @@ fn status(workers: &[u64]) -> Status {
         linked: true,
         stance: Stance {
             holds: None,
+            shard: None,
             activity: Activity::Running { generation },
             leaving: false,
             written: Vec::new(),

@@ -20,7 +20,9 @@ impl Thread {
                 _ => &state.weights,
             };
             let mut same_memory = buffer.shallow_clone();
-            flip_a_bit(&mut same_memory);
+            if buffer.numel() > 0 {
+                flip_a_bit(&mut same_memory);
+            }
             tracing::warn!(step = at, buffer = fault.buffer, "flipped a bit, as the config says");
         }
     }

@@ -8,7 +8,8 @@ use anello_store::metrics::{Evaluated, Seconds, StepRecord};
 use super::faults::flip_a_bit;
 use super::*;
 use crate::account::{outcome_event, weights_digest};
-use crate::engine::Growing;
+use crate::engine::{Growing, Outcome};
+use crate::ffi;
 use crate::ring::replicas;
 use crate::ring::spot::{self, Spot};
 use crate::ring::sum::add_up;
@@ -97,23 +98,37 @@ impl Thread {
             self.spot_check(plan, serving, ring, &spot, own_hash)?;
         }
         let Self { held, total, .. } = self;
-        let (Some(Held { engine, cursors, .. }), Some(total)) = (held, total) else {
+        let (Some(held), Some(total)) = (held, total) else {
             unreachable!("both were there at the beginning of the step");
         };
         let lanes: Vec<Range<u32>> =
             serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
-        let mut moved = cursors.clone();
+        let mut moved = held.cursors.clone();
         let Agreed { control, sums, events } =
             agree(&words, &lanes, &mut moved).map_err(|error| fault(error.to_string()))?;
 
         let updated = Instant::now();
-        let outcome = engine.finish_with(plan, total, sums);
-        *cursors = moved;
-        let held = self.held.as_mut().expect("state was taken");
-        held.step = Step(plan.step + 1);
+        let mut spreading = Duration::ZERO;
+        let outcome = if serving.shared {
+            let own = ring.ring().blocks(ring.ring().rank());
+            let (prepared, spike) = held.engine.prepare(plan, total, &sums, own);
+            held.pending = Some(Pending { prepared, cursors: moved });
+            let began = Instant::now();
+            spread(ring, plan.step, total).map_err(|error| cause_of(&error, serving.formation))?;
+            spreading = began.elapsed();
+            let Pending { prepared, cursors } = held.pending.take().expect("just made");
+            held.engine.complete(&prepared, total);
+            held.cursors = cursors;
+            Outcome { sums, update: prepared.update, spike }
+        } else {
+            held.cursors = moved;
+            held.engine.finish_with(plan, total, sums)
+        };
+        (held.step, held.entered) = (Step(plan.step + 1), false);
         let on_record = self.config.record.has_weights(plan.step + 1);
         let weights = on_record.then(|| weights_digest(held.engine.state()));
-        seconds.update = updated.elapsed().as_secs_f64();
+        seconds.reduce += spreading.as_secs_f64();
+        seconds.update = (updated.elapsed() - spreading).as_secs_f64();
         seconds.step = began.elapsed().as_secs_f64();
         let mut events = self.told.get_or_insert_default().not_told(events);
         events.extend(
@@ -185,20 +200,28 @@ impl Thread {
         ring: &mut tcp::Tcp,
         at: u64,
         due: bool,
-        formation: &Formation,
+        serving: &Serving<'_>,
     ) -> Served<()> {
+        let formation = serving.formation;
         let every = self.config.ring.digest_every_steps;
         if every == 0 || formation.members.len() < 2 || !(due || at.is_multiple_of(every)) {
             return Ok(());
         }
         let _span = tracing::trace_span!("compare replicas").entered();
         let held = self.held.as_ref().expect("state was taken");
-        match replicas::compare(ring, at, held.engine.state(), formation) {
+        match replicas::compare(ring, at, held.engine.state(), serving.shared, formation) {
             Ok(None) => Ok(()),
             Ok(Some(diverged)) => Err(diverged),
             Err(error) => Err(cause_of(&error, formation)),
         }
     }
+}
+
+/// Gives the new weights of own blocks, which lie in `total`, to all, and takes theirs. Who has them all knows that every
+/// member has made the step ready: whatever comes now, it can be gone on from.
+fn spread(ring: &mut tcp::Tcp, step: u64, total: &mut Tensor) -> std::result::Result<(), RingError> {
+    let _span = tracing::trace_span!("all-gather of weights").entered();
+    ring.all_gather(RingStep(step), ffi::as_mut_slice(total))
 }
 
 /// What `lane` is to compute at `step`: the loader serves lanes in this very order.

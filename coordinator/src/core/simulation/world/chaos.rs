@@ -14,6 +14,8 @@ impl World {
                 Worker {
                     machine: Machine::new(None),
                     state: None,
+                    moments: BTreeSet::new(),
+                    pending: None,
                     link: None,
                     sent_up: 0,
                     sent_down: 0,
@@ -132,18 +134,37 @@ impl World {
         if let Some(generation) = self.workers[&victim].ring
             && self.rings[&generation].stepping
             && !self.rings[&generation].broken
+            && self.is_ready_everywhere(generation)
             && self.chance(3)
         {
-            let members: Vec<WorkerId> =
-                self.rings[&generation].formation.members.iter().map(|member| member.worker).collect();
-            let word = members.iter().map(|id| self.workers[id].hold).max().unwrap_or(0);
-            let step = self.workers[&victim].state.expect("it trains").0;
-            for worker in members {
-                if worker != victim && self.chance(2) {
-                    self.deliver(worker, generation, step, word, false);
-                }
-            }
+            self.hand_out_to_some(generation, victim);
         }
         self.bury(victim);
+    }
+
+    /// A death right when all members have made a step ready is rare, and what follows has rules of its own: it happens more often
+    /// than [`World::kill`] would have it.
+    pub(super) fn strike_while_spreading(&mut self, generation: Generation) {
+        if !self.chaos() || !self.chance(16) {
+            return;
+        }
+        let members = self.rings[&generation].formation.members.len() as u64;
+        let victim = self.below(members) as usize;
+        let victim = self.rings[&generation].formation.members[victim].worker;
+        self.report.kills += 1;
+        self.hand_out_to_some(generation, victim);
+        self.bury(victim);
+    }
+
+    fn hand_out_to_some(&mut self, generation: Generation, victim: WorkerId) {
+        let members: Vec<WorkerId> =
+            self.rings[&generation].formation.members.iter().map(|member| member.worker).collect();
+        let word = members.iter().map(|id| self.workers[id].hold).max().unwrap_or(0);
+        let step = self.workers[&victim].state.expect("it trains").0;
+        for worker in members {
+            if worker != victim && self.chance(2) {
+                self.deliver(worker, generation, step, word, false);
+            }
+        }
     }
 }

@@ -114,6 +114,10 @@ impl World {
                         self.report.recuts += u64::from(lanes().max() > lanes().min().map(|least| least + 1));
                     }
                     Entry::Slow { .. } => self.report.slow += 1,
+                    Entry::FellBack { step, .. } => {
+                        self.report.fell_back += 1;
+                        self.check_lost(coordinator, *step)?;
+                    }
                     Entry::Ended { outcome: Outcome::Completed } => self.check_checkpoints(coordinator)?,
                     _ => {}
                 }
@@ -139,6 +143,15 @@ impl World {
 
     pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
         lanes_are_covered_once(formation, self.options.lanes)?;
+        if let Source::Peers { .. } = formation.source {
+            // One that has died meanwhile may have had it.
+            let has = |id: WorkerId, block| {
+                self.workers.get(&id).is_none_or(|worker| {
+                    worker.moments_at(formation.start).is_some_and(|moments| moments.contains(&block))
+                })
+            };
+            moments_are_somewhere(formation, self.blocks, has)?;
+        }
         let known = &self.coordinators[coordinator];
         let Some(before) = self.formations.get(&Generation(formation.generation.0.saturating_sub(1))) else {
             return Ok(());
@@ -152,6 +165,21 @@ impl World {
                 })
             },
         )
+    }
+
+    /// State is given up: by what those have that its coordinator hears.
+    fn check_lost(&self, coordinator: usize, step: Step) -> Result<(), String> {
+        let links = &self.coordinators[coordinator].links;
+        let heard = || {
+            let here = |(id, worker): &(&WorkerId, &Worker)| {
+                let link = worker.link.filter(|_| worker.ring.is_none() && worker.mute_until <= self.now);
+                link.is_some_and(|(of, link)| of == coordinator && links.get(id) == Some(&link))
+            };
+            self.workers.iter().filter(here).map(|(_, worker)| worker)
+        };
+        let has =
+            |block| heard().filter_map(|worker| worker.spoken_of_at(step)).any(|at| at.contains(&block));
+        what_is_given_up_is_lost(step, self.blocks, has)
     }
 
     /// A record reaches the log, or another coordinator's is in its place.

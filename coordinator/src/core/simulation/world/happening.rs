@@ -14,6 +14,8 @@ pub(super) enum Happening {
     Formed { worker: WorkerId, generation: Generation },
     Ready { worker: WorkerId, generation: Generation },
     StepEnd { generation: Generation, token: u64 },
+    Prepare { worker: WorkerId, generation: Generation, token: u64 },
+    Spread { generation: Generation, token: u64 },
     Apply { worker: WorkerId, generation: Generation, step: Step, word: u8, twisted: bool },
     PeerLost { worker: WorkerId, generation: Generation, lost: WorkerId },
     Wrote { worker: WorkerId, written: Written, state: u64, leave: Option<Cause> },
@@ -37,6 +39,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::ClosedAtWorker { worker, .. }
         | Happening::Formed { worker, .. }
         | Happening::Ready { worker, .. }
+        | Happening::Prepare { worker, .. }
         | Happening::Apply { worker, .. }
         | Happening::PeerLost { worker, .. }
         | Happening::Wrote { worker, .. }
@@ -45,6 +48,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::Paced { .. }
         | Happening::ClosedAtCoordinator { .. }
         | Happening::StepEnd { .. }
+        | Happening::Spread { .. }
         | Happening::Appended { .. }
         | Happening::Commit { .. }
         | Happening::Listed { .. }
@@ -80,6 +84,8 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Chaos => 20,
         Happening::Listed { .. } => 21,
         Happening::Paced { .. } => 22,
+        Happening::Prepare { .. } => 23,
+        Happening::Spread { .. } => 24,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

@@ -23,14 +23,17 @@ pub struct Report {
     pub copies: u64,
     pub slow: u64,
     pub recuts: u64,
+    pub moved: u64,
+    pub promoted: u64,
+    pub fell_back: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 17] {
+    pub fn counts(&self) -> [(&'static str, u64); 20] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 17] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 20] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -49,6 +52,9 @@ impl Report {
             ("a second copy that was asked for", &mut self.copies),
             ("a slow member", &mut self.slow),
             ("lanes shared out by speed", &mut self.recuts),
+            ("a block of moments that moved", &mut self.moved),
+            ("a share brought to the step that a peer had reached", &mut self.promoted),
+            ("a state that was lost with two neighbours", &mut self.fell_back),
         ]
     }
 

@@ -9,6 +9,8 @@ pub(super) struct Ring {
     /// Word and number of the step under way; a token that is over is ignored.
     pub(super) token: u64,
     pub(super) stepping: bool,
+    /// Members that have made the step under way ready.
+    pub(super) prepared: BTreeSet<WorkerId>,
 }
 
 impl World {
@@ -31,11 +33,15 @@ impl World {
         let Some(generation) = known.ring.take() else { return Ok(()) };
         known.applying = false;
         let holds = known.state.map(|(step, _)| step);
+        let shard = known.shard(self.blocks);
+        if self.bug == Some(Bug::DroppedShard) {
+            known.pending = None;
+        }
         let planned = matches!(cause, Cause::Ordered | Cause::Ended);
         if !planned {
             self.tell_peers(generation, worker);
         }
-        self.tell_worker(worker, Happens::Left { generation, holds, cause })
+        self.tell_worker(worker, Happens::Left { generation, holds, shard, cause })
     }
 
     pub(super) fn form(&mut self, worker: WorkerId, formation: Arc<Formation>) -> Result<(), String> {
@@ -51,6 +57,7 @@ impl World {
             broken: false,
             token: 0,
             stepping: false,
+            prepared: BTreeSet::new(),
         });
         let delay = 2 + self.below(40);
         self.after(delay, Happening::Formed { worker, generation });
@@ -65,6 +72,8 @@ impl World {
         let ring = &self.rings[&generation];
         let (start, source) = (ring.formation.start, ring.formation.source.clone());
         let holds = self.workers[&worker].state;
+        let needs = self.needs(worker, &ring.formation);
+        let of_peers = matches!(source, Source::Peers { .. });
         let state = match (&source, holds) {
             (_, Some((step, state))) if step == start => Some(state),
             (Source::Seed, _) => Some(self.reference[0]),
@@ -85,7 +94,16 @@ impl World {
                     .then_some(state)
             }),
         };
-        let Some(state) = state else {
+        let own = self.workers[&worker].moments_at(start).cloned().unwrap_or_default();
+        let peers = || ring.formation.members.iter().filter_map(|member| self.workers.get(&member.worker));
+        let hands_out = |peer: &Worker, block: &u64| {
+            peer.ring == Some(generation)
+                && peer.frozen_until <= self.now
+                && peer.moments_at(start).is_some_and(|moments| moments.contains(block))
+        };
+        let lacks: Vec<u64> = needs.difference(&own).copied().collect();
+        let all_there = lacks.iter().all(|block| peers().any(|peer| hands_out(peer, block)));
+        let Some(state) = state.filter(|_| !of_peers || all_there) else {
             if ring.broken {
                 let cause = Cause::Broken { lost: None, reason: "the ring broke while forming".to_owned() };
                 return self.leave_ring(worker, cause);
@@ -93,7 +111,22 @@ impl World {
             self.after(20, Happening::Formed { worker, generation });
             return Ok(());
         };
-        self.workers.get_mut(&worker).expect("known").state = Some((start, state));
+        if of_peers {
+            self.report.moved += lacks.len() as u64;
+        }
+        let known = self.workers.get_mut(&worker).expect("known");
+        if known.state.is_none_or(|(step, _)| step != start) {
+            // It is there now, and nowhere else.
+            self.report.promoted += u64::from(known.pending.take().is_some() && !own.is_empty());
+        }
+        known.state = Some((start, state));
+        let kept = matches!(source, Source::Seed) && own.is_superset(&needs);
+        if of_peers {
+            known.moments = own.union(&needs).copied().collect();
+        } else if !kept {
+            // Read anew.
+            (known.moments, known.pending) = (needs, None);
+        }
         self.check_state(worker)?;
         let ring = self.rings.get_mut(&generation).expect("known");
         ring.ready.insert(worker);
@@ -115,7 +148,14 @@ impl World {
             let formation = &self.rings[&generation].formation;
             (formation.start, formation.save_first)
         };
-        self.tell_worker(worker, Happens::Ready { generation, holds: start })?;
+        // All have met: what is no part of its share can go, and so can a step that is not to be.
+        let needs = self.needs(worker, &self.rings[&generation].formation);
+        let blocks = self.blocks;
+        let known = self.workers.get_mut(&worker).expect("known");
+        known.pending = None;
+        known.moments.retain(|block| needs.contains(block));
+        let shard = known.shard(blocks);
+        self.tell_worker(worker, Happens::Ready { generation, holds: start, shard })?;
         let due = start.0.is_multiple_of(self.every) || start == self.options.total;
         if save_first && due {
             self.save(worker, generation, (start == self.options.total).then_some(Cause::Ended));
@@ -165,11 +205,58 @@ impl World {
             self.at(thaws, Happening::StepEnd { generation, token });
             return;
         }
-        self.rings.get_mut(&generation).expect("known").stepping = false;
+        if self.shares(&self.rings[&generation].formation) {
+            self.rings.get_mut(&generation).expect("known").prepared.clear();
+            for worker in members {
+                let delay = self.below(6);
+                self.after(delay, Happening::Prepare { worker, generation, token });
+            }
+            return;
+        }
+        self.hand_out(generation, &members);
+    }
+
+    /// A member makes its share of the step ready; when all have, what they made is spread.
+    pub(super) fn prepare(&mut self, worker: WorkerId, generation: Generation, token: u64) {
+        let ring = self.rings.get_mut(&generation).expect("known");
+        let known = self.workers.get_mut(&worker).expect("known");
+        if ring.broken || ring.token != token || known.ring != Some(generation) {
+            return;
+        }
+        known.pending = Some(known.moments.clone());
+        ring.prepared.insert(worker);
+        if ring.prepared.len() == ring.formation.members.len() {
+            let delay = 1 + self.below(8);
+            self.after(delay, Happening::Spread { generation, token });
+            self.strike_while_spreading(generation);
+        }
+    }
+
+    /// The new weights are everywhere.
+    pub(super) fn spread(&mut self, generation: Generation, token: u64) {
+        let ring = &self.rings[&generation];
+        if ring.broken || ring.token != token {
+            return;
+        }
+        let members: Vec<WorkerId> = ring.formation.members.iter().map(|member| member.worker).collect();
+        self.hand_out(generation, &members);
+    }
+
+    /// Whether a member may have all of the step under way, so that it can be applied by some and not by others.
+    pub(super) fn is_ready_everywhere(&self, generation: Generation) -> bool {
+        let ring = &self.rings[&generation];
+        !self.shares(&ring.formation) || ring.prepared.len() == ring.formation.members.len()
+    }
+
+    /// Everyone has, or will have, all that it needs to apply the step.
+    fn hand_out(&mut self, generation: Generation, members: &[WorkerId]) {
+        let ring = self.rings.get_mut(&generation).expect("known");
+        ring.stepping = false;
+        ring.prepared.clear();
         let word = members.iter().map(|id| self.workers[id].hold).max().unwrap_or(0);
         let step = self.workers[&members[0]].state.expect("it trains").0;
         let twisted = self.bug == Some(Bug::StaleGradient) && self.stale_gradient(generation, step);
-        for worker in members {
+        for &worker in members {
             self.deliver(worker, generation, step, word, twisted);
         }
     }
@@ -203,10 +290,16 @@ impl World {
         twisted: bool,
     ) -> Result<(), String> {
         let lanes = self.options.lanes;
+        let (needs, shared) = {
+            let formation = &self.rings[&generation].formation;
+            (self.needs(worker, formation), self.shares(formation))
+        };
         let known = self.workers.get_mut(&worker).expect("known");
         if known.ring != Some(generation) || !known.applying {
             return Ok(());
         }
+        let used = if shared { known.pending.as_ref() } else { Some(&known.moments) };
+        moments_of_the_step_before(worker, &needs, used)?;
         known.applying = false;
         let (at, state) = known.state.expect("it trains");
         if at != step {
@@ -215,6 +308,7 @@ impl World {
         let twice = if twisted { lanes } else { 0 };
         let holds = Step(step.0 + 1);
         known.state = Some((holds, advance_state(state, step, (0..lanes).chain(0..twice))));
+        known.moments_follow();
         self.report.steps += 1;
         if holds <= self.reached {
             self.report.replayed_steps +=

@@ -5,6 +5,10 @@ use super::*;
 pub(super) struct Worker {
     pub(super) machine: Machine,
     pub(super) state: Option<(Step, u64)>,
+    /// The blocks whose moments it has of that state.
+    pub(super) moments: BTreeSet<u64>,
+    /// Those that it can bring to the step after.
+    pub(super) pending: Option<BTreeSet<u64>>,
     pub(super) link: Option<(usize, u64)>,
     /// Last delivery on the present link, each way: links keep order.
     pub(super) sent_up: u64,
@@ -33,7 +37,59 @@ pub(super) struct Copied {
     pub(super) buddy: WorkerId,
 }
 
+impl Worker {
+    /// What it says of its moments, of so many blocks.
+    pub(super) fn shard(&self, all_blocks: u64) -> Option<Shard> {
+        let of = |blocks: &BTreeSet<u64>, next| Shard {
+            blocks: blocks.iter().map(|block| *block..block + 1).collect(),
+            all_blocks,
+            next,
+        };
+        self.state?;
+        match &self.pending {
+            Some(pending) => Some(of(pending, true)),
+            None => (self.moments.len() as u64 != all_blocks).then(|| of(&self.moments, false)),
+        }
+    }
+
+    /// The moments that it has, or can have, after a step.
+    pub(super) fn moments_at(&self, step: Step) -> Option<&BTreeSet<u64>> {
+        let (holds, _) = self.state?;
+        match &self.pending {
+            _ if holds == step => Some(&self.moments),
+            Some(pending) if holds.0 + 1 == step.0 => Some(pending),
+            _ => None,
+        }
+    }
+
+    /// What it speaks of after a step: beside one that is ready, moments that came for a ring that did not form are not told.
+    pub(super) fn spoken_of_at(&self, step: Step) -> Option<&BTreeSet<u64>> {
+        let at = self.moments_at(step)?;
+        Some(self.pending.as_ref().unwrap_or(at))
+    }
+
+    /// The step is applied: the moments are brought there too.
+    pub(super) fn moments_follow(&mut self) {
+        if let Some(pending) = self.pending.take() {
+            self.moments = pending;
+        }
+    }
+}
+
 impl World {
+    /// Whether the moments are shared out in a generation.
+    pub(super) fn shares(&self, formation: &Formation) -> bool {
+        self.shared && formation.members.len() > 2
+    }
+
+    /// The blocks whose moments a member needs.
+    pub(super) fn needs(&self, worker: WorkerId, formation: &Formation) -> BTreeSet<u64> {
+        match formation.rank(worker).filter(|_| self.shares(formation)) {
+            Some(rank) => shares(self.blocks, formation.members.len(), rank).into_iter().flatten().collect(),
+            None => (0..self.blocks).collect(),
+        }
+    }
+
     pub(super) fn connect(&mut self, worker: WorkerId) {
         if self.workers[&worker].link.is_some() {
             return;
@@ -130,6 +186,7 @@ impl World {
                             let (generation, (step, state)) = (known.ring, known.state.expect("it trains"));
                             let lanes = self.options.lanes;
                             known.state = Some((Step(step.0 + 1), advance_state(state, step, 0..lanes)));
+                            known.moments_follow();
                             let _ = generation;
                             self.check_state(worker)?;
                         }

@@ -1,0 +1,193 @@
+//! Rings whose moments are shared out (`ring.state_copies = 2`): a block's are with two workers. Whatever happens, the run is
+//! the undisturbed one.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::time::Duration;
+
+use anello_tests::{Dice, Process, free_port, newest_checkpoint, signal, wait_until, without_seconds};
+
+use super::ring::{
+    assert_undisturbed, disturb, disturb_from_outside, events, rest, start, worker,
+};
+use super::world;
+
+const TWO: [&str; 2] = ["--set", "ring.state_copies=2"];
+
+/// Bytes of the moments of a block, and blocks of the model.
+const BLOCK: u64 = 2 * 4 * 65536;
+const BLOCKS: u64 = 4;
+
+#[test]
+fn moments_that_are_shared_out_are_those_of_one_worker_and_take_less_memory() {
+    for workers in 2..=4 {
+        let run = format!("shards-of-{workers}");
+        let port = free_port().to_string();
+        let coordinator = start(&run, workers, &[&TWO[..], &["--external", "--port", &port]].concat());
+        let address = format!("127.0.0.1:{port}");
+        let processes: Vec<_> = (0..workers).map(|_| worker(&address)).collect();
+        let mut held = BTreeSet::new();
+        for done in processes.into_iter().map(Process::wait) {
+            let told = done.log.split("moments_bytes=").skip(1);
+            let bytes = |rest: &str| rest.split(|c: char| !c.is_ascii_digit()).next()?.parse::<u64>().ok();
+            held.extend(told.filter_map(bytes));
+            done.expect(0);
+        }
+        coordinator.wait().expect(0);
+        assert_undisturbed(&run);
+        // Of two, each has all; of four, half.
+        let expected: &[u64] = match workers {
+            2 => &[BLOCKS],
+            3 => &[2, 3],
+            _ => &[2],
+        };
+        let expected: BTreeSet<u64> = expected.iter().map(|blocks| blocks * BLOCK).collect();
+        assert!(held.is_superset(&expected), "{workers} workers: {held:?}, and not {expected:?}");
+    }
+}
+
+#[test]
+fn workers_that_die_freeze_and_leave_change_nothing_1() {
+    for seed in 1..=6 {
+        disturb(seed, Dice(seed), &format!("shards-disturbed-{seed}"), 4, &TWO);
+    }
+}
+
+#[test]
+fn workers_that_die_freeze_and_leave_change_nothing_2() {
+    for seed in 7..=12 {
+        disturb(seed, Dice(seed), &format!("shards-disturbed-{seed}"), 3, &TWO);
+    }
+}
+
+#[test]
+fn whatever_happens_to_workers_and_coordinator_changes_nothing() {
+    for seed in 1..=5 {
+        disturb_from_outside(seed, Dice(seed), &format!("shards-outside-{seed}"), 4, &TWO);
+    }
+}
+
+/// One death loses nothing: the moments are with the neighbours.
+#[test]
+fn one_death_costs_no_step() {
+    let run = "shards-one-death";
+    let place = world().folder.join(run);
+    let mut process = start(run, 4, &TWO);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 9 || process.ended());
+    signal(process.children()[1], "KILL");
+    process.wait().expect(0);
+    let told = events(run);
+    assert!(!told.contains("given up") && !told.contains("state from checkpoint"), "{told}");
+    assert!(told.contains("with 3 workers from step"), "{told}");
+    assert_undisturbed(run);
+}
+
+/// Of three, any two are neighbours: when both die together, what only they had is lost, and the run goes back to its last
+/// checkpoint and says why.
+#[test]
+fn a_pair_that_dies_sends_the_run_back_to_its_checkpoint_in_words() {
+    let run = "shards-pair";
+    let place = world().folder.join(run);
+    // Between two stages there is no checkpoint: there are steps to lose.
+    let mut process = start(run, 3, &[&TWO[..], &["--set", "checkpoint.every_steps=1000"]].concat());
+    let is_told = || events(run).contains("the moments of block");
+    for _ in 0..5 {
+        let before = newest_checkpoint(&place);
+        wait_until("it trains", || newest_checkpoint(&place) >= before.max(4) || process.ended());
+        rest(Duration::from_millis(60));
+        let children = process.children();
+        let [one, other, ..] = children[..] else { continue };
+        let pair = [one.to_string(), other.to_string()];
+        assert!(Command::new("kill").arg("-KILL").args(pair).status().unwrap().success() || process.ended());
+        rest(Duration::from_millis(300));
+        if process.ended() || is_told() {
+            break;
+        }
+    }
+    process.wait().expect(0);
+    let told = events(run);
+    assert!(
+        told.contains("is given up and the run goes back to its last checkpoint: the moments of block"),
+        "{told}"
+    );
+    assert!(told.contains("state from checkpoint"), "{told}");
+    world().assert_undisturbed(run);
+}
+
+/// Two that go together are let go one after the other, so that what only they have is handed over.
+#[test]
+fn two_that_are_preempted_together_hand_over_what_they_have() {
+    let run = "shards-preempted";
+    let place = world().folder.join(run);
+    let mut process = start(run, 4, &TWO);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 6 || process.ended());
+    let children = process.children();
+    for worker in &children[1..3] {
+        signal(*worker, "TERM");
+    }
+    process.wait().expect(0);
+    let told = events(run);
+    assert!(!told.contains("given up") && !told.contains("state from checkpoint"), "{told}");
+    assert_undisturbed(run);
+}
+
+/// A moment that flips is found where it is held twice, and nobody can tell who is right. A weight is held by all until the
+/// next step, which takes it over from its owner: here a comparison comes first.
+#[test]
+fn a_flipped_bit_is_found_and_changes_nothing() {
+    for fault in ["weights@18/1", "exp_avg@7/0", "exp_avg_sq@16/2"] {
+        let run = format!("shards-flipped-{}", fault.replace(['@', '/'], "-"));
+        let set = format!("ring.fault={fault}");
+        start(&run, 3, &[&TWO[..], &["--set", &set]].concat()).wait().expect(0);
+        let told = events(&run);
+        if fault.starts_with("weights") {
+            assert!(told.contains("sent away after step") && told.contains("with 2 workers"), "{told}");
+        } else {
+            assert!(told.contains("have different moments of the blocks of"), "{told}");
+            assert!(told.contains("is given up and the run goes back to its last checkpoint"), "{told}");
+        }
+        assert_undisturbed(&run);
+    }
+}
+
+/// What is frozen is neither sent around nor moved.
+#[test]
+fn stages_that_freeze_parameters_are_the_same() {
+    let stages = [
+        "stages=[\"warmup\",\"gate\",\"sft\",\"stable\"]",
+        "stage.gate={loss=\"gate\",tokens=512,sequence=16,batch=128,lr=1e-2,loops=2,mixture={tales=1}}",
+        "stage.sft={loss=\"sft\",tokens=512,sequence=16,batch=128,lr=1e-3,loops=2,mixture={tales=1}}",
+    ];
+    let sets: Vec<&str> = stages.iter().flat_map(|set| ["--set", set]).collect();
+    let one = [&["run", "small.toml", "--out", "shards-late-one", "--sample", "0"], &sets[..]].concat();
+    world().anello(&one).expect(0);
+    let more = [&sets[..], &TWO].concat();
+    start("shards-late", 3, &more).wait().expect(0);
+    let mut disturbed = start("shards-late-killed", 4, &more);
+    wait_until("it is in the gate's stage", || {
+        newest_checkpoint(&world().folder.join("shards-late-killed")) >= 5 || disturbed.ended()
+    });
+    if let Some(worker) = disturbed.children().first() {
+        signal(*worker, "KILL");
+    }
+    disturbed.wait().expect(0);
+    for run in ["shards-late", "shards-late-killed"] {
+        world().anello(&["checkpoint", "diff", "shards-late-one", run]).expect(0);
+        let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
+        assert_eq!(figures(run), figures("shards-late-one"), "{run}");
+    }
+}
+
+/// What was shared out is whole in a checkpoint: one process goes on with it, and a ring after that.
+#[test]
+fn one_process_goes_on_where_such_a_ring_stopped() {
+    let run = "shards-both-ways";
+    let place = world().folder.join(run);
+    let mut process = start(run, 4, &TWO);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 6 || process.ended());
+    process.signal("INT");
+    process.wait().expect(130);
+    world().anello(&["run", "--resume", run, "--until", "18", "--sample", "0"]).expect(0);
+    world().anello(&["run", "--resume", run, "--workers", "3", "--sample", "0"]).expect(0);
+    assert_undisturbed(run);
+}
