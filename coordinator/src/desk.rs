@@ -189,7 +189,7 @@ impl<F: Fn(Done)> Work<F> {
             })?;
             // The same blocks may have two writers: their owner, and whoever took that one for dead.
             let written = parts.into_iter().flat_map(|parts| parts.written).collect();
-            commit(&self.store, Manifest::new(facts, written))
+            commit(&self.store, Manifest::of_writers(facts, written))
         });
         match saved {
             Ok(manifest) => {

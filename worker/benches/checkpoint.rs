@@ -18,7 +18,7 @@ use anello_configs::Model;
 use anello_store::checkpoint::{Facts, Manifest, Position, commit};
 use anello_store::{Cursor, Environment, Store};
 use anello_worker::checkpoint::{Snapshot, load, write};
-use anello_worker::{Layout, State, as_slice};
+use anello_worker::{Cover, Layout, State, as_slice};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 

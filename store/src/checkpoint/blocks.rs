@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use super::catalog::{read_manifest, steps_in};
 use super::parallel::each;
-use super::part::write_part;
+use super::part::{Stamp, write_part};
 use super::{BLOCK_BYTES, BUFFERS, Manifest, Part, Written};
 use crate::{Result, Store};
 
@@ -21,19 +21,19 @@ const HASHED_AT_ONCE: usize = 4;
 
 /// Writes the blocks from `first_block` on of the state after `step` steps in parts of about `part_bytes`, and returns the
 /// parts in the order of their blocks. `buffers` are the little-endian bytes of weights, first and second moments, whole
-/// blocks of each. `stamp` keeps writers apart that write the same blocks: the number of the event with which this one took
-/// the run up, or that of its ring's generation.
+/// blocks of each. `stamp` keeps writers apart that write the same blocks.
 ///
 /// A part of the newest checkpoint whose blocks are all the same still (what is frozen does not change) is named and not
 /// written again. Every part that is written is read back.
 pub fn write_blocks(
     store: &Store,
     step: u64,
-    stamp: u64,
+    stamp: impl Into<Stamp>,
     part_bytes: u64,
     first_block: usize,
     buffers: &[Bytes; 3],
 ) -> Result<Vec<Written>> {
+    let stamp = stamp.into();
     let blocks = first_block..first_block + buffers[0].len() / BLOCK_BYTES;
     let of_part = (part_bytes as usize / (BLOCK_BYTES * BUFFERS.len())).max(1);
     let digests = digests(buffers)?;

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::part::SECOND;
 use super::{BLOCK, Written, folder};
 use crate::{Cursor, Environment, Error, Result};
 
@@ -213,6 +214,30 @@ pub(super) fn damaged(step: u64, fact: impl Into<String>) -> Error {
 }
 
 impl Manifest {
+    /// The manifest of what several writers tell of, who agree on `facts`: where blocks were written by their owner and by
+    /// whoever keeps a second copy of them, the owner's parts are named.
+    pub fn of_writers(facts: Facts, mut parts: Vec<Written>) -> Self {
+        let step = facts.position.step;
+        // What an owner wrote, what is of an earlier checkpoint and may be of either, what is a second copy.
+        let class = |part: &Part| match part.step {
+            Some(of) if of != step => 1,
+            _ => {
+                if part.name.contains(SECOND) {
+                    2
+                } else {
+                    0
+                }
+            }
+        };
+        for later in [1, 2] {
+            let before = parts.iter().filter(|written| class(&written.part) < later);
+            let there: BTreeSet<usize> = before.flat_map(|written| written.part.range()).collect();
+            let is_there = |part: &Part| part.range().all(|block| there.contains(&block));
+            parts.retain(|written| class(&written.part) < later || !is_there(&written.part));
+        }
+        Self::new(facts, parts)
+    }
+
     /// The manifest of `parts`, in any order, which together are all blocks of a checkpoint. Blocks may be there more
     /// than once, when several have written them: they need not have cut them alike.
     pub fn new(facts: Facts, parts: Vec<Written>) -> Self {

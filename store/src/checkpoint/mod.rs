@@ -20,7 +20,9 @@
 //! The first two numbers in a part's name are its blocks (older builds named them otherwise; the manifest has the names, so
 //! nobody minds). The third is its writer's: that of the event with which the writer took the run up, or of the
 //! generation that several writers share. A process that slept while another took over can therefore never write over
-//! a part of the other's, and writers that share a number and write the same name write the same bytes.
+//! a part of the other's, and writers that share a number and write the same name write the same bytes. A second copy of
+//! another writer's blocks says in its name that it is one, since it may be other bytes where nobody compares replicas; a
+//! manifest names it only where the owner wrote nothing.
 //!
 //! Parts are cut by block, not by worker or tensor, so that any number of workers can write and load them. What is
 //! not there: a schedule position (it is the step), generator states (they are counters that follow from the step
@@ -41,7 +43,7 @@ pub use catalog::{
 };
 pub use copying::{Copied, copy};
 pub use manifest::{BlockDigests, FORMAT, Facts, Manifest, Part, Position, digest_of_blocks};
-pub use part::{Parts, Written, read_part, read_parts, verify};
+pub use part::{Parts, Stamp, Written, read_part, read_parts, verify};
 pub use retention::{Pruning, delete, let_go, plan_pruning, prune, superseded};
 
 /// Elements of a block: the unit of the gradient norm, of digests, of ownership and of checkpoints.

@@ -13,6 +13,24 @@ use super::parallel::each;
 use super::{BLOCK_BYTES, BUFFERS, Facts, Manifest, Part, folder, read_manifest};
 use crate::{Fetched, Result, Store};
 
+/// What keeps writers apart that write the same blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// The number of the event with which the writer took the run up, or that of its ring's generation.
+    pub number: u64,
+    /// The blocks are another writer's: this is a second copy of them.
+    pub second: bool,
+}
+
+impl From<u64> for Stamp {
+    fn from(number: u64) -> Self {
+        Self { number, second: false }
+    }
+}
+
+/// What the name of a part has that is a second copy.
+pub(super) const SECOND: &str = "-second";
+
 /// A part that was written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
@@ -74,7 +92,7 @@ fn header(step: u64, blocks: &Range<usize>) -> Vec<u8> {
 pub fn write_part(
     store: &Store,
     step: u64,
-    stamp: u64,
+    stamp: Stamp,
     first_block: usize,
     buffers: [Bytes; 3],
     digests: [Vec<String>; 3],
@@ -90,8 +108,9 @@ pub fn write_part(
     chunks.iter().for_each(|chunk| {
         hasher.update(chunk);
     });
+    let (number, second) = (stamp.number, if stamp.second { SECOND } else { "" });
     let part = Part {
-        name: format!("part-{:05}-{:05}-{stamp:08}.safetensors", blocks.start, blocks.end),
+        name: format!("part-{:05}-{:05}-{number:08}{second}.safetensors", blocks.start, blocks.end),
         step: None,
         first_block: blocks.start as u64,
         blocks: blocks.len() as u64,

@@ -31,9 +31,9 @@ fn buffers(blocks: usize, fill: u8) -> [Bytes; 3] {
     [0, 1, 2].map(|buffer| vec![fill + buffer; blocks * BLOCK_BYTES].into())
 }
 
-fn part_of(store: &Store, step: u64, stamp: u64, first: usize, buffers: [Bytes; 3]) -> Written {
+fn part_of(store: &Store, step: u64, stamp: impl Into<Stamp>, first: usize, buffers: [Bytes; 3]) -> Written {
     let digests = blocks::digests(&buffers).unwrap();
-    part::write_part(store, step, stamp, first, buffers, digests).unwrap()
+    part::write_part(store, step, stamp.into(), first, buffers, digests).unwrap()
 }
 
 /// Three blocks in two parts.
@@ -101,6 +101,51 @@ fn parts_of_several_writers_make_one_checkpoint_and_travel_as_json() {
     let manifest = Manifest::new(said, received.into_iter().chain([here]).collect());
     assert_eq!(commit(&store, manifest.clone()).unwrap(), verify(&store, 7).unwrap());
     assert_eq!(manifest.weights, Manifest::new(facts(7), parts(&Store::memory().unwrap(), 7, 1, 0)).weights);
+}
+
+/// Where nobody compares replicas, a second copy may be other bytes, cut otherwise: it takes nothing from the owner's parts,
+/// and goes when what no checkpoint names is removed.
+#[test]
+fn a_second_copy_that_differs_spoils_no_checkpoint() {
+    let store = Store::memory().unwrap();
+    let write = |first: usize, blocks: usize, byte: u8, second: bool| {
+        let bytes: [Bytes; 3] = [0, 1, 2].map(|_| vec![byte; blocks * BLOCK_BYTES].into());
+        part_of(&store, 7, Stamp { number: 9, second }, first, bytes)
+    };
+    let own = [write(0, 2, 1, false), write(2, 1, 1, false), write(3, 1, 1, false)];
+    let copies = [write(2, 2, 9, true), write(0, 2, 9, true)];
+    let all: Vec<Written> = own.iter().cloned().chain(copies.iter().cloned()).collect();
+    for parts in [all.clone(), all.into_iter().rev().collect()] {
+        let manifest = Manifest::of_writers(facts(7), parts);
+        assert_eq!(manifest, Manifest::new(facts(7), own.to_vec()));
+        assert_eq!(commit(&store, manifest.clone()).unwrap(), verify(&store, 7).unwrap());
+    }
+    // Where the owner has written nothing, the second copy is what there is.
+    let manifest = Manifest::of_writers(facts(7), vec![copies[0].clone(), own[0].clone()]);
+    assert_eq!(manifest, Manifest::new(facts(7), vec![own[0].clone(), copies[0].clone()]));
+    saved(&store, 8, 1, 5).unwrap();
+    plan_pruning(&store, |_| vec![], |_| Some(8)).unwrap().carry_out(&store).unwrap();
+    verify(&store, 7).unwrap();
+    assert_eq!(names(&store, 7).len(), 4, "three parts and the manifest: {:?}", names(&store, 7));
+}
+
+/// What a keeper of a second copy found unchanged is named no sooner than what the owner wrote.
+#[test]
+fn of_what_differs_the_owner_wrote_the_part_that_is_named() {
+    let store = Store::memory().unwrap();
+    let write = |step, byte: u8, second| {
+        let bytes: [Bytes; 3] = [0, 1, 2].map(|_| vec![byte; 2 * BLOCK_BYTES].into());
+        write_blocks(&store, step, Stamp { number: 9, second }, 1 << 20, 0, &bytes).unwrap()
+    };
+    let kept_by_both = |byte| [write(8, byte, false), write(8, 1, true)].concat();
+    commit(&store, Manifest::of_writers(facts(7), [write(7, 1, true)].concat())).unwrap();
+    assert!(write(8, 1, true).iter().all(|written| written.part.step == Some(7)));
+    let owns = Manifest::of_writers(facts(8), kept_by_both(2));
+    assert_eq!(owns, Manifest::new(facts(8), write(8, 2, false)));
+    let same = Manifest::of_writers(facts(8), kept_by_both(1));
+    assert!(same.parts.iter().all(|part| part.step == Some(7)), "{:?}", same.parts);
+    commit(&store, same).unwrap();
+    verify(&store, 8).unwrap();
 }
 
 #[test]

@@ -83,7 +83,13 @@ pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest
             fill(target, bytes);
         }
     };
-    read_parts(store, &manifest, by_part(&manifest, &Cover::all(layout.blocks()), &mut weights), holds(&layout), take)?;
+    read_parts(
+        store,
+        &manifest,
+        by_part(&manifest, &Cover::all(layout.blocks()), &mut weights),
+        holds(&layout),
+        take,
+    )?;
     Ok((manifest, layout, weights))
 }
 

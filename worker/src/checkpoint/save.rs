@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use anello_store::checkpoint::{BLOCK, Facts, Written, write_blocks};
+use anello_store::checkpoint::{BLOCK, Facts, Stamp, Written, write_blocks};
 use anello_store::{Result, Store};
 use bytes::Bytes;
 
@@ -59,7 +59,12 @@ pub(crate) fn block_digest(values: &[f32]) -> String {
 }
 
 /// Writes `snapshot` by [`write_blocks`], whose words these are.
-pub fn write(store: &Store, snapshot: &Snapshot, part_bytes: u64, stamp: u64) -> Result<Vec<Written>> {
+pub fn write(
+    store: &Store,
+    snapshot: &Snapshot,
+    part_bytes: u64,
+    stamp: impl Into<Stamp>,
+) -> Result<Vec<Written>> {
     let Snapshot { facts, blocks, buffers } = snapshot;
     write_blocks(store, facts.position.step, stamp, part_bytes, blocks.start, buffers)
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anello_member::Event;
 use anello_proto::ring::{Generation, Kept as KeptBlocks, Step, WorkerId, Written};
 use anello_store::Store;
-use anello_store::checkpoint::{Parts, Written as WrittenPart};
+use anello_store::checkpoint::{Parts, Stamp, Written as WrittenPart};
 
 use crate::checkpoint::{self, Snapshot};
 use crate::error::{Error, Result};
@@ -146,7 +146,7 @@ impl<F: Fn(Event)> Desk<F> {
 
     fn write(&mut self, copy: Copy) {
         let Copy { generation, all_blocks, own, next } = copy;
-        let Some(written) = self.write_parts(&own, generation) else { return };
+        let Some(written) = self.write_parts(&own, Stamp::from(generation.0)) else { return };
         let step = Step(own.facts.position.step);
         let own_blocks = blocks(&own);
         let kept = next.as_ref().map(|(owner, copy)| KeptBlocks { owner: *owner, blocks: blocks(copy) });
@@ -162,23 +162,23 @@ impl<F: Fn(Event)> Desk<F> {
         }
     }
 
-    /// Writes a second copy, or gives it up: it is kept no longer. The next member may write the same parts: they are
-    /// the same bytes.
+    /// Writes a second copy, or gives it up: it is kept no longer. The next member may write the same blocks, and not the same
+    /// bytes where nobody compares replicas: so they are other objects.
     fn write_second(&self, kept: Kept) {
         let Kept { generation, all_blocks, mut own, own_blocks, next: (_, snapshot), .. } = kept;
         let mut written = vec![own_blocks];
-        if let Some(parts) = self.write_parts(&snapshot, generation) {
+        if let Some(parts) = self.write_parts(&snapshot, Stamp { number: generation.0, second: true }) {
             own.extend(parts);
             written.push(blocks(&snapshot));
         }
         (self.tell)(Event::Wrote(told(&snapshot, generation, all_blocks, own, written)));
     }
 
-    fn write_parts(&self, snapshot: &Snapshot, generation: Generation) -> Option<Vec<WrittenPart>> {
+    fn write_parts(&self, snapshot: &Snapshot, stamp: Stamp) -> Option<Vec<WrittenPart>> {
         let step = snapshot.facts.position.step;
         let mut pause = PAUSE.0;
         for attempt in 1..=ATTEMPTS {
-            match checkpoint::write(&self.store, snapshot, self.part_bytes, generation.0) {
+            match checkpoint::write(&self.store, snapshot, self.part_bytes, stamp) {
                 Ok(written) => return Some(written),
                 Err(cause) => {
                     tracing::warn!(step, attempt, %cause, "parts of a checkpoint cannot be written now");

@@ -232,7 +232,8 @@ impl Thread {
 
     /// Puts what was gathered together with what is here.
     fn hold(&mut self, start: Step, standing: Standing, gathering: Gathering, gathered: &Gathered) {
-        let Gathering { layout, weights: with_weights, asked: _, updates, cursors, losses, cover } = gathering;
+        let Gathering { layout, weights: with_weights, asked: _, updates, cursors, losses, cover } =
+            gathering;
         let moments = gathered.moments.iter();
         let others: Vec<(usize, [Tensor; 2])> = moments
             .map(|(first, both)| (*first, both.each_ref().map(|bytes| flat(bytes, Device::Cpu))))
