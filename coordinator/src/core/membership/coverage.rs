@@ -124,10 +124,11 @@ impl Membership {
     /// state would be whole no more.
     pub(super) fn needed_leavers(&self) -> BTreeSet<WorkerId> {
         let mut stay = self.usable();
-        let leaves = |id: &&WorkerId| {
-            let stance = &self.workers[*id].stance;
-            stance.leaving && stance.shard.is_some()
-        };
+        // Where nothing is shared out, whoever stays has all.
+        if stay.iter().all(|id| self.workers[id].stance.shard.is_none()) {
+            return BTreeSet::new();
+        }
+        let leaves = |id: &&WorkerId| self.workers[*id].stance.leaving;
         let leaving: Vec<WorkerId> = stay.iter().filter(leaves).copied().collect();
         // When all go, there is nobody to stay for.
         if leaving.is_empty() || stay.iter().all(|id| self.workers[id].stance.leaving) {
