@@ -25,7 +25,7 @@ pub(super) fn worker(coordinator: &str) -> Process {
     Process::start(&world().folder, &arguments)
 }
 
-pub(super) fn rest(duration: Duration) {
+fn rest(duration: Duration) {
     let began = Instant::now();
     wait_until("its time has come", || began.elapsed() >= duration);
 }
