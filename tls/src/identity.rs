@@ -3,19 +3,20 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::WebPkiServerVerifier;
-use rustls::client::danger::ServerCertVerifier;
-use rustls::crypto::{CryptoProvider, ring};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{ResolvesClientCert, WebPkiServerVerifier};
+use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
 };
 
 use crate::error::validity;
+use crate::live::{Known, Live};
 use crate::{Error, Result, Role};
 
 /// The files of one side.
@@ -58,57 +59,41 @@ impl Protocol {
     }
 }
 
-/// Who we are and whom we believe: checked when it is loaded.
+/// Who we are and whom we believe: checked when it is loaded, and again whenever the files change.
 #[derive(Clone, Debug)]
 pub struct Tls {
     role: Role,
-    files: Arc<Files>,
     provider: Arc<CryptoProvider>,
-    roots: Arc<RootCertStore>,
-    own: Arc<CertifiedKey>,
+    live: Arc<Live>,
 }
 
 impl Tls {
-    /// Reads `files`, whose certificate is to be that of a `role`.
+    /// Reads `files`, whose certificate is to be that of a `role`. Configs that come of it look at the files again, before
+    /// handshakes: new certificates, or those of another CA, are used without a restart, and what cannot be used is not.
     ///
     /// # Errors
     /// [`Error::File`]: one cannot be read, the key is another's, or nobody would accept the certificate: of another CA
     /// or role, expired, not valid yet.
     pub fn load(files: Files, role: Role) -> Result<Self> {
         let tls = Self::read(files, role)?;
-        tls.check_own()?;
+        tls.check(&tls.now())?;
         Ok(tls)
     }
 
     /// The same, whether others would accept the certificate or not.
     pub(crate) fn read(files: Files, role: Role) -> Result<Self> {
         let provider = Arc::new(ring::default_provider());
-        let mut roots = RootCertStore::empty();
-        for ca in certificates(&files.ca)? {
-            roots.add(ca).map_err(|cause| {
-                file(
-                    &files.ca,
-                    format!("is no certificate of a CA ({cause})"),
-                    "give the ca.pem of `anello certs init`",
-                )
-            })?;
-        }
-        let chain = certificates(&files.cert)?;
-        let key = read(&files.key, "private key", PrivateKeyDer::from_pem_slice)?;
-        let own = CertifiedKey::from_der(chain, key, &provider).map_err(|cause| match cause {
-            rustls::Error::InconsistentKeys(_) => file(
-                &files.key,
-                format!("is not the key of {}", files.cert.display()),
-                "give the two files that were made together",
-            ),
-            cause => file(
-                &files.key,
-                format!("cannot be used ({cause})"),
-                "make both anew with `anello certs issue`",
-            ),
-        })?;
-        let (files, roots, own) = (Arc::new(files), Arc::new(roots), Arc::new(own));
-        Ok(Self { role, files, provider, roots, own })
+        let live = Live::new(files, |files| parse(files, &provider))?;
+        Ok(Self { role, provider, live: Arc::new(live) })
+    }
+
+    /// What the files say now, as far as it can be used.
+    fn now(&self) -> Known {
+        self.live.now(|files| {
+            let known = parse(files, &self.provider)?;
+            self.check(&known)?;
+            Ok(known)
+        })
     }
 
     /// What we are.
@@ -118,7 +103,7 @@ impl Tls {
 
     /// Where it was read.
     pub fn files(&self) -> &Files {
-        &self.files
+        self.live.files()
     }
 
     /// For connections that we make. The name to check is that of the role that is to answer
@@ -127,8 +112,9 @@ impl Tls {
         let mut config = ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("ring has TLS 1.3")
-            .with_root_certificates(self.roots.clone())
-            .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(self.own.clone())));
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Servers(self.clone())))
+            .with_client_cert_resolver(Arc::new(Own(self.clone())));
         config.alpn_protocols = protocol.alpn();
         config.resumption = rustls::client::Resumption::disabled();
         Arc::new(config)
@@ -136,7 +122,7 @@ impl Tls {
 
     /// For connections that come to us from those who have one of `roles`.
     pub fn server(&self, protocol: Protocol, roles: &[Role]) -> Arc<ServerConfig> {
-        self.server_with(protocol, Arc::new(OnlyRoles { any: self.client_verifier(), roles: roles.to_vec() }))
+        self.server_with(protocol, Arc::new(OnlyRoles { tls: self.clone(), roles: roles.to_vec() }))
     }
 
     /// For connections that come to us from anyone, who proves by other means what he may.
@@ -149,7 +135,7 @@ impl Tls {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("ring has TLS 1.3")
             .with_client_cert_verifier(clients)
-            .with_cert_resolver(Arc::new(SingleCertAndKey::from(self.own.clone())));
+            .with_cert_resolver(Arc::new(Own(self.clone())));
         config.alpn_protocols = protocol.alpn();
         // A connection that is resumed is not asked for its certificate again.
         config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -159,27 +145,30 @@ impl Tls {
 
     /// Why a handshake with `peer` (in words), which was to be an `expected`, failed.
     pub fn explain(&self, error: &rustls::Error, peer: &str, expected: Role) -> Error {
-        Error::of_handshake(error, peer, expected, self.role, &self.files)
+        Error::of_handshake(error, peer, expected, self.role, self.files())
     }
 
-    fn client_verifier(&self) -> Arc<dyn ClientCertVerifier> {
-        WebPkiClientVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
+    fn clients(&self, known: &Known) -> Arc<dyn ClientCertVerifier> {
+        WebPkiClientVerifier::builder_with_provider(known.roots.clone(), self.provider.clone())
+            .build()
+            .expect("there is a root: the file of the CA has a certificate")
+    }
+
+    fn servers(&self, known: &Known) -> Arc<WebPkiServerVerifier> {
+        WebPkiServerVerifier::builder_with_provider(known.roots.clone(), self.provider.clone())
             .build()
             .expect("there is a root: the file of the CA has a certificate")
     }
 
     /// Whether others will accept our certificate, by their own rules.
-    fn check_own(&self) -> Result<()> {
-        let (end, chain) = self.own.cert.split_first().expect("a file without a certificate is refused");
+    fn check(&self, known: &Known) -> Result<()> {
+        let (end, chain) = known.own.cert.split_first().expect("a file without a certificate is refused");
         let now = UnixTime::now();
         let accepted = match self.role {
-            Role::User => self.client_verifier().verify_client_cert(end, chain, now).map(drop),
+            Role::User => self.clients(known).verify_client_cert(end, chain, now).map(drop),
             Role::Coordinator | Role::Worker => {
-                WebPkiServerVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
-                    .build()
-                    .expect("there is a root: the file of the CA has a certificate")
-                    .verify_server_cert(end, chain, &self.role.server_name(), &[], now)
-                    .map(drop)
+                let name = self.role.server_name();
+                self.servers(known).verify_server_cert(end, chain, &name, &[], now).map(drop)
             }
         };
         let roles = Role::of(end);
@@ -188,13 +177,13 @@ impl Tls {
             Ok(()) => CertificateError::NotValidForName,
             Err(rustls::Error::InvalidCertificate(cause)) => cause,
             Err(other) => {
-                return Err(file(&self.files.cert, format!("cannot be used ({other})"), "issue another"));
+                return Err(file(&self.files().cert, format!("cannot be used ({other})"), "issue another"));
             }
         };
         let role = self.role;
         let (fact, remedy) = match &refused {
             CertificateError::UnknownIssuer | CertificateError::BadSignature => (
-                format!("is not of the CA in {}", self.files.ca.display()),
+                format!("is not of the CA in {}", self.files().ca.display()),
                 "give the ca.pem of the `anello certs init` that it comes from".to_owned(),
             ),
             other => match validity(other, role) {
@@ -208,8 +197,34 @@ impl Tls {
                 ),
             },
         };
-        Err(Error::File { path: self.files.cert.clone(), fact, remedy })
+        Err(Error::File { path: self.files().cert.clone(), fact, remedy })
     }
+}
+
+fn parse(files: &Files, provider: &CryptoProvider) -> Result<Known> {
+    let mut roots = RootCertStore::empty();
+    for ca in certificates(&files.ca)? {
+        roots.add(ca).map_err(|cause| {
+            file(
+                &files.ca,
+                format!("is no certificate of a CA ({cause})"),
+                "give the ca.pem of `anello certs init`",
+            )
+        })?;
+    }
+    let chain = certificates(&files.cert)?;
+    let key = read(&files.key, "private key", PrivateKeyDer::from_pem_slice)?;
+    let own = CertifiedKey::from_der(chain, key, provider).map_err(|cause| match cause {
+        rustls::Error::InconsistentKeys(_) => file(
+            &files.key,
+            format!("is not the key of {}", files.cert.display()),
+            "give the two files that were made together",
+        ),
+        cause => {
+            file(&files.key, format!("cannot be used ({cause})"), "make both anew with `anello certs issue`")
+        }
+    })?;
+    Ok(Known { roots: Arc::new(roots), own: Arc::new(own) })
 }
 
 pub(crate) fn file(path: &Path, fact: impl Into<String>, remedy: impl Into<String>) -> Error {
@@ -255,16 +270,78 @@ fn no_pem(path: &Path, what: &str, cause: &pem::Error) -> Error {
     file(path, fact, "give a file that `anello certs` made")
 }
 
+/// Shows our certificate, as it is now.
+#[derive(Debug)]
+struct Own(Tls);
+
+impl ResolvesServerCert for Own {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.now().own)
+    }
+}
+
+impl ResolvesClientCert for Own {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.now().own)
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+type Verified<T> = std::result::Result<T, rustls::Error>;
+
+/// Accepts servers of the CA that has the file now.
+#[derive(Debug)]
+struct Servers(Tls);
+
+impl ServerCertVerifier for Servers {
+    fn verify_server_cert(
+        &self,
+        end: &CertificateDer<'_>,
+        chain: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Verified<ServerCertVerified> {
+        self.0.servers(&self.0.now()).verify_server_cert(end, chain, name, ocsp, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Verified<HandshakeSignatureValid> {
+        verify_tls12_signature(message, cert, dss, &self.0.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Verified<HandshakeSignatureValid> {
+        verify_tls13_signature(message, cert, dss, &self.0.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
 /// Accepts certificates of the CA that have one of some roles.
 #[derive(Debug)]
 struct OnlyRoles {
-    any: Arc<dyn ClientCertVerifier>,
+    tls: Tls,
     roles: Vec<Role>,
 }
 
 impl ClientCertVerifier for OnlyRoles {
+    /// None: a client has one certificate, and shows it.
     fn root_hint_subjects(&self) -> &[rustls::DistinguishedName] {
-        self.any.root_hint_subjects()
+        &[]
     }
 
     fn verify_client_cert(
@@ -272,8 +349,8 @@ impl ClientCertVerifier for OnlyRoles {
         end: &CertificateDer<'_>,
         chain: &[CertificateDer<'_>],
         now: UnixTime,
-    ) -> std::result::Result<ClientCertVerified, rustls::Error> {
-        let verified = self.any.verify_client_cert(end, chain, now)?;
+    ) -> Verified<ClientCertVerified> {
+        let verified = self.tls.clients(&self.tls.now()).verify_client_cert(end, chain, now)?;
         if Role::of(end).iter().any(|role| self.roles.contains(role)) {
             return Ok(verified);
         }
@@ -285,8 +362,8 @@ impl ClientCertVerifier for OnlyRoles {
         message: &[u8],
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
-    ) -> std::result::Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        self.any.verify_tls12_signature(message, cert, dss)
+    ) -> Verified<HandshakeSignatureValid> {
+        verify_tls12_signature(message, cert, dss, &self.tls.provider.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -294,11 +371,11 @@ impl ClientCertVerifier for OnlyRoles {
         message: &[u8],
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
-    ) -> std::result::Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        self.any.verify_tls13_signature(message, cert, dss)
+    ) -> Verified<HandshakeSignatureValid> {
+        verify_tls13_signature(message, cert, dss, &self.tls.provider.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.any.supported_verify_schemes()
+        self.tls.provider.signature_verification_algorithms.supported_schemes()
     }
 }

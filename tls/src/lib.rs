@@ -3,6 +3,7 @@
 //! ```text
 //! role        coordinator, worker, user: the name in a certificate       protection  which addresses need TLS
 //! authority   makes the CA and certificates                              identity    files ──▶ configs of rustls
+//! live        what the files say now: they are read again when they change
 //! grpc        connections of gRPC, both sides, with TLS or without (feature `grpc`)
 //! ```
 //! An identity is a role, not an address: pods move. A certificate of the CA carries the role's name as a DNS name; who
@@ -14,13 +15,14 @@
 //! worker ──▶ worker (collective, state)          wants worker        shows worker
 //! ```
 //! So a stolen worker's key submits no jobs, and a user's joins no ring. TLS 1.3 only, no resumption: every connection
-//! is checked anew. The arithmetic is ring's, since that builds with a C compiler alone.
+//! is checked anew, by what the files say then: who replaces them before a certificate expires need not restart anything. The arithmetic is ring's, since that builds with a C compiler alone.
 
 pub mod authority;
 mod error;
 #[cfg(feature = "grpc")]
 pub mod grpc;
 mod identity;
+mod live;
 mod protection;
 mod role;
 mod shown;

@@ -2,8 +2,10 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use rustls::{ClientConnection, ServerConnection};
+use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 
 use super::authority::{Validity, ca_files, init, issue};
 use super::*;
@@ -35,8 +37,16 @@ fn complaint(dir: &Path, files: Files, role: Role) -> String {
 
 /// A handshake: what the client and what the server say of it.
 fn shake(client: &Tls, to: Role, server: &Tls, of: &[Role]) -> [std::result::Result<(), rustls::Error>; 2] {
-    let mut client = ClientConnection::new(client.client(Protocol::Grpc), to.server_name()).unwrap();
-    let mut server = ServerConnection::new(server.server(Protocol::Grpc, of)).unwrap();
+    shake_with(&client.client(Protocol::Grpc), to, &server.server(Protocol::Grpc, of))
+}
+
+fn shake_with(
+    client: &Arc<ClientConfig>,
+    to: Role,
+    server: &Arc<ServerConfig>,
+) -> [std::result::Result<(), rustls::Error>; 2] {
+    let mut client = ClientConnection::new(client.clone(), to.server_name()).unwrap();
+    let mut server = ServerConnection::new(server.clone()).unwrap();
     let mut results = [Ok(()), Ok(())];
     // Words go to and fro until there are none; the last may say why one side leaves.
     for _ in 0..10 {
@@ -294,4 +304,62 @@ fn roles_have_their_words() {
         "Worker".parse::<Role>(),
         Err("`Worker` is no role; give coordinator, worker or user".to_owned())
     );
+}
+
+/// Copies files of one folder over those of another, as whoever renews certificates does.
+fn renew(from: &Path, to: &Path, names: &[&str]) {
+    for name in names {
+        std::fs::copy(from.join(name), to.join(name)).unwrap();
+    }
+}
+
+#[test]
+fn certificates_are_read_again_when_their_files_change() {
+    let (here, old, new) = (ca(), tempfile::tempdir().unwrap(), ca());
+    let all = ["ca.pem", "coordinator.pem", "coordinator.key", "worker.pem", "worker.key"];
+    renew(here.path(), old.path(), &all);
+    let [coordinator, worker] = [Role::Coordinator, Role::Worker].map(|role| load(here.path(), role));
+    // Those that a process makes when it starts.
+    let server = coordinator.server(Protocol::Grpc, &[Role::Worker]);
+    let client = worker.client(Protocol::Grpc);
+    let through = |client: &Arc<ClientConfig>, server: &Arc<ServerConfig>| {
+        shake_with(client, Role::Coordinator, server).iter().all(|side| side.is_ok())
+    };
+    let of_old = load(old.path(), Role::Worker).client(Protocol::Grpc);
+    let of_new = load(new.path(), Role::Worker).client(Protocol::Grpc);
+    assert!(through(&client, &server) && through(&of_old, &server) && !through(&of_new, &server));
+
+    // The key alone, or the CA alone, is no certificate: what was known is used.
+    renew(new.path(), here.path(), &["coordinator.key", "worker.key"]);
+    let until = Instant::now() + Duration::from_millis(2500);
+    while Instant::now() < until {
+        assert!(through(&client, &server) && through(&of_old, &server));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    renew(new.path(), here.path(), &all);
+    let until = Instant::now() + Duration::from_secs(60);
+    while !(through(&of_new, &server)
+        && through(&client, &load(new.path(), Role::Coordinator).server(Protocol::Grpc, &[Role::Worker])))
+    {
+        assert!(Instant::now() < until, "they are not read again");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(through(&client, &server) && !through(&of_old, &server));
+}
+
+/// A run that is longer than a certificate's life goes on when somebody renews it in time.
+#[test]
+fn a_certificate_that_is_renewed_before_it_ends_outlives_itself() {
+    let dir = ca();
+    let now = rustls::pki_types::UnixTime::now().as_secs();
+    let short = Validity { from: now - 60, until: now + 8 };
+    issue(dir.path(), Role::Coordinator, short, true).unwrap();
+    let [coordinator, worker] = [Role::Coordinator, Role::Worker].map(|role| load(dir.path(), role));
+    let server = coordinator.server(Protocol::Grpc, &[Role::Worker]);
+    let client = worker.client(Protocol::Grpc);
+    issue(dir.path(), Role::Coordinator, valid(-1, 30), true).unwrap();
+    while rustls::pki_types::UnixTime::now().as_secs() <= short.until {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(shake_with(&client, Role::Coordinator, &server).iter().all(|side| side.is_ok()));
 }
