@@ -9,6 +9,7 @@ use std::time::Duration;
 /// lease     = detection        a worker that was silent for so long is taken for dead
 /// watch     = detection / 2    a coordinator looks so often whether another has the job
 /// gather    = detection        the first generation waits so long for all the workers that are wanted
+/// silence   = detection        a worker says of a peer that it cannot be reached when nothing came back for so long (1 s at least)
 /// grace     = 2 · detection    a worker that is told to go has so long before it is killed: a step's rest and a hand-over
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,8 @@ pub struct Timings {
     pub watch: Duration,
     /// Time that the first generation waits for latecomers.
     pub gather: Duration,
+    /// Silence between the machines of two workers after which they say that they cannot reach one another.
+    pub silence: Duration,
     /// Time to go before being killed.
     pub grace: Duration,
 }
@@ -35,6 +38,8 @@ impl Timings {
             lease: detection,
             watch: detection / 2,
             gather: detection,
+            // The kernel, which measures it, counts in seconds.
+            silence: detection.max(Duration::from_secs(1)),
             grace: detection * 2,
         }
     }

@@ -70,6 +70,14 @@ pub(crate) fn event_of(entry: Entry) -> Logged {
             Logged::Slow { worker: worker.to_string(), machine, step: step.0, percent }
         }
         Entry::InStep { worker, step } => Logged::InStep { worker: worker.to_string(), step: step.0 },
+        Entry::LeftOut { worker, machine, from, step, rest, reason } => Logged::LeftOut {
+            worker: worker.to_string(),
+            machine,
+            from: from.to_string(),
+            step: step.map(|step| step.0),
+            rest_ms: rest.0,
+            reason,
+        },
         Entry::FellBack { step, reason } => Logged::FellBack { step: step.0, reason },
         Entry::PassedOver { step, reason } => Logged::PassedOver { step: step.0, reason },
         Entry::CheckpointFailed { step, reason } => Logged::CheckpointFailed { step: step.0, cause: reason },

@@ -140,6 +140,9 @@ impl From<&Cause> for v1::holding::Cause {
             Cause::Broken { lost, reason } => {
                 Self::Broken(v1::Broken { lost: lost.map(|worker| worker.0), reason: cut(reason) })
             }
+            Cause::Unreachable { peer, reason } => {
+                Self::Unreachable(v1::Unreachable { peer: peer.0, reason: cut(reason) })
+            }
             Cause::NoState { reason } => Self::NoState(cut(reason)),
             Cause::Fault { reason } => Self::Fault(cut(reason)),
             Cause::Diverged { workers, reason } => Self::Diverged(v1::Diverged {
@@ -159,6 +162,9 @@ impl TryFrom<v1::holding::Cause> for Cause {
             Word::Ended(_) => Self::Ended,
             Word::Broken(v1::Broken { lost, reason: text }) => {
                 Self::Broken { lost: lost.map(WorkerId), reason: reason(text)? }
+            }
+            Word::Unreachable(v1::Unreachable { peer, reason: text }) => {
+                Self::Unreachable { peer: WorkerId(peer), reason: reason(text)? }
             }
             Word::NoState(text) => Self::NoState { reason: reason(text)? },
             Word::Fault(text) => Self::Fault { reason: reason(text)? },

@@ -166,6 +166,13 @@ pub enum Cause {
         /// What happened, for people.
         reason: String,
     },
+    /// Nothing gets through between this worker and a peer, though neither may be dead: a route, a cable or a firewall.
+    Unreachable {
+        /// The peer.
+        peer: WorkerId,
+        /// What was tried, for people.
+        reason: String,
+    },
     /// State could not be had: from the peers, or from the checkpoint that was named.
     NoState {
         /// What happened, for people.

@@ -166,6 +166,21 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// Two workers do not reach one another, though the coordinator reaches both: one is in no ring for a while.
+    LeftOut {
+        /// The one that is left out.
+        worker: String,
+        /// Where it runs.
+        machine: String,
+        /// The other.
+        from: String,
+        /// Steps applied in the state that it holds; absent: it holds none.
+        step: Option<u64>,
+        /// Milliseconds after which it is tried again.
+        rest_ms: u64,
+        /// What was seen of it.
+        reason: String,
+    },
     /// A member of a ring takes longer for a lane than the others. It changes no bit.
     Slow {
         /// Its id.

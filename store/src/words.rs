@@ -111,6 +111,15 @@ pub fn describe(event: &Event) -> String {
             "the state after step {} is given up and the run goes back to its last checkpoint: {reason}",
             grouped(*step)
         ),
+        Event::LeftOut { worker, machine, from, step, rest_ms, reason } => {
+            let at = step.map_or(String::new(), |step| format!(" at step {}", grouped(step)));
+            format!(
+                "worker {} on {machine} is left out for {:.1} s{at}: it and worker {} do not reach one another ({reason})",
+                short_digest(worker),
+                *rest_ms as f64 / 1000.0,
+                short_digest(from)
+            )
+        }
         Event::Slow { worker, machine, step, percent } => format!(
             "worker {} on {machine} is slow: its lanes take {} as long as the others' at step {}",
             short_digest(worker),
@@ -282,6 +291,18 @@ mod tests {
             (
                 Event::InStep { worker: worker(), step: 1412 },
                 "worker 3f0000000000 is as fast as the others again, at step 1 412",
+            ),
+            (
+                Event::LeftOut {
+                    worker: worker(),
+                    machine: "node-7".into(),
+                    from: worker(),
+                    step: Some(1412),
+                    rest_ms: 40_000,
+                    reason: "no answer from 10.0.0.7:4100".into(),
+                },
+                "worker 3f0000000000 on node-7 is left out for 40.0 s at step 1 412: it and worker 3f0000000000 do not reach \
+                 one another (no answer from 10.0.0.7:4100)",
             ),
             (recovered(0, None), "ring re-formed with 3 workers in 0.21 s; no step lost"),
             (recovered(0, Some(412)), "ring re-formed with 3 workers in 0.21 s; no step lost"),

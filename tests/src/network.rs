@@ -73,6 +73,20 @@ impl Network {
         self.cable(host, "up");
     }
 
+    /// From now on what one host sends to another is lost without a word; what the other sends to it arrives.
+    pub fn drop_way(&self, from: u32, to: u32) {
+        // A card that nobody has: the switch knows no way to it.
+        let (space, address) = (self.space(from), self.address(to));
+        ip(&format!("-n {space} neighbour replace {address} lladdr 02:00:00:00:00:01 dev net nud permanent"))
+            .expect("the host is ours");
+    }
+
+    /// What it sends arrives again.
+    pub fn mend_way(&self, from: u32, to: u32) {
+        let (space, address) = (self.space(from), self.address(to));
+        ip(&format!("-n {space} neighbour delete {address} dev net")).expect("the host is ours");
+    }
+
     fn cable(&self, host: u32, state: &str) {
         ip(&format!("-n {} link set cable{host} {state}", self.switch())).expect("the switch is ours");
     }

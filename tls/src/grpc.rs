@@ -249,6 +249,9 @@ pub enum ConnectError {
     /// Connecting again changes nothing.
     #[error(transparent)]
     Refused(#[from] Error),
+    /// Nothing came back: no answer, and no refusal.
+    #[error("{0}")]
+    Unanswered(String),
     /// Nobody answers there now.
     #[error("{0}")]
     Away(String),
@@ -271,9 +274,30 @@ impl To {
     /// # Errors
     /// [`ConnectError`].
     pub async fn connect(&self, patience: Duration) -> Result<Channel, ConnectError> {
+        self.dialed(patience, |endpoint| endpoint).await
+    }
+
+    /// The same, and what is asked over it fails when nothing comes back from the other machine for `silence`.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect_watched(&self, silence: Duration) -> Result<Channel, ConnectError> {
+        // HTTP/2 asks after one half, and gives up after the other.
+        let half = silence / 2;
+        self.dialed(silence, |endpoint| {
+            endpoint.http2_keep_alive_interval(half).keep_alive_timeout(half).keep_alive_while_idle(true)
+        })
+        .await
+    }
+
+    async fn dialed(
+        &self,
+        patience: Duration,
+        with: impl FnOnce(Endpoint) -> Endpoint,
+    ) -> Result<Channel, ConnectError> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
-            .map_err(|_| ConnectError::Address(self.address.clone()))?
-            .connect_timeout(patience);
+            .map_err(|_| ConnectError::Address(self.address.clone()))?;
+        let endpoint = with(endpoint.connect_timeout(patience));
         let to = self.clone();
         let connector = tower::service_fn(move |_| {
             let to = to.clone();
@@ -285,10 +309,12 @@ impl To {
         };
         let mut causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
         match causes.find_map(|cause| cause.downcast_ref::<io::Error>()) {
+            Some(cause) if is_lost(cause) => Err(ConnectError::Unanswered(cause.to_string())),
             Some(cause) => {
                 Err(refusal(cause).map_or_else(|| ConnectError::Away(cause.to_string()), Into::into))
             }
-            None => Err(ConnectError::Away("no answer".to_owned())),
+            // The time is over.
+            None => Err(ConnectError::Unanswered("no answer".to_owned())),
         }
     }
 
@@ -350,6 +376,18 @@ impl To {
         };
         matches!(tokio::time::timeout(ASK, ask).await, Ok(Ok(true)))
     }
+}
+
+/// Whether an error says that nothing comes back from the other machine, or that there is no way to it.
+fn is_lost(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::TimedOut
+            | io::ErrorKind::HostUnreachable
+            | io::ErrorKind::NetworkUnreachable
+            | io::ErrorKind::InvalidInput
+            | io::ErrorKind::PermissionDenied
+    )
 }
 
 /// What of ours is in an error of a connection.

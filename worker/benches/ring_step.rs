@@ -71,6 +71,7 @@ fn serve(rank: u32, members: usize, host: IpAddr) {
         build: String::new(),
         deadline: Duration::from_secs(30),
         socket_buffer_bytes: None,
+        silence: Duration::from_secs(10),
         abort: AbortHandle::new(),
     };
     let mut ring = connect(&mut listener, &options).expect("all members come");

@@ -48,7 +48,7 @@ impl Client {
                 "`{address}` is no address of a coordinator; give one as 127.0.0.1:7700"
             )),
             ConnectError::Refused(error) => error.into(),
-            ConnectError::Away(_) => Failure::Unreachable(format!(
+            ConnectError::Away(_) | ConnectError::Unanswered(_) => Failure::Unreachable(format!(
                 "there is no coordinator at {}; start one with `anello coordinator --jobs DIR`, or give the address \
                  of another with --coordinator",
                 to.address

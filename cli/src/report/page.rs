@@ -189,6 +189,7 @@ fn event_list(records: &[Record]) -> String {
             | Event::Lost { .. }
             | Event::Evicted { .. }
             | Event::FellBack { .. }
+            | Event::LeftOut { .. }
             | Event::Slow { .. } => " class=\"bad\"",
             Event::Started { .. }
             | Event::Stage { .. }

@@ -106,6 +106,7 @@ pub fn news(notice: &Notice) -> Option<String> {
             | Event::Formed { .. }
             | Event::Recovered { .. }
             | Event::FellBack { .. }
+            | Event::LeftOut { .. }
             | Event::Slow { .. }
             | Event::InStep { .. } => Some(describe(&record.event)),
             // The others have a notice of their own, or are told at the end.

@@ -22,6 +22,7 @@ pub(super) mod coverage;
 mod gather;
 mod orders;
 mod presence;
+mod reach;
 mod shares;
 mod status;
 
@@ -123,6 +124,8 @@ pub struct Membership {
     planted: Option<Bug>,
     /// What workers had that are gone since a ring trained last.
     gone: Vec<(WorkerId, Shard)>,
+    /// Workers that did not reach one another, and are not tried together again yet.
+    rifts: BTreeMap<reach::Pair, reach::Rift>,
     /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
     quarantined: BTreeSet<String>,
     /// Time of the last event.
@@ -203,6 +206,7 @@ impl Membership {
             ranks,
             faults: Faults::default(),
             gone: Vec::new(),
+            rifts: BTreeMap::new(),
             quarantined: found.quarantined.into_iter().collect(),
             deadline: Some(now),
             forgave: None,
@@ -272,6 +276,7 @@ impl Membership {
         self.tell(out);
         self.deadline = self.next_deadline();
         self.running = self.count_running();
+        self.forget_rifts();
         self.note_recovery(out);
     }
 
@@ -319,7 +324,8 @@ impl Membership {
             Ring::Gathering { since, .. } => Some(since + self.options.gather),
             _ => None,
         };
-        leases.chain(gathering.filter(|at| *at > self.now)).chain(self.checkpoints.again_at()).min()
+        let others = self.checkpoints.again_at().into_iter().chain(self.rifts_end());
+        leases.chain(gathering.filter(|at| *at > self.now)).chain(others).min()
     }
 
     /// The generation that is alive or breaking.

@@ -281,6 +281,21 @@ pub enum Entry {
         /// Steps that it has applied.
         step: Step,
     },
+    /// A worker that does not reach another is in no ring for a while, though both are here.
+    LeftOut {
+        /// Who.
+        worker: WorkerId,
+        /// Where it runs.
+        machine: String,
+        /// Whom it does not reach, or by whom it is not reached.
+        from: WorkerId,
+        /// The step after which it holds state.
+        step: Option<Step>,
+        /// For how long.
+        rest: Millis,
+        /// What was seen of it.
+        reason: String,
+    },
     /// The state that workers hold is not gone on from: the last checkpoint is, or the seed.
     FellBack {
         /// The step after which they hold it.
@@ -353,4 +368,6 @@ pub struct Attendant {
     pub pace: Option<Pace>,
     /// Its time for a lane, in hundredths of the members' median, when it is slow.
     pub slow: Option<u32>,
+    /// It is left out, since it and this worker do not reach one another.
+    pub apart: Option<WorkerId>,
 }

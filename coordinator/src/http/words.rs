@@ -312,6 +312,7 @@ impl From<&Record> for Event {
                 | Logged::Lost { .. }
                 | Logged::Evicted { .. }
                 | Logged::FellBack { .. }
+                | Logged::LeftOut { .. }
                 | Logged::Slow { .. }
         );
         Self {

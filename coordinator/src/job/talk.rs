@@ -101,6 +101,7 @@ impl Running {
         let welcome = v1::Welcome {
             run: self.run.clone(),
             heartbeat_ms: millis(self.timings.heartbeat).0,
+            silence_ms: millis(self.timings.silence).0,
             reported: self.rows.reported(),
         };
         if let Some(link) = self.links.get(&worker) {

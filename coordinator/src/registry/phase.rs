@@ -56,6 +56,7 @@ impl Standing {
             | Event::Formed { .. }
             | Event::Recovered { .. }
             | Event::FellBack { .. }
+            | Event::LeftOut { .. }
             | Event::Slow { .. }
             | Event::InStep { .. }
             | Event::Stopped { .. } => {}

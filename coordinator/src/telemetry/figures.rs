@@ -208,6 +208,7 @@ impl Figures {
             | Event::Evicted { .. }
             | Event::Recovered { .. }
             | Event::FellBack { .. }
+            | Event::LeftOut { .. }
             | Event::Slow { .. }
             | Event::InStep { .. }
             | Event::Ended { .. }
@@ -329,6 +330,7 @@ impl Figures {
             | Event::Stage { .. }
             | Event::TakenUp { .. }
             | Event::FellBack { .. }
+            | Event::LeftOut { .. }
             | Event::Slow { .. }
             | Event::InStep { .. }
             | Event::Ended { .. }

@@ -138,6 +138,7 @@ impl Goodput {
             | Event::Evicted { .. }
             | Event::Formed { .. }
             | Event::FellBack { .. }
+            | Event::LeftOut { .. }
             | Event::Slow { .. }
             | Event::InStep { .. } => {}
         }

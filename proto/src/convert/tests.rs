@@ -55,6 +55,7 @@ fn stance() -> impl Strategy<Value = v1::Stance> {
         Just(C::Ended(v1::Ended {})),
         (option::of(number()), text()).prop_map(|(lost, reason)| C::Broken(v1::Broken { lost, reason })),
         text().prop_map(C::NoState),
+        (number(), text()).prop_map(|(peer, reason)| C::Unreachable(v1::Unreachable { peer, reason })),
         text().prop_map(C::Fault),
     ];
     let activity = prop_oneof![
@@ -130,11 +131,10 @@ fn formation() -> impl Strategy<Value = v1::Formation> {
 
 fn to_worker() -> impl Strategy<Value = v1::ToWorker> {
     use v1::to_worker::Order as O;
-    let welcome = (text(), number(), number()).prop_map(|(run, heartbeat_ms, reported)| v1::Welcome {
-        run,
-        heartbeat_ms,
-        reported,
-    });
+    let welcome =
+        (text(), number(), number(), number()).prop_map(|(run, heartbeat_ms, reported, silence_ms)| {
+            v1::Welcome { run, heartbeat_ms, reported, silence_ms }
+        });
     let order = prop_oneof![
         welcome.prop_map(O::Welcome),
         formation().prop_map(O::Form),

@@ -21,6 +21,11 @@ struct Cluster {
 impl Cluster {
     /// Absent where namespaces may not be made; said, since then nothing is tested.
     fn start(name: &str, workers: u32) -> Option<Self> {
+        Self::start_with(name, workers, |_| {})
+    }
+
+    /// The same, with something done to the network before there are workers.
+    fn start_with(name: &str, workers: u32, prepare: impl FnOnce(&Network)) -> Option<Self> {
         let network = match Network::new(name, workers + 1) {
             Ok(network) => network,
             Err(why) => {
@@ -41,6 +46,7 @@ impl Cluster {
         let mut cluster = Self { network, coordinator, address, workers: Vec::new(), place };
         let count = workers.to_string();
         cluster.ask(&["submit", "small.toml", "--name", "a", "--workers", &count]).expect(0);
+        prepare(&cluster.network);
         cluster.workers = (1..=workers).map(|host| cluster.worker(host)).collect();
         Some(cluster)
     }
@@ -116,4 +122,32 @@ fn a_coordinator_that_is_cut_off_is_not_needed_and_comes_back() {
     cluster.wait_for_parts(12);
     cluster.network.mend(DESK);
     cluster.finish();
+}
+
+/// Two workers that both reach the coordinator, and not one another: nobody is dead, and a ring of both cannot train.
+#[test]
+fn two_that_do_not_reach_one_another_do_not_hold_up_the_others() {
+    let Some(mut cluster) = Cluster::start("pair", 3) else { return };
+    cluster.wait_for_checkpoint(3);
+    for (from, to) in [(1, 2), (2, 1)] {
+        cluster.network.drop_way(from, to);
+    }
+    let told = cluster.finish();
+    let (_, after) = told.split_once("do not reach one another").unwrap_or_else(|| panic!("{told}"));
+    assert!(told.contains("is left out for ") && after.contains("with 2 workers from step"), "{told}");
+    assert!(!told.contains("lost (silent for"), "{told}");
+}
+
+/// What is lost one way only, from the beginning: they never meet. Once it arrives again, both train.
+#[test]
+fn one_whose_words_do_not_arrive_at_another_is_tried_again() {
+    for (name, from, to) in [("one-way", 1, 2), ("other-way", 2, 1)] {
+        let Some(mut cluster) = Cluster::start_with(name, 2, |network| network.drop_way(from, to)) else {
+            return;
+        };
+        wait_until("it is told", || cluster.logs().contains("do not reach one another"));
+        cluster.network.mend_way(from, to);
+        let told = cluster.finish();
+        assert!(told.contains("is left out for ") && told.contains("with 1 worker from step"), "{told}");
+    }
 }

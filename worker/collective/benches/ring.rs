@@ -47,6 +47,7 @@ fn serve_steps(rank: u32, members: usize, mib: usize, host: IpAddr) {
         build: String::new(),
         deadline: Duration::from_secs(30),
         socket_buffer_bytes: Some(SOCKET_BUFFER_BYTES),
+        silence: Duration::from_secs(10),
         abort: AbortHandle::new(),
     };
     let mut ring = connect(&mut listener, &options).expect("all members come");

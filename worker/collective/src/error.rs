@@ -15,6 +15,15 @@ pub enum Error {
         /// What was seen, or what another rank told.
         reason: String,
     },
+    /// Nothing was heard of a worker for as long as [`Options::silence`](crate::tcp::Options::silence) allows: it, or what lies
+    /// between us, is cut off. It may be well, and so may we.
+    #[error("{rank} cannot be reached: {reason}; form a new generation without one of us")]
+    Unreachable {
+        /// Who.
+        rank: Rank,
+        /// What was tried.
+        reason: String,
+    },
     /// [`AbortHandle::abort`](crate::AbortHandle::abort) was called.
     #[error("aborted: {reason}")]
     Aborted {

@@ -39,6 +39,7 @@ fn leaves_nothing(mut listeners: Vec<Listener>) {
             build: String::new(),
             deadline: Duration::from_secs(20),
             socket_buffer_bytes: None,
+            silence: Duration::from_secs(10),
             abort: AbortHandle::new(),
         };
         let given_up: Vec<AbortHandle> = std::thread::scope(|scope| {

@@ -38,7 +38,14 @@ use crate::validate::HeldOut;
 
 /// What the model thread is told.
 pub(super) enum Command {
-    Form { formation: Arc<Formation>, worker: WorkerId, abort: AbortHandle, hold: Arc<AtomicU8> },
+    Form {
+        formation: Arc<Formation>,
+        worker: WorkerId,
+        abort: AbortHandle,
+        hold: Arc<AtomicU8>,
+        /// Of a peer, after which it cannot be reached.
+        silence: Duration,
+    },
 }
 
 /// What it tells.
@@ -144,6 +151,8 @@ struct Thread {
     listener: tcp::Listener,
     shelf: Shelf,
     tls: Option<Tls>,
+    /// Of a peer, after which it cannot be reached.
+    silence: Duration,
     runtime: tokio::runtime::Handle,
     tell: UnboundedSender<Told>,
     held: Option<Held>,
@@ -199,6 +208,7 @@ impl Thread {
             listener,
             shelf,
             tls,
+            silence: Duration::ZERO,
             runtime,
             tell,
             held: None,
@@ -209,7 +219,8 @@ impl Thread {
     }
 
     fn run(mut self, inbox: &Receiver<Command>) {
-        while let Ok(Command::Form { formation, worker, abort, hold }) = inbox.recv() {
+        while let Ok(Command::Form { formation, worker, abort, hold, silence }) = inbox.recv() {
+            self.silence = silence;
             let cause = self.serve(&formation, worker, &abort, &hold).unwrap_or_else(|cause| cause);
             *self.shelf.write().expect("no holder panics") = None;
             if let Some(held) = &mut self.held {
@@ -298,7 +309,7 @@ impl Thread {
             // Whatever comes after it, the step is applied.
             if !odd {
                 let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
-                let sent_bytes = ring.sent_bytes().saturating_sub(sent_before);
+                let sent_bytes = ring.sent_bytes() - sent_before;
                 let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));
             }
             compared.and(measured)?;
@@ -345,6 +356,7 @@ impl Thread {
             build: self.stamp.environment.build(),
             deadline: MEET,
             socket_buffer_bytes: None,
+            silence: self.silence,
             abort: abort.clone(),
         };
         tcp::connect(&mut self.listener, &options).map_err(|error| cause_of(&error, serving.formation))
@@ -380,6 +392,10 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         RingError::Lost { rank, .. } => {
             broken(formation.members.get(rank.index()).map(|member| member.worker), reason)
         }
+        RingError::Unreachable { rank, .. } => match formation.members.get(rank.index()) {
+            Some(member) => Cause::Unreachable { peer: member.worker, reason },
+            None => broken(None, reason),
+        },
         RingError::Aborted { .. }
         | RingError::Deadline { .. }
         | RingError::Dead { .. }

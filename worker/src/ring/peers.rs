@@ -15,7 +15,7 @@ use anello_proto::v1::peers_client::PeersClient;
 use anello_proto::v1::peers_server::{Peers, PeersServer};
 use anello_proto::v1::{StateBlocks, StateChunk, StateHead, StateRange, StateRequest, state_chunk::Chunk};
 use anello_store::Cursor;
-use anello_tls::grpc::{To, incoming};
+use anello_tls::grpc::{ConnectError, To, incoming};
 use anello_tls::{Role, Tls};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
@@ -27,8 +27,6 @@ use crate::params::BLOCK;
 const BLOCK_BYTES: usize = BLOCK * 4;
 /// Blocks of a chunk: 3 MiB, under gRPC's limit of 4 MiB a message.
 const CHUNK_BLOCKS: usize = 4;
-/// Time to reach a peer.
-const CONNECT: Duration = Duration::from_secs(5);
 /// Blocks of a state at most: what is said of one that is larger is not believed.
 const BLOCKS_MAX: u64 = 1 << 32;
 
@@ -246,19 +244,48 @@ impl Gathered {
     }
 }
 
+/// Why something could not be had of peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Failed {
+    /// The place of the one that cannot be reached, when that is why.
+    pub unreachable: Option<usize>,
+    /// In words.
+    pub reason: String,
+}
+
+impl From<String> for Failed {
+    fn from(reason: String) -> Self {
+        Self { unreachable: None, reason }
+    }
+}
+
 /// Peers that form the same generation, and the state that is asked of them.
 #[derive(Clone)]
 pub(super) struct Circle {
     peers: Vec<To>,
     generation: Generation,
     step: Step,
+    /// Of one of them, after which it cannot be reached.
+    silence: Duration,
 }
 
 impl Circle {
     /// Those at `addresses`.
-    pub fn new(addresses: Vec<String>, tls: Option<&Tls>, generation: Generation, step: Step) -> Self {
+    pub fn new(
+        addresses: Vec<String>,
+        tls: Option<&Tls>,
+        silence: Duration,
+        generation: Generation,
+        step: Step,
+    ) -> Self {
         let to = |address| To { address, role: Role::Worker, tls: tls.cloned() };
-        Self { peers: addresses.into_iter().map(to).collect(), generation, step }
+        Self { peers: addresses.into_iter().map(to).collect(), generation, step, silence }
+    }
+
+    /// What one of them answers.
+    async fn fetch(self, at: usize, request: StateRequest) -> Result<(Head, Vec<StateBlocks>), Failed> {
+        let failed = |(is_silent, reason)| Failed { unreachable: Some(at).filter(|_| is_silent), reason };
+        fetch(&self.peers[at], request, self.silence).await.map_err(failed)
     }
 
     fn request(&self) -> StateRequest {
@@ -270,16 +297,16 @@ impl Circle {
     ///
     /// # Errors
     /// In words: a peer that is lost, one whose head makes no sense, the abort.
-    pub async fn heads(&self, abort: &AbortHandle) -> Result<Vec<Head>, String> {
+    pub async fn heads(&self, abort: &AbortHandle) -> Result<Vec<Head>, Failed> {
         unless_aborted(abort, async {
             let mut tasks = tokio::task::JoinSet::new();
-            for (at, peer) in self.peers.iter().cloned().enumerate() {
-                let request = self.request();
-                tasks.spawn(async move { (at, fetch(peer, request).await) });
+            for at in 0..self.peers.len() {
+                let (circle, request) = (self.clone(), self.request());
+                tasks.spawn(async move { (at, circle.fetch(at, request).await) });
             }
             let mut heads: Vec<Option<Head>> = vec![None; self.peers.len()];
             while let Some(done) = tasks.join_next().await {
-                let (at, fetched) = done.map_err(|cause| cause.to_string())?;
+                let (at, fetched) = done.map_err(|cause| Failed::from(cause.to_string()))?;
                 heads[at] = Some(fetched?.0);
             }
             Ok(heads.into_iter().flatten().collect())
@@ -296,11 +323,11 @@ impl Circle {
         asked: Vec<Asked>,
         blocks: usize,
         abort: &AbortHandle,
-    ) -> Result<Gathered, String> {
+    ) -> Result<Gathered, Failed> {
         unless_aborted(abort, async {
             let mut tasks = tokio::task::JoinSet::new();
             for part in asked {
-                let peer = self.peers[part.peer].clone();
+                let (circle, at) = (self.clone(), part.peer);
                 let request = StateRequest {
                     first_block: part.blocks.start as u64,
                     blocks: part.blocks.len() as u64,
@@ -308,11 +335,11 @@ impl Circle {
                     moments: part.moments,
                     ..self.request()
                 };
-                tasks.spawn(async move { (part, fetch(peer, request).await) });
+                tasks.spawn(async move { (part, circle.fetch(at, request).await) });
             }
             let mut gathered = Gathered::default();
             while let Some(done) = tasks.join_next().await {
-                let (part, fetched) = done.map_err(|cause| cause.to_string())?;
+                let (part, fetched) = done.map_err(|cause| Failed::from(cause.to_string()))?;
                 let (_, chunks) = fetched?;
                 let mut next = part.blocks.start as u64;
                 let mut both = [Vec::new(), Vec::new()];
@@ -320,11 +347,11 @@ impl Circle {
                     let asked = if part.moments { exp_avg.len() } else { weights.len() };
                     let other = if part.moments { weights.len() } else { exp_avg.len() };
                     if first_block != next || other != 0 || exp_avg.len() != exp_avg_sq.len() {
-                        return Err("a peer sends blocks that were not asked for".to_owned());
+                        return Err("a peer sends blocks that were not asked for".to_owned().into());
                     }
                     next += (asked / BLOCK_BYTES) as u64;
                     if next > part.blocks.end as u64 {
-                        return Err("a peer sends more blocks than were asked for".to_owned());
+                        return Err("a peer sends more blocks than were asked for".to_owned().into());
                     }
                     if part.moments {
                         both[0].extend(exp_avg);
@@ -336,7 +363,7 @@ impl Circle {
                     }
                 }
                 if next != part.blocks.end as u64 {
-                    return Err(format!("blocks from {next} to {} did not come", part.blocks.end));
+                    return Err(format!("blocks from {next} to {} did not come", part.blocks.end).into());
                 }
                 if part.moments {
                     gathered.moments.push((part.blocks.start, both));
@@ -351,8 +378,8 @@ impl Circle {
 /// What `work` comes to, or, when that is earlier, the reason of an abort.
 async fn unless_aborted<T>(
     abort: &AbortHandle,
-    work: impl Future<Output = Result<T, String>>,
-) -> Result<T, String> {
+    work: impl Future<Output = Result<T, Failed>>,
+) -> Result<T, Failed> {
     let aborted = async {
         loop {
             if let Some(reason) = abort.reason() {
@@ -363,27 +390,42 @@ async fn unless_aborted<T>(
     };
     tokio::select! {
         done = work => done,
-        reason = aborted => Err(reason),
+        reason = aborted => Err(reason.into()),
     }
 }
 
-/// One peer's part. A peer that has not got there yet is asked again.
-async fn fetch(peer: To, request: StateRequest) -> Result<(Head, Vec<StateBlocks>), String> {
-    let failed = |what: String| format!("state from {}: {what}", peer.address);
-    let channel = peer.connect(CONNECT).await.map_err(|cause| failed(cause.to_string()))?;
+/// One peer's part. A peer that has not got there yet is asked again. With an error comes whether there was no answer at all
+/// for `silence`.
+async fn fetch(
+    peer: &To,
+    request: StateRequest,
+    silence: Duration,
+) -> Result<(Head, Vec<StateBlocks>), (bool, String)> {
+    let told = |what: String| format!("state from {}: {what}", peer.address);
+    let failed = |what: String| (false, told(what));
+    let channel = peer.connect_watched(silence).await.map_err(|cause| {
+        let is_silent = matches!(&cause, ConnectError::Unanswered(_));
+        (is_silent, told(cause.to_string()))
+    })?;
+    // One that falls silent meanwhile is found by the next generation, which cannot connect to it.
+    let ended = |status: Status| failed(status.to_string());
     let mut client = PeersClient::new(channel);
     let mut stream = loop {
         match client.state(request).await {
             Ok(stream) => break stream.into_inner(),
-            Err(status) if status.code() == tonic::Code::Unavailable => {
+            // The peer's own word; one of the connection has a source.
+            Err(status)
+                if status.code() == tonic::Code::Unavailable
+                    && std::error::Error::source(&status).is_none() =>
+            {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
-            Err(status) => return Err(failed(status.to_string())),
+            Err(status) => return Err(ended(status)),
         }
     };
     let (mut head, mut chunks) = (None, Vec::new());
     while let Some(message) = stream.next().await {
-        match message.map_err(|status| failed(status.to_string()))?.chunk {
+        match message.map_err(ended)?.chunk {
             Some(Chunk::Head(said)) => head = Some(Head::read(&said).map_err(failed)?),
             Some(Chunk::Blocks(blocks)) => {
                 let StateBlocks { weights, exp_avg, exp_avg_sq, blake3, first_block } = &blocks;

@@ -83,6 +83,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         rows: VecDeque::new(),
         tally: Tally::default(),
         heartbeat: Duration::from_secs(1),
+        silence: Duration::from_secs(5),
         said_at: Instant::now(),
         connect_at: Instant::now(),
         pause: PAUSE.0,
@@ -127,6 +128,8 @@ struct Shell {
     /// Time of the steps since the last word about it.
     tally: Tally,
     heartbeat: Duration,
+    /// Of a peer, after which it cannot be reached.
+    silence: Duration,
     said_at: Instant,
     connect_at: Instant,
     pause: Duration,
@@ -241,6 +244,7 @@ impl Shell {
     /// asks for rows that rank 0 does not have.
     fn welcome(&mut self, welcome: v1::Welcome) -> Result<()> {
         self.heartbeat = Duration::from_millis(welcome.heartbeat_ms.max(1));
+        self.silence = Duration::from_millis(welcome.silence_ms.max(1000));
         if std::mem::replace(&mut self.welcomed, true) {
             self.report(welcome.reported);
             return Ok(());
@@ -306,7 +310,8 @@ impl Shell {
                     let (abort, hold) = (ring.abort.clone(), ring.hold.clone());
                     self.ring = Some(ring);
                     if let Some(model) = &self.model {
-                        model.command(Command::Form { formation, worker, abort, hold });
+                        let silence = self.silence;
+                        model.command(Command::Form { formation, worker, abort, hold, silence });
                     }
                 }
                 Effect::Hold { save } => {

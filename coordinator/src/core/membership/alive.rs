@@ -97,6 +97,7 @@ impl Membership {
     /// After a generation's end: a failure that no death explains is counted, and the second distrusts held state.
     pub(super) fn judge(&mut self, formation: &Formation, blameless: bool, out: &mut Vec<Effect>) {
         self.judge_replicas(formation, out);
+        self.note_rifts(formation, out);
         let reason = self.workers.values().find_map(|worker| match &worker.stance.activity {
             Activity::Holding { generation, cause: Cause::NoState { reason } | Cause::Fault { reason } }
                 if *generation == formation.generation =>

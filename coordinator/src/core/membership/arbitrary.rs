@@ -26,6 +26,7 @@ fn cause() -> impl Strategy<Value = Cause> {
         Just(Cause::Ordered),
         Just(Cause::Ended),
         option::of(worker()).prop_map(move |lost| Cause::Broken { lost, reason: reason() }),
+        worker().prop_map(move |peer| Cause::Unreachable { peer, reason: reason() }),
         Just(Cause::NoState { reason: reason() }),
         Just(Cause::Fault { reason: reason() }),
     ]

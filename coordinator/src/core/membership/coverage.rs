@@ -64,11 +64,12 @@ impl Membership {
         workers.iter().filter_map(|id| self.workers.get(id)).map(|worker| &worker.stance)
     }
 
-    /// Workers that can give or take state now, and are not on their way out.
+    /// Workers that can give or take state now, are not on their way out, and reach one another.
     pub(super) fn usable(&self) -> BTreeSet<WorkerId> {
+        let left_out = self.left_out();
         let sent_away = |worker: &Worker| matches!(worker.told, Some(Order::Leave { .. }));
-        let usable = |(_, worker): &(&WorkerId, &Worker)| {
-            worker.linked && !in_a_ring(&worker.stance) && !sent_away(worker)
+        let usable = |(id, worker): &(&WorkerId, &Worker)| {
+            worker.linked && !in_a_ring(&worker.stance) && !sent_away(worker) && !left_out.contains_key(*id)
         };
         self.workers.iter().filter(usable).map(|(id, _)| *id).collect()
     }

@@ -11,6 +11,7 @@ impl Membership {
         let step = self.newest_held().max(self.checkpoints.newest());
         let workers = self.workers.values().filter(|worker| worker.linked).count() as u32;
         let lanes = |id| formation.as_ref().and_then(|f| Some(f.member(id)?.lanes.clone()));
+        let left_out = self.left_out();
         let mut attendants: Vec<Attendant> = self
             .workers
             .iter()
@@ -22,6 +23,7 @@ impl Membership {
                 stance: worker.stance.clone(),
                 pace: self.paces.pace(id),
                 slow: self.paces.slow(id),
+                apart: left_out.get(&id).map(|left_out| left_out.from),
             })
             .collect();
         let rank = |id| formation.as_ref().and_then(|f| f.rank(id)).unwrap_or(usize::MAX);
@@ -39,6 +41,12 @@ impl Membership {
             outcome,
             quarantined: self.quarantined.iter().cloned().collect(),
         }
+    }
+
+    /// Whether so many workers are enough once those that are wanted were waited for.
+    fn goes_on_without(&self, have: u32) -> bool {
+        let Ring::Gathering { since, .. } = self.ring else { return false };
+        have >= self.options.min && self.now < since + self.options.gather
     }
 
     /// How it ended; absent while it goes on.
@@ -73,7 +81,16 @@ impl Membership {
                 let (have, need) = (self.candidates().len(), self.needed());
                 let away: Vec<String> = self.may_have_moments().map(|id| id.to_string()).collect();
                 Some(match away.is_empty() || (have as u32) < need {
-                    true => format!("workers: {have} of {need} are here"),
+                    true => match self.left_out_in_words() {
+                        Some(left_out) => format!("workers: {have} of {need} are here; {left_out}"),
+                        None if (have as u32) < need && self.goes_on_without(have as u32) => {
+                            let gather = self.options.gather;
+                            format!(
+                                "workers: {have} of {need} are here; {gather} at most, then fewer are enough"
+                            )
+                        }
+                        None => format!("workers: {have} of {need} are here"),
+                    },
                     false => format!("worker {}, with moments that nobody else may have", away.join(", ")),
                 })
             }

@@ -1,5 +1,7 @@
 //! Tables: what is said, and nothing else, for one situation each. Histories are the simulator's business.
 
+mod reach;
+
 use std::time::Instant;
 
 use super::super::Straggling;
@@ -118,7 +120,10 @@ fn a_first_ring_waits_for_all_that_are_wanted_and_is_recorded_before_anyone_hear
     let mut story = Story::new(2);
     let outside = stance(None, Activity::Outside);
     assert_eq!(story.link(7, outside.clone()), [joined(7)]);
-    assert_eq!(story.core.status().waits_for.as_deref(), Some("workers: 1 of 2 are here"));
+    assert_eq!(
+        story.core.status().waits_for.as_deref(),
+        Some("workers: 1 of 2 are here; 0.500 s at most, then fewer are enough")
+    );
     let first = formation(1, 0, Source::Seed, &[(7, 0..4), (3, 4..8)]);
     assert_eq!(story.link(3, outside), [joined(3), formed(&first)]);
     assert_eq!(story.core.status().waits_for.as_deref(), Some("the job's log to take the new generation"));

@@ -26,6 +26,17 @@ pub fn lanes_are_covered_once(formation: &Formation, lanes: u32) -> Result<(), S
     }
 }
 
+/// **Members reach one another**: nobody is in a generation of whom it is known that it does not reach another member.
+pub fn members_reach_one_another(formation: &Formation, left_out: &BTreeSet<WorkerId>) -> Result<(), String> {
+    match formation.members.iter().find(|member| left_out.contains(&member.worker)) {
+        None => Ok(()),
+        Some(member) => Err(format!(
+            "generation {} has worker {}, which does not reach another member",
+            formation.generation, member.worker
+        )),
+    }
+}
+
 /// **Same bits**: the state after a step is one value, whoever holds it and whatever happened on the way.
 pub fn state_is_the_reference(step: Step, state: u64, reference: &[u64]) -> Result<(), String> {
     match reference.get(step.0 as usize) == Some(&state) {

@@ -1,12 +1,13 @@
 //! The world around the cores: its state and the loop that lets one thing happen after the other.
 //!
-//! `workers` are processes, their links and what they write; `rings` is what they do together; `coordinators` has the
+//! `workers` are processes, their links and what they write; `rings` is what they do together, `rifts` what keeps two from it; `coordinators` has the
 //! cores and the store; `chaos` does harm.
 
 mod chaos;
 mod coordinators;
 mod happening;
 mod report;
+mod rifts;
 mod rings;
 mod workers;
 
@@ -20,7 +21,7 @@ use anello_proto::ring::*;
 use super::super::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Straggling};
 use super::invariants::*;
 use coordinators::Coordinator;
-use happening::{Happening, kind, target};
+use happening::{Happening, addressee, kind, target};
 pub use report::Report;
 use rings::Ring;
 use workers::Worker;
@@ -80,6 +81,8 @@ pub struct World {
     coordinators: Vec<Coordinator>,
     workers: BTreeMap<WorkerId, Worker>,
     rings: BTreeMap<Generation, Ring>,
+    /// Between these two nothing gets through, until then.
+    rifts: BTreeMap<(WorkerId, WorkerId), u64>,
     reached: Step,
     completed: bool,
     report: Report,
@@ -88,6 +91,8 @@ pub struct World {
 /// Simulated milliseconds after the last fault within which a run must finish.
 const PATIENCE: u64 = 60_000;
 const HEARTBEAT: u64 = 200;
+/// After which a worker says that it does not reach a peer.
+const SILENCE: u64 = 1000;
 
 impl World {
     pub fn new(seed: u64, bug: Option<Bug>, verbose: bool) -> Self {
@@ -130,6 +135,7 @@ impl World {
             coordinators: Vec::new(),
             workers: BTreeMap::new(),
             rings: BTreeMap::new(),
+            rifts: BTreeMap::new(),
             reached: Step(0),
             completed: false,
             report: Report::default(),
@@ -217,6 +223,14 @@ impl World {
                 return Ok(());
             }
         }
+        // So does what is for a coordinator that sleeps.
+        if let Some(coordinator) = addressee(&happening) {
+            let until = self.coordinators[coordinator].asleep_until;
+            if until > self.now {
+                self.at(until, happening);
+                return Ok(());
+            }
+        }
         match happening {
             Happening::Connect { worker } => self.connect(worker),
             Happening::Heartbeat { worker } => {
@@ -287,6 +301,9 @@ impl World {
                 }
                 let cause = Cause::Broken { lost: Some(lost), reason: "connection reset".to_owned() };
                 return self.leave_ring(worker, cause);
+            }
+            Happening::Unanswered { worker, generation, peer } => {
+                return self.unanswered(worker, generation, peer);
             }
             Happening::Wrote { worker, written, state, leave } => {
                 let generation = written.generation;

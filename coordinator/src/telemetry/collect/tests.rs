@@ -38,6 +38,7 @@ fn status(workers: &[u64]) -> Status {
             spent: Spent { step_us: 900_000, compute_us: 200_000 * (at as u64 + 1), ..Spent::default() },
         }),
         slow: None,
+        apart: None,
     };
     Status {
         generation,

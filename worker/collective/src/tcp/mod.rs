@@ -14,6 +14,10 @@
 //! One thread a worker moves about 2.4 GB/s out and as much in at once over loopback, checksums and sums included (256 MiB
 //! each way in 0.11 s of CPU time): enough for two 10 Gbit/s links, not for 100 Gbit/s.
 //!
+//! A cut between two members that closes nothing is found by the kernel, which asks on both connections of a pair and counts
+//! what is not acknowledged on the one for messages ([`Options::silence`]). Addresses of a member are on one machine: where
+//! only the way of the blocks is cut, and not that of the messages, it takes the kernel's own quarter of an hour.
+//!
 //! [`Listener::with_tls`] puts TLS between the frames and the sockets: members prove to one another that they are workers
 //! of one CA, and strangers get no further than a handshake. It adds 96 KiB a socket (to a stranger 160 KiB at most), a
 //! copy and the sealing, all in the caller's thread. Without it there is no authentication: the ports then belong on a
@@ -68,6 +72,9 @@ pub struct Options {
     /// Size of both buffers of each socket, in bytes; [`SOCKET_BUFFER_BYTES`] is a good one. The kernel cuts it to its
     /// `net.core.rmem_max` and `wmem_max`; `None` leaves it to the kernel's own tuning.
     pub socket_buffer_bytes: Option<usize>,
+    /// For the machine of another member to show that it is there, at the rendezvous and later; that its process does
+    /// anything is not asked. Whole seconds count above the first.
+    pub silence: Duration,
     /// Ends the rendezvous and later every blocked call.
     pub abort: AbortHandle,
 }
@@ -90,7 +97,7 @@ pub struct Tcp {
 /// # Errors
 /// [`Error::Refused`] on both sides when a worker of this generation differs in config, build, lanes, blocks or
 /// rank; [`Error::Untrusted`] when one that we dial and we do not accept one another's certificates;
-/// [`Error::Deadline`] with who is missing; [`Error::Lost`] when a member closes meanwhile; [`Error::Aborted`];
+/// [`Error::Deadline`] with who is missing; [`Error::Unreachable`] when one does not answer; [`Error::Lost`] when a member closes meanwhile; [`Error::Aborted`];
 /// [`Error::Shape`] for options that do not fit together; [`Error::System`].
 pub fn connect(listener: &mut Listener, options: &Options) -> Result<Tcp> {
     let ring = Ring::new(options.rank, options.shape.clone())?;

@@ -14,7 +14,7 @@ use rustix::event::PollFlags;
 use super::frame::{
     Address, Fault, HEADER_BYTES, Kind, Message, MessageReceiver, Progress, Receiver, Sender, message,
 };
-use super::socket::{Poll, Wake};
+use super::socket::{Poll, Wake, is_silence};
 use super::stream::Stream;
 use super::traffic::Traffic;
 use crate::farewell::Farewell;
@@ -41,15 +41,12 @@ struct Link {
     messages: MessageReceiver,
     inbox: VecDeque<Message>,
     gone: Option<Gone>,
-    /// What broke the data connection, and when.
-    broken: Option<(String, Instant)>,
+    broken: Option<Broken>,
     sender: Sender,
     receiver: Receiver,
     /// Data frames of this operation.
     sent: usize,
     received: usize,
-    /// Bytes of all data frames that went whole, their heads included.
-    sent_bytes: u64,
 }
 
 /// How a rank's control connection ended.
@@ -58,6 +55,23 @@ enum Gone {
     /// With last words, in its operation of this number.
     Said(Farewell, u64),
     Closed(String),
+    /// Nothing was heard any more.
+    Silent(String),
+}
+
+/// How a rank's data connection ended.
+#[derive(Debug)]
+struct Broken {
+    reason: String,
+    /// Nothing was heard any more.
+    silent: bool,
+    since: Instant,
+}
+
+impl Broken {
+    fn by(error: &std::io::Error) -> Self {
+        Self { reason: told(error), silent: is_silence(error), since: Instant::now() }
+    }
 }
 
 /// All connections of a member.
@@ -70,6 +84,8 @@ pub(crate) struct Net {
     links: Vec<Link>,
     /// Number of operations begun. All members begin the same ones: who failed in a later one is through with ours.
     operation: u64,
+    /// Bytes of all data frames that went whole, their heads included, also to those that are gone.
+    sent_bytes: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -82,6 +98,7 @@ enum Mark {
 fn told(error: &std::io::Error) -> String {
     match error.kind() {
         ErrorKind::UnexpectedEof => "it closed the connection".into(),
+        _ if is_silence(error) => format!("nothing comes back from it ({error})"),
         _ => error.to_string(),
     }
 }
@@ -107,15 +124,15 @@ impl Net {
             sender: Sender::default(),
             receiver: Receiver::default(),
             sent: 0,
-            sent_bytes: 0,
             received: 0,
         };
-        Self { rank, generation, abort, wake, links: streams.into_iter().map(link).collect(), operation: 0 }
+        let links = streams.into_iter().map(link).collect();
+        Self { rank, generation, abort, wake, links, operation: 0, sent_bytes: 0 }
     }
 
     /// Bytes of gradients and state that went to the other members.
     pub fn sent_bytes(&self) -> u64 {
-        self.links.iter().map(|link| link.sent_bytes).sum()
+        self.sent_bytes
     }
 
     pub fn generation(&self) -> Generation {
@@ -184,7 +201,7 @@ impl Net {
                             self.links[at].receive(self.generation, step, traffic)?;
                         }
                         if writable {
-                            self.links[at].send(traffic);
+                            self.sent_bytes += self.links[at].send(traffic);
                         }
                     }
                 }
@@ -290,12 +307,20 @@ impl Link {
         let Some(owed) = self.owes(wanted, traffic) else { return Ok(None) };
         let lost =
             |reason: &str| Error::Lost { rank: self.rank, reason: format!("{reason}, with {owed} due") };
+        let unreachable = |reason: &str| Error::Unreachable {
+            rank: self.rank,
+            reason: format!("{reason}, with {owed} due"),
+        };
         match (&self.gone, &self.broken) {
             (None, None) => Ok(None),
-            (None, Some((reason, since))) => match LAST_WORDS.checked_sub(now.duration_since(*since)) {
-                Some(patience) if !patience.is_zero() => Ok(Some(patience)),
-                _ => Err(lost(reason)),
-            },
+            (None, Some(Broken { reason, silent, since })) => {
+                match LAST_WORDS.checked_sub(now.duration_since(*since)) {
+                    Some(patience) if !patience.is_zero() => Ok(Some(patience)),
+                    _ if *silent => Err(unreachable(reason)),
+                    _ => Err(lost(reason)),
+                }
+            }
+            (Some(Gone::Silent(reason)), _) => Err(unreachable(reason)),
             // It left when it was through: what it sent before is still on its way to us.
             (Some(_), None) if owed == "blocks from it" => Ok(None),
             (Some(Gone::Said(farewell, _)), _) => Err(farewell.told(self.rank, own)),
@@ -331,6 +356,10 @@ impl Link {
             let message = match self.messages.receive(&mut self.control) {
                 Ok(Some(message)) => message,
                 Ok(None) => return Ok(()),
+                Err(Fault::Io(error)) if is_silence(&error) => {
+                    self.gone.get_or_insert(Gone::Silent(told(&error)));
+                    return Ok(());
+                }
                 Err(Fault::Io(error)) => {
                     self.close_control(told(&error));
                     return Ok(());
@@ -386,21 +415,20 @@ impl Link {
                     self.received += 1;
                 }
                 Ok(Progress::Blocked) => break,
-                Err(Fault::Io(error)) => self.broken = Some((told(&error), Instant::now())),
+                Err(Fault::Io(error)) => self.broken = Some(Broken::by(&error)),
                 Err(fault) => return Err(self.fault(fault, generation, step, Some(address.block))),
             }
         }
         Ok(())
     }
 
-    fn send(&mut self, traffic: &impl Traffic) {
+    /// Sends what it takes; bytes of the frames that went whole.
+    fn send(&mut self, traffic: &impl Traffic) -> u64 {
         match self.data.flush() {
-            Err(error) if error.kind() != ErrorKind::WouldBlock => {
-                self.broken = Some((told(&error), Instant::now()));
-            }
+            Err(error) if error.kind() != ErrorKind::WouldBlock => self.broken = Some(Broken::by(&error)),
             _ => {}
         }
-        let mut moved = 0;
+        let (mut moved, mut sent_bytes) = (0, 0);
         while moved < TURN_BYTES && self.broken.is_none() && self.can_send(traffic) {
             let (address, payload) = traffic.frame(self.rank, self.sent);
             moved += payload.len().max(1);
@@ -408,11 +436,12 @@ impl Link {
             match self.sender.send(&mut self.data, address, payload, checksum) {
                 Ok(Progress::Done) => {
                     self.sent += 1;
-                    self.sent_bytes += (HEADER_BYTES + payload.len()) as u64;
+                    sent_bytes += (HEADER_BYTES + payload.len()) as u64;
                 }
                 Ok(Progress::Blocked) => break,
-                Err(error) => self.broken = Some((told(&error), Instant::now())),
+                Err(error) => self.broken = Some(Broken::by(&error)),
             }
         }
+        sent_bytes
     }
 }

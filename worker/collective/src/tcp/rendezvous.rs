@@ -13,18 +13,18 @@
 //! With TLS a connection begins with its handshake, which reading and writing greetings makes on the way: whoever does
 //! not show a worker's certificate gets no further than that, within the same 5 s, and is counted.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anello_tls::{Role, Tls};
 use rustix::event::PollFlags;
 
-use super::frame::{Kind, MessageReceiver};
+use super::frame::{Fault, Kind, MessageReceiver};
 use super::hello::{
     Channel, Greeting, GreetingReader, Hello, NoGreeting, TEXT_BYTES_MAX, encode, lanes_checksum,
 };
-use super::socket::{Poll, Wake, dial, set_buffers};
+use super::socket::{Poll, Wake, dial, has_no_way, is_silence, set_buffers, watch};
 use super::stream::{Security, Stream, tls_error};
 use super::{Options, farewell_frame};
 use crate::farewell::Farewell;
@@ -114,6 +114,8 @@ struct Dial {
     address: usize,
     state: Dialing,
     seen: String,
+    /// Since when no attempt got an answer of any kind; absent: the last one did.
+    unanswered: Option<Instant>,
 }
 
 #[derive(Clone, Copy)]
@@ -204,6 +206,7 @@ pub(crate) fn meet(
             address: 0,
             state: Dialing::Idle(start),
             seen: "no answer yet".into(),
+            unanswered: None,
         })
     });
     let mut meeting = Rendezvous {
@@ -245,7 +248,7 @@ impl Rendezvous<'_> {
                     waiting: self.waiting(),
                 });
             }
-            let next = self.turn(now).map_or(deadline, |next| next.min(deadline));
+            let next = self.turn(now)?.map_or(deadline, |next| next.min(deadline));
             for (mark, flags) in self.poll(wake).wait(Some(next.saturating_duration_since(now)))? {
                 match mark {
                     Mark::Wake => {}
@@ -267,19 +270,29 @@ impl Rendezvous<'_> {
     }
 
     /// Does what time asks for; when it asks again.
-    fn turn(&mut self, now: Instant) -> Option<Instant> {
+    fn turn(&mut self, now: Instant) -> Result<Option<Instant>> {
+        let silence = self.options.silence;
         for dialing in &mut self.dials {
+            dialing.check(now, silence)?;
             match &dialing.state {
                 Dialing::Idle(at) if *at <= now => {
                     let addresses = &self.options.members[dialing.rank.index()];
                     let address = addresses[dialing.address % addresses.len()];
-                    dialing.state = match dial(address, self.options.socket_buffer_bytes) {
-                        Ok(stream) => Dialing::Connecting(stream, now + CONNECT),
+                    let messages = dialing.channel == Channel::Control;
+                    let dialed = dial(address, self.options.socket_buffer_bytes)
+                        .and_then(|socket| watch(&socket, silence, messages).map(|()| socket));
+                    dialing.state = match dialed {
+                        Ok(stream) => Dialing::Connecting(stream, now + CONNECT.min(silence)),
+                        Err(error) if has_no_way(&error) => {
+                            dialing.unanswered(now, format!("{address}: {error}"))
+                        }
                         Err(error) => dialing.failed(format!("{address}: {error}")),
                     };
                 }
                 Dialing::Connecting(_, until) if *until <= now => {
-                    dialing.state = dialing.failed("no answer".into());
+                    let addresses = &self.options.members[dialing.rank.index()];
+                    let address = addresses[dialing.address % addresses.len()];
+                    dialing.state = dialing.unanswered(now, format!("no answer from {address}"));
                 }
                 _ => {}
             }
@@ -291,7 +304,7 @@ impl Rendezvous<'_> {
             Dialing::Idle(at) | Dialing::Connecting(_, at) => Some(*at),
             Dialing::Greeting(..) | Dialing::Done => None,
         });
-        dials.chain(self.strangers.iter().map(|stranger| stranger.until)).min()
+        Ok(dials.chain(self.strangers.iter().map(|stranger| stranger.until)).min())
     }
 
     fn poll<'a>(&'a self, wake: &'a Wake) -> Poll<'a, Mark> {
@@ -330,6 +343,7 @@ impl Rendezvous<'_> {
                         .set_nonblocking(true)
                         .and_then(|()| stream.set_nodelay(true))
                         .and_then(|()| set_buffers(&stream, self.options.socket_buffer_bytes))
+                        .and_then(|()| watch(&stream, self.options.silence, false))
                         .and_then(|()| Stream::accepted(stream, self.listener.security.as_ref()));
                     let Ok(stream) = prepared else { continue };
                     if self.strangers.iter().filter(|stranger| stranger.stream.is_some()).count()
@@ -406,6 +420,8 @@ impl Rendezvous<'_> {
                 differs,
             });
         }
+        let messages = theirs.channel == Channel::Control;
+        watch(&stream, self.options.silence, messages).map_err(Error::system("watching a connection"))?;
         if answer(&mut stream, &Greeting::Welcome(ours)) {
             *self.pairs[theirs.rank as usize].channel(theirs.channel) = Some(stream);
         }
@@ -431,7 +447,7 @@ impl Rendezvous<'_> {
                         Dialing::Greeting(stream, GreetingReader::default())
                     }
                     Ok(None) => dial.failed("closed at once".into()),
-                    Err(error) => dial.failed(error.to_string()),
+                    Err(error) => dial.failed_by(&error, error.to_string()),
                 };
             }
             Dialing::Greeting(mut stream, mut reader) => match reader.read(&mut stream) {
@@ -454,7 +470,7 @@ impl Rendezvous<'_> {
                 Err(NoGreeting::Io(error)) => match (tls_error(&error), &self.listener.security) {
                     // Whatever answers there, it is not the member: that may yet come.
                     (None | Some(rustls::Error::InvalidMessage(_)), _) | (_, None) => {
-                        dial.state = dial.failed(format!("closed before an answer: {error}"));
+                        dial.state = dial.failed_by(&error, format!("closed before an answer: {error}"));
                     }
                     (Some(cause), Some(Security { tls, .. })) => {
                         let addresses = &self.options.members[dial.rank.index()];
@@ -473,14 +489,31 @@ impl Rendezvous<'_> {
     /// A connected rank closed; its last words, when it had any, are waiting to be read.
     fn lost(&mut self, rank: Rank) -> Error {
         let mut words = MessageReceiver::default();
-        if let Some(control) = &mut self.pairs[rank.index()].control {
-            while let Ok(Some(message)) = words.receive(control) {
-                if let (Kind::Farewell, Ok(farewell)) =
-                    (message.address.kind, serde_json::from_slice::<Farewell>(&message.bytes))
-                {
-                    return farewell.told(rank, Rank(self.own.rank));
+        let Pair { control, data } = &mut self.pairs[rank.index()];
+        let mut silence = None;
+        if let Some(control) = control {
+            loop {
+                match words.receive(control) {
+                    Ok(Some(message)) => {
+                        if let (Kind::Farewell, Ok(farewell)) =
+                            (message.address.kind, serde_json::from_slice::<Farewell>(&message.bytes))
+                        {
+                            return farewell.told(rank, Rank(self.own.rank));
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(Fault::Io(error)) => {
+                        silence = Some(error).filter(is_silence);
+                        break;
+                    }
+                    Err(_) => break,
                 }
             }
+        }
+        // Nothing is to come over the other yet, but for its end.
+        let mut of_data = || data.as_mut().and_then(|data| data.read(&mut [0]).err());
+        if let Some(error) = silence.or_else(|| of_data().filter(is_silence)) {
+            return Error::Unreachable { rank, reason: format!("nothing comes back from it ({error})") };
         }
         Error::Lost { rank, reason: "it closed its connection during the rendezvous".into() }
     }
@@ -510,8 +543,36 @@ impl Rendezvous<'_> {
 }
 
 impl Dial {
+    /// Nobody has answered since at least `now`, as far as can be told.
+    fn unanswered(&mut self, now: Instant, seen: String) -> Dialing {
+        let since = *self.unanswered.get_or_insert(now);
+        let state = self.failed(seen);
+        self.unanswered = Some(since);
+        state
+    }
+
+    fn failed_by(&mut self, error: &io::Error, seen: String) -> Dialing {
+        match is_silence(error) {
+            true => self.unanswered(Instant::now(), seen),
+            false => self.failed(seen),
+        }
+    }
+
+    /// Whether there was no answer for too long.
+    fn check(&self, now: Instant, silence: Duration) -> Result<()> {
+        let over = |since: Instant| now.saturating_duration_since(since) >= silence;
+        match self.unanswered.is_some_and(over)
+            && !matches!(self.state, Dialing::Done | Dialing::Greeting(..))
+        {
+            true => Err(Error::Unreachable { rank: self.rank, reason: self.seen.clone() }),
+            false => Ok(()),
+        }
+    }
+
+    /// Somebody answered, if not as is wished.
     fn failed(&mut self, seen: String) -> Dialing {
         self.seen = seen;
+        self.unanswered = None;
         self.address += 1;
         Dialing::Idle(Instant::now() + RETRY)
     }

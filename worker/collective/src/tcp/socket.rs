@@ -98,6 +98,43 @@ pub(crate) fn dial(address: SocketAddr, buffer_bytes: Option<usize>) -> io::Resu
     }
 }
 
+/// Receive buffer of a connection for messages: with what the kernel doubles it to, twice the most that may wait there for
+/// who computes meanwhile, so that [`watch`] never takes a full window for silence.
+const MESSAGES_BYTES: usize = 208 << 10;
+
+/// Has the kernel notice when nothing is heard from the other machine for `silence`, though this process may not look, and the
+/// other neither: it asks when all is quiet. Seconds are what the kernel counts in, so it may be one later. What was lost
+/// ends the connection after `silence` only where `messages` says that it is for these: the kernel takes a window that stays
+/// full for silence too, and who computes does not empty the one for blocks.
+pub(crate) fn watch(socket: &impl AsFd, silence: Duration, messages: bool) -> io::Result<()> {
+    let silence_ms = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX).max(1);
+    let pause = Duration::from_secs((silence.as_secs() / 3).clamp(1, 1 << 14));
+    sockopt::set_tcp_keepidle(socket, pause)?;
+    sockopt::set_tcp_keepintvl(socket, pause)?;
+    sockopt::set_tcp_keepcnt(socket, 3)?;
+    sockopt::set_socket_keepalive(socket, true)?;
+    if messages {
+        if sockopt::socket_recv_buffer_size(socket)? < 2 * MESSAGES_BYTES {
+            sockopt::set_socket_recv_buffer_size(socket, MESSAGES_BYTES)?;
+        }
+        sockopt::set_tcp_user_timeout(socket, silence_ms)?;
+    }
+    Ok(())
+}
+
+/// Whether an error says that nothing came back, rather than that somebody closed or refused: also that there is no way.
+pub(crate) fn is_silence(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::TimedOut | io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable
+    )
+}
+
+/// Whether an attempt to connect fails since no packet gets there: routes that lead nowhere have errors of their own.
+pub(crate) fn has_no_way(error: &io::Error) -> bool {
+    is_silence(error) || matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::PermissionDenied)
+}
+
 /// Sets both socket buffers; the kernel's own tuning stays on with `None`.
 pub(crate) fn set_buffers(socket: &impl AsFd, bytes: Option<usize>) -> io::Result<()> {
     if let Some(bytes) = bytes {

@@ -87,6 +87,7 @@ pub fn options(rank: usize, addresses: &[SocketAddr], shape: &Shape, generation:
         build: "0.1.0".into(),
         deadline: PATIENCE,
         socket_buffer_bytes: None,
+        silence: Duration::from_secs(10),
         abort: AbortHandle::new(),
     }
 }

@@ -3,6 +3,7 @@
 mod fabric;
 mod failures;
 mod generations;
+mod silence;
 mod strangers;
 mod sums;
 mod untrusted;

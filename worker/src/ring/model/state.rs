@@ -14,7 +14,7 @@ use crate::cover::Cover;
 use crate::init::initial_state;
 use crate::optimizer::State;
 use crate::ring::parts::Copy;
-use crate::ring::peers::{Asked, Circle, Gathered, Head, HostState, share_out};
+use crate::ring::peers::{Asked, Circle, Failed, Gathered, Head, HostState, share_out};
 
 /// Pause between two attempts to read a checkpoint from a store that does not answer.
 const RETRY: Duration = Duration::from_secs(2);
@@ -158,15 +158,20 @@ impl Thread {
         }
         let own = members[serving.rank].worker;
         let peers = members.iter().filter(|member| member.worker != own);
-        let addresses = peers
+        let asked = peers
             .filter(|member| may_share || holders.contains(&member.worker))
-            .map(|m| m.endpoints.peers.clone());
-        let circle = Circle::new(addresses.collect(), self.tls.as_ref(), *generation, *start);
-        let heads = self.runtime.block_on(circle.heads(abort)).map_err(|reason| broken(None, reason))?;
+            .map(|member| (member.worker, member.endpoints.peers.clone()));
+        let (ids, addresses): (Vec<WorkerId>, Vec<String>) = asked.unzip();
+        let circle = Circle::new(addresses, self.tls.as_ref(), self.silence, *generation, *start);
+        let cause = |Failed { unreachable, reason }: Failed| match unreachable {
+            Some(at) => Cause::Unreachable { peer: ids[at], reason },
+            None => broken(None, reason),
+        };
+        let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
         let gathering = self.gathering(serving, standing, grown, &heads)?;
         let (asked, blocks) = (gathering.asked.clone(), gathering.layout.blocks());
         let gathered = self.runtime.block_on(circle.gather(asked, blocks, abort));
-        let gathered = gathered.map_err(|reason| broken(None, reason))?;
+        let gathered = gathered.map_err(cause)?;
         tracing::info!(%generation, step = %start, bytes = gathered.bytes(), "took state from peers");
         self.hold(*start, standing, gathering, &gathered);
         if let (Some(plan), Some(held)) = (&plan, &mut self.held) {

@@ -48,7 +48,7 @@ impl World {
         self.after(delay, Happening::Chaos);
         let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
         let Some(&victim) = ids.get(self.below(ids.len().max(1) as u64) as usize) else { return Ok(()) };
-        match self.below(12) {
+        match self.below(14) {
             0 | 1 => self.kill(victim),
             2 => {
                 self.report.freezes += 1;
@@ -121,6 +121,20 @@ impl World {
                         }
                     };
                     return self.tell_core(index, event);
+                }
+            }
+            12 => {
+                let others: Vec<WorkerId> = ids.into_iter().filter(|id| *id != victim).collect();
+                if !others.is_empty() {
+                    let other = others[self.below(others.len() as u64) as usize];
+                    self.tear(victim, other);
+                }
+            }
+            13 => {
+                if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive) {
+                    self.report.sleeps += 1;
+                    let length = 100 + self.below(4000);
+                    self.coordinators[index].asleep_until = self.now + length;
                 }
             }
             _ => {}

@@ -10,6 +10,8 @@ pub(super) struct Coordinator {
     pub(super) links: BTreeMap<WorkerId, u64>,
     pub(super) tick_at: Option<u64>,
     pub(super) appended_at: u64,
+    /// Suspended with its machine: until then it does nothing, and then it finds all that came meanwhile.
+    pub(super) asleep_until: u64,
 }
 
 impl World {
@@ -36,6 +38,7 @@ impl World {
             links: BTreeMap::new(),
             tick_at: None,
             appended_at: self.now,
+            asleep_until: 0,
         });
         let coordinator = self.coordinators.len() - 1;
         self.after(700, Happening::CheckFence { coordinator });
@@ -113,6 +116,7 @@ impl World {
                         let lanes = || formation.members.iter().map(|member| member.lanes.len());
                         self.report.recuts += u64::from(lanes().max() > lanes().min().map(|least| least + 1));
                     }
+                    Entry::LeftOut { .. } => self.report.left_out += 1,
                     Entry::Slow { .. } => self.report.slow += 1,
                     Entry::FellBack { step, .. } => {
                         self.report.fell_back += 1;
@@ -143,6 +147,7 @@ impl World {
 
     pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
         lanes_are_covered_once(formation, self.options.lanes)?;
+        members_reach_one_another(formation, &self.left_out(coordinator))?;
         if let Source::Peers { .. } = formation.source {
             // One that has died meanwhile may have had it.
             let has = |id: WorkerId, block| {
@@ -167,12 +172,19 @@ impl World {
         )
     }
 
+    /// Whom a coordinator leaves out now.
+    fn left_out(&self, coordinator: usize) -> BTreeSet<WorkerId> {
+        let attendants = self.coordinators[coordinator].core.status().attendants.into_iter();
+        attendants.filter(|attendant| attendant.apart.is_some()).map(|attendant| attendant.worker).collect()
+    }
+
     /// State is given up: by what those have that its coordinator hears.
     fn check_lost(&self, coordinator: usize, step: Step) -> Result<(), String> {
-        let links = &self.coordinators[coordinator].links;
+        let (links, left_out) = (&self.coordinators[coordinator].links, self.left_out(coordinator));
         let heard = || {
             let here = |(id, worker): &(&WorkerId, &Worker)| {
-                let link = worker.link.filter(|_| worker.ring.is_none() && worker.mute_until <= self.now);
+                let speaks = worker.ring.is_none() && worker.mute_until <= self.now && !left_out.contains(id);
+                let link = worker.link.filter(|_| speaks);
                 link.is_some_and(|(of, link)| of == coordinator && links.get(id) == Some(&link))
             };
             self.workers.iter().filter(here).map(|(_, worker)| worker)

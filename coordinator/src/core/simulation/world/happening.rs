@@ -18,6 +18,7 @@ pub(super) enum Happening {
     Spread { generation: Generation, token: u64 },
     Apply { worker: WorkerId, generation: Generation, step: Step, word: u8, twisted: bool },
     PeerLost { worker: WorkerId, generation: Generation, lost: WorkerId },
+    Unanswered { worker: WorkerId, generation: Generation, peer: WorkerId },
     Wrote { worker: WorkerId, written: Written, state: u64, leave: Option<Cause> },
     Appended { coordinator: usize, entry: Entry },
     Commit { coordinator: usize, step: Step, generation: Generation },
@@ -42,6 +43,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::Prepare { worker, .. }
         | Happening::Apply { worker, .. }
         | Happening::PeerLost { worker, .. }
+        | Happening::Unanswered { worker, .. }
         | Happening::Wrote { worker, .. }
         | Happening::Terminate { worker } => Some(*worker),
         Happening::ToCoordinator { .. }
@@ -55,6 +57,37 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::Tick { .. }
         | Happening::CheckFence { .. }
         | Happening::StartCoordinator
+        | Happening::Launch
+        | Happening::Chaos => None,
+    }
+}
+
+/// Whom a happening is for, if for a coordinator's process.
+pub(super) fn addressee(happening: &Happening) -> Option<usize> {
+    match happening {
+        Happening::ToCoordinator { coordinator, .. }
+        | Happening::Paced { coordinator, .. }
+        | Happening::ClosedAtCoordinator { coordinator, .. }
+        | Happening::Appended { coordinator, .. }
+        | Happening::Commit { coordinator, .. }
+        | Happening::Listed { coordinator }
+        | Happening::Tick { coordinator }
+        | Happening::CheckFence { coordinator } => Some(*coordinator),
+        Happening::Connect { .. }
+        | Happening::Heartbeat { .. }
+        | Happening::ToWorker { .. }
+        | Happening::ClosedAtWorker { .. }
+        | Happening::Formed { .. }
+        | Happening::Ready { .. }
+        | Happening::StepEnd { .. }
+        | Happening::Prepare { .. }
+        | Happening::Spread { .. }
+        | Happening::Apply { .. }
+        | Happening::PeerLost { .. }
+        | Happening::Unanswered { .. }
+        | Happening::Wrote { .. }
+        | Happening::StartCoordinator
+        | Happening::Terminate { .. }
         | Happening::Launch
         | Happening::Chaos => None,
     }
@@ -86,6 +119,7 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Paced { .. } => 22,
         Happening::Prepare { .. } => 23,
         Happening::Spread { .. } => 24,
+        Happening::Unanswered { .. } => 25,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

@@ -26,14 +26,17 @@ pub struct Report {
     pub moved: u64,
     pub promoted: u64,
     pub fell_back: u64,
+    pub rifts: u64,
+    pub left_out: u64,
+    pub sleeps: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 20] {
+    pub fn counts(&self) -> [(&'static str, u64); 23] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 20] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 23] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -55,6 +58,9 @@ impl Report {
             ("a block of moments that moved", &mut self.moved),
             ("a share brought to the step that a peer had reached", &mut self.promoted),
             ("a state that was lost with two neighbours", &mut self.fell_back),
+            ("two workers that do not reach one another", &mut self.rifts),
+            ("a worker that is left out", &mut self.left_out),
+            ("a coordinator that slept", &mut self.sleeps),
         ]
     }
 

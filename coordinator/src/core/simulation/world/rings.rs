@@ -23,7 +23,11 @@ impl World {
         for worker in members {
             if self.workers.get(&worker).is_some_and(|known| known.ring == Some(generation)) {
                 let delay = 1 + self.below(6);
-                self.after(delay, Happening::PeerLost { worker, generation, lost });
+                // What is closed is not heard across a rift before that is over.
+                let rift = self.rifts.get(&(worker.min(lost), worker.max(lost))).copied().unwrap_or(0);
+                if rift < u64::MAX {
+                    self.at(rift.max(self.now) + delay, Happening::PeerLost { worker, generation, lost });
+                }
             }
         }
     }
@@ -61,6 +65,7 @@ impl World {
         });
         let delay = 2 + self.below(40);
         self.after(delay, Happening::Formed { worker, generation });
+        self.await_answers(worker);
         Ok(())
     }
 
@@ -70,6 +75,11 @@ impl World {
             return Ok(());
         }
         let ring = &self.rings[&generation];
+        // It neither gets state from all nor meets them.
+        if !ring.broken && self.is_torn(generation) {
+            self.after(20, Happening::Formed { worker, generation });
+            return Ok(());
+        }
         let (start, source) = (ring.formation.start, ring.formation.source.clone());
         let holds = self.workers[&worker].state;
         let needs = self.needs(worker, &ring.formation);
@@ -205,6 +215,10 @@ impl World {
             self.at(thaws, Happening::StepEnd { generation, token });
             return;
         }
+        if self.is_torn(generation) {
+            self.after(20, Happening::StepEnd { generation, token });
+            return;
+        }
         if self.shares(&self.rings[&generation].formation) {
             self.rings.get_mut(&generation).expect("known").prepared.clear();
             for worker in members {
@@ -238,6 +252,11 @@ impl World {
         if ring.broken || ring.token != token {
             return;
         }
+        if self.is_torn(generation) {
+            self.after(20, Happening::Spread { generation, token });
+            return;
+        }
+        let ring = &self.rings[&generation];
         let members: Vec<WorkerId> = ring.formation.members.iter().map(|member| member.worker).collect();
         self.hand_out(generation, &members);
     }

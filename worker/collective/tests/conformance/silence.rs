@@ -1,0 +1,64 @@
+//! A way that is cut without a word, and what stays known when a ring has ended.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use anello_collective::tcp::connect;
+use anello_collective::{Collective, Error, Generation, Rank, Shape, Step};
+use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
+
+use crate::fabric::{listeners, localhost, meet, options};
+
+/// An address whose kernel answers nobody any more: room for one connection that nobody takes, and those that fill it.
+fn silent() -> (TcpListener, Vec<TcpStream>) {
+    let full = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&full, &localhost()).unwrap();
+    listen(&full, 0).unwrap();
+    let full = TcpListener::from(full);
+    let address = full.local_addr().unwrap();
+    let mut inside = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(500)) {
+        inside.push(stream);
+        assert!(inside.len() < 64, "a listener without room takes everyone");
+    }
+    (full, inside)
+}
+
+#[test]
+fn a_member_that_does_not_answer_is_named_and_one_that_refuses_is_waited_for() {
+    let (full, _inside) = silent();
+    let shape = Shape::balanced(2, 2, 1, 4);
+    let mut own = listeners(1);
+    let mut meet_at = |address: SocketAddr, deadline| {
+        let addresses = [address, own[0].address().unwrap()];
+        let mut options = options(1, &addresses, &shape, Generation(3));
+        (options.silence, options.deadline) = (Duration::from_secs(1), deadline);
+        connect(&mut own[0], &options).unwrap_err()
+    };
+    let address = full.local_addr().unwrap();
+    let error = meet_at(address, Duration::from_secs(60));
+    let Error::Unreachable { rank: Rank(0), reason } = &error else { panic!("{error:?}") };
+    assert_eq!(*reason, format!("no answer from {address}"));
+    // Where nobody listens, the machine is there: who is to come may yet come.
+    let nobody = TcpListener::bind(localhost()).unwrap().local_addr().unwrap();
+    let error = meet_at(nobody, Duration::from_secs(3));
+    assert!(matches!(error, Error::Deadline { .. }), "{error:?}");
+}
+
+#[test]
+fn what_was_sent_is_known_when_the_ring_has_ended() {
+    let shape = Shape::balanced(2, 2, 4, 64);
+    let mut all = listeners(2);
+    let mut ring: Vec<_> = meet(&mut all, &shape, Generation(1)).into_iter().map(Result::unwrap).collect();
+    std::thread::scope(|scope| {
+        for member in &mut ring {
+            scope.spawn(|| member.all_gather(Step(0), &mut [0.0; 256]).unwrap());
+        }
+    });
+    drop(ring.pop());
+    let sent_bytes = ring[0].sent_bytes();
+    // Two blocks of 64 numbers, and the heads of their frames.
+    assert!(sent_bytes > 2 * 64 * 4, "{sent_bytes}");
+    ring[0].exchange(Step(1), b"").unwrap_err();
+    assert_eq!(ring[0].sent_bytes(), sent_bytes);
+}
