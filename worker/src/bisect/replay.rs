@@ -3,6 +3,7 @@
 use anello_dataloader::{Dataset, MicroBatch, RowGroupEntry};
 use anello_store::Error as StoreError;
 use anello_store::metrics::StepRecord;
+use tch::Tensor;
 
 use super::compare;
 use super::findings::{Difference, Figure, Phase, Replayed};
@@ -11,6 +12,7 @@ use super::side::{Ran, Side, Start};
 use crate::engine::{Engine, Outcome};
 use crate::environment;
 use crate::error::{Error, Result};
+use crate::objective::LossSums;
 use crate::params::Layout;
 
 /// Computes both again from the first of `starts` that can be had, until something differs, at most until `until` steps are
@@ -141,6 +143,18 @@ impl First {
             Some(Difference { step, phase, checkpoint: None, lane, figures: Vec::new(), blocks })
         });
     }
+
+    /// Compares what all lanes together came to; gradients only where both lie in one `layout`.
+    fn total(&mut self, a: &(Tensor, LossSums), b: &(Tensor, LossSums), layout: Option<&Layout>) {
+        let step = self.step;
+        self.note(Phase::Reduce, || {
+            let blocks = layout.and_then(|layout| compare::blocks("total", layout, &a.0, &b.0));
+            let figures = compare::sums(&a.1, &b.1);
+            let differs = blocks.is_some() || !figures.is_empty();
+            let phase = Phase::Reduce;
+            differs.then_some(Difference { step, phase, checkpoint: None, lane: None, figures, blocks })
+        });
+    }
 }
 
 fn step_both(sides: &mut [Side<'_>; 2], step: u64, first_step: bool) -> Result<Stepped> {
@@ -175,15 +189,7 @@ fn step_both(sides: &mut [Side<'_>; 2], step: u64, first_step: bool) -> Result<S
         });
     }
     let totals = (a.total(), b.total());
-    first.note(Phase::Reduce, || {
-        let layout = &a.engine.state().layout;
-        let blocks =
-            same_layout.then(|| compare::blocks("total", layout, &totals.0.0, &totals.1.0)).flatten();
-        let figures = compare::sums(&totals.0.1, &totals.1.1);
-        let differs = blocks.is_some() || !figures.is_empty();
-        let phase = Phase::Reduce;
-        differs.then_some(Difference { step, phase, checkpoint: None, lane: None, figures, blocks })
-    });
+    first.total(&totals.0, &totals.1, same_layout.then_some(&a.engine.state().layout));
     let outcomes = (a.finish(&plans.0, totals.0), b.finish(&plans.1, totals.1));
     first.figures(Phase::Norm, None, || norms((a, &outcomes.0), (b, &outcomes.1), step));
     first.note(Phase::Update, || {

@@ -5,7 +5,6 @@ use anello_configs::Model;
 use tch::Device;
 
 use super::*;
-use crate::objective::LossSums;
 use crate::params::BLOCK;
 
 fn layout() -> Layout {
@@ -104,4 +103,35 @@ fn the_earliest_phase_wins_whichever_lane_it_is_of() {
             (Phase::Batch, Some(2), figure("micro-batch 0, row 1, token 1, target", "6", "7")),
         ]
     );
+}
+
+/// The same lanes, added up to something else: whoever added them computed wrongly.
+#[test]
+fn a_total_that_differs_where_no_lane_does_is_that_of_the_reduction() {
+    let layout = layout();
+    let total = |place: Option<usize>, loss: f64| {
+        let mut all = ran(&layout);
+        place.into_iter().for_each(|at| set(&mut all, at, 0.5));
+        (all.gradient, LossSums { loss, ..all.sums })
+    };
+    let mut first = First { step: 4, found: None };
+    first.lane(0, &ran(&layout), &ran(&layout), Some(&layout));
+    first.total(&total(None, 1.0), &total(None, 1.0), Some(&layout));
+    assert_eq!(first.found, None);
+    first.total(&total(None, 1.0), &total(Some(BLOCK + 3), 1.5), Some(&layout));
+    let found = first.found.clone().unwrap();
+    assert_eq!((found.step, found.phase, found.lane), (4, Phase::Reduce, None));
+    let blocks = found.blocks.unwrap();
+    assert_eq!((blocks.buffer, blocks.block, blocks.differ), ("total", 1, 1));
+    let figures: Vec<&str> = found.figures.iter().map(|figure| figure.name.as_str()).collect();
+    assert_eq!(figures, ["loss"]);
+    // Of states of different sizes only the figures are compared.
+    let mut of_sizes = First { step: 4, found: None };
+    of_sizes.total(&total(None, 1.0), &total(Some(3), 1.0), None);
+    assert_eq!(of_sizes.found, None);
+    // A lane that differs comes before it.
+    let mut other = ran(&layout);
+    set(&mut other, 7, 1.0);
+    first.lane(2, &ran(&layout), &other, Some(&layout));
+    assert_eq!(first.found.unwrap().phase, Phase::Gradient);
 }
