@@ -26,6 +26,7 @@ mod records;
 mod registry;
 mod service;
 pub mod telemetry;
+mod waits;
 
 pub use anello_configs::Timings;
 pub use error::{Error, Result};
@@ -34,6 +35,7 @@ pub use news::News;
 pub use records::record_of;
 pub use registry::{Refusal, Registry, RegistryOptions, Said};
 pub use service::{Bound, Jobs, Server};
+pub use waits::Waits;
 
 /// Target of the log's lines about what users had done: who asked for what, and what came of it.
 pub const AUDIT: &str = "anello::audit";

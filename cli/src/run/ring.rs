@@ -8,7 +8,7 @@ use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};
 use anello_coordinator::http::Keeper;
 use anello_coordinator::launch::Crew;
-use anello_coordinator::{JobOptions, Jobs, News, Opened, Server, Timings, create};
+use anello_coordinator::{JobOptions, Jobs, News, Opened, Server, Timings, Waits, create};
 use anello_proto::ring::Step;
 use anello_store::{CONFIG, Notice, Store, checkpoint, doctor, metrics, read_config};
 use anello_tls::{Protection, Role};
@@ -73,6 +73,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
 
     let mut stopping = false;
     let mut asked = Instant::now();
+    let mut waits = Waits::default();
     loop {
         match notices.recv_timeout(POLL) {
             Ok(notice) => {
@@ -83,9 +84,14 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
             Err(RecvTimeoutError::Timeout) => view.refresh(&tracker),
             Err(RecvTimeoutError::Disconnected) => break,
         }
-        if let Some(solo) = solo.as_ref().filter(|_| asked.elapsed() >= POLL) {
+        if asked.elapsed() >= POLL
+            && let Some(status) = runtime.block_on(job.status())
+        {
             asked = Instant::now();
-            runtime.block_on(job.status()).into_iter().for_each(|status| solo.set_ring(status));
+            if let Some(what) = waits.look(status.waits_for.clone(), asked) {
+                view.line(&format!("it waits for {what}"))?;
+            }
+            solo.iter().for_each(|solo| solo.set_ring(status.clone()));
         }
         for said in crew.tend() {
             view.line(&said)?;

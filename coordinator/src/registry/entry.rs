@@ -23,6 +23,7 @@ use crate::launch::{Crew, Launcher};
 use crate::news::News;
 use crate::records::goal_name;
 use crate::telemetry::Board;
+use crate::waits::Waits;
 
 /// Pause before what failed for now is tried again.
 const AGAIN: Duration = Duration::from_secs(3);
@@ -52,6 +53,8 @@ pub(super) struct Entry<L: Launcher> {
     pub again_at: Option<Instant>,
     /// The phase that was said last.
     pub shown: Option<Phase>,
+    /// What it waits for, as far as that was said.
+    pub waits: Waits,
     /// Where it is told how it is.
     pub board: Board,
 }
@@ -109,6 +112,7 @@ impl<L: Launcher> Entry<L> {
             trouble: None,
             again_at: None,
             shown: None,
+            waits: Waits::default(),
             board,
         })
     }

@@ -110,7 +110,8 @@ impl<L: Launcher> Keeper<L> {
         let tends =
             !self.leaving.is_empty() || self.entries.iter().any(|entry| entry.crew.is_some() || ends(entry));
         let (soon, watch) = (Instant::now() + TICK, self.looked + self.options.timings.watch);
-        let again = self.entries.iter().filter_map(|entry| entry.again_at).min();
+        let due = |entry: &Entry<L>| [entry.again_at, entry.waits.due()].into_iter().flatten().min();
+        let again = self.entries.iter().filter_map(due).min();
         if tends { soon } else { again.map_or(watch, |again| again.min(watch)).max(soon) }
     }
 
@@ -434,6 +435,12 @@ impl<L: Launcher> Keeper<L> {
                 entry.shown = Some(phase);
                 let why = entry.reason();
                 let _ = self.said.send(Said::Phase { job: entry.spec.name.clone(), phase, why });
+            }
+            // What a queue waits for is told by its phase.
+            let ring = entry.ring.as_ref().and_then(|ring| ring.status.as_ref()?.waits_for.clone());
+            if let Some(what) = entry.waits.look(ring, Instant::now()) {
+                let text = format!("waits for {what}");
+                let _ = self.said.send(Said::Job { job: entry.spec.name.clone(), text });
             }
         }
     }

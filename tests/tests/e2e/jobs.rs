@@ -281,3 +281,31 @@ fn a_coordinator_of_workers_from_elsewhere_may_move_while_they_train() {
     assert!(told.matches("a coordinator took the run up").count() == 2 && !told.contains("paused"), "{told}");
     second.assert_undisturbed("a");
 }
+
+/// A coordinator that waits for workers says so by itself, and until when: it does not look as if it hung.
+#[test]
+fn a_coordinator_says_what_a_job_waits_for() {
+    // Longer than this test may take: nothing but the second worker ends the wait, and nothing but the wait itself is news.
+    let mut coordinator = Coordinator::start("jobs-waits", 0, 300);
+    coordinator.submit("a", 2);
+    let worker = |coordinator: &Coordinator| {
+        let arguments = ["worker", "--coordinator", &coordinator.address, "--job", "a", "--threads", "1"];
+        Process::start(&world().folder, &arguments)
+    };
+    let said = |what: &str, coordinator: &mut Coordinator| {
+        wait_until(what, || coordinator.process.out().contains(what) || coordinator.process.ended());
+    };
+    said("job a: waits for workers: 0 of 2 are here\n", &mut coordinator);
+    let first = worker(&coordinator);
+    said(
+        "job a: waits for workers: 1 of 2 are here; 300.000 s at most, then fewer are enough\n",
+        &mut coordinator,
+    );
+    let second = worker(&coordinator);
+    coordinator.wait_for("a", "completed", 1);
+    coordinator.assert_undisturbed("a");
+    let told = coordinator.process.out();
+    assert_eq!(told.matches("job a: waits for workers: ").count(), 2, "each is told once: {told}");
+    first.wait().expect(0);
+    second.wait().expect(0);
+}
