@@ -158,3 +158,49 @@ fn where_others_reach_it_nothing_listens_without_tls_unless_a_person_says_so() {
     process.signal("TERM");
     process.wait().expect(130);
 }
+
+/// Certificates, and even the CA, are exchanged while a run stands: whoever has new files takes part, without a restart.
+#[test]
+fn certificates_are_renewed_while_a_run_waits_and_nothing_is_started_again() {
+    let folder = &world().folder;
+    for dir in ["certs-living", "certs-next"] {
+        world().anello(&["certs", "init", "--dir", dir]).expect(0);
+    }
+    // Nothing but the second worker ends the wait.
+    let arguments =
+        ["run", "small.toml", "--out", "tls-renewed", "--workers", "2", "--sample", "0", "--external"];
+    let more = ["--detection", "300s", "--tls", "certs-living"];
+    let mut run = Process::start(folder, &[&arguments[..], &more].concat());
+    let address = |out: &str| Some(out.split_once("coordinator at ")?.1.split([',', ' ']).next()?.to_owned());
+    wait_until("the coordinator listens", || address(&run.out()).is_some() || run.ended());
+    let address = address(&run.out()).unwrap_or_else(|| panic!("{}", run.log()));
+    let worker = |certificates: &str| {
+        let arguments = ["worker", "--coordinator", &address, "--job", "small", "--threads", "1"];
+        Process::start(folder, &[&arguments[..], &["--tls", certificates]].concat())
+    };
+    let first = worker("certs-living");
+    wait_until("the first is here", || run.out().contains("joined from") || run.ended());
+    worker("certs-next").wait().expect(3);
+    for entry in std::fs::read_dir(folder.join("certs-next")).unwrap().map(Result::unwrap) {
+        std::fs::copy(entry.path(), folder.join("certs-living").join(entry.file_name())).unwrap();
+    }
+    // The files are looked at once a second at most: who comes before that is refused still.
+    let mut tried = 0;
+    let second = loop {
+        let mut second = worker("certs-next");
+        let is_in = || run.out().matches("joined from").count() == 2;
+        wait_until("the second is in, or refused", || is_in() || second.ended());
+        if is_in() {
+            break second;
+        }
+        second.wait().expect(3);
+        tried += 1;
+        assert!(tried < 60, "the coordinator has not read its certificates again: {}", run.log());
+    };
+    first.wait().expect(0);
+    second.wait().expect(0);
+    run.wait().expect(0);
+    let told = world().anello(&["events", "tls-renewed"]).expect(0);
+    assert!(told.contains("with 2 workers from step 1,"), "{told}");
+    assert_undisturbed("tls-renewed");
+}
