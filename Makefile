@@ -6,7 +6,7 @@ RUN ?= runs/tiny
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 TINY := data/tiny
 
-.PHONY: run test check bench soak fmt clean setup build data
+.PHONY: run test check bench soak fuzz fmt clean setup build data
 
 ## Train the tiny model through all stages, with live output. A second call goes on where the first stopped.
 run: build data
@@ -32,6 +32,10 @@ check: setup
 ## Speed and memory as ratios against baselines in the same run.
 bench: setup
 	scripts/bench
+
+## Bytes of every kind to everything that reads bytes. Needs a nightly compiler and cargo-fuzz.
+fuzz:
+	tests/fuzz/run.sh
 
 fmt:
 	$(CARGO) fmt --all

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use anello_k8s::{
-    ConfigSource, ControllerOptions, Gpu, PretrainJob, PretrainJobSpec, TlsSource, Workers, apply, manifest,
+    ConfigSource, ControllerOptions, Gpu, HttpSource, PretrainJob, PretrainJobSpec, TlsSource, Workers,
+    apply, manifest,
 };
 use anello_tls::Role;
 
@@ -56,6 +57,12 @@ pub struct KubeArgs {
     /// Secret with the pods' certificates (without one nothing is encrypted).
     #[arg(long, value_name = "NAME", requires = "kube")]
     tls_secret: Option<String>,
+    /// Serve metrics on port 9100 of every pod, and the page on the coordinator's.
+    #[arg(long, requires = "kube")]
+    metrics: bool,
+    /// Secret whose entry `tokens` says who may read them, and who may act on the page.
+    #[arg(long, value_name = "NAME", requires = "metrics")]
+    token_secret: Option<String>,
     /// Secret whose entries are variables of all pods: a store's credentials. May be given again.
     #[arg(long, value_name = "NAME", requires = "kube")]
     secret: Vec<String>,
@@ -122,6 +129,9 @@ pub fn submit(args: &SubmitArgs, screen: &Screen) -> Outcome {
         env_from: kube.secret.iter().map(|name| anello_k8s::secret_variables(name)).collect(),
         tls: kube.tls_secret.clone().map(|secret_name| TlsSource { secret_name }),
         insecure: kube.tls_secret.is_none(),
+        http: kube
+            .metrics
+            .then(|| HttpSource { token_secret_name: kube.token_secret.clone(), ..HttpSource::default() }),
         ..PretrainJobSpec::default()
     };
     let job = PretrainJob::new(&name, spec);

@@ -16,8 +16,8 @@ use k8s_openapi::api::core::v1::{EnvFromSource, SecretEnvSource};
 
 pub use controller::{ControllerOptions, Error, apply, run};
 pub use resource::{
-    ConfigMapKey, ConfigSource, Gpu, PretrainJob, PretrainJobSpec, PretrainJobStatus, TlsSource, Workers,
-    reference,
+    ConfigMapKey, ConfigSource, Gpu, HttpSource, PretrainJob, PretrainJobSpec, PretrainJobStatus, TlsSource,
+    Workers, reference,
 };
 
 /// The definition of the resource, YAML: `kubectl apply -f` takes it.

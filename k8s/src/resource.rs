@@ -143,6 +143,9 @@ pub struct PretrainJobSpec {
     /// No TLS: whoever reaches the pods' network can read and change what is trained.
     #[serde(default)]
     pub insecure: bool,
+    /// Serve metrics on port 9100 of every pod, and the page and its interface on the coordinator's; absent: nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<HttpSource>,
 }
 
 impl Default for PretrainJobSpec {
@@ -258,6 +261,20 @@ pub struct TlsSource {
     /// A Secret in the same namespace with ca.pem, coordinator.pem, coordinator.key, worker.pem and worker.key, as
     /// `anello certs init` makes them.
     pub secret_name: String,
+}
+
+/// What is served over HTTP.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpSource {
+    /// A Secret in the same namespace whose entry `tokens` says who may read and who may act: lines `ROLE NAME TOKEN`. Without
+    /// it whoever has a certificate, or with `insecure` reaches the port, may read, and nobody may act.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_secret_name: Option<String>,
+    /// Peak FLOP/s of one worker's device, as `989e12`: metrics tell then which share of it the model reaches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+)?$"))]
+    pub peak_flops: Option<String>,
 }
 
 /// What the controller knows of a job. A view: the truth is the run folder.

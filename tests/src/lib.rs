@@ -16,7 +16,7 @@ pub use network::Network;
 pub use proxy::{Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
 pub use s3::S3;
-pub use tool::{Prometheus, http, page};
+pub use tool::{Prometheus, http, http_at, page};
 
 /// A counter-based generator for the moments at which a test strikes (SplitMix64).
 #[derive(Clone, Debug)]

@@ -28,8 +28,19 @@ fn find(name: &str, how: &str) -> Option<PathBuf> {
 
 /// The answer to a request to `127.0.0.1:port`: status and body. Status 0: nobody answers.
 pub fn http(port: u16, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> (u16, String) {
+    http_at(("127.0.0.1", port), method, path, headers, body)
+}
+
+/// The same of another address.
+pub fn http_at(
+    address: (&str, u16),
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> (u16, String) {
     let ask = || -> std::io::Result<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+        let mut stream = TcpStream::connect(address)?;
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
         let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         let head = format!(

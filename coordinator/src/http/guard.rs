@@ -68,7 +68,8 @@ impl Tokens {
             std::fs::read_to_string(path).map_err(|cause| wrong(format!("it cannot be read ({cause})")))?;
         let mode =
             std::fs::metadata(path).map(|meta| std::os::unix::fs::PermissionsExt::mode(&meta.permissions()));
-        if mode.is_ok_and(|mode| mode & 0o077 != 0) {
+        // A group may: that is how a pod that is not root is given a Secret.
+        if mode.is_ok_and(|mode| mode & 0o007 != 0) {
             return Err(wrong("others may read it (`chmod 600` it)".to_owned()));
         }
         Self::parse(&text).map_err(wrong)

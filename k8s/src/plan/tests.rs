@@ -4,7 +4,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 
 use super::*;
-use crate::resource::{ConfigSource, Gpu, PretrainJobSpec, TlsSource, Workers};
+use crate::resource::{ConfigSource, Gpu, HttpSource, PretrainJobSpec, TlsSource, Workers};
 
 pub(crate) fn job() -> PretrainJob {
     let spec = PretrainJobSpec {
@@ -419,6 +419,8 @@ fn objects_are_as_they_were() {
     job.spec.queue_name = Some("gpus".into());
     job.spec.node_selector.insert("gpu".into(), "h100".into());
     job.spec.env_from = vec![crate::secret_variables("bucket")];
+    job.spec.http =
+        Some(HttpSource { token_secret_name: Some("tokens".into()), peak_flops: Some("989e12".into()) });
     let crew = Crew { workers: 4, suspend: None, without: vec!["node-7".into()] };
     let texts = [
         serde_saphyr::to_string(&objects::config_map(&job).unwrap()),

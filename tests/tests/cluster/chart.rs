@@ -6,6 +6,15 @@ use anello_tests::kube_tool;
 
 use super::{chart, template, world};
 
+/// With all that monitoring can have.
+const MONITORED: [&str; 5] = [
+    "podMonitor.enabled=true",
+    "podMonitor.scheme=https",
+    "podMonitor.tlsConfig.serverName=coordinator.anello",
+    "prometheusRule.enabled=true",
+    "dashboards.enabled=true",
+];
+
 #[test]
 fn its_definition_is_that_of_this_build() {
     let file = format!("{}/crd/pretrainjob.yaml", chart());
@@ -34,7 +43,7 @@ fn it_is_well_formed() {
 
 #[test]
 fn what_it_makes_is_valid() {
-    let sets: [&[&str]; 4] = [
+    let sets: [&[&str]; 5] = [
         &[],
         &["ownNamespaceOnly=true", "crd.install=false", "replicas=2"],
         &["tls.secretName=certs", "image.tag=1.2.3", "priorityClassName=high", "log=anello_k8s=debug"],
@@ -44,6 +53,7 @@ fn what_it_makes_is_valid() {
             "nodeSelector.disk=ssd",
             "podLabels.team=a",
         ],
+        &MONITORED,
     ];
     for values in sets {
         let manifest = template(values);
@@ -58,11 +68,33 @@ fn what_it_makes_is_valid() {
     assert!(!own.contains("kind: ClusterRole") && own.contains("- --namespace"), "{own}");
 }
 
-/// Without the definition, which that validator does not know.
+#[test]
+fn it_brings_the_alerts_and_dashboards_of_this_build() {
+    assert!(
+        !template(&[]).contains("monitoring.coreos.com"),
+        "where nobody asks for it, no operator is needed"
+    );
+    let manifest = template(&MONITORED);
+    let alerts = |text: &str| {
+        text.lines()
+            .filter(|line| line.trim().starts_with("- alert: ") || line.trim().starts_with("alert: "))
+            .count()
+    };
+    let rules = std::fs::read_to_string(format!("{}/../rules/anello.yaml", chart())).unwrap();
+    assert!(alerts(&rules) > 10 && alerts(&manifest) == alerts(&rules), "{manifest}");
+    for dashboard in std::fs::read_dir(format!("{}/../dashboards", chart())).unwrap() {
+        let name = dashboard.unwrap().file_name().into_string().unwrap();
+        assert!(manifest.contains(&format!("  {name}: |-\n    {{\n")), "{name}");
+    }
+}
+
+/// Without what that validator does not know: definitions, and resources that others define.
 fn tempfile(manifest: &str) -> std::path::PathBuf {
     use std::sync::atomic::{AtomicU32, Ordering};
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    let known = manifest.split("\n---\n").filter(|object| !object.contains("kind: CustomResourceDefinition"));
+    let unknown = ["kind: CustomResourceDefinition", "apiVersion: monitoring.coreos.com"];
+    let known =
+        manifest.split("\n---\n").filter(|object| unknown.iter().all(|unknown| !object.contains(unknown)));
     let file = world().folder.join(format!("chart-{}.yaml", COUNT.fetch_add(1, Ordering::Relaxed)));
     std::fs::write(&file, known.collect::<Vec<_>>().join("\n---\n")).unwrap();
     file

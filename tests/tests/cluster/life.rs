@@ -9,16 +9,19 @@ fn a_job_trains_is_scaled_and_comes_to_its_end() {
     let Some(site) = Site::start("scaled", &["node-0", "node-1"]) else { return };
     what_cannot_be_is_refused(&site);
     site.submit("a", 2);
-    site.wait_for_phase("a", "Running");
+    let told = |role: &str, what: &str| site.metrics("a", role).iter().any(|text| text.contains(what));
+    let ended = || site.value("a", "{.status.phase}") == "Completed";
+    wait_until("the coordinator tells of the job", || {
+        told("coordinator", "anello_step{job=\"a\"}") || ended()
+    });
+    wait_until("a worker tells of its steps", || told("worker", "anello_steps_total{job=\"a\"") || ended());
     let columns = site.kubectl(&["get", "pretrainjob", "a"]);
     assert!(
         columns.starts_with("NAME   PHASE") && columns.contains("WORKERS") && columns.contains("LOSS"),
         "{columns}"
     );
     site.kubectl(&["scale", "pretrainjob", "a", "--replicas", "3"]);
-    wait_until("three pods run", || {
-        site.pods("a", "worker").len() == 3 || site.value("a", "{.status.phase}") == "Completed"
-    });
+    wait_until("three pods run", || site.pods("a", "worker").len() == 3 || ended());
     site.kubectl(&["scale", "pretrainjob", "a", "--replicas", "1"]);
     site.wait_for_phase("a", "Completed");
     site.assert_undisturbed("a");

@@ -7,7 +7,7 @@ mod life;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anello_tests::{Cluster, World, kube_tool, newest_checkpoint, wait_until};
+use anello_tests::{Cluster, World, http_at, kube_tool, newest_checkpoint, wait_until};
 
 /// The world of these tests.
 fn world() -> &'static World {
@@ -72,7 +72,7 @@ impl Site {
         let (place, workers) = (self.place(), workers.to_string());
         let arguments =
             ["submit", "small.toml", "--kube", "--dry-run", "--image", "anello:test", "--state", &place];
-        let more = ["--name", job, "--workers", &workers, "--set", "compute.threads=1"];
+        let more = ["--name", job, "--workers", &workers, "--metrics", "--set", "compute.threads=1"];
         let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
         world().anello(&[&arguments[..], &more, &settings].concat()).expect(0)
     }
@@ -126,6 +126,15 @@ impl Site {
         let running = "--field-selector=status.phase=Running";
         let told = self.kubectl(&["get", "pods", "-l", &labels, running, "-o", "name"]);
         told.lines().map(str::to_owned).collect()
+    }
+
+    /// What the pods of a role tell Prometheus.
+    fn metrics(&self, job: &str, role: &str) -> Vec<String> {
+        let labels = format!("anello.dev/job={job},anello.dev/role={role}");
+        let address = "jsonpath={.items[*].status.podIP}";
+        let addresses = self.kubectl(&["get", "pods", "-l", &labels, "-o", address]);
+        let ask = |address: &str| http_at((address, 9100), "GET", "/metrics", &[], "");
+        addresses.split_whitespace().map(ask).filter(|(code, _)| *code == 200).map(|(_, text)| text).collect()
     }
 
     /// The job's run is the undisturbed one.

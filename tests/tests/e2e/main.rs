@@ -11,6 +11,7 @@ mod jobs;
 mod kill;
 mod links;
 mod recorded;
+mod reference;
 mod ring;
 mod shards;
 mod signals;

@@ -1,0 +1,18 @@
+#!/bin/sh
+# Fuzzes every target for so many seconds (default: 60), or those that are named: tests/fuzz/run.sh [SECONDS [TARGET...]].
+# Needs a nightly compiler and `cargo install cargo-fuzz`. What it finds is in tests/fuzz/artifacts.
+set -eu
+cd "$(dirname "$0")"
+seconds=${1:-60}
+[ $# -eq 0 ] || shift
+cargo +nightly fuzz --version > /dev/null 2>&1 || {
+    echo "fuzzing needs a nightly compiler and cargo-fuzz: rustup toolchain install nightly && cargo install cargo-fuzz" >&2
+    exit 2
+}
+[ $# -gt 0 ] || set -- $(cargo +nightly fuzz list --fuzz-dir .)
+for target; do
+    echo "== $target"
+    mkdir -p "corpus/$target" "seeds/$target"
+    cargo +nightly fuzz run --fuzz-dir . "$target" "corpus/$target" "seeds/$target" -- \
+        -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_funcs=0 -verbosity=0
+done
