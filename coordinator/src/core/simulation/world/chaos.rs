@@ -159,7 +159,7 @@ impl World {
     /// A death right when all members have made a step ready is rare, and what follows has rules of its own: it happens more often
     /// than [`World::kill`] would have it.
     pub(super) fn strike_while_spreading(&mut self, generation: Generation) {
-        if !self.chaos() || !self.chance(16) {
+        if !self.chaos() || !self.chance(10) {
             return;
         }
         let members = self.rings[&generation].formation.members.len() as u64;

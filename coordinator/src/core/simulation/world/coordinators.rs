@@ -110,7 +110,10 @@ impl World {
                 }
             }
             Effect::Record(entry) => {
+                // One that was replaced while it slept decides by what it knew; the log will refuse it.
+                let may_count = self.coordinators[coordinator].epoch == self.epoch;
                 match &entry {
+                    Entry::Formed(_) | Entry::FellBack { .. } | Entry::Ended { .. } if !may_count => {}
                     Entry::Formed(formation) => {
                         self.check_formation(coordinator, formation)?;
                         let lanes = || formation.members.iter().map(|member| member.lanes.len());
