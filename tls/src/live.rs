@@ -1,25 +1,21 @@
 //! What the files say now: certificates are read again when the files change, so that a run outlives them.
 //!
 //! ```text
-//! a handshake ──▶ looked within PAUSE? ──▶ yes: what is known
-//!                      │ no
-//!                      └─▶ files changed? ──▶ read ──▶ usable: that from now on │ not: what is known, and a line in the log
+//! a handshake ──▶ files changed? ──▶ no: what is known
+//!                      │ yes
+//!                      └─▶ read ──▶ usable: that from now on │ not: what is known, and a line in the log
 //! ```
-//! Whoever issues certificates replaces three files, one after the other: in between they do not fit together, and the
+//! Three calls of the system a look, some microseconds. Whoever issues certificates replaces three files, one after the other: in between they do not fit together, and the
 //! next look finds them whole.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use rustls::RootCertStore;
 use rustls::sign::CertifiedKey;
 
 use crate::{Files, Result};
-
-/// Between two looks at the files.
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// Whom we believe, and who we are.
 #[derive(Clone, Debug)]
@@ -36,7 +32,6 @@ struct State {
     known: Known,
     /// Of the files as they were read last, whether they could be used or not.
     stamps: [Stamp; 3],
-    looked: Instant,
 }
 
 /// What is known of files, kept fresh.
@@ -52,7 +47,7 @@ impl Live {
         // Before reading: what changes meanwhile is read again.
         let stamps = stamps(&files);
         let known = read(&files)?;
-        let state = State { known, stamps, looked: Instant::now() };
+        let state = State { known, stamps };
         Ok(Self { files, state: Mutex::new(state) })
     }
 
@@ -63,20 +58,17 @@ impl Live {
     /// What is known, read again by `read` when the files have changed.
     pub fn now(&self, read: impl FnOnce(&Files) -> Result<Known>) -> Known {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.looked.elapsed() >= PAUSE {
-            state.looked = Instant::now();
-            let stamps = stamps(&self.files);
-            if stamps != state.stamps {
-                state.stamps = stamps;
-                let cert = self.files.cert.display();
-                match read(&self.files) {
-                    Ok(known) => {
-                        state.known = known;
-                        tracing::info!(%cert, "read the certificates again, since their files have changed");
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "certificates have changed and cannot be used; those before are");
-                    }
+        let stamps = stamps(&self.files);
+        if stamps != state.stamps {
+            state.stamps = stamps;
+            let cert = self.files.cert.display();
+            match read(&self.files) {
+                Ok(known) => {
+                    state.known = known;
+                    tracing::info!(%cert, "read the certificates again, since their files have changed");
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "certificates have changed and cannot be used; those before are");
                 }
             }
         }

@@ -139,8 +139,11 @@ fn who_is_refused_is_told_why_on_both_sides() {
     for role in Role::ALL {
         issue(late.path(), role, valid(-400, 30), true).unwrap();
     }
+    // Those of processes whose files nobody has renewed.
+    let left = tempfile::tempdir().unwrap();
+    renew(late.path(), left.path(), &RING);
     let [late_coordinator, late_worker] = [Role::Coordinator, Role::Worker]
-        .map(|role| Tls::read(Files::in_dir(late.path(), role), role).unwrap());
+        .map(|role| Tls::read(Files::in_dir(left.path(), role), role).unwrap());
     issue(late.path(), Role::Worker, valid(0, 30), true).unwrap();
     let fresh_worker = load(late.path(), Role::Worker);
     let [client, _] = shake(&fresh_worker, Role::Coordinator, &late_coordinator, &[Role::Worker]);
@@ -230,7 +233,9 @@ fn keys_are_for_their_owner_and_nothing_is_replaced_unasked() {
     assert_eq!(std::fs::read(dir.path().join("worker.pem")).unwrap(), before);
 
     // Anew with the same CA: both are believed. Anew with another CA: the old one no more.
-    let old = load(dir.path(), Role::Worker);
+    let left = tempfile::tempdir().unwrap();
+    renew(dir.path(), left.path(), &RING);
+    let old = load(left.path(), Role::Worker);
     issue(dir.path(), Role::Worker, Validity::days(30), true).unwrap();
     let new = load(dir.path(), Role::Worker);
     assert_ne!(std::fs::read(dir.path().join("worker.pem")).unwrap(), before);
@@ -306,6 +311,9 @@ fn roles_have_their_words() {
     );
 }
 
+/// What coordinators and workers need.
+const RING: [&str; 5] = ["ca.pem", "coordinator.pem", "coordinator.key", "worker.pem", "worker.key"];
+
 /// Copies files of one folder over those of another, as whoever renews certificates does.
 fn renew(from: &Path, to: &Path, names: &[&str]) {
     for name in names {
@@ -316,8 +324,7 @@ fn renew(from: &Path, to: &Path, names: &[&str]) {
 #[test]
 fn certificates_are_read_again_when_their_files_change() {
     let (here, old, new) = (ca(), tempfile::tempdir().unwrap(), ca());
-    let all = ["ca.pem", "coordinator.pem", "coordinator.key", "worker.pem", "worker.key"];
-    renew(here.path(), old.path(), &all);
+    renew(here.path(), old.path(), &RING);
     let [coordinator, worker] = [Role::Coordinator, Role::Worker].map(|role| load(here.path(), role));
     // Those that a process makes when it starts.
     let server = coordinator.server(Protocol::Grpc, &[Role::Worker]);
@@ -336,7 +343,7 @@ fn certificates_are_read_again_when_their_files_change() {
         assert!(through(&client, &server) && through(&of_old, &server));
         std::thread::sleep(Duration::from_millis(50));
     }
-    renew(new.path(), here.path(), &all);
+    renew(new.path(), here.path(), &RING);
     let until = Instant::now() + Duration::from_secs(60);
     while !(through(&of_new, &server)
         && through(&client, &load(new.path(), Role::Coordinator).server(Protocol::Grpc, &[Role::Worker])))
