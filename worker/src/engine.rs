@@ -438,9 +438,9 @@ impl Engine {
     }
 
     /// [`Engine::finish_with`] where the moments are shared out over a ring, first half ([`State::prepare`]): the new weights of
-    /// the blocks of `own` take the place of their gradient.
+    /// the blocks of `own` take the place of their gradient. A buffer of a lane that is through keeps what must be kept.
     pub fn prepare(
-        &self,
+        &mut self,
         plan: &StepPlan<'_>,
         gradient: &Tensor,
         sums: &LossSums,
@@ -450,15 +450,18 @@ impl Engine {
         let (spike, wanted) = self.judge(sums);
         let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
         let sum = Summed { gradient, counted: sums.counted, wanted };
-        let mut prepared = self.state.prepare(&self.config.optimizer, plan.lr, sum, moved, own);
+        let room = self.spare.pop();
+        let mut prepared = self.state.prepare(&self.config.optimizer, plan.lr, sum, moved, own, room);
         guard::remember(&self.config.guard, &mut prepared.losses, mean_loss(sums));
         (prepared, spike)
     }
 
     /// The second half, once `weights` has everyone's ([`State::complete`]).
-    pub fn complete(&mut self, prepared: &Prepared, weights: &Tensor) {
+    pub fn complete(&mut self, prepared: Prepared, weights: &Tensor) -> Update {
         let _span = tracing::trace_span!("update").entered();
-        self.state.complete(prepared, Some(weights));
+        self.state.complete(&prepared, Some(weights));
+        prepared.room.into_iter().for_each(|room| self.recycle(room));
+        prepared.update
     }
 
     /// The same with the moments of `cover`, as [`State::with_cover`].

@@ -115,6 +115,8 @@ pub struct Prepared {
     pub losses: Vec<f64>,
     /// The scaled gradient of what moves, laid as those moments are.
     gradient: Tensor,
+    /// The buffer that it lies in, when one was given for it.
+    pub room: Option<Tensor>,
 }
 
 /// The whole blocks that elements lie in.
@@ -246,7 +248,8 @@ impl State {
     }
 
     /// The first half of [`State::update`], of a gradient that is the same everywhere. The new weights of the blocks of `own`
-    /// that move, whose moments are here, take the place of their gradient.
+    /// that move, whose moments are here, take the place of their gradient. What must be kept of it lies in `room`, a whole flat
+    /// buffer that nobody needs meanwhile, or, without one, in memory of its own.
     pub fn prepare(
         &self,
         options: &Optimizer,
@@ -254,12 +257,16 @@ impl State {
         sum: Summed<'_>,
         moved: Range<usize>,
         own: Range<usize>,
+        room: Option<Tensor>,
     ) -> Prepared {
         let gradient = sum.gradient;
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let blocks = blocks_of(&moved);
         let len = if scale.is_some() { self.cover.elements() } else { 0 };
-        let kept = Tensor::zeros([len as i64], (Kind::Float, gradient.device()));
+        let kept = match &room {
+            Some(room) => part(room, 0..len).zero_(),
+            None => Tensor::zeros([len as i64], (Kind::Float, gradient.device())),
+        };
         let slice = |block: usize| (block * BLOCK).max(moved.start)..((block + 1) * BLOCK).min(moved.end);
         if let Some(scale) = &scale {
             for (block, there) in self.places(blocks.clone()) {
@@ -285,13 +292,13 @@ impl State {
             scale.weights(&mut w, &m, &v, block * BLOCK < self.layout.decayed_len());
         }
         let (cover, losses) = (self.cover.clone(), self.losses.clone());
-        Prepared { update, scale, moved, cover, losses, gradient: kept }
+        Prepared { update, scale, moved, cover, losses, gradient: kept, room }
     }
 
     /// The second half of [`State::update`]: the moments that were here in the first, and, from a buffer in which every moved
     /// block has its new weights, the weights. Moments that have come since are let go.
     pub fn complete(&mut self, prepared: &Prepared, weights: Option<&Tensor>) {
-        let Prepared { update: _, scale, moved, cover, losses, gradient } = prepared;
+        let Prepared { update: _, scale, moved, cover, losses, gradient, room: _ } = prepared;
         if self.cover != *cover {
             *self = self.share().with_cover(cover.clone(), &[]);
         }
@@ -471,7 +478,10 @@ mod tests {
                         let own = blocks * rank / members..blocks * (rank + 1) / members;
                         let sum = gradient(&whole, 0.5, step);
                         let (moved, own_blocks) = (moved.clone(), own.clone());
-                        let prepared = shard.prepare(&options(), lr, summed(&sum, finite), moved, own_blocks);
+                        // Some have a buffer to spare, in which anything may be.
+                        let room = (rank % 2 == 0).then(|| gradient(&whole, 7.0, step));
+                        let sum_of = summed(&sum, finite);
+                        let prepared = shard.prepare(&options(), lr, sum_of, moved, own_blocks, room);
                         assert!(shard.weights.equal(&weights) && shard.cover == cover);
                         let own = own.start * BLOCK..own.end * BLOCK;
                         part(&gathered, own.clone()).copy_(&part(&sum, own));

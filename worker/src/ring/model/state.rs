@@ -249,7 +249,7 @@ impl Thread {
             (Some(held), None) => held.engine.set_cover(cover, &others),
             (Some(held), Some(weights)) => {
                 let Pending { prepared, cursors } = held.pending.take().expect("who is next has it");
-                held.engine.complete(&prepared, &weights);
+                held.engine.complete(prepared, &weights);
                 held.engine.set_cover(cover, &others);
                 (held.step, held.cursors, held.entered) = (start, cursors, false);
             }

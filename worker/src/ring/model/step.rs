@@ -117,9 +117,9 @@ impl Thread {
             spread(ring, plan.step, total).map_err(|error| cause_of(&error, serving.formation))?;
             spreading = began.elapsed();
             let Pending { prepared, cursors } = held.pending.take().expect("just made");
-            held.engine.complete(&prepared, total);
+            let update = held.engine.complete(prepared, total);
             held.cursors = cursors;
-            Outcome { sums, update: prepared.update, spike }
+            Outcome { sums, update, spike }
         } else {
             held.cursors = moved;
             held.engine.finish_with(plan, total, sums)
