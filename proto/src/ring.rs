@@ -166,7 +166,8 @@ pub enum Cause {
         /// What happened, for people.
         reason: String,
     },
-    /// Nothing gets through between this worker and a peer, though neither may be dead: a route, a cable or a firewall.
+    /// Nothing gets through between this worker and a peer, though neither may be dead: a route, a cable, a firewall, or
+    /// certificates that they do not believe.
     Unreachable {
         /// The peer.
         peer: WorkerId,

@@ -69,6 +69,8 @@ pub enum Error {
     /// At the rendezvous: a member that we dial does not prove that it is a worker, or we do not to it.
     #[error("{reason}")]
     Untrusted {
+        /// The member.
+        rank: Rank,
         /// Who, what is wrong, and what to do.
         reason: String,
     },

@@ -392,10 +392,13 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         RingError::Lost { rank, .. } => {
             broken(formation.members.get(rank.index()).map(|member| member.worker), reason)
         }
-        RingError::Unreachable { rank, .. } => match formation.members.get(rank.index()) {
-            Some(member) => Cause::Unreachable { peer: member.worker, reason },
-            None => broken(None, reason),
-        },
+        // Certificates are exchanged on one machine after the other: until all have theirs, some do not believe others.
+        RingError::Unreachable { rank, .. } | RingError::Untrusted { rank, .. } => {
+            match formation.members.get(rank.index()) {
+                Some(member) => Cause::Unreachable { peer: member.worker, reason },
+                None => broken(None, reason),
+            }
+        }
         RingError::Aborted { .. }
         | RingError::Deadline { .. }
         | RingError::Dead { .. }
@@ -403,7 +406,6 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         RingError::Corrupt { .. }
         | RingError::Protocol { .. }
         | RingError::Refused { .. }
-        | RingError::Untrusted { .. }
         | RingError::Shape { .. } => fault(reason),
     }
 }

@@ -284,7 +284,7 @@ impl Circle {
 
     /// What one of them answers.
     async fn fetch(self, at: usize, request: StateRequest) -> Result<(Head, Vec<StateBlocks>), Failed> {
-        let failed = |(is_silent, reason)| Failed { unreachable: Some(at).filter(|_| is_silent), reason };
+        let failed = |(is_apart, reason)| Failed { unreachable: Some(at).filter(|_| is_apart), reason };
         fetch(&self.peers[at], request, self.silence).await.map_err(failed)
     }
 
@@ -395,7 +395,7 @@ async fn unless_aborted<T>(
 }
 
 /// One peer's part. A peer that has not got there yet is asked again. With an error comes whether there was no answer at all
-/// for `silence`.
+/// for `silence`, or the two do not believe one another.
 async fn fetch(
     peer: &To,
     request: StateRequest,
@@ -404,8 +404,8 @@ async fn fetch(
     let told = |what: String| format!("state from {}: {what}", peer.address);
     let failed = |what: String| (false, told(what));
     let channel = peer.connect_watched(silence).await.map_err(|cause| {
-        let is_silent = matches!(&cause, ConnectError::Unanswered(_));
-        (is_silent, told(cause.to_string()))
+        let is_apart = matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
+        (is_apart, told(cause.to_string()))
     })?;
     // One that falls silent meanwhile is found by the next generation, which cannot connect to it.
     let ended = |status: Status| failed(status.to_string());

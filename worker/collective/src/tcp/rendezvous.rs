@@ -476,6 +476,7 @@ impl Rendezvous<'_> {
                         let addresses = &self.options.members[dial.rank.index()];
                         let peer = format!("{} at {}", dial.rank, addresses[dial.address % addresses.len()]);
                         return Err(Error::Untrusted {
+                            rank: dial.rank,
                             reason: tls.explain(cause, &peer, Role::Worker).to_string(),
                         });
                     }
