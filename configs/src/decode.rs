@@ -164,11 +164,13 @@ fn checkpoint(s: &mut Section<'_, '_>) -> Checkpoint {
 }
 
 fn guard(s: &mut Section<'_, '_>) -> Guard {
+    let window = s.count("window", 4..=10_000, Some(64));
     Guard {
         on_spike: s.choice("on_spike", OnSpike::Log),
-        window: s.count("window", 4..=10_000, Some(64)) as u32,
+        window: window as u32,
         factor: s.number("factor", "a number, 1 to 1000", |v| (1.0..=1000.0).contains(&v), Some(8.0)),
         floor: s.number("floor", "a number above 0, up to 100", |v| v > 0.0 && v <= 100.0, Some(0.2)),
+        rollback_steps: s.count("rollback_steps", 1..=window.div_ceil(2), Some((window / 4).max(1))),
     }
 }
 

@@ -35,7 +35,7 @@ named! {
     Recompute { "none" => None, "layer" => Layer, "loop" => Loop }
     LaneShares { "balanced" => Balanced, "by-speed" => BySpeed }
     OnCorrupt { "fail" => Fail, "skip" => Skip }
-    OnSpike { "off" => Off, "log" => Log, "skip" => Skip }
+    OnSpike { "off" => Off, "log" => Log, "skip" => Skip, "rollback" => Rollback }
     Mask { "document" => Document, "causal" => Causal }
     Trains { "all" => All, "gate" => Gate }
     Loss { "loop" => Loop, "gate" => Gate, "sft" => Sft }

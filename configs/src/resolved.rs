@@ -64,7 +64,7 @@ impl RunConfig {
     ///
     /// Left out, because the weights after each step are the same whatever they say:
     /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`;
-    /// `guard.*` unless it skips; `eval.*` and the `eval` of a stage, which only measure; `record.*`; `ring.*`;
+    /// `guard.*` unless it leaves updates out; `eval.*` and the `eval` of a stage, which only measure; `record.*`; `ring.*`;
     /// `data.prefetch_bytes`, `data.cache_dir` and `data.cache_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
     /// the data's own digest to say. Of weights to begin with, `init.weights` counts, and not where they lie.
@@ -211,11 +211,12 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         s.rest("keep_stage_ends", *keep_stage_ends).rest("part_bytes", *part_bytes);
     });
     section("guard", &|s| {
-        let Guard { on_spike, window, factor, floor } = guard;
+        let Guard { on_spike, window, factor, floor, rollback_steps } = guard;
         // What is only told of changes no bit, and neither does what is measured for it.
-        let changes_bits = *on_spike == OnSpike::Skip;
+        let changes_bits = matches!(on_spike, OnSpike::Skip | OnSpike::Rollback);
         s.put("on_spike", on_spike.name().toml(), changes_bits).put("window", window.toml(), changes_bits);
         s.put("factor", factor.toml(), changes_bits).put("floor", floor.toml(), changes_bits);
+        s.put("rollback_steps", rollback_steps.toml(), *on_spike == OnSpike::Rollback);
     });
     let Eval { every_steps, sequences, sets } = eval;
     section("eval", &|s| {

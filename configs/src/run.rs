@@ -184,7 +184,7 @@ pub struct Checkpoint {
 /// `factor` standard deviations (estimated by the median absolute deviation) and more than `floor`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Guard {
-    /// What a spike does. Only what skips changes bits.
+    /// What a spike does. Only what leaves updates out changes bits.
     pub on_spike: OnSpike,
     /// Steps of the stage that it is measured by; from half of them on.
     pub window: u32,
@@ -192,6 +192,16 @@ pub struct Guard {
     pub factor: f64,
     /// Least distance from the median, nats.
     pub floor: f64,
+    /// Steps before the spike whose updates are left out too when it rolls back: at most half the window, so that it never
+    /// reaches into the stage before or behind another spike.
+    pub rollback_steps: u64,
+}
+
+impl Guard {
+    /// Steps that a run may go back: 0 when it never does.
+    pub fn reach(&self) -> u64 {
+        if self.on_spike == OnSpike::Rollback { self.rollback_steps } else { 0 }
+    }
 }
 
 /// What a loss spike does.
@@ -204,6 +214,8 @@ pub enum OnSpike {
     Log,
     /// Its update is not applied, as with a step that is not finite.
     Skip,
+    /// The state after it is that of `rollback_steps` before it: the updates since are left out, and the batches with them.
+    Rollback,
 }
 
 /// Held-out data that the model is measured on while it trains. It changes no bit of the run.

@@ -7,9 +7,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anello_configs::Checkpoint as Policy;
 use anello_proto::ring::{Generation, Step};
-use anello_store::checkpoint::{Manifest, Parts, commit, let_go, point_at, prune, set_aside, steps};
+use anello_store::checkpoint::{
+    Manifest, Parts, Retention, commit, let_go, point_at, prune, set_aside, steps,
+};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Store};
@@ -63,12 +64,12 @@ impl Desk {
     pub fn start(
         store: Store,
         log: EventLog,
-        policy: Policy,
+        retention: Retention,
         watch: Duration,
         tell: impl Fn(Done) + Send + 'static,
     ) -> std::io::Result<Self> {
         let (tasks, inbox) = channel();
-        let mut work = Work { store, log, policy, rows: Vec::new(), tell };
+        let mut work = Work { store, log, retention, rows: Vec::new(), tell };
         let thread = std::thread::Builder::new()
             .name("run-folder".to_owned())
             .spawn(move || work.run(&inbox, watch))?;
@@ -90,7 +91,7 @@ impl Desk {
 struct Work<F> {
     store: Store,
     log: EventLog,
-    policy: Policy,
+    retention: Retention,
     rows: Vec<StepRecord>,
     tell: F,
 }
@@ -134,7 +135,7 @@ impl<F: Fn(Done)> Work<F> {
             Task::Tidy => {
                 self.log.check()?;
                 self.store.sweep();
-                if let Err(cause) = prune(&self.store, &self.policy) {
+                if let Err(cause) = prune(&self.store, &self.retention) {
                     tracing::warn!(%cause, "what workers left unfinished could not be removed");
                 }
             }
@@ -203,7 +204,7 @@ impl<F: Fn(Done)> Work<F> {
                 if let Err(cause) = point_at(&self.store, &manifest) {
                     tracing::warn!(%cause, "latest.json cannot be written now; the next checkpoint moves it");
                 }
-                if let Err(cause) = let_go(&self.store, &self.policy) {
+                if let Err(cause) = let_go(&self.store, &self.retention) {
                     tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
                 }
                 Ok(())

@@ -54,6 +54,10 @@ pub enum Event {
         limit: String,
         /// Whether its update was left out for that.
         skipped: bool,
+        /// The run's plan from here on: the state after this step is that after so many steps, and the batches from there up
+        /// to this one are left out of it. Absent: it does not go back.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        back_to: Option<u64>,
     },
     /// A lane began a source anew.
     Epoch {

@@ -28,8 +28,17 @@ pub fn describe(event: &Event) -> String {
         Event::Skipped { step, loss } => {
             format!("step {} was skipped: it was not finite (loss {loss})", grouped(*step))
         }
-        Event::Spike { step, loss, median, limit, skipped } => {
-            let outcome = if *skipped { "; its update was left out" } else { "" };
+        Event::Spike { step, loss, median, limit, skipped, back_to } => {
+            let outcome = match back_to {
+                Some(to) => format!(
+                    "; the run goes on from its state after {} steps, and leaves out the batches of steps {} to {}",
+                    grouped(*to),
+                    grouped(*to),
+                    grouped(*step)
+                ),
+                None if *skipped => "; its update was left out".to_owned(),
+                None => String::new(),
+            };
             let [loss, median, limit] = [loss, median, limit].map(|text| short_number(text));
             format!(
                 "the loss of step {} is a spike: {loss}, above {limit}, where the median is {median}{outcome}",
@@ -343,8 +352,21 @@ mod tests {
                     median: "2.5".into(),
                     limit: "2.75".into(),
                     skipped: true,
+                    back_to: None,
                 },
                 "the loss of step 1 300 is a spike: 6.123, above 2.750, where the median is 2.500; its update was left out",
+            ),
+            (
+                Event::Spike {
+                    step: 1300,
+                    loss: "6.123456".into(),
+                    median: "2.5".into(),
+                    limit: "2.75".into(),
+                    skipped: true,
+                    back_to: Some(1290),
+                },
+                "the loss of step 1 300 is a spike: 6.123, above 2.750, where the median is 2.500; the run goes on from its \
+                 state after 1 290 steps, and leaves out the batches of steps 1 290 to 1 300",
             ),
             (
                 Event::Epoch { step: 7, source: "docs".into(), epoch: 1 },

@@ -85,7 +85,14 @@ pub fn outcome_event(plan: &StepPlan<'_>, outcome: &Outcome) -> Option<Event> {
     match outcome.spike {
         Some(Spike { loss, median, limit }) => {
             let [loss, median, limit] = [loss, median, limit].map(exact);
-            Some(Event::Spike { step, loss, median, limit, skipped: !outcome.update.applied })
+            Some(Event::Spike {
+                step,
+                loss,
+                median,
+                limit,
+                skipped: !outcome.update.applied,
+                back_to: outcome.back_to,
+            })
         }
         None if !outcome.update.applied => Some(Event::Skipped { step, loss: outcome.loss().to_string() }),
         None => None,

@@ -143,6 +143,9 @@ pub struct Outcome {
     pub update: Update,
     /// The loss is far above those before it.
     pub spike: Option<Spike>,
+    /// The spike is to be undone: the state after this step is that after so many steps (see [`crate::rollback`]), which
+    /// whoever trains has to bring.
+    pub back_to: Option<u64>,
 }
 
 impl Outcome {
@@ -263,6 +266,11 @@ impl Engine {
         *model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
         spare.retain(|buffer| buffer.numel() == state.layout.len());
         self.state = state;
+    }
+
+    /// From here on losses are measured anew.
+    pub(crate) fn forget_losses(&mut self) {
+        self.state.losses.clear();
     }
 
     /// Prepares for the step of `plan`. Called before its first lane; a second time, for a step that was abandoned, it
@@ -427,14 +435,16 @@ impl Engine {
         let sum = Summed { gradient, counted: sums.counted, wanted };
         let update = self.state.update(&self.config.optimizer, plan.lr, sum, moved);
         guard::remember(guard, &mut self.state.losses, loss);
-        Outcome { sums, update, spike }
+        let back_to = guard::back_to(guard, spike, plan.step);
+        Outcome { sums, update, spike, back_to }
     }
 
     /// Whether the loss of a step is a spike, and whether its update is wanted.
     fn judge(&self, sums: &LossSums) -> (Option<Spike>, bool) {
         let guard = &self.config.guard;
         let spike = guard::spike(guard, &self.state.losses, mean_loss(sums));
-        (spike, sums.loss.is_finite() && (spike.is_none() || guard.on_spike != OnSpike::Skip))
+        let left_out = spike.is_some() && matches!(guard.on_spike, OnSpike::Skip | OnSpike::Rollback);
+        (spike, sums.loss.is_finite() && !left_out)
     }
 
     /// [`Engine::finish_with`] where the moments are shared out over a ring, first half ([`State::prepare`]): the new weights of

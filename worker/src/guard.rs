@@ -45,6 +45,16 @@ pub fn remember(options: &Guard, losses: &mut Vec<f64>, loss: f64) {
     losses.drain(..surplus);
 }
 
+/// Steps applied in the state that `spike`, at `step`, goes back to; absent: there is none, or it does not go back.
+///
+/// The losses that it is measured by are those of as many steps before it, at least, since the stage or the last spike that
+/// was undone: half a window, which is no less than `rollback_steps`. So what it goes back to is of this stage, and of the
+/// run as it was amended.
+pub fn back_to(options: &Guard, spike: Option<Spike>, step: u64) -> Option<u64> {
+    let goes_back = spike.is_some() && options.on_spike == OnSpike::Rollback;
+    goes_back.then(|| step.saturating_sub(options.rollback_steps))
+}
+
 /// The mean of the two in the middle, or the one. Panics without any.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
@@ -57,7 +67,7 @@ mod tests {
     use super::*;
 
     fn options() -> Guard {
-        Guard { on_spike: OnSpike::Log, window: 8, factor: 4.0, floor: 0.25 }
+        Guard { on_spike: OnSpike::Log, window: 8, factor: 4.0, floor: 0.25, rollback_steps: 4 }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   guard      what a loss spike is         cover      which blocks' moments are here
+//!                   rollback   the state before a spike, made again
 //!                   generate   texts, with early exit         evaluate   figures of each loop step
 //!                   validate   these on held-out data, while a run trains
 //! durable state     checkpoint a state to parts and back           account    what is stamped and told beside it
@@ -36,6 +37,7 @@ mod objective;
 mod optimizer;
 mod params;
 pub mod ring;
+mod rollback;
 mod tape;
 mod trainer;
 mod validate;

@@ -1,7 +1,6 @@
 //! `anello checkpoint prune | copy`.
 
-use anello_configs::Checkpoint;
-use anello_store::checkpoint::{self, Pruning, plan_pruning, superseded};
+use anello_store::checkpoint::{self, Pruning, Retention, plan_pruning, superseded};
 use anello_store::{Error, Store, read_config};
 
 use crate::failure::{Exit, Failure, Outcome};
@@ -19,12 +18,10 @@ pub fn prune(
 ) -> Outcome {
     open_run(run)?;
     let store = Store::durable(run)?;
-    let policy = read_config(&store)?.checkpoint;
-    let policy = Checkpoint {
-        keep_last: keep_last.unwrap_or(policy.keep_last),
-        keep_every_steps: keep_every.or(policy.keep_every_steps),
-        ..policy
-    };
+    let mut retention = Retention::of(&read_config(&store)?);
+    let policy = &mut retention.policy;
+    policy.keep_last = keep_last.unwrap_or(policy.keep_last);
+    policy.keep_every_steps = keep_every.or(policy.keep_every_steps);
     let all = checkpoint::steps(&store)?;
     if all.is_empty() {
         return Err(none_yet(&store));
@@ -48,7 +45,7 @@ pub fn prune(
         )));
     };
     let gone = |kept: &[(u64, bool)]| {
-        superseded(&policy, kept).into_iter().filter(|step| *step != whole).collect::<Vec<_>>()
+        superseded(&retention, kept).into_iter().filter(|step| *step != whole).collect::<Vec<_>>()
     };
     // A run may be at work: parts near its newest checkpoints may be those of one that it is writing.
     let leftovers = |kept: &[u64]| kept.len().checked_sub(2).map(|second| kept[second]);

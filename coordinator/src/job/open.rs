@@ -103,8 +103,8 @@ impl Opened {
         let back = inputs.clone();
         // The desk's own thread may wait for the loop: it is never on the runtime.
         let tell = move |done| drop(back.blocking_send(Input::Done(done)));
-        let (policy, timings) = (config.checkpoint.clone(), options.timings);
-        let desk = Desk::start(store.clone(), log, policy, timings.watch, tell)
+        let (retention, timings) = (checkpoint::Retention::of(&config), options.timings);
+        let desk = Desk::start(store.clone(), log, retention, timings.watch, tell)
             .map_err(|source| Error::System { action: "starting the run folder's thread", source })?;
         let schedule = Schedule::new(&config);
         let core = Options {

@@ -44,7 +44,7 @@ pub use catalog::{
 pub use copying::{Copied, copy};
 pub use manifest::{BlockDigests, FORMAT, Facts, Manifest, Part, Position, digest_of_blocks};
 pub use part::{Parts, Stamp, Written, read_part, read_parts, verify};
-pub use retention::{Pruning, delete, let_go, plan_pruning, prune, superseded};
+pub use retention::{Pruning, Retention, delete, let_go, plan_pruning, prune, superseded};
 
 /// Elements of a block: the unit of the gradient norm, of digests, of ownership and of checkpoints.
 pub const BLOCK: usize = 1 << 16;

@@ -2,16 +2,37 @@
 
 use std::collections::BTreeSet;
 
-use anello_configs::Checkpoint;
+use anello_configs::{Checkpoint, RunConfig};
 
 use super::catalog::{manifest_path, set_aside_path};
 use super::{read_manifest, steps};
 use crate::{Error, Object, Result, Store};
 
-/// Steps of the checkpoints that `policy` no longer keeps. `kept` are all that exist, rising: (step, whether it is
-/// the end of a stage). The newest `keep_last` stay, and at least two whatever the policy says.
-pub fn superseded(policy: &Checkpoint, kept: &[(u64, bool)]) -> Vec<u64> {
+/// Which checkpoints of a run stay.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Retention {
+    /// What the config says of them.
+    pub policy: Checkpoint,
+    /// Steps that the run may go back from wherever it stands, and needs a checkpoint for that is as old.
+    pub reach: u64,
+}
+
+impl Retention {
+    /// That of a run of `config`.
+    pub fn of(config: &RunConfig) -> Self {
+        Self { policy: config.checkpoint.clone(), reach: config.guard.reach() }
+    }
+}
+
+/// Steps of the checkpoints that `retention` no longer keeps. `kept` are all that exist, rising: (step, whether it is
+/// the end of a stage). The newest `keep_last` stay, and at least two whatever the policy says; with a reach, also all from
+/// the newest that is `reach` steps older than the last one.
+pub fn superseded(retention: &Retention, kept: &[(u64, bool)]) -> Vec<u64> {
+    let Retention { policy, reach } = retention;
     let newest = kept.len().saturating_sub(policy.keep_last.max(2) as usize);
+    let oldest_reached = kept.last().map_or(0, |(last, _)| last.saturating_sub(*reach));
+    let reached = kept.partition_point(|(step, _)| *step <= oldest_reached).saturating_sub(1);
+    let newest = newest.min(reached);
     let stays = |step: u64, stage_end: bool| {
         (policy.keep_stage_ends && stage_end)
             || policy.keep_every_steps.is_some_and(|every| every > 0 && step.is_multiple_of(every))
@@ -110,16 +131,16 @@ pub fn plan_pruning(
     Ok(Pruning { gone, kept, objects })
 }
 
-/// Removes the checkpoints that `policy` no longer keeps, and the parts that are no checkpoint's. For the one writer of a
+/// Removes the checkpoints that `retention` no longer keeps, and the parts that are no checkpoint's. For the one writer of a
 /// run, which has no checkpoint under way.
-pub fn prune(store: &Store, policy: &Checkpoint) -> Result<()> {
-    plan_pruning(store, |kept| superseded(policy, kept), |kept| kept.last().copied())?.carry_out(store)
+pub fn prune(store: &Store, retention: &Retention) -> Result<()> {
+    plan_pruning(store, |kept| superseded(retention, kept), |kept| kept.last().copied())?.carry_out(store)
 }
 
-/// Removes the checkpoints that `policy` no longer keeps. Parts without a manifest stay: while several write, they may be
+/// Removes the checkpoints that `retention` no longer keeps. Parts without a manifest stay: while several write, they may be
 /// those of a checkpoint that is not complete yet.
-pub fn let_go(store: &Store, policy: &Checkpoint) -> Result<()> {
-    plan_pruning(store, |kept| superseded(policy, kept), |_| None)?.carry_out(store)
+pub fn let_go(store: &Store, retention: &Retention) -> Result<()> {
+    plan_pruning(store, |kept| superseded(retention, kept), |_| None)?.carry_out(store)
 }
 
 /// Removes the checkpoint after `step` steps.
@@ -141,10 +162,19 @@ mod tests {
             part_bytes: 1,
         };
         let all: Vec<(u64, bool)> = (1..=9).map(|i| (i * 10, i == 3)).collect();
-        assert_eq!(superseded(&policy, &all), [10, 20, 50, 60, 70]);
-        assert_eq!(superseded(&Checkpoint { keep_last: 0, ..policy.clone() }, &all), [10, 20, 50, 60, 70]);
+        let gone = |policy: &Checkpoint, reach, kept: &[(u64, bool)]| {
+            superseded(&Retention { policy: policy.clone(), reach }, kept)
+        };
+        assert_eq!(gone(&policy, 0, &all), [10, 20, 50, 60, 70]);
+        assert_eq!(gone(&Checkpoint { keep_last: 0, ..policy.clone() }, 0, &all), [10, 20, 50, 60, 70]);
         let bare = Checkpoint { keep_every_steps: None, keep_stage_ends: false, keep_last: 3, ..policy };
-        assert_eq!(superseded(&bare, &all), [10, 20, 30, 40, 50, 60]);
-        assert_eq!(superseded(&bare, &all[..2]), [0u64; 0]);
+        assert_eq!(gone(&bare, 0, &all), [10, 20, 30, 40, 50, 60]);
+        assert_eq!(gone(&bare, 0, &all[..2]), [0u64; 0]);
+        // One that is so many steps older than the last stays, and what is between, which is the one in time.
+        assert_eq!(gone(&bare, 5, &all), [10, 20, 30, 40, 50, 60]);
+        assert_eq!(gone(&bare, 30, &all), [10, 20, 30, 40, 50]);
+        assert_eq!(gone(&bare, 31, &all), [10, 20, 30, 40]);
+        assert_eq!(gone(&bare, 85, &all), [0u64; 0]);
+        assert_eq!(gone(&bare, 900, &all), [0u64; 0]);
     }
 }

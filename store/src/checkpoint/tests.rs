@@ -205,7 +205,7 @@ fn pruning_takes_what_the_policy_lets_go_and_what_no_checkpoint_names() {
         keep_stage_ends: true,
         part_bytes: 1,
     };
-    prune(&store, &policy).unwrap();
+    prune(&store, &Retention { policy, reach: 0 }).unwrap();
     assert_eq!(steps(&store).unwrap(), [2, 4, 5]);
     let own = ["part-00000-00002-00000001.safetensors", "part-00002-00003-00000001.safetensors"];
     assert_eq!(names(&store, 1), [""; 0]);
@@ -236,14 +236,15 @@ fn told(manifest: &Manifest) -> String {
     manifest.parts.iter().map(word).collect::<Vec<_>>().join(", ")
 }
 
-fn policy() -> anello_configs::Checkpoint {
-    anello_configs::Checkpoint {
+fn retention() -> Retention {
+    let policy = anello_configs::Checkpoint {
         every_steps: 1,
         keep_last: 2,
         keep_every_steps: None,
         keep_stage_ends: false,
         part_bytes: 1,
-    }
+    };
+    Retention { policy, reach: 0 }
 }
 
 /// Five checkpoints: the last block alone changes until the third, then another.
@@ -289,7 +290,7 @@ fn what_did_not_change_is_named_and_not_written_again() {
 #[test]
 fn a_part_goes_with_the_last_checkpoint_that_names_it() {
     let store = incremental();
-    prune(&store, &policy()).unwrap();
+    prune(&store, &retention()).unwrap();
     assert_eq!(steps(&store).unwrap(), [3, 4]);
     let there = |step| names(&store, step).iter().map(|name| name[5..16].to_owned()).collect::<Vec<_>>();
     assert_eq!((there(1), there(2)), (vec!["00000-00004".to_owned()], vec!["00004-00005".to_owned()]));
@@ -299,7 +300,7 @@ fn a_part_goes_with_the_last_checkpoint_that_names_it() {
     // Two more that share nothing with those before.
     for (step, fill) in [(5, 50), (6, 60)] {
         saved_state(&store, step, [fill; 6]);
-        prune(&store, &policy()).unwrap();
+        prune(&store, &retention()).unwrap();
     }
     assert_eq!(steps(&store).unwrap(), [5, 6]);
     assert_eq!(store.list("checkpoints").unwrap().len(), 2 * 3, "two parts and a manifest each");
@@ -313,7 +314,7 @@ fn pruning_that_is_killed_anywhere_leaves_whole_checkpoints_and_is_finished_by_t
     let store = incremental();
     parts(&store, 3, 2, 9);
     let plan = |store: &Store| {
-        let gone = |kept: &[(u64, bool)]| superseded(&policy(), kept);
+        let gone = |kept: &[(u64, bool)]| superseded(&retention(), kept);
         plan_pruning(store, gone, |kept| kept.last().copied()).unwrap()
     };
     let pruning = plan(&store);
@@ -346,12 +347,12 @@ fn nothing_is_removed_while_a_manifest_cannot_be_read_and_may_name_it() {
     let text = String::from_utf8(store.get(&path).unwrap().unwrap().to_vec()).unwrap();
     store.put(&path, text.replacen("\"format\": 2", "\"format\": 3", 1)).unwrap();
     let before = store.list("").unwrap();
-    let refused = prune(&store, &policy());
+    let refused = prune(&store, &retention());
     assert!(matches!(refused, Err(Error::Malformed { .. })), "{refused:?}");
     assert_eq!(store.list("").unwrap(), before);
     // One that is damaged names nothing that anyone can use; what it has of its own stays to be looked at.
     store.put(&path, text.replacen("\"updates\": 4", "\"updates\": 5", 1)).unwrap();
-    prune(&store, &policy()).unwrap();
+    prune(&store, &retention()).unwrap();
     assert_eq!(steps(&store).unwrap(), [2, 3, 4]);
     assert_eq!(names(&store, 4).len(), 4);
     for step in [2, 3] {

@@ -134,6 +134,53 @@ fn stages_that_freeze_parameters_are_the_same_in_a_ring() {
     assert!(formed >= 3, "{formed} rings over two changes of what is trained");
 }
 
+/// After a loss spike the state is that of some steps before: one process and any ring come to it, whoever dies meanwhile.
+#[test]
+fn a_ring_goes_back_after_a_spike_as_one_worker_does() {
+    let sets = [
+        "stages=[\"stable\"]",
+        "stage.stable={tokens=5120,sequence=16,batch=128,lr=1.0,loops=2,mixture={tales=3,lists=1}}",
+        "guard={on_spike=\"rollback\",window=6,factor=1.0,floor=0.01,rollback_steps=2}",
+        "checkpoint.every_steps=5",
+    ];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let one = [&["run", "small.toml", "--out", "wild-one", "--sample", "0"], &sets[..]].concat();
+    world().anello(&one).expect(0);
+    let told = |run| {
+        let spikes: Vec<String> = events(run)
+            .lines()
+            .filter_map(|line| line.split_once("the loss of step "))
+            .map(|(_, told)| told.to_owned())
+            .collect();
+        assert!(
+            spikes.iter().all(|told| told.contains("the run goes on from its state after")),
+            "{spikes:?}"
+        );
+        // A ring that died before it told may tell again.
+        spikes.into_iter().collect::<BTreeSet<_>>()
+    };
+    let expected = told("wild-one");
+    assert!(expected.len() >= 2, "the run is wild: {expected:?}");
+    let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
+    for (run, workers, kills) in [("wild-two", 2, 0), ("wild-killed", 3, 3)] {
+        let mut ring = start(run, workers, &sets);
+        for kill in 1..=kills {
+            wait_until("it is so far", || {
+                newest_checkpoint(&world().folder.join(run)) >= 8 * kill || ring.ended()
+            });
+            if let Some(worker) = ring.children().first() {
+                signal(*worker, "KILL");
+            }
+        }
+        ring.wait().expect(0);
+        world().anello(&["checkpoint", "diff", "wild-one", run]).expect(0);
+        assert_eq!(figures(run), figures("wild-one"), "{run}");
+        assert_eq!(told(run), expected, "{run}");
+    }
+    let audited = world().anello(&["audit", "wild-killed", "--workers", "2"]).expect(0);
+    assert!(audited.contains("is what its record says"), "{audited}");
+}
+
 fn disturbed(seed: u64) {
     let mut dice = Dice(seed);
     let workers = 2 + dice.below(3) as u32;

@@ -190,7 +190,7 @@ fn step_both(sides: &mut [Side<'_>; 2], step: u64, first_step: bool) -> Result<S
     }
     let totals = (a.total(), b.total());
     first.total(&totals.0, &totals.1, same_layout.then_some(&a.engine.state().layout));
-    let outcomes = (a.finish(&plans.0, totals.0), b.finish(&plans.1, totals.1));
+    let outcomes = (a.finish(&plans.0, totals.0)?, b.finish(&plans.1, totals.1)?);
     first.figures(Phase::Norm, None, || norms((a, &outcomes.0), (b, &outcomes.1), step));
     first.note(Phase::Update, || {
         let rates = [plans.0.lr, plans.1.lr].map(compare::exact);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anello_configs::{RunConfig, StepPlan};
+use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{Dataset, LaneStep, Loader, LoaderOptions, MicroBatch, SkippedRowGroup};
 use anello_store::Cursor;
 use anello_store::checkpoint::Manifest;
@@ -19,6 +19,7 @@ use crate::engine::{Engine, Outcome};
 use crate::error::{Error, Result};
 use crate::init::initial_state;
 use crate::objective::LossSums;
+use crate::rollback::{Known, Rollback};
 use crate::validate::HeldOut;
 
 /// Where a run begins to be computed again.
@@ -41,6 +42,10 @@ pub(crate) struct Side<'a> {
     held_out: Option<HeldOut>,
     /// The first step of the config that engine and loader are for.
     config_from: u64,
+    /// What the run's data is, for steps that are computed once more.
+    data: LoaderOptions,
+    /// The state after the last spike that was undone: no step before it is needed again.
+    undone: Option<Known>,
 }
 
 /// What one lane came to.
@@ -85,10 +90,10 @@ impl<'a> Side<'a> {
         note_other_data(run, &data, notes);
         let sources = data.sources.clone();
         let loader =
-            Loader::open(LoaderOptions { start_step: step, cursors: Some(cursors.clone()), ..data })?;
+            Loader::open(LoaderOptions { start_step: step, cursors: Some(cursors.clone()), ..data.clone() })?;
         let held_out = held_out(run, config, notes);
         let config_from = run.config_from(step);
-        Ok(Self { run, engine, sources, cursors, loader, held_out, config_from })
+        Ok(Self { run, engine, sources, cursors, loader, held_out, config_from, data, undone: None })
     }
 
     /// Goes over to the config of `step`, when the run was given another one there.
@@ -100,7 +105,8 @@ impl<'a> Side<'a> {
         let config = self.run.config_at(step);
         let data = LoaderOptions::of(config)?;
         let cursors = Some(self.cursors.clone());
-        self.loader = Loader::open(LoaderOptions { start_step: step, cursors, ..data })?;
+        self.loader = Loader::open(LoaderOptions { start_step: step, cursors, ..data.clone() })?;
+        self.data = data;
         self.engine = Engine::with_state(config, self.engine.state().copy());
         self.held_out = held_out(self.run, config, &mut Vec::new());
         self.config_from = from;
@@ -135,10 +141,22 @@ impl<'a> Side<'a> {
         (gradient, sums)
     }
 
-    pub fn finish(&mut self, plan: &StepPlan<'_>, (gradient, sums): (Tensor, LossSums)) -> Outcome {
+    pub fn finish(&mut self, plan: &StepPlan<'_>, (gradient, sums): (Tensor, LossSums)) -> Result<Outcome> {
         let outcome = self.engine.finish_with(plan, &gradient, sums);
         self.engine.recycle(gradient);
-        outcome
+        self.undo_spike(plan, &outcome)?;
+        Ok(outcome)
+    }
+
+    /// Goes back as the run did, when the step of `plan` came to a spike.
+    fn undo_spike(&mut self, plan: &StepPlan<'_>, outcome: &Outcome) -> Result<()> {
+        let Some(to) = outcome.back_to else { return Ok(()) };
+        let config = self.run.config_at(plan.step);
+        let (store, schedule, known) = (&self.run.store, &Schedule::new(config), self.undone.as_ref());
+        Rollback { store, config, schedule, data: &self.data, known }.undo(&mut self.engine, to)?;
+        let (state, cursors) = (self.engine.state().copy(), self.cursors.clone());
+        self.undone = Some(Known { step: plan.step + 1, state, cursors });
+        Ok(())
     }
 
     /// What is logged of a step that came to `outcome`, with the digest of the weights and the figures on held-out data
@@ -168,6 +186,7 @@ impl<'a> Side<'a> {
             skipped.extend(lane_step.skipped_row_groups.into_iter().map(|group| (lane, group)));
         }
         let outcome = self.engine.finish(&plan);
+        self.undo_spike(&plan, &outcome)?;
         Ok(Stepped { record: self.record(&plan, &outcome)?, skipped })
     }
 

@@ -1,9 +1,10 @@
 //! The model thread: gets state, meets the peers, and trains until the ring ends.
 //!
 //! Here are the thread and its loop over steps; `state` takes state where a generation says, offers and copies it,
-//! `step` is one step of the ring, `faults` does the harm that tests ask for.
+//! `step` is one step of the ring, `rollback` undoes a loss spike, `faults` does the harm that tests ask for.
 
 mod faults;
+mod rollback;
 mod state;
 mod step;
 
@@ -14,7 +15,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anello_collective::{
-    AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, tcp,
+    AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
+    tcp,
 };
 use anello_configs::{RunConfig, Schedule, StateCopies, StepPlan, Trains};
 use anello_dataloader::{Loader, LoaderOptions};
@@ -162,6 +164,16 @@ struct Thread {
     writer: PartsWriter,
 }
 
+/// What a step came to.
+struct Stepped {
+    /// The control word that all agreed on.
+    control: u8,
+    /// What there is to report.
+    report: v1::StepReport,
+    /// Whether it was a spike, and the state is that of some steps before.
+    undone: bool,
+}
+
 /// One generation, as a member serves it.
 struct Serving<'a> {
     formation: &'a Formation,
@@ -170,6 +182,7 @@ struct Serving<'a> {
     hold: &'a AtomicU8,
     /// The moments are shared out over the members.
     shared: bool,
+    abort: &'a AbortHandle,
 }
 
 impl Thread {
@@ -251,7 +264,7 @@ impl Thread {
         let lanes = formation.members[rank].lanes.clone();
         // Of two, each has what it owns and what the other does: all.
         let shared = self.config.ring.state_copies == StateCopies::Two && formation.members.len() > 2;
-        let serving = Serving { formation, rank, lanes, hold, shared };
+        let serving = Serving { formation, rank, lanes, hold, shared, abort };
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
@@ -289,10 +302,12 @@ impl Thread {
                 loader = Some(self.loader(&serving.lanes, at)?);
             }
             let sent_before = ring.sent_bytes();
-            let (control, mut report) = self.step(&plan, &serving, &mut ring, loader.as_mut())?;
+            let Stepped { control, mut report, undone } =
+                self.step(&plan, &serving, &mut ring, loader.as_mut())?;
             at += 1;
             self.inject_fault(at, rank);
-            let due = self.is_due(at) || control == 2;
+            // After a spike that was undone too, so that what was computed again need not be once more.
+            let due = self.is_due(at) || control == 2 || undone;
             let compared = self.compare_replicas(&mut ring, at, due, &serving);
             if due && compared.is_ok() {
                 let stalled = Instant::now();

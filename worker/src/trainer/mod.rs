@@ -19,16 +19,17 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anello_configs::{RunConfig, Schedule, StepPlan};
-use anello_dataloader::{LaneStep, Loader};
+use anello_dataloader::{LaneStep, Loader, LoaderOptions};
 use anello_store::checkpoint::{read_manifest, steps};
 use anello_store::events::{Event, EventLog};
 use anello_store::metrics::{Seconds, StepRecord};
-use anello_store::{Cursor, Notice, Store};
+use anello_store::{Cursor, Error as StoreError, Notice, Store};
 
 use crate::account::{Epochs, Stamp, outcome_event, position_after, weights_digest};
 use crate::checkpoint::Snapshot;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::rollback::Rollback;
 use crate::validate::HeldOut;
 
 pub use open::{Resume, Run};
@@ -101,6 +102,7 @@ struct Trainer {
     retry: Duration,
     schedule: Schedule,
     engine: Engine,
+    data: LoaderOptions,
     loader: Loader,
     held_out: Option<HeldOut>,
     /// Where each lane is after the last step.
@@ -135,6 +137,7 @@ impl Trainer {
             retry: run.retry,
             schedule,
             engine,
+            data: run.data,
             loader,
             held_out: run.held_out,
             cursors,
@@ -199,6 +202,9 @@ impl Trainer {
         }
         let updated = Instant::now();
         let outcome = self.engine.finish(plan);
+        if let Some(to) = outcome.back_to {
+            self.go_back(to)?;
+        }
         self.next_step = plan.step + 1;
         let on_record = self.config.record.has_weights(self.next_step);
         let weights = on_record.then(|| weights_digest(self.engine.state()));
@@ -212,7 +218,10 @@ impl Trainer {
         }
 
         self.note_failure()?;
-        let due = self.next_step.is_multiple_of(self.config.checkpoint.every_steps) || plan.last_of_stage;
+        // After a spike that was undone too, so that what was computed again need not be once more.
+        let due = self.next_step.is_multiple_of(self.config.checkpoint.every_steps)
+            || plan.last_of_stage
+            || outcome.back_to.is_some();
         let again = self.retry_at.is_some_and(|at| at <= Instant::now());
         let mut snapshot = None;
         if due || again {
@@ -232,6 +241,21 @@ impl Trainer {
             self.writer.checkpoint(snapshot)?;
         }
         Ok(taken)
+    }
+
+    /// Makes the state that after `to` steps.
+    fn go_back(&mut self, to: u64) -> Result<()> {
+        // The one that is being written may be the one to begin from.
+        self.wait_for_checkpoint()?;
+        let Self { config, store, schedule, data, engine, retry, .. } = self;
+        let rollback = Rollback { store, config, schedule, data, known: None };
+        for _ in 1..LAST_ATTEMPTS {
+            match rollback.undo(engine, to) {
+                Err(Error::Store(StoreError::Object { .. })) => std::thread::sleep(*retry),
+                result => return result,
+            }
+        }
+        rollback.undo(engine, to)
     }
 
     fn next_lane_step(&mut self, plan: &StepPlan<'_>, lane: u32) -> Result<LaneStep> {

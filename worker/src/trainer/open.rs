@@ -26,7 +26,7 @@ pub struct Run {
     pub store: Store,
     /// Time between two attempts at what could not be written.
     pub retry: Duration,
-    data: LoaderOptions,
+    pub(super) data: LoaderOptions,
     pub(super) held_out: Option<HeldOut>,
     resumed: bool,
     allow: bool,

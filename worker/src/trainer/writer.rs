@@ -4,8 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvErr
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anello_configs::Checkpoint;
-use anello_store::checkpoint::{Manifest, commit, point_at, prune};
+use anello_store::checkpoint::{Manifest, Retention, commit, point_at, prune};
 use anello_store::events::{Event, EventLog};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Notice, Store};
@@ -44,7 +43,7 @@ impl Writer {
         let (answers, results) = channel();
         let desk = Desk {
             store: run.store.clone(),
-            policy: run.config.checkpoint.clone(),
+            retention: Retention::of(&run.config),
             retry: run.retry,
             notices,
             log,
@@ -113,7 +112,7 @@ impl Drop for Writer {
 /// The writer thread's state: what could not be written yet is kept, in order.
 struct Desk {
     store: Store,
-    policy: Checkpoint,
+    retention: Retention,
     retry: Duration,
     notices: Sender<Notice>,
     log: EventLog,
@@ -224,12 +223,13 @@ impl Desk {
     fn save(&mut self, snapshot: &Snapshot) -> Result<Manifest> {
         self.flush_rows()?;
         self.log.check()?;
-        let written = checkpoint::write(&self.store, snapshot, self.policy.part_bytes, self.log.session())?;
+        let written =
+            checkpoint::write(&self.store, snapshot, self.retention.policy.part_bytes, self.log.session())?;
         Ok(commit(&self.store, Manifest::new(snapshot.facts.clone(), written))?)
     }
 
     fn prune(&self) {
-        if let Err(cause) = prune(&self.store, &self.policy) {
+        if let Err(cause) = prune(&self.store, &self.retention) {
             tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
         }
     }

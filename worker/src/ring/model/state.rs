@@ -91,14 +91,7 @@ impl Thread {
                     let State { layout, cover, .. } = held.engine.state();
                     held.step == *start && serving.needs(layout.blocks()).without(cover).is_empty()
                 };
-                if !self.held.as_ref().is_some_and(is_there) {
-                    let state =
-                        initial_state(&self.config, Device::Cpu).map_err(|error| fault(error.to_string()))?;
-                    let engine = Engine::with_state(&self.config, state);
-                    let cursors = vec![Cursor::default(); self.config.lanes as usize];
-                    self.held = Some(Held::new(engine, Step(0), cursors));
-                }
-                Ok(())
+                if self.held.as_ref().is_some_and(is_there) { Ok(()) } else { self.hold_seed() }
             }
             Source::Checkpoint { step } => self.load(serving, *step, abort),
         }
@@ -311,34 +304,39 @@ impl Thread {
         *self.shelf.write().expect("no holder panics") = Some(Arc::new(offered));
     }
 
-    fn load(&mut self, serving: &Serving<'_>, step: Step, abort: &AbortHandle) -> Served<()> {
+    /// Makes this worker hold what the run begins with.
+    pub(super) fn hold_seed(&mut self) -> Served<()> {
+        let state = initial_state(&self.config, Device::Cpu).map_err(|error| fault(error.to_string()))?;
+        let engine = Engine::with_state(&self.config, state);
+        let cursors = vec![Cursor::default(); self.config.lanes as usize];
+        self.held = Some(Held::new(engine, Step(0), cursors));
+        Ok(())
+    }
+
+    /// Makes this worker hold what it needs of the state of a checkpoint.
+    pub(super) fn load(&mut self, serving: &Serving<'_>, step: Step, abort: &AbortHandle) -> Served<()> {
         let grows = self.schedule.at(step.0).is_some_and(|plan| plan.upcycle.is_some());
         let cover = |layout: &Layout| match grows {
             true => Cover::all(layout.blocks()),
             false => serving.needs(layout.blocks()),
         };
-        loop {
-            match checkpoint::load_shard(&self.store, step.0, &self.config.model, Device::Cpu, cover) {
-                Ok(loaded) => {
-                    let cursors = loaded.manifest.cursors;
-                    let engine = Engine::with_state(&self.config, loaded.state);
-                    self.held = Some(Held::new(engine, step, cursors));
-                    return Ok(());
-                }
-                Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => {
-                    return Err(Cause::NoState { reason: damaged.to_string() });
-                }
-                Err(cause) => {
-                    tracing::warn!(%cause, %step, "a checkpoint cannot be read now");
-                    let until = Instant::now() + RETRY;
-                    while Instant::now() < until {
-                        if let Some(reason) = abort.reason() {
-                            return Err(broken(None, reason.to_owned()));
-                        }
-                        std::thread::sleep(Duration::from_millis(20));
-                    }
-                }
-            }
+        let loaded = patiently(abort, "a checkpoint cannot be read now", || {
+            checkpoint::load_shard(&self.store, step.0, &self.config.model, Device::Cpu, cover)
+        })?;
+        let loaded = loaded.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
+        let engine = Engine::with_state(&self.config, loaded.state);
+        self.held = Some(Held::new(engine, step, loaded.manifest.cursors));
+        Ok(())
+    }
+
+    /// Makes the state that is held that which the step of `plan` begins with, and lets go of moments that this member does
+    /// not need.
+    pub(super) fn begin_at(&mut self, plan: &StepPlan<'_>, serving: &Serving<'_>) {
+        let held = self.held.as_mut().expect("state was taken");
+        held.enter(plan);
+        if serving.shared {
+            let cover = serving.needs(held.engine.state().layout.blocks());
+            held.engine.set_cover(cover, &[]);
         }
     }
 
@@ -365,5 +363,28 @@ impl Thread {
         let position = position_after(&self.schedule, held.step.0);
         let facts = self.stamp.facts(held.engine.state(), position, held.cursors.clone());
         Snapshot::take(held.engine.state(), blocks, facts)
+    }
+}
+
+/// Tries until the store answers, or the ring is given up. The error within is that of a checkpoint that is damaged.
+pub(super) fn patiently<T>(
+    abort: &AbortHandle,
+    what: &str,
+    attempt: impl Fn() -> Result<T>,
+) -> Served<Result<T>> {
+    loop {
+        let cause = match attempt() {
+            Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => return Ok(Err(damaged)),
+            Err(cause) => cause,
+            value => return Ok(value),
+        };
+        tracing::warn!(%cause, "{what}");
+        let until = Instant::now() + RETRY;
+        while Instant::now() < until {
+            if let Some(reason) = abort.reason() {
+                return Err(broken(None, reason.to_owned()));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }

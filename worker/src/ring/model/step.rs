@@ -1,6 +1,5 @@
 //! One step: own lanes, the sum of all, the checks before it, the update and what is reported of it.
 
-use anello_collective::Step as RingStep;
 use anello_dataloader::LaneStep;
 use anello_store::events::Event as Logged;
 use anello_store::metrics::{Evaluated, Seconds, StepRecord};
@@ -10,6 +9,7 @@ use super::*;
 use crate::account::{outcome_event, weights_digest};
 use crate::engine::{Growing, Outcome};
 use crate::ffi;
+use crate::guard;
 use crate::ring::replicas;
 use crate::ring::spot::{self, Spot};
 use crate::ring::sum::add_up;
@@ -17,15 +17,14 @@ use crate::ring::validation;
 use crate::ring::word::{Agreed, Word, agree};
 
 impl Thread {
-    /// One step: own lanes, the sum of all, the update. Returns the control word that all agreed on, and what there is to
-    /// report.
+    /// One step: own lanes, the sum of all, the update.
     pub(super) fn step(
         &mut self,
         plan: &StepPlan<'_>,
         serving: &Serving<'_>,
         ring: &mut tcp::Tcp,
         mut loader: Option<&mut Loader>,
-    ) -> Served<(u8, v1::StepReport)> {
+    ) -> Served<Stepped> {
         let _step = tracing::trace_span!("step", step = plan.step, rank = serving.rank).entered();
         let began = Instant::now();
         let mut seconds = Seconds::default();
@@ -119,12 +118,17 @@ impl Thread {
             let Pending { prepared, cursors } = held.pending.take().expect("just made");
             let update = held.engine.complete(prepared, total);
             held.cursors = cursors;
-            Outcome { sums, update, spike }
+            let back_to = guard::back_to(&self.config.guard, spike, plan.step);
+            Outcome { sums, update, spike, back_to }
         } else {
             held.cursors = moved;
             held.engine.finish_with(plan, total, sums)
         };
         (held.step, held.entered) = (Step(plan.step + 1), false);
+        if let Some(to) = outcome.back_to {
+            self.go_back(plan, to, serving, ring)?;
+        }
+        let held = self.held.as_ref().expect("state was taken");
         let on_record = self.config.record.has_weights(plan.step + 1);
         let weights = on_record.then(|| weights_digest(held.engine.state()));
         seconds.reduce += spreading.as_secs_f64();
@@ -135,7 +139,8 @@ impl Thread {
             plan.first_of_stage.then(|| Logged::Stage { step: plan.step, stage: plan.stage.name.clone() }),
         );
         events.extend(outcome_event(plan, &outcome));
-        Ok((control, report(StepRecord { weights, ..outcome.record(plan, seconds) }, &events)))
+        let report = report(StepRecord { weights, ..outcome.record(plan, seconds) }, &events);
+        Ok(Stepped { control, report, undone: outcome.back_to.is_some() })
     }
 
     /// Has one lane's gradient computed by a second member, and by a third when the two differ, before anything of the step

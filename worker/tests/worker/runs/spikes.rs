@@ -18,7 +18,9 @@ mixture = { words = 3, code = 1 }
     let (head, _) = CONFIG.split_once("[stage.warmup]").unwrap();
     let (before, rest) = head.split_once("stages = ").unwrap();
     let (_, after) = rest.split_once('\n').unwrap();
-    let guard = format!("[guard]\non_spike = {on_spike:?}\nwindow = 6\nfactor = 2.0\nfloor = 0.01\n");
+    let guard = format!(
+        "[guard]\non_spike = {on_spike:?}\nwindow = 6\nfactor = 2.0\nfloor = 0.01\nrollback_steps = 2\n"
+    );
     data.parse(&format!("{before}stages = [\"stable\"]\n{after}{guard}{STAGE}"))
 }
 
@@ -96,14 +98,89 @@ fn a_run_that_is_stopped_anywhere_leaves_out_the_same_steps() {
     assert_eq!(findings.verdict, Verdict::Confirmed, "{findings:#?}");
 }
 
+fn gone_back(store: &Store) -> Vec<(u64, u64)> {
+    let told = events_of(store).into_iter().filter_map(|event| match event {
+        Event::Spike { step, back_to: Some(to), .. } => Some((step, to)),
+        _ => None,
+    });
+    told.collect()
+}
+
+#[test]
+fn after_a_spike_the_state_is_that_of_some_steps_before() {
+    let (data, logged, store) = (Data::new(), Store::memory().unwrap(), Store::memory().unwrap());
+    for (store, on_spike) in [(&logged, "log"), (&store, "rollback")] {
+        let mut config = wild(&data, on_spike);
+        config.checkpoint.every_steps = 1;
+        begin(store, &config, None);
+    }
+    let undone = gone_back(&store);
+    assert!(undone.len() > 1, "the run is wild: {undone:?}");
+    let (first, to) = undone[0];
+    // Up to the first both are the same run.
+    assert_eq!((first, to), (spikes(&logged)[0].0, first - 2));
+    assert_eq!(weights(&store, first), weights(&logged, first));
+    let rows = metrics::read(&store).unwrap();
+    assert_eq!(rows.len() as u64, wild(&data, "off").stages[0].tokens / 128);
+    for (at, (step, to)) in undone.iter().enumerate() {
+        let (after, before) = [step + 1, *to].map(|at| checkpoint::read_manifest(&store, at).unwrap()).into();
+        assert_eq!(after.blocks, before.blocks, "weights and moments after step {step}");
+        assert_eq!(after.updates, before.updates);
+        assert_ne!(after.cursors, before.cursors, "its batches are left out");
+        assert_eq!(after.losses, [0.0; 0], "losses are measured anew");
+        assert!(!rows[*step as usize].applied);
+        assert!(at == 0 || undone[at - 1].0 < *to, "it goes back behind no other spike: {undone:?}");
+    }
+    let between: Vec<u64> = rows.iter().filter(|row| !row.applied).map(|row| row.step).collect();
+    assert_eq!(between, undone.iter().map(|(step, _)| *step).collect::<Vec<_>>());
+}
+
+/// With few checkpoints, of which old ones go, the steps before the spike are computed again from what is left.
+#[test]
+fn a_run_that_goes_back_is_the_same_wherever_it_is_stopped() {
+    let (data, undisturbed) = (Data::new(), Store::memory().unwrap());
+    let mut config = wild(&data, "rollback");
+    (config.checkpoint.every_steps, config.checkpoint.keep_last) = (5, 2);
+    let ended = begin(&undisturbed, &config, None);
+    let expected = gone_back(&undisturbed);
+    assert!(expected.iter().any(|(_, to)| !to.is_multiple_of(5)), "steps are computed again: {expected:?}");
+    for stop in 1..ended.step {
+        let store = Store::memory().unwrap();
+        begin(&store, &config, Some(stop));
+        assert_eq!(resume(&store, None), ended, "stopped after {stop} steps");
+        assert_eq!(gone_back(&store), expected, "stopped after {stop} steps");
+    }
+    // Checkpoints that are damaged are passed over for older ones, down to the seed.
+    for damaged in [1, 2] {
+        let store = Store::memory().unwrap();
+        let stop = expected[0].0;
+        begin(&store, &config, Some(stop));
+        let known = checkpoint::steps(&store).unwrap();
+        for step in known.iter().filter(|step| **step < stop).rev().take(damaged) {
+            let path = format!("{}/manifest.json", checkpoint::folder(*step));
+            store.put(&path, "{}").unwrap();
+        }
+        assert_eq!(resume(&store, None), ended, "{damaged} of {known:?} are damaged");
+        assert_eq!(gone_back(&store), expected);
+    }
+    for workers in [1, 2] {
+        let options = Options { workers, ..Options::default() };
+        let findings = audit(&undisturbed, &options, &mut |_| {}).unwrap();
+        assert_eq!(findings.verdict, Verdict::Confirmed, "{findings:#?}");
+    }
+}
+
 #[test]
 fn only_what_skips_is_mathematics() {
     let data = Data::new();
     let digest = |on_spike| wild(&data, on_spike).digest();
     assert_eq!(digest("log"), digest("off"));
     assert_ne!(digest("log"), digest("skip"));
+    assert_ne!(digest("rollback"), digest("skip"));
     let keys = wild(&data, "skip").mathematics();
     for key in ["guard.on_spike", "guard.window", "guard.factor", "guard.floor"] {
         assert!(keys.contains_key(key), "{key}");
     }
+    assert!(!keys.contains_key("guard.rollback_steps"));
+    assert!(wild(&data, "rollback").mathematics().contains_key("guard.rollback_steps"));
 }
