@@ -130,9 +130,27 @@ impl Index {
         Ok(store.put(INDEX_FILE, text)?)
     }
 
-    /// BLAKE3 of what determines the order of documents: paths, sizes, rows and tokens. It is the same for a stored
-    /// index and one built in memory.
+    /// What tells the data apart from other data: BLAKE3 of what determines the order of documents (paths, sizes, rows and
+    /// tokens), hex, and after a `+` that of what is in them, by the checksums of all row groups, where the index has them. So
+    /// it covers the content when an index is made anew; compare two with [`anello_store::checkpoint::same_data`], since
+    /// an index built in memory has no checksums.
     pub fn digest(&self) -> String {
+        let order = self.order_digest();
+        self.content_digest().map_or(order.clone(), |content| format!("{order}+{content}"))
+    }
+
+    /// BLAKE3 of the checksums of all row groups, in order; `None` when one has none.
+    fn content_digest(&self) -> Option<String> {
+        let mut hasher = blake3::Hasher::new();
+        for group in self.row_groups() {
+            let checksum = group.blake3.as_ref()?;
+            hasher.update(&(checksum.len() as u64).to_le_bytes());
+            hasher.update(checksum.as_bytes());
+        }
+        Some(hasher.finalize().to_hex().to_string())
+    }
+
+    fn order_digest(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for shard in &self.shards {
             hasher.update(&(shard.path.len() as u64).to_le_bytes());

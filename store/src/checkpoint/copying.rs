@@ -3,7 +3,7 @@
 use super::catalog::{manifest_path, missing_part, read_manifest_bytes};
 use super::manifest::damaged;
 use super::parallel::each;
-use super::{Manifest, Part, point_at, read_manifest, steps};
+use super::{Manifest, Part, point_at, read_manifest, same_data, steps};
 use crate::{CONFIG, ENVIRONMENT, Error, Fetched, Result, Store};
 
 /// Parts that are on their way at a time, each in memory once.
@@ -38,8 +38,13 @@ pub fn copy(from: &Store, step: u64, to: &Store, sent: impl Fn(&Part) + Sync) ->
     }
     let others = to.get(CONFIG)?.is_some_and(|there| there != config);
     let of_another = |step: u64| {
-        read_manifest(to, step)
-            .map(|there| (&there.config, &there.data) != (&manifest.config, &manifest.data))
+        let there = read_manifest(to, step)?;
+        let same = there.data.len() == manifest.data.len()
+            && there
+                .data
+                .iter()
+                .all(|(name, digest)| manifest.data.get(name).is_some_and(|ours| same_data(ours, digest)));
+        Ok(there.config != manifest.config || !same)
     };
     if others || steps(to)?.into_iter().map(of_another).collect::<Result<Vec<_>>>()?.contains(&true) {
         return refused("it holds checkpoints of another run; copy to another place".to_owned());

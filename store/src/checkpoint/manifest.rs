@@ -36,7 +36,7 @@ pub struct Manifest {
     pub elements: u64,
     /// Digest of the config's mathematics.
     pub config: String,
-    /// Digest of the index of each source, by name.
+    /// Digest of the data of each source, by name (see [`same_data`]).
     pub data: BTreeMap<String, String>,
     /// Where each lane is in its data.
     pub cursors: Vec<Cursor>,
@@ -98,7 +98,7 @@ pub struct Facts {
     pub losses: Vec<f64>,
     /// Digest of the config's mathematics.
     pub config: String,
-    /// Digest of the index of each source, by name.
+    /// Digest of the data of each source, by name (see [`same_data`]).
     pub data: BTreeMap<String, String>,
     /// Where it was taken.
     pub environment: Environment,
@@ -106,13 +106,27 @@ pub struct Facts {
 
 impl Facts {
     /// What several writers of one checkpoint must agree on: BLAKE3 of all of this as compact JSON, hex. Threads count
-    /// as 0 in it, since no bit depends on them and machines differ in how many they have.
+    /// as 0 in it, since no bit depends on them and machines differ in how many they have; nor does it matter whether one of
+    /// them began before the data had checksums.
     pub fn digest(&self) -> String {
         let environment = Environment { threads: 0, ..self.environment.clone() };
-        let agreed = Self { environment, ..self.clone() };
+        let order = |(name, digest): (&String, &String)| (name.clone(), parts_of(digest).0.to_owned());
+        let agreed = Self { environment, data: self.data.iter().map(order).collect(), ..self.clone() };
         let bytes = serde_json::to_vec(&agreed).expect("every map of the facts has string keys");
         blake3::hash(&bytes).to_hex().to_string()
     }
+}
+
+/// Whether two digests of data, as manifests have them, are of the same as far as both tell: the order of documents, and
+/// what is in them where both sides have checksums of it.
+pub fn same_data(one: &str, other: &str) -> bool {
+    let ((one, content), (other, other_content)) = (parts_of(one), parts_of(other));
+    one == other && content.zip(other_content).is_none_or(|(content, other)| content == other)
+}
+
+/// The digest of the order, and that of the content if there is one.
+fn parts_of(digest: &str) -> (&str, Option<&str>) {
+    digest.split_once('+').map_or((digest, None), |(order, content)| (order, Some(content)))
 }
 
 /// One part of a checkpoint.

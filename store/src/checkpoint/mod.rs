@@ -42,7 +42,7 @@ pub use catalog::{
     steps,
 };
 pub use copying::{Copied, copy};
-pub use manifest::{BlockDigests, FORMAT, Facts, Manifest, Part, Position, digest_of_blocks};
+pub use manifest::{BlockDigests, FORMAT, Facts, Manifest, Part, Position, digest_of_blocks, same_data};
 pub use part::{Parts, Stamp, Written, read_part, read_parts, verify};
 pub use retention::{Pruning, Retention, delete, let_go, plan_pruning, prune, superseded};
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anello_dataloader::LoaderOptions;
 use anello_store::Error as StoreError;
-use anello_store::checkpoint::Manifest;
+use anello_store::checkpoint::{Manifest, same_data};
 use anello_store::events::Event;
 
 use super::findings::{Contradiction, Subject};
@@ -103,7 +103,7 @@ fn data(run: &Recorded, read: &mut Read) {
             for (name, dataset) in &options.sources {
                 let ours = dataset.index().digest();
                 let place = dataset.store().place();
-                if let Some(theirs) = trained_on.get(name).filter(|theirs| **theirs != ours) {
+                if let Some(theirs) = trained_on.get(name).filter(|theirs| !same_data(theirs, &ours)) {
                     let fact = format!(
                         "source {name} at {place} is the data {ours}, the run was trained on {theirs}"
                     );

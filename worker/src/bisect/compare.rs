@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anello_configs::StepPlan;
-use anello_store::checkpoint::{BUFFERS, Manifest};
+use anello_store::checkpoint::{BUFFERS, Manifest, same_data};
 use anello_store::metrics::{Evaluated, StepRecord};
 use tch::{Device, Kind, Tensor};
 
@@ -276,7 +276,7 @@ pub(super) fn data(a: &Recorded, b: &Recorded) -> Vec<SourceDifference> {
     let of_b = b.data();
     let both = a.data().into_iter().filter_map(|(source, of_a)| {
         let of_b = of_b.get(&source)?.clone();
-        (of_a != of_b).then_some(SourceDifference { source, values: [of_a, of_b] })
+        (!same_data(&of_a, &of_b)).then_some(SourceDifference { source, values: [of_a, of_b] })
     });
     both.collect()
 }

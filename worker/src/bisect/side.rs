@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{Dataset, LaneStep, Loader, LoaderOptions, MicroBatch, SkippedRowGroup};
 use anello_store::Cursor;
-use anello_store::checkpoint::Manifest;
+use anello_store::checkpoint::{Manifest, same_data};
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
@@ -240,7 +240,7 @@ fn held_out(run: &Recorded, config: &RunConfig, notes: &mut Vec<String>) -> Opti
 fn note_other_data(run: &Recorded, data: &LoaderOptions, notes: &mut Vec<String>) {
     let trained_on = run.data();
     for (source, dataset) in &data.sources {
-        if trained_on.get(source).is_some_and(|digest| *digest != dataset.index().digest()) {
+        if trained_on.get(source).is_some_and(|digest| !same_data(digest, &dataset.index().digest())) {
             let place = run.store.place();
             notes.push(format!("source {source} is not the data any more that {place} was trained on"));
         }

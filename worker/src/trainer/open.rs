@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
-use anello_store::checkpoint::{known_steps, refuse_leftovers, set_aside};
+use anello_store::checkpoint::{known_steps, refuse_leftovers, same_data, set_aside};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::{CONFIG, Cursor, ENVIRONMENT, Error as StoreError, Store, metrics, read_config};
 use tch::Device;
@@ -192,7 +192,9 @@ impl Run {
     }
 
     fn check_data(&self, before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Result<()> {
-        let differs = |name: &&String| before.get(*name).is_some_and(|digest| Some(digest) != now.get(*name));
+        let differs = |name: &&String| {
+            before.get(*name).is_some_and(|digest| now.get(*name).is_none_or(|now| !same_data(digest, now)))
+        };
         let names: Vec<&str> = before.keys().filter(differs).map(String::as_str).collect();
         if names.is_empty() || self.allow {
             return Ok(());

@@ -231,6 +231,17 @@ fn data_that_was_changed_is_named() {
     assert!(fact.contains("words/000.parquet: row group ") && fact.contains("checksum"), "{fact}");
     assert_eq!((findings.verdict, findings.compared.steps), (Verdict::Refuted, step));
 
+    // With an index that is made anew over them, sizes and counts are what they were: the checkpoints know what was in them.
+    index(&data, "words");
+    let findings = audited(&store, None, 1);
+    assert_eq!(subjects(&findings)[0], (Subject::Data, None), "{findings:#?}");
+    assert!(findings.contradictions[0].fact.starts_with("source words at "), "{findings:#?}");
+    let refused = Run::resume(store.clone(), Resume::default()).and_then(|run| drive(run, None).0);
+    let text = refused.unwrap_err().to_string();
+    assert!(text.contains("the data of words has changed since the run began"), "{text}");
+    std::fs::write(&shard, &right).unwrap();
+    index(&data, "words");
+
     // A shard that is gone, or longer.
     std::fs::write(&shard, [&right[..], b"more"].concat()).unwrap();
     let findings = audited(&store, None, 2);
