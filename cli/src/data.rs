@@ -182,6 +182,9 @@ pub struct ManoArgs {
     /// Expressions to test on, all of the full length.
     #[arg(long, value_name = "COUNT", default_value = "1000", value_parser = read_count)]
     eval_documents: u64,
+    /// What is computed modulo. A smaller one than the paper's has smaller tables to learn.
+    #[arg(long, default_value_t = anello_dataloader::MODULUS, value_parser = clap::value_parser!(u32).range(2..=i64::from(anello_dataloader::MODULUS)))]
+    modulus: u32,
     /// Only the answer is a training target.
     #[arg(long)]
     answer_only: bool,
@@ -301,6 +304,7 @@ fn mano_made(args: &ManoArgs, screen: &Screen, interrupt: &Interrupt) -> Result<
         documents: args.documents,
         eval_documents: args.eval_documents,
         answer_only: args.answer_only,
+        modulus: args.modulus,
         seed: args.seed,
         output: args.out.clone(),
         format: args.format.format(),

@@ -1,4 +1,4 @@
-//! Mano (LOOPLM §6): arithmetic mod 23 in prefix notation, a task whose depth is the length of the expression.
+//! Mano (LOOPLM §6): arithmetic mod 23 (or less) in prefix notation, a task whose depth is the length of the expression.
 //!
 //! ```text
 //! <bos> <len_2> - * 5 7 20 <ans> 15          5·7 − 20 = 15 (mod 23)
@@ -14,7 +14,7 @@ use crate::progress::{Meter, OnProgress, parallel};
 use crate::write::{ShardFormat, ShardWriter};
 use crate::{Error, Result};
 
-/// Numbers are 0 to 22.
+/// The paper's modulus, and the largest: numbers are 0 to 22.
 pub const MODULUS: u32 = 23;
 
 const BOS: i32 = 1;
@@ -35,6 +35,9 @@ pub struct ManoOptions {
     pub documents: u64,
     /// Expressions to test on, with ℓ = L.
     pub eval_documents: u64,
+    /// What is computed modulo, 2 to [`MODULUS`], which is the paper's. A smaller one has smaller tables to learn, so that small
+    /// models learn them; the vocabulary is the same.
+    pub modulus: u32,
     /// Only the answer is a training target, by `loss_mask`. Otherwise every token is.
     pub answer_only: bool,
     /// Seed of the expressions.
@@ -60,6 +63,9 @@ pub fn synth_mano(options: &ManoOptions, progress: OnProgress<'_>) -> Result<()>
     if !(1..=1000).contains(&options.length) || options.documents == 0 {
         let detail = "a length of 1 to 1000 and at least one document are wanted";
         return Err(Error::tool(&options.output, detail));
+    }
+    if !(2..=MODULUS).contains(&options.modulus) {
+        return Err(Error::tool(&options.output, format!("a modulus of 2 to {MODULUS} is wanted")));
     }
     let meter = Meter::new(options.documents + options.eval_documents, progress);
     let output = options.output.trim_end_matches('/');
@@ -104,7 +110,7 @@ fn write(
         let range = first..(first + SHARD_DOCUMENTS).min(documents);
         for document in range.clone() {
             let stream = Stream::new(options.seed, &format!("mano/{set}"), &[document]);
-            let ids = expression(stream, options.length, set == "eval");
+            let ids = expression(stream, options.length, options.modulus, set == "eval");
             let mask: Option<Vec<u8>> =
                 masked.then(|| (1..=ids.len()).map(|i| u8::from(i == ids.len())).collect());
             writer.push(&ids, mask.as_deref()).map_err(fault)?;
@@ -117,8 +123,8 @@ fn write(
 }
 
 /// One document: with `longest`, of exactly `length` operations, else of 1 to `length`.
-fn expression(stream: Stream, length: u32, longest: bool) -> Vec<i32> {
-    let mut draws = Draws { stream, position: 0 };
+fn expression(stream: Stream, length: u32, modulus: u32, longest: bool) -> Vec<i32> {
+    let mut draws = Draws { stream, modulus, position: 0 };
     let drawn = draws.below(length) + 1;
     let operations = if longest { length } else { drawn };
     let mut ids = vec![BOS, LENGTHS + operations as i32 - 1];
@@ -129,6 +135,7 @@ fn expression(stream: Stream, length: u32, longest: bool) -> Vec<i32> {
 
 struct Draws {
     stream: Stream,
+    modulus: u32,
     position: u64,
 }
 
@@ -142,7 +149,7 @@ impl Draws {
     /// uniform number is in its left operand.
     fn operand(&mut self, operations: u32, ids: &mut Vec<i32>) -> u32 {
         if operations == 0 {
-            let number = self.below(MODULUS);
+            let number = self.below(self.modulus);
             ids.push(NUMBERS + number as i32);
             return number;
         }
@@ -150,10 +157,11 @@ impl Draws {
         ids.push(OPERATORS + operator as i32);
         let left = self.below(operations);
         let (a, b) = (self.operand(left, ids), self.operand(operations - 1 - left, ids));
+        let modulus = self.modulus;
         match operator {
-            0 => (a + b) % MODULUS,
-            1 => (a + MODULUS - b) % MODULUS,
-            _ => (a * b) % MODULUS,
+            0 => (a + b) % modulus,
+            1 => (a + modulus - b) % modulus,
+            _ => (a * b) % modulus,
         }
     }
 }

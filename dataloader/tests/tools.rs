@@ -408,6 +408,7 @@ fn mano_is_written_with_its_vocabulary_and_test_set() {
             length: 10,
             documents: 3000,
             eval_documents: 200,
+            modulus: 23,
             answer_only: false,
             seed: 5,
             output: url(&output),
