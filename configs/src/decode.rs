@@ -51,6 +51,7 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
     let compute = top.section_or_empty("compute", compute);
     let data = top.section_or_empty("data", data);
     let checkpoint = top.section_or_empty("checkpoint", checkpoint);
+    let store = top.section_or_empty("store", store);
     let guard = top.section_or_empty("guard", guard);
     let eval = top.section_or_empty("eval", eval);
     let record = top.section_or_empty("record", record);
@@ -67,6 +68,7 @@ pub(crate) fn decode(root: &Table, config: &Arc<str>) -> (RunConfig, Found) {
         compute,
         data,
         checkpoint,
+        store,
         guard,
         eval,
         record,
@@ -161,6 +163,11 @@ fn checkpoint(s: &mut Section<'_, '_>) -> Checkpoint {
         keep_stage_ends: s.flag("keep_stage_ends", true),
         part_bytes: s.quantity("part_bytes", Unit::Bytes, 64 << 10..=64 << 30, Some(256 << 20)),
     }
+}
+
+fn store(s: &mut Section<'_, '_>) -> RunStore {
+    let bandwidth = s.optional("bandwidth");
+    RunStore { bandwidth: bandwidth.then(|| s.quantity("bandwidth", Unit::Bytes, 1 << 10..=1 << 50, None)) }
 }
 
 fn guard(s: &mut Section<'_, '_>) -> Guard {

@@ -64,7 +64,7 @@ impl RunConfig {
     ///
     /// Left out, because the weights after each step are the same whatever they say:
     /// `name`; `compute.threads` and `compute.recompute` (the kernels do not depend on them); `checkpoint.*`;
-    /// `guard.*` unless it leaves updates out; `eval.*` and the `eval` of a stage, which only measure; `record.*`; `ring.*`;
+    /// `store.*`; `guard.*` unless it leaves updates out; `eval.*` and the `eval` of a stage, which only measure; `record.*`; `ring.*`;
     /// `data.prefetch_bytes`, `data.cache_dir` and `data.cache_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
     /// the data's own digest to say. Of weights to begin with, `init.weights` counts, and not where they lie.
@@ -148,6 +148,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         compute,
         data,
         checkpoint,
+        store,
         guard,
         eval,
         record,
@@ -210,6 +211,11 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         }
         s.rest("keep_stage_ends", *keep_stage_ends).rest("part_bytes", *part_bytes);
     });
+    if let RunStore { bandwidth: Some(bandwidth) } = store {
+        section("store", &|s| {
+            s.rest("bandwidth", *bandwidth);
+        });
+    }
     section("guard", &|s| {
         let Guard { on_spike, window, factor, floor, rollback_steps } = guard;
         // What is only told of changes no bit, and neither does what is measured for it.

@@ -25,6 +25,8 @@ pub struct RunConfig {
     pub data: Data,
     /// When checkpoints are taken and which are kept.
     pub checkpoint: Checkpoint,
+    /// How the run folder is used.
+    pub store: RunStore,
     /// What a loss far above those before it does.
     pub guard: Guard,
     /// Held-out data that the model is measured on while it trains.
@@ -178,6 +180,13 @@ pub struct Checkpoint {
     pub keep_stage_ends: bool,
     /// Aimed size of a part, bytes (a part is a whole number of blocks).
     pub part_bytes: u64,
+}
+
+/// How the run folder is used. It changes no bit of the run.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunStore {
+    /// Bytes a second that each process reads of it at most, and writes to it at most; absent = as fast as it goes.
+    pub bandwidth: Option<u64>,
 }
 
 /// The loss-spike guard. A step is a spike when its loss is above the median of the stage's last `window` by more than

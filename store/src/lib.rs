@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! any prefix      store        objects at a path or URL, read and written from plain threads
-//!                 traffic      what was asked of one, and what came of it
+//!                 traffic      what was asked of one, and what came of it    limit  bytes a second
 //!                 remote       which server a URL means, whose credentials, how long anything may take
 //!                 doctor       is a store fit for runs?
 //! the run folder  config       the config that a run was begun with
@@ -28,6 +28,7 @@ pub mod doctor;
 mod environment;
 mod error;
 pub mod events;
+mod limit;
 pub mod metrics;
 mod notice;
 mod remote;

@@ -16,6 +16,7 @@ use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, P
 use tokio::runtime::Runtime;
 
 use self::pieces::{SHORT, UNPROVED, whole};
+use crate::limit::Limits;
 use crate::remote::{self, Remote};
 use crate::traffic::{Meter, Operation, Traffic};
 use crate::{Error, Result};
@@ -38,6 +39,7 @@ pub struct Store {
     folder: Option<PathBuf>,
     runtime: Arc<Runtime>,
     meter: Arc<Meter>,
+    limits: Option<Arc<Limits>>,
 }
 
 /// How often something is tried. The pause doubles each time.
@@ -125,6 +127,12 @@ impl Store {
         Self { attempts, ..self }
     }
 
+    /// The same, of which this process reads at most so many bytes of whole objects a second, and writes at most so many:
+    /// of checkpoints above all. The clones of what is returned share the limit. `None`: as fast as it goes.
+    pub fn limited(self, bytes_per_s: Option<u64>) -> Self {
+        Self { limits: bytes_per_s.map(|limit| Arc::new(Limits::new(limit))), ..self }
+    }
+
     fn with_prefix(
         inner: Arc<dyn ObjectStore>,
         prefix: Path,
@@ -153,6 +161,7 @@ impl Store {
             folder,
             runtime: Arc::new(runtime),
             meter: Arc::default(),
+            limits: None,
         })
     }
 

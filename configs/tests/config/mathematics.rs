@@ -19,6 +19,8 @@ fn what_leaves_the_bits_alone_leaves_the_digest_alone() {
         "checkpoint.part_bytes=1MiB",
         "ring.lanes=by-speed",
         "ring.state_copies=2",
+        "store.bandwidth=50MiB",
+        "guard.rollback_steps=2",
         "data.prefetch_bytes=1MiB",
         "data.cache_dir=/var/cache/anello",
         "data.tokenizer=tokenizer.json",

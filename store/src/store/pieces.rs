@@ -55,6 +55,18 @@ impl Store {
         unreachable!("the last attempt returns")
     }
 
+    async fn may_read(&self, bytes: usize) {
+        if let Some(limits) = &self.limits {
+            limits.read.wait(bytes).await;
+        }
+    }
+
+    async fn may_write(&self, bytes: usize) {
+        if let Some(limits) = &self.limits {
+            limits.write.wait(bytes).await;
+        }
+    }
+
     /// All of an object, when its size `fits`, else its size; a large one of a remote store in pieces, all of one version.
     pub(super) async fn read(
         &self,
@@ -67,6 +79,7 @@ impl Store {
             return Ok(Err(size));
         }
         if self.folder.is_some() || size <= WHOLE_MAX as u64 || version.is_none() {
+            self.may_read(size as usize).await;
             return whole(found.bytes().await?, size).map(Ok);
         }
         drop(found);
@@ -76,7 +89,10 @@ impl Store {
             let length = range.end - range.start;
             let range = Some(GetRange::Bounded(range));
             let options = GetOptions { range, if_match: version.clone(), ..Default::default() };
-            async move { whole(self.inner.get_opts(at, options).await?.bytes().await?, length) }
+            async move {
+                self.may_read(length as usize).await;
+                whole(self.inner.get_opts(at, options).await?.bytes().await?, length)
+            }
         });
         let mut all = BytesMut::with_capacity(size as usize);
         let mut pieces = stream::iter(pieces).buffered(PIECES);
@@ -90,10 +106,18 @@ impl Store {
     pub(super) async fn write(&self, at: &Path, chunks: &[Bytes]) -> object_store::Result<()> {
         let length: usize = chunks.iter().map(Bytes::len).sum();
         if self.folder.is_some() || length <= WHOLE_MAX {
+            self.may_write(length).await;
             return self.inner.put(at, chunks.iter().cloned().collect()).await.map(drop);
         }
         let mut upload = self.inner.put_multipart(at).await?;
-        let pieces: Vec<_> = cut(chunks).into_iter().map(|piece| upload.put_part(piece)).collect();
+        let send = |piece: PutPayload| {
+            let (length, sent) = (piece.content_length(), upload.put_part(piece));
+            async move {
+                self.may_write(length).await;
+                sent.await
+            }
+        };
+        let pieces: Vec<_> = cut(chunks).into_iter().map(send).collect();
         let sent = stream::iter(pieces).buffer_unordered(PIECES).try_collect::<Vec<()>>().await;
         let done = match sent {
             Ok(_) => upload.complete().await.map(drop),
@@ -116,6 +140,7 @@ impl Store {
         let starts = (0..length).step_by(PIECE);
         let pieces = cut(chunks).into_iter().zip(starts).map(|(written, start)| async move {
             let range = start..start + written.content_length() as u64;
+            self.may_read(written.content_length()).await;
             let read = whole(self.inner.get_range(at, range.clone()).await?, range.end - range.start)?;
             let same = are(&read, written.as_ref());
             same.then_some(())

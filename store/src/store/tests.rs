@@ -93,3 +93,20 @@ fn a_sweep_removes_half_written_files_and_nothing_else() {
     assert!(root.path().join("notes#a").exists());
     assert_eq!(store.get("events/1.json").unwrap().unwrap(), "{}");
 }
+
+/// What is asked of a store with a limit takes at least as long as its bytes: each way, clones included.
+#[test]
+fn a_limit_is_one_for_all_clones() {
+    let store = Store::memory().unwrap().limited(Some(1 << 20));
+    let (clone, quarter) = (store.clone(), vec![7u8; 1 << 18]);
+    let began = std::time::Instant::now();
+    store.put("a", quarter.clone()).unwrap();
+    clone.put("b", quarter.clone()).unwrap();
+    store.put("c", quarter.clone()).unwrap();
+    assert!(began.elapsed() >= std::time::Duration::from_millis(500), "{:?}", began.elapsed());
+    let began = std::time::Instant::now();
+    for path in ["a", "b", "c"] {
+        assert_eq!(clone.get(path).unwrap().unwrap(), quarter);
+    }
+    assert!(began.elapsed() >= std::time::Duration::from_millis(500), "{:?}", began.elapsed());
+}

@@ -196,6 +196,7 @@ impl Thread {
         let Outside { listener, shelf, tls, runtime, tell } = outside;
         let mut config = read_config(&store)?;
         config.compute.threads = threads.or(config.compute.threads);
+        let store = store.limited(config.store.bandwidth);
         if let Some(threads) = config.compute.threads {
             tch::set_num_threads(threads as i32);
         }

@@ -73,6 +73,7 @@ impl Run {
             return Err(StoreError::Fenced { place: store.place_of(CONFIG) }.into());
         }
         store.put(ENVIRONMENT, environment::of_cpu(config.compute.threads).to_json())?;
+        let store = store.limited(config.store.bandwidth);
         Ok(Self {
             config,
             store,
@@ -119,6 +120,7 @@ impl Run {
         }
         let (data, held_out) = (LoaderOptions::of(&config)?, HeldOut::open(&config)?);
         let (new_config, allow) = (config != begun_with, resume.allow);
+        let store = store.limited(config.store.bandwidth);
         Ok(Self { config, store, retry: RETRY, data, held_out, resumed: true, allow, new_config, changed })
     }
 

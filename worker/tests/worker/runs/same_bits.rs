@@ -29,6 +29,20 @@ fn the_small_run_has_everything_that_a_real_one_has() {
     assert!(events_of(&store).iter().any(epochs), "a source runs out and starts anew");
 }
 
+/// A limit of the bytes a second that go to the run folder takes its time, and changes nothing.
+#[test]
+fn a_limited_store_is_as_good() {
+    let (data, store) = (Data::new(), Store::memory().unwrap());
+    let config = data.config().with(&[("store.bandwidth", Some("\"8MiB\""))]).unwrap();
+    let began = std::time::Instant::now();
+    let ended = begin(&store, &config, None);
+    assert_eq!(ended, reference().ended);
+    let written = store.list("checkpoints").unwrap().iter().map(|object| object.bytes).sum::<u64>();
+    // All but the last turn was waited for.
+    let least = written.saturating_sub(2 << 20) as f64 / f64::from(8 << 20);
+    assert!(written > 8 << 20 && began.elapsed().as_secs_f64() >= least, "{written} bytes, {least} s at least");
+}
+
 /// What is frozen does not change by one bit, and neither do its moments; what is not frozen does.
 #[test]
 fn a_stage_moves_what_it_trains_and_nothing_else() {
