@@ -5,20 +5,37 @@
 
 use anello_store::metrics::StepRecord;
 
-/// Figures that a row has whatever its loop steps, in the order of their columns.
-pub const FIGURES: [&str; 11] = [
-    "loss",
-    "lr",
-    "grad_norm",
-    "entropy",
-    "depth",
-    "seconds",
-    "data_seconds",
-    "compute_seconds",
-    "reduce_seconds",
-    "update_seconds",
-    "checkpoint_seconds",
-];
+/// A figure that a row has whatever its loop steps.
+pub struct Figure {
+    /// What the API calls it.
+    pub name: &'static str,
+    /// Whether the least and the largest of the steps behind a point are told beside their mean.
+    pub extremes: bool,
+    of: fn(&StepRecord) -> f64,
+}
+
+/// All of them, in the order of their columns: the one list that history, API and page go by.
+pub const FIGURES: [Figure; 11] = {
+    const fn banded(name: &'static str, of: fn(&StepRecord) -> f64) -> Figure {
+        Figure { name, extremes: true, of }
+    }
+    const fn mean(name: &'static str, of: fn(&StepRecord) -> f64) -> Figure {
+        Figure { name, extremes: false, of }
+    }
+    [
+        banded("loss", |row| row.loss),
+        banded("lr", |row| row.lr),
+        banded("grad_norm", |row| row.grad_norm),
+        banded("entropy", |row| row.entropy),
+        banded("depth", StepRecord::depth),
+        mean("seconds", |row| row.seconds.step),
+        mean("data_seconds", |row| row.seconds.data),
+        mean("compute_seconds", |row| row.seconds.compute),
+        mean("reduce_seconds", |row| row.seconds.reduce),
+        mean("update_seconds", |row| row.seconds.update),
+        mean("checkpoint_seconds", |row| row.seconds.checkpoint),
+    ]
+};
 
 /// The rows of a run, column by column, in the order of steps.
 #[derive(Clone, Debug, Default)]
@@ -106,21 +123,9 @@ impl History {
         self.batch.push(row.batch_tokens as f32);
         self.applied.push(row.applied);
         self.stage.push(u16::try_from(stage).unwrap_or(u16::MAX));
-        let s = &row.seconds;
-        let all = [
-            row.loss,
-            row.lr,
-            row.grad_norm,
-            row.entropy,
-            row.depth(),
-            s.step,
-            s.data,
-            s.compute,
-            s.reduce,
-            s.update,
-            s.checkpoint,
-        ];
-        self.figures.iter_mut().zip(all).for_each(|(column, value)| column.push(value as f32));
+        for (column, figure) in self.figures.iter_mut().zip(FIGURES) {
+            column.push((figure.of)(row) as f32);
+        }
         for (columns, values) in [(&mut self.loop_loss, &row.loop_loss), (&mut self.exit, &row.exit)] {
             while columns.len() < values.len() {
                 columns.push(vec![f32::NAN; at]);

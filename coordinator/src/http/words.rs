@@ -212,8 +212,7 @@ pub struct Metrics {
     pub stage: Vec<u16>,
     /// Names of stages.
     pub stages: Vec<String>,
-    /// By name: loss, lr, grad_norm, entropy, depth, tokens_per_s with extremes; seconds, data_seconds, compute_seconds,
-    /// reduce_seconds, update_seconds, checkpoint_seconds as means.
+    /// By name, with the least and the largest where the figure has them; those of seconds are means alone.
     pub figures: BTreeMap<String, Band>,
     /// L(t) for t = 1..=T.
     pub loop_loss: Vec<Band>,
@@ -350,9 +349,8 @@ impl From<Thinned> for Metrics {
             Band { mean: rounded(values.mean), min: extreme(values.min), max: extreme(values.max) }
         };
         let figures = FIGURES.iter().zip(thinned.figures);
-        let mut figures: BTreeMap<String, Band> = figures
-            .map(|(name, values)| ((*name).to_owned(), band(values, !name.ends_with("seconds"))))
-            .collect();
+        let mut figures: BTreeMap<String, Band> =
+            figures.map(|(figure, values)| (figure.name.to_owned(), band(values, figure.extremes))).collect();
         figures.insert("tokens_per_s".to_owned(), band(thinned.tokens_per_s, true));
         Self {
             stride: thinned.stride,
