@@ -45,6 +45,8 @@ struct Shared {
     fates: Vec<Fate>,
     /// Requests that came to each kind of harm, in the order of `fates`.
     harmed: Vec<AtomicU64>,
+    /// Heads of the requests that write an object.
+    writes: Mutex<Vec<String>>,
 }
 
 impl Proxy {
@@ -59,6 +61,7 @@ impl Proxy {
             dice: Mutex::new(Dice(seed)),
             fates: fates.to_vec(),
             harmed: fates.iter().map(|_| AtomicU64::new(0)).collect(),
+            writes: Mutex::default(),
         });
         let of_thread = shared.clone();
         std::thread::spawn(move || {
@@ -74,6 +77,11 @@ impl Proxy {
             }
         });
         Self { port, shared }
+    }
+
+    /// Heads of the requests so far that write an object or a piece of one.
+    pub fn writes(&self) -> Vec<String> {
+        self.shared.writes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
 
     /// Where it listens.
@@ -110,6 +118,11 @@ impl Shared {
     /// One request of a connection, which is closed after it.
     fn serve(&self, mut client: TcpStream) -> std::io::Result<()> {
         let Some(request) = read_request(&mut client)? else { return Ok(()) };
+        if request.starts_with(b"PUT ") {
+            let end = request.windows(4).position(|four| four == b"\r\n\r\n").unwrap_or(request.len());
+            let head = String::from_utf8_lossy(&request[..end]).into_owned();
+            self.writes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(head);
+        }
         let fate = self.fate();
         if let Fate::Status(status) = fate {
             let body = "<Error><Code>SlowDown</Code></Error>";

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use anello_tests::{Done, Fate, Process, Proxy, S3, free_port, wait_until};
+use anello_tests::{Done, Fate, Process, Proxy, S3, free_port, signal, wait_until};
 
 use super::world;
 
@@ -191,4 +191,64 @@ fn a_run_over_a_bad_network_is_the_undisturbed_run() {
     assert_undisturbed(&url);
     let harmed = proxy.harmed();
     assert!(harmed.iter().map(|(_, count)| count).sum::<u64>() > 20, "{harmed:?}");
+}
+
+/// The checkpoints of a ring by way of a network that loses, cuts, delays and refuses, while a worker is killed.
+#[test]
+fn a_ring_over_a_bad_network_is_the_undisturbed_run() {
+    let fates = [Fate::Status(500), Fate::Status(503), Fate::AnswerLost, Fate::Short, Fate::Slow];
+    let proxy = Proxy::start(s3().port(), 8, &fates, 9);
+    let mut variables = s3().variables_by(proxy.port());
+    variables.push(("AWS_READ_TIMEOUT", "1s".to_owned()));
+    let url = s3().url("ring-storm");
+    let arguments = ["run", "small.toml", "--out", &url, "--workers", "2", "--sample", "0"];
+    let mut ring = Process::start_with(&world().folder, &arguments, &variables);
+    wait_until("it is so far", || s3().newest_checkpoint("ring-storm") >= 9 || ring.ended());
+    if let Some(worker) = ring.children().first() {
+        signal(*worker, "KILL");
+    }
+    ring.wait().expect(0);
+    assert_undisturbed(&url);
+    let harmed = proxy.harmed();
+    assert!(harmed.iter().map(|(_, count)| count).sum::<u64>() > 10, "{harmed:?}");
+}
+
+/// With a checksum algorithm set, every object goes with the checksum of its bytes, which a server that knows it checks.
+#[test]
+fn what_is_written_carries_its_checksum() {
+    let proxy = Proxy::start(s3().port(), 0, &[], 1);
+    let copy = |to: &str, algorithm: Option<&str>| {
+        let mut variables = s3().variables_by(proxy.port());
+        variables.extend(algorithm.map(|name| ("AWS_CHECKSUM_ALGORITHM", name.to_owned())));
+        let arguments = ["checkpoint", "copy", "undisturbed@20", &s3().url(to)];
+        Process::start_with(&world().folder, &arguments, &variables).wait().expect(0);
+        let writes = proxy.writes();
+        let of_copy: Vec<String> =
+            writes.into_iter().filter(|head| head.contains(&format!("/{to}/"))).collect();
+        assert!(of_copy.len() >= 5, "parts and a manifest: {of_copy:?}");
+        of_copy
+    };
+    let value = |head: &str, name: &str| {
+        let mut lines = head.lines().filter_map(|line| line.split_once(':'));
+        Some(lines.find(|(key, _)| key.eq_ignore_ascii_case(name))?.1.trim().to_owned())
+    };
+    for head in copy("checked", Some("sha256")) {
+        let checksum = value(&head, "x-amz-checksum-sha256").unwrap_or_else(|| panic!("{head}"));
+        // The signature has the same digest of the body, as hex.
+        let signed = value(&head, "x-amz-content-sha256").unwrap_or_else(|| panic!("{head}"));
+        assert_eq!(hex_of_base64(&checksum), signed, "{head}");
+    }
+    let plain = copy("unchecked", None);
+    assert!(plain.iter().all(|head| value(head, "x-amz-checksum-sha256").is_none()), "{plain:?}");
+    anello(&["checkpoint", "verify", &s3().url("checked")]).expect(0);
+}
+
+fn hex_of_base64(text: &str) -> String {
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let bits = text.trim_end_matches('=').bytes().fold(String::new(), |bits, digit| {
+        let value = DIGITS.iter().position(|known| *known == digit).unwrap();
+        bits + &format!("{value:06b}")
+    });
+    let bytes = (0..bits.len() / 8).map(|at| u8::from_str_radix(&bits[at * 8..at * 8 + 8], 2).unwrap());
+    bytes.map(|byte| format!("{byte:02x}")).collect()
 }
