@@ -4,6 +4,7 @@ use anello_configs::{Cluster, Gpu, LoadOptions, Loaded, Origin, Plan, RunConfig}
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::screen::Screen;
+use crate::tokenizer::tokenizer_of;
 
 /// Which config, and what is set over it.
 #[derive(Clone, Debug, clap::Args)]
@@ -34,6 +35,12 @@ pub fn load_text(config: &str, text: Option<String>, sets: &[String]) -> Result<
         environment: std::env::vars_os().filter_map(variable).collect(),
         sets: sets.to_vec(),
     })?)
+}
+
+/// Checks what a config needs to be trained: that its sources are there, and that its tokenizer is theirs.
+pub fn check_ready(loaded: &Loaded) -> Result<(), Failure> {
+    loaded.check_sources()?;
+    tokenizer_of(&loaded.config).map(drop)
 }
 
 /// Arguments of `anello config`.

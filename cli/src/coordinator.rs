@@ -14,7 +14,7 @@ use anello_tls::Role;
 use anello_worker::pin_init;
 
 use crate::certs::{Handed, ListenArgs};
-use crate::config::load;
+use crate::config::{check_ready, load};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::http::HttpArgs;
 use crate::interrupt::Interrupt;
@@ -65,7 +65,7 @@ const POLL: Duration = Duration::from_millis(100);
 fn submission(args: &Args) -> Result<Option<Submission>, Failure> {
     let Some(config) = &args.submit else { return Ok(None) };
     let mut loaded = load(config, &args.sets)?;
-    loaded.check_sources()?;
+    check_ready(&loaded)?;
     pin_init(&mut loaded.config)?;
     let name = args.name.clone().unwrap_or_else(|| loaded.config.name.clone());
     let name = JobName::new(name.as_str()).ok_or_else(|| {

@@ -1,5 +1,7 @@
 //! `anello eval`: what a model is worth at each loop step on held-out data, and what leaving early costs.
 
+mod mano;
+mod page;
 mod plot;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
 use crate::screen::Screen;
 use crate::text::{Table, grouped, read_count};
+use crate::tokenizer::check_made_with;
 use crate::weights::Weights;
 
 /// Exit masses that are tried.
@@ -30,8 +33,12 @@ pub struct Args {
     #[arg(value_name = "CKPT")]
     name: String,
     /// A token set: loss and accuracy of the tokens that count.
-    #[arg(long, value_name = "SET", required_unless_present = "choices")]
+    #[arg(long, value_name = "SET", required_unless_present_any = ["choices", "task"])]
     data: Option<String>,
+    /// A task with exact answers. Its test set is the one beside the data that the model was trained on, unless --data
+    /// gives one.
+    #[arg(long, value_enum, conflicts_with = "choices")]
+    task: Option<Task>,
     /// A file of questions, one JSON object a line: {"prompt": "…", "choices": ["…", …], "answer": 0}. The choice whose tokens
     /// are most probable after the prompt is the model's.
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
@@ -45,7 +52,8 @@ pub struct Args {
     /// Loop steps (default: as last trained). May be more.
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u32).range(1..=256))]
     loops: Option<u32>,
-    /// Write accuracy against mean depth as an SVG that needs nothing else.
+    /// Write accuracy against mean depth: as an SVG, or with a name that ends in .html as a page with all figures. Neither
+    /// needs anything else.
     #[arg(long, value_name = "FILE", requires = "data")]
     plot: Option<PathBuf>,
     /// One JSON object in place of tables.
@@ -56,6 +64,13 @@ pub struct Args {
     threads: Option<u32>,
 }
 
+/// Tasks that are known by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Task {
+    /// Prefix arithmetic (`anello data synth mano`): accuracy of the answers, beside the paper's.
+    Mano,
+}
+
 /// `anello eval`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
     if let Some(threads) = args.threads {
@@ -63,26 +78,46 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     }
     let weights = Weights::load(&args.name)?;
     let loops = args.loops.unwrap_or(weights.loops);
-    match (&args.data, &args.choices) {
-        (_, Some(file)) => choices(args, &weights, loops, file, screen),
-        (Some(set), None) => data(args, &weights, loops, set, screen),
-        (None, None) => Err(Failure::Usage("give --data SET or --choices FILE".to_owned())),
+    match (&args.data, &args.choices, args.task) {
+        (_, Some(file), _) => choices(args, &weights, loops, file, screen),
+        (Some(set), None, task) => data(args, &weights, loops, set, task, screen),
+        (None, None, Some(Task::Mano)) => {
+            data(args, &weights, loops, &mano::test_set(&weights.sources)?, args.task, screen)
+        }
+        (None, None, None) => {
+            Err(Failure::Usage("give --data SET, --choices FILE or --task TASK".to_owned()))
+        }
     }
 }
 
-fn data(args: &Args, weights: &Weights, loops: u32, set: &str, screen: &Screen) -> Outcome {
+fn data(
+    args: &Args,
+    weights: &Weights,
+    loops: u32,
+    set: &str,
+    task: Option<Task>,
+    screen: &Screen,
+) -> Outcome {
     let interrupt = Interrupt::watch()?;
     let sequence = args.sequence.unwrap_or(weights.sequence);
     let dataset = Dataset::open(set)?;
+    if let Some(tokenizer) = &weights.tokenizer_file {
+        check_made_with(tokenizer, set).map_err(|fact| {
+            Failure::Usage(format!("{fact}; give data that was tokenized with the model's tokenizer"))
+        })?;
+    }
     let rotary = Rotary::new(weights.rope_base, weights.model.head_size(), i64::from(sequence), Device::Cpu);
     let mut found = Evaluation::new(loops, &MASSES);
     let bar = screen.add(args.tokens, "{bar:30.cyan/dim} {pos} of {len} tokens");
-    let mut read = 0;
+    let (mut read, mut operations) = (0, None);
     let sequences = (BATCH_TOKENS / sequence).max(1);
     let most = args.tokens.div_ceil(u64::from(sequences) * u64::from(sequence));
     let batches = InOrder::new(&dataset, sequences, sequence, Mask::Document, Some(weights.vocab));
     for batch in batches.take(usize::try_from(most).unwrap_or(usize::MAX)) {
         let batch = batch?;
+        if task == Some(Task::Mano) && operations.is_none() {
+            operations = Some(mano::operations(set, &batch)?);
+        }
         read += batch.tokens() as u64;
         found.add(&weights.model, &rotary, Mask::Document, &batch);
         bar.set_position(read);
@@ -100,12 +135,15 @@ fn data(args: &Args, weights: &Weights, loops: u32, set: &str, screen: &Screen) 
     }
     if let Some(path) = &args.plot {
         let failed = |source| Failure::File { action: "writing", path: path.clone(), source };
-        std::fs::write(path, plot::svg(&weights.name, set, &found)).map_err(failed)?;
+        let page = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("html"));
+        let draw = if page { page::html } else { plot::svg };
+        std::fs::write(path, draw(&weights.name, set, &found)).map_err(failed)?;
     }
     screen.print(&if args.json {
         format!("{}\n", as_json(&weights.name, set, &found))
     } else {
-        as_tables(&weights.name, set, &found)
+        let table = operations.map(|operations| mano::table(operations, weights.layers, &found));
+        as_tables(&weights.name, set, &found) + &table.unwrap_or_default()
     })?;
     Ok(Exit::Done)
 }

@@ -10,12 +10,13 @@ use anello_store::{Environment, Store, read_config};
 use anello_worker::interchange::{self, Export, Use};
 use anello_worker::{Run, as_slice, pin_init};
 
-use crate::config::load;
+use crate::config::{check_ready, load};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::place::CheckpointName;
 use crate::screen::Screen;
 use crate::text::{bytes, grouped, read_bytes};
-use crate::weights::{tokenizer_file, weights_at};
+use crate::tokenizer::tokenizer_file;
+use crate::weights::weights_at;
 use anello_store::words::{short_digest, where_it_runs};
 
 /// Arguments of `anello export`.
@@ -69,7 +70,7 @@ pub fn import(args: &ImportArgs, screen: &Screen) -> Outcome {
     ];
     sets.extend(args.sets.iter().cloned());
     let loaded = load(&args.config, &sets)?;
-    loaded.check_sources()?;
+    check_ready(&loaded)?;
     let mut config = loaded.config;
     pin_init(&mut config)?;
     let out = args.out.clone().unwrap_or_else(|| format!("runs/{}", config.name));

@@ -47,6 +47,7 @@ mod screen;
 mod stages;
 mod tensorboard;
 mod text;
+mod tokenizer;
 mod trace;
 mod waiting;
 mod weights;

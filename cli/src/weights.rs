@@ -1,6 +1,7 @@
 //! A trained model by its name: a checkpoint of a run, or a folder in the published layout.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use anello_configs::{Dtype, RunConfig, Schedule};
@@ -13,6 +14,7 @@ use tokenizers::Tokenizer;
 
 use crate::failure::Failure;
 use crate::place::CheckpointName;
+use crate::tokenizer::{fitting, tokenizer_file, tokenizer_of};
 
 /// A model that can be used.
 pub struct Weights {
@@ -20,6 +22,8 @@ pub struct Weights {
     pub name: String,
     /// It.
     pub model: Model,
+    /// Layers in its stack.
+    pub layers: u32,
     /// Tokens in the vocabulary.
     pub vocab: u32,
     /// Loop steps that it was last trained with.
@@ -30,6 +34,10 @@ pub struct Weights {
     pub sequence: u32,
     /// Its tokenizer, if it has one.
     pub tokenizer: Option<Tokenizer>,
+    /// The file of that.
+    pub tokenizer_file: Option<PathBuf>,
+    /// Where the data of its run is, by source; empty where it is of no run.
+    pub sources: BTreeMap<String, String>,
 }
 
 impl Weights {
@@ -48,15 +56,18 @@ impl Weights {
             .at(step.saturating_sub(1))
             .ok_or_else(|| Failure::Usage(format!("{name} is no step of its run's plan")))?;
         let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
-        let tokenizer = tokenizer_file(&config).map(|path| read_tokenizer(&path));
+        let tokenizer = tokenizer_of(&config)?;
         Ok(Self {
             name: name.to_owned(),
             model,
+            layers: layout.layers() as u32,
             vocab: config.model.vocab,
             loops: plan.stage.loops,
             rope_base: plan.stage.rope_base,
             sequence: plan.stage.sequence,
-            tokenizer: tokenizer.transpose()?,
+            tokenizer_file: tokenizer.as_ref().and_then(|_| tokenizer_file(&config)),
+            tokenizer,
+            sources: config.data.sources.into_iter().map(|(name, source)| (name, source.url)).collect(),
         })
     }
 
@@ -70,11 +81,14 @@ impl Weights {
         Ok(Self {
             name: name.to_owned(),
             model: Model::new(&sizes, Dtype::Fp32, &layout, &flat),
+            layers: sizes.layers,
             vocab: sizes.vocab,
             loops: used.loops,
             rope_base: used.rope_base,
             sequence: used.positions.min(4096),
-            tokenizer: tokenizer.map(|path| read_tokenizer(&path)).transpose()?,
+            tokenizer: tokenizer.as_deref().map(|path| fitting(path, sizes.vocab)).transpose()?,
+            tokenizer_file: tokenizer,
+            sources: BTreeMap::new(),
         })
     }
 
@@ -117,17 +131,4 @@ pub fn weights_at(
     }
     let (manifest, layout, weights) = load_weights(store, step, &config.model)?;
     Ok((Some(manifest), layout, Tensor::from_slice(&weights)))
-}
-
-/// The `tokenizer.json` of a run, on this machine.
-pub fn tokenizer_file(config: &RunConfig) -> Option<PathBuf> {
-    let path = config.data.tokenizer.as_deref()?;
-    Some(PathBuf::from(path.strip_prefix("file://").unwrap_or(path)))
-}
-
-/// Reads a `tokenizer.json`.
-pub fn read_tokenizer(path: &Path) -> Result<Tokenizer, Failure> {
-    Tokenizer::from_file(path).map_err(|cause| {
-        Failure::Usage(format!("{} is no tokenizer ({cause}); give a tokenizer.json", path.display()))
-    })
 }

@@ -20,6 +20,9 @@ const MOST: u64 = 10_000_000_000_000_000;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Index {
     version: u32,
+    /// BLAKE3 of the `tokenizer.json` that made the tokens, hex, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
     /// The shards, ordered by path.
     pub shards: Vec<ShardEntry>,
 }
@@ -51,7 +54,8 @@ pub struct RowGroupEntry {
 }
 
 impl Index {
-    /// Lists the folder and reads the footer of every shard; with `checksums`, all of its token columns too.
+    /// Lists the folder and reads the footer of every shard; with `checksums`, all of its token columns too. Which tokenizer
+    /// made them is taken from the index that is there.
     ///
     /// Progress counts shards. Errors: no shard, a shard whose footer or columns are not those of a token set.
     pub fn build(store: &Store, checksums: bool, threads: usize, progress: OnProgress<'_>) -> Result<Self> {
@@ -73,7 +77,7 @@ impl Index {
             meter.add(1, entry.row_groups.iter().map(|g| g.tokens).sum())?;
             Ok(entry)
         })?;
-        Ok(Self { version: VERSION, shards })
+        Ok(Self { version: VERSION, tokenizer: Self::tokenizer_of(store)?, shards })
     }
 
     /// The stored index of the folder if there is one and it is up to date, else one built in memory.
@@ -121,6 +125,21 @@ impl Index {
             return Err(fault(format!("does not know {new}")));
         }
         Ok(Some(index))
+    }
+
+    /// Which tokenizer made the tokens in `store`, by its stored index alone; `None` where that does not tell.
+    pub fn tokenizer_of(store: &Store) -> Result<Option<String>> {
+        #[derive(Deserialize)]
+        struct Told {
+            tokenizer: Option<String>,
+        }
+        let bytes = store.get(INDEX_FILE)?;
+        Ok(bytes.and_then(|bytes| serde_json::from_slice::<Told>(&bytes).ok()?.tokenizer))
+    }
+
+    /// The same, made by the tokenizer whose file holds `json`.
+    pub fn made_by(self, json: &[u8]) -> Self {
+        Self { tokenizer: Some(tokenizer_digest(json)), ..self }
     }
 
     /// Writes it beside the shards.
@@ -184,6 +203,11 @@ impl Index {
     pub fn row_groups(&self) -> impl Iterator<Item = &RowGroupEntry> {
         self.shards.iter().flat_map(|shard| &shard.row_groups)
     }
+}
+
+/// What an index calls a tokenizer whose file holds `json`: BLAKE3, hex.
+pub fn tokenizer_digest(json: &[u8]) -> String {
+    blake3::hash(json).to_hex().to_string()
 }
 
 /// The token shards among a folder's objects: `*.parquet`, and no part of its path hidden by `.` or `_`.

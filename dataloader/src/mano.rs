@@ -74,12 +74,19 @@ pub fn synth_mano(options: &ManoOptions, progress: OnProgress<'_>) -> Result<()>
         (0..mano_vocab(options.length) as i32).map(|id| (mano_token(id), id)).collect();
     let json = |value: &serde_json::Value| serde_json::to_vec_pretty(value).expect("json writes itself");
     root.put("vocab.json", json(&serde_json::json!(vocab)))?;
-    root.put("tokenizer.json", json(&tokenizer(&vocab)))?;
+    let tokenizer = json(&tokenizer(&vocab));
+    root.put("tokenizer.json", tokenizer.clone())?;
     for (set, documents, masked) in
         [("train", options.documents, options.answer_only), ("eval", options.eval_documents, true)]
     {
         if documents > 0 {
-            write(&Store::open(&format!("{output}/{set}"))?, set, documents, masked, options, &meter)?;
+            write(
+                &Store::open(&format!("{output}/{set}"))?,
+                (set, documents, masked),
+                options,
+                &tokenizer,
+                &meter,
+            )?;
         }
     }
     Ok(())
@@ -87,10 +94,9 @@ pub fn synth_mano(options: &ManoOptions, progress: OnProgress<'_>) -> Result<()>
 
 fn write(
     store: &Store,
-    set: &str,
-    documents: u64,
-    masked: bool,
+    (set, documents, masked): (&str, u64, bool),
     options: &ManoOptions,
+    tokenizer: &[u8],
     meter: &Meter<'_>,
 ) -> Result<()> {
     const SHARD_DOCUMENTS: u64 = 1 << 18;
@@ -119,7 +125,8 @@ fn write(
         store.put(&names[at], shard.bytes)?;
         meter.add(range.end - range.start, shard.tokens)
     })?;
-    Index::build(store, true, options.threads, &|_| std::ops::ControlFlow::Continue(()))?.save(store)
+    let index = Index::build(store, true, options.threads, &|_| std::ops::ControlFlow::Continue(()))?;
+    index.made_by(tokenizer).save(store)
 }
 
 /// One document: with `longest`, of exactly `length` operations, else of 1 to `length`.
@@ -164,6 +171,13 @@ impl Draws {
             _ => (a * b) % modulus,
         }
     }
+}
+
+/// Operations of an expression, by its second token; `None` when that tells of none.
+pub fn mano_operations(length_id: i64) -> Option<u32> {
+    u32::try_from(length_id - i64::from(LENGTHS) + 1)
+        .ok()
+        .filter(|operations| (1..=1000).contains(operations))
 }
 
 /// How a token of Mano is written.

@@ -127,7 +127,7 @@ pub fn tokenize(options: &TokenizeOptions, progress: OnProgress<'_>) -> Result<T
         return Err(Error::tool(&options.output, "the inputs hold no text; check the paths and extensions"));
     }
     let index = Index::build(&job.store, true, options.threads, &|_| std::ops::ControlFlow::Continue(()))?;
-    index.save(&job.store)?;
+    index.made_by(&raw).save(&job.store)?;
     Ok(report)
 }
 

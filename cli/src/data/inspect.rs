@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::screen::Screen;
 use crate::text::{Table, bytes, grouped};
-use crate::weights::read_tokenizer;
+use crate::tokenizer::read_tokenizer;
 
 /// Arguments of `anello data inspect`.
 #[derive(Debug, clap::Args)]

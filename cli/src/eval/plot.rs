@@ -100,7 +100,7 @@ fn step_of(raw: f64) -> f64 {
 }
 
 /// Text as XML.
-fn escape(text: &str) -> String {
+pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 

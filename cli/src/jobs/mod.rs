@@ -11,7 +11,7 @@ use anello_store::events::Record;
 use anello_worker::pin_init;
 
 use crate::certs::TlsArgs;
-use crate::config::{ConfigArgs, load};
+use crate::config::{ConfigArgs, check_ready, load};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::kube::KubeArgs;
 use crate::screen::Screen;
@@ -110,7 +110,7 @@ pub fn submit(args: &SubmitArgs, screen: &Screen) -> Outcome {
         return crate::kube::submit(args, screen);
     }
     let mut loaded = load(&args.config.config, &args.config.sets)?;
-    loaded.check_sources()?;
+    check_ready(&loaded)?;
     pin_init(&mut loaded.config)?;
     let request = v1::SubmitRequest {
         config: loaded.config.to_toml(),

@@ -18,14 +18,14 @@ use anello_tls::Protection;
 use anello_worker::{Control, Ended, Resume, Run, Training, pin_init};
 
 use crate::certs::ListenArgs;
-use crate::config::{load, load_text};
+use crate::config::{check_ready, load, load_text};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::http::{HttpArgs, Solo};
 use crate::interrupt::Interrupt;
 use crate::place::open_run;
 use crate::screen::Screen;
 use crate::text::{grouped, read_time};
-use crate::weights::{read_tokenizer, tokenizer_file};
+use crate::tokenizer::{read_tokenizer, tokenizer_file};
 use tracker::Tracker;
 use view::View;
 
@@ -142,7 +142,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
 /// The config called `name` with `sets` over it, whose sources are there.
 fn config_of(name: &str, sets: &[String]) -> Result<RunConfig, Failure> {
     let loaded = load(name, sets)?;
-    loaded.check_sources()?;
+    check_ready(&loaded)?;
     Ok(loaded.config)
 }
 
@@ -166,7 +166,7 @@ fn open(args: &Args) -> Result<Run, Failure> {
                 None => {
                     let text = store.folder().is_none().then(|| begun_with.to_toml());
                     let loaded = load_text(&store.place_of(CONFIG), text, &sets)?;
-                    loaded.check_sources()?;
+                    check_ready(&loaded)?;
                     loaded.config
                 }
             };

@@ -39,6 +39,7 @@ fn expressions_are_what_they_say_and_their_answers_are_right() {
         assert_eq!(head, ["<bos>".to_owned(), format!("<len_{operations}>")]);
         assert_eq!(expression.len(), 2 * operations + 1);
         assert_eq!(tail, ["<ans>".to_owned(), evaluate(expression, modulus.into()).to_string()]);
+        assert_eq!(mano_operations(ids[1].into()), Some(operations as u32));
         lengths[operations - 1] += 1;
     }
     assert!(lengths.iter().all(|n| (400..600).contains(n)), "lengths are uniform: {lengths:?}");

@@ -137,10 +137,89 @@ fn what_cannot_be_used_is_refused() {
         (vec!["generate", "data", "--prompt", "x"], "data holds no run"),
         (vec!["generate", "undisturbed"], "--prompt"),
         (vec!["eval", "undisturbed"], "--data"),
+        (vec!["eval", "undisturbed", "--task", "mano"], "give it with --data SET/eval"),
+        (vec!["eval", "undisturbed", "--task", "mano", "--data", "data/tales"], "is no set of Mano"),
     ] {
         let done = world().anello(&arguments);
         let log = done.log.clone();
         done.expect(2);
         assert!(log.contains(expected), "{arguments:?}: {log}");
     }
+}
+
+/// A tokenizer that is not the one of the model, or of its data, is refused wherever one is used.
+#[test]
+fn another_tokenizer_is_refused_everywhere() {
+    let folder = &world().folder;
+    let train = ["data", "train-tokenizer", "tales.jsonl", "--vocab", "300", "--out", "other/tokenizer.json"];
+    world().anello(&train).expect(0);
+    let large = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{"a":0,"b":9999},"unk_token":"a"}}"#;
+    std::fs::write(folder.join("large.json"), large).unwrap();
+    for (name, tokenizer) in [("of-other", "other/tokenizer.json"), ("of-large", "large.json")] {
+        world().anello(&["export", "undisturbed", "--to", name, "--dtype", "fp32"]).expect(0);
+        std::fs::copy(folder.join(tokenizer), folder.join(name).join("tokenizer.json")).unwrap();
+    }
+    let (other, large) = ("data.tokenizer=other/tokenizer.json", "data.tokenizer=large.json");
+    let sft = [
+        "stages=[\"sft\"]",
+        "stage.sft={loss=\"sft\",tokens=512,sequence=16,batch=128,lr=1e-3,loops=2,mixture={tales=1}}",
+    ];
+    let of_other = "was tokenized with the tokenizer ";
+    let of_large = "has the token 9999 (\"b\"), the model's vocabulary 2048 tokens";
+    for (arguments, expected) in [
+        (vec!["run", "small.toml", "--out", "refused", "--set", other], of_other),
+        (vec!["run", "small.toml", "--out", "refused", "--set", large], of_large),
+        (vec!["run", "small.toml", "--out", "refused", "--workers", "2", "--set", other], of_other),
+        (
+            vec!["run", "small.toml", "--out", "refused", "--set", sft[0], "--set", sft[1], "--set", other],
+            of_other,
+        ),
+        (vec!["run", "--resume", "undisturbed", "--set", other], of_other),
+        (vec!["import", published(), "--config", "small.toml", "--out", "refused", "--set", other], of_other),
+        (vec!["import", published(), "--config", "small.toml", "--out", "refused", "--set", large], of_large),
+        (vec!["eval", "of-other", "--data", "data/tales"], of_other),
+        (vec!["eval", "of-large", "--data", "data/tales"], of_large),
+        (vec!["generate", "of-large", "--prompt", "a"], of_large),
+    ] {
+        let done = world().anello(&arguments);
+        let log = done.log.clone();
+        done.expect(2);
+        assert!(log.contains(expected), "{arguments:?}: {log}");
+        assert!(!folder.join("refused").exists(), "{arguments:?}: nothing was begun");
+    }
+    // An index that is made anew knows it still.
+    world().anello(&["data", "index", "data/tales"]).expect(0);
+    let done = world().anello(&["run", "small.toml", "--out", "refused", "--set", other]);
+    assert!(done.log.contains(of_other), "{done:?}");
+    done.expect(2);
+}
+
+/// Trained on expressions so short that it takes seconds, the test set is found and the figures are told beside the paper's.
+#[test]
+fn mano_is_told_beside_the_paper() {
+    let make = ["data", "synth", "mano", "--out", "mano", "--length", "3", "--modulus", "2"];
+    let sizes = ["--documents", "500", "--eval-documents", "40", "--answer-only"];
+    world().anello(&[&make[..], &sizes].concat()).expect(0);
+    let sets = [
+        "stages=[\"stable\"]",
+        "data.sources.mano.url=\"mano/train\"",
+        "stage.stable={tokens=512,sequence=32,batch=128,lr=1e-3,loops=2,mixture={mano=1}}",
+    ];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let config = std::fs::read_to_string(world().folder.join("small.toml")).unwrap();
+    let without: Vec<&str> = config.lines().filter(|line| !line.starts_with("tokenizer")).collect();
+    std::fs::write(world().folder.join("mano.toml"), without.join("\n")).unwrap();
+    let run = ["run", "mano.toml", "--out", "run-of-mano", "--sample", "0"];
+    world().anello(&[&run[..], &sets].concat()).expect(0);
+    let told = world().anello(&["eval", "run-of-mano", "--task", "mano"]).expect(0);
+    assert!(told.contains("mano/eval, 40 tokens that count"), "{told}");
+    assert!(told.contains("Mano, expressions of 3 operations: 1 x 2 answers "), "{told}");
+    assert!(
+        told.lines().any(|line| line.split_whitespace().eq(["2", "x", "6", "98.1", "96.3", "78.0"])),
+        "{told}"
+    );
+    let page = ["eval", "run-of-mano", "--data", "mano/eval", "--plot", "mano.html"];
+    world().anello(&page).expect(0);
+    let page = std::fs::read_to_string(world().folder.join("mano.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.contains("<svg "), "{page}");
 }
