@@ -124,6 +124,7 @@ fn optimizer(s: &mut Section<'_, '_>) -> Optimizer {
 
 fn compute(s: &mut Section<'_, '_>) -> Compute {
     Compute {
+        device: s.parsed("device", ComputeDevice::ACCEPTED, ComputeDevice::default()),
         dtype: s.choice("dtype", Dtype::Fp32),
         recompute: s.choice("recompute", Recompute::Layer),
         loss_chunk_tokens: s.quantity("loss_chunk_tokens", Unit::Tokens, 1..=8192, Some(1024)) as u32,

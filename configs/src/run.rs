@@ -113,9 +113,69 @@ pub enum Recompute {
     Loop,
 }
 
+/// What the model is computed on. The bits hold for one kind of device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum ComputeDevice {
+    /// The cores of this machine.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU: the one of this number among those that CUDA shows to the process; absent: of several workers of
+    /// one machine each takes the next.
+    Cuda(Option<u32>),
+}
+
+impl ComputeDevice {
+    /// What may be written.
+    pub const ACCEPTED: &str = "\"cpu\", \"cuda\" or \"cuda:N\", N from 0 to 255";
+}
+
+impl std::fmt::Display for ComputeDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(None) => f.write_str("cuda"),
+            Self::Cuda(Some(number)) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl std::str::FromStr for ComputeDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |digits: &str| {
+            let number = digits.parse::<u8>().ok()?;
+            (number.to_string() == digits).then_some(number.into())
+        };
+        let device = match text {
+            "cpu" => Some(Self::Cpu),
+            "cuda" => Some(Self::Cuda(None)),
+            other => other.strip_prefix("cuda:").and_then(number).map(|number| Self::Cuda(Some(number))),
+        };
+        device.ok_or_else(|| format!("`{text}` is no device; give {}", Self::ACCEPTED))
+    }
+}
+
+impl From<ComputeDevice> for String {
+    fn from(device: ComputeDevice) -> Self {
+        device.to_string()
+    }
+}
+
+impl TryFrom<String> for ComputeDevice {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
 /// How the mathematics is carried out on a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Compute {
+    /// Where.
+    pub device: ComputeDevice,
     /// Format of the matrices.
     pub dtype: Dtype,
     /// What the forward keeps.

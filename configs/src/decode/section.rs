@@ -195,6 +195,15 @@ impl<'f, 't> Section<'f, 't> {
         .unwrap_or_default()
     }
 
+    /// A text that means a value of `T`.
+    pub fn parsed<T: std::str::FromStr + Copy>(&mut self, key: &str, accepted: &str, default: T) -> T {
+        let found = self.read(key, accepted, Some(default), |node| match &node.value {
+            Value::Text(text) => text.parse().ok(),
+            _ => None,
+        });
+        found.unwrap_or(default)
+    }
+
     /// The name of a run may hold dots as well (`ouro-1.4b`), since no key is made of it.
     pub fn run_name(&mut self, key: &str) -> String {
         let accepts = |text: &str| is_name(&text.replace('.', "-")) && !text.starts_with('.');

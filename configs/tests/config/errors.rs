@@ -79,7 +79,10 @@ fn one_slip_in_a_file() {
         ("lr = 1e-3", "lr = 1e-3\nlr_curve = \"wsd\"\nlr_to = 1e-4"),
         ("lr = 1e-3", "lr = 30"),
         ("[model]", "[optimizer]\nbeta1 = 1.0\nclip = 0\n[model]"),
-        ("[model]", "[compute]\nloss_chunk_tokens = 10_000\nthreads = 0\ndtype = \"fp16\"\n[model]"),
+        (
+            "[model]",
+            "[compute]\nloss_chunk_tokens = 10_000\nthreads = 0\ndevice = \"cuda:01\"\ndtype = \"fp16\"\n[model]",
+        ),
         ("[model]", "[checkpoint]\nkeep_last = 1\npart_bytes = \"1KiB\"\n[model]"),
         ("[model]", "include = [\"preset:tiny\"]\n[model]"),
         ("[model]", "[model"),

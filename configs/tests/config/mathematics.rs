@@ -10,6 +10,8 @@ fn what_leaves_the_bits_alone_leaves_the_digest_alone() {
     for set in [
         "name=other",
         "compute.threads=3",
+        "compute.device=cuda",
+        "compute.device=cuda:3",
         "compute.recompute=none",
         "compute.recompute=loop",
         "checkpoint.every_steps=7",

@@ -43,6 +43,7 @@ fn key() -> impl Strategy<Value = String> {
         "compute",
         "dtype",
         "threads",
+        "device",
         "loss_chunk_tokens",
         "data",
         "sources",

@@ -1,6 +1,8 @@
 //! Small models, micro-batches and data sets for the tests.
 
-use anello_configs::{Compute, Dtype, Loss, Mask, Model as Sizes, Recompute, Trains, random::Stream};
+use anello_configs::{
+    Compute, ComputeDevice, Dtype, Loss, Mask, Model as Sizes, Recompute, Trains, random::Stream,
+};
 use anello_dataloader::MicroBatch;
 use anello_worker::{Context, Goal, Layout, LossSums, Model, Pass, Rotary, forward_backward};
 use tch::{Device, Kind, Tensor};
@@ -21,7 +23,7 @@ pub fn sizes() -> Sizes {
 }
 
 pub fn compute(recompute: Recompute, loss_chunk_tokens: u32) -> Compute {
-    Compute { dtype: Dtype::Fp32, recompute, loss_chunk_tokens, threads: None }
+    Compute { device: ComputeDevice::Cpu, dtype: Dtype::Fp32, recompute, loss_chunk_tokens, threads: None }
 }
 
 /// Documents of these lengths, one after the other, in rows of `length` tokens. `ignored(token)` has no target.
