@@ -102,7 +102,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let timeline = screen.timeline().map(Path::to_owned);
     let launcher = move |job: &str, config: &RunConfig, workers: u32| {
         let threads = threads_of(config.compute.threads, slots.unwrap_or(workers));
-        local(&worker, address, &handed, job, threads, timeline.as_deref())
+        local(&worker, address, &handed, job, threads, None, timeline.as_deref())
     };
     let (sender, said) = channel();
     let (registry, thread) =

@@ -1,7 +1,8 @@
-//! `anello doctor`: is a store fit for runs?
+//! `anello doctor`: is a store fit for runs, and what is there of GPUs?
 
 use anello_store::Store;
 use anello_store::doctor::{self, Checkup, Latency, Raced};
+use anello_worker::device;
 
 use crate::failure::{Exit, Outcome};
 use crate::screen::Screen;
@@ -11,8 +12,9 @@ use crate::text::short;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A folder, or a URL: s3://BUCKET/PREFIX, gs://…, az://…. Small objects are written there, and removed.
+    /// Without one: the GPUs of this machine, and what is needed to compute on them.
     #[arg(value_name = "PLACE")]
-    place: String,
+    place: Option<String>,
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
@@ -20,12 +22,25 @@ pub struct Args {
 
 /// `anello doctor`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
-    let checkup = doctor::check(&Store::durable(&args.place)?)?;
+    let Some(place) = &args.place else { return gpus(args.json, screen) };
+    let checkup = doctor::check(&Store::durable(place)?)?;
     screen.print(&match args.json {
         true => serde_json::to_string_pretty(&checkup).expect("a check-up has string keys") + "\n",
         false => told(&checkup),
     })?;
     Ok(if checkup.is_fit() { Exit::Done } else { Exit::No })
+}
+
+/// What there is of GPUs.
+fn gpus(json: bool, screen: &Screen) -> Outcome {
+    let (fit, lines) = device::checkup();
+    let answer =
+        if fit { "runs may use the GPUs of this machine" } else { "runs compute on the CPU of this machine" };
+    screen.print(&match json {
+        true => serde_json::json!({ "gpus": fit, "found": lines }).to_string() + "\n",
+        false => format!("{answer}\n  {}\n", lines.join("\n  ")),
+    })?;
+    Ok(if fit { Exit::Done } else { Exit::No })
 }
 
 /// The answer first.

@@ -1,4 +1,7 @@
-//! LibTorch's threads sleep while they wait for one another.
+//! What LibTorch is told by variables of the environment, which it reads once.
+//!
+//! Its threads sleep while they wait for one another, and cuBLAS keeps its workspace in one fixed way, without which its
+//! bits may change from call to call.
 //!
 //! By default they spin. Alone on a machine that is a little faster; beside any other busy process a step takes ten
 //! times as long (measured: docs/measured.md), since a thread that spins keeps the one it waits for off the core.
@@ -6,18 +9,23 @@
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use anello_worker::device::WORKSPACE;
+
 const POLICY: &str = "OMP_WAIT_POLICY";
 
-/// Sets the wait policy, unless the user has, and starts this program anew: the OpenMP runtime reads it before `main`.
+/// Sets the wait policy and the workspace, unless the user has, and starts this program anew: the OpenMP runtime reads the
+/// first before `main`.
 ///
 /// The process id stays. Where it cannot be done (a program that was replaced meanwhile), the run is slower beside
 /// others and nothing else.
 pub fn sleep_while_waiting() {
-    if std::env::var_os(POLICY).is_some() {
+    let wanted = [(POLICY, "PASSIVE"), WORKSPACE];
+    let missing: Vec<_> = wanted.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    if missing.is_empty() {
         return;
     }
     let mut arguments = std::env::args_os();
     let (Some(name), Ok(program)) = (arguments.next(), std::env::current_exe()) else { return };
-    let cause = Command::new(program).arg0(name).args(arguments).env(POLICY, "PASSIVE").exec();
+    let cause = Command::new(program).arg0(name).args(arguments).envs(missing).exec();
     tracing::debug!(%cause, "threads spin while they wait");
 }

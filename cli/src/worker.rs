@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 
+use anello_configs::ComputeDevice;
 use anello_coordinator::launch::Local;
 use anello_coordinator::record_of;
 use anello_coordinator::telemetry::Board;
@@ -37,6 +38,9 @@ pub struct Args {
     /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// What to compute on: cpu, cuda or cuda:N (default: `compute.device` of the run's config).
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<ComputeDevice>,
     /// End when standard input ends: so a worker never outlives the process that started it.
     #[arg(long)]
     until_eof: bool,
@@ -76,6 +80,7 @@ pub fn run(args: &Args) -> Outcome {
         protection,
         machine: args.machine.clone().unwrap_or_else(host_name),
         threads: args.threads,
+        device: args.device,
         watcher,
     };
     match serve(options, interrupt.flag())? {
@@ -121,8 +126,10 @@ pub fn local(
     handed: &Handed,
     job: &str,
     threads: u32,
+    device: Option<ComputeDevice>,
     timeline: Option<&Path>,
 ) -> Local {
+    let device = device.map(|device| device.to_string());
     let (address, port, threads) = (coordinator.ip(), coordinator.port(), threads.to_string());
     let reached = match address {
         // Wherever it listens, this machine is reached so.
@@ -133,6 +140,9 @@ pub fn local(
     let (coordinator, address) = (SocketAddr::new(reached, port).to_string(), reached.to_string());
     let mut arguments =
         vec!["worker", "--coordinator", &coordinator, "--job", job, "--threads", &threads, "--until-eof"];
+    if let Some(device) = &device {
+        arguments.extend(["--device", device]);
+    }
     if !reached.is_loopback() {
         // Workers of other machines may come too.
         arguments.extend(["--address", &address]);

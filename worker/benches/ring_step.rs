@@ -22,10 +22,10 @@ use anello_collective::tcp::{Listener, Options, Tcp, connect};
 use anello_collective::{AbortHandle, Collective, Generation, Rank, Shape, Step};
 use anello_configs::{Schedule, StepPlan, Trains};
 use anello_dataloader::MicroBatch;
-use anello_worker::ring::add_up;
+use anello_worker::ring::{Total, add_up};
 use anello_worker::{BLOCK, Engine, Growing, as_slice};
 use serde_json::{Value, json};
-use tch::{Device, Tensor};
+use tch::Device;
 
 #[path = "cases/mod.rs"]
 #[allow(dead_code)]
@@ -76,7 +76,8 @@ fn serve(rank: u32, members: usize, host: IpAddr) {
     };
     let mut ring = connect(&mut listener, &options).expect("all members come");
     let batches = case.batches()[lanes.start as usize..lanes.end as usize].to_vec();
-    let mut worker = Worker { engine, first: lanes.start, batches, total: layout.zeros(Device::Cpu) };
+    let mut worker =
+        Worker { engine, first: lanes.start, batches, total: Total::new(layout.len(), Device::Cpu) };
     let last = whole.last().expect("there is an embedding").len() as f64 / layout.blocks() as f64;
     println!("{}", json!({ "ready": rank, "whole_at_the_end": last, "mib": layout.len() >> 18 }));
 
@@ -94,14 +95,14 @@ struct Worker {
     first: u32,
     /// One a lane.
     batches: Vec<MicroBatch>,
-    total: Tensor,
+    total: Total,
 }
 
 impl Worker {
     fn act(&mut self, what: &str, plan: &StepPlan<'_>, ring: &mut Tcp) -> Value {
         let start = Instant::now();
         if what == "transfer" {
-            let gradient = self.total.copy();
+            let gradient = self.total.values().copy();
             let own = ring.ring().elements(ring.ring().rank());
             let mut sum = vec![0f32; ring.ring().len()];
             let start = Instant::now();
@@ -150,7 +151,7 @@ impl Worker {
             words.expect("the sum");
             self.engine.abandon();
             let (_, _, sums) = all.expect("a worker has sums");
-            self.engine.finish_with(plan, &self.total, sums);
+            self.engine.finish_with(plan, self.total.values(), sums);
         }
         json!({ "seconds": start.elapsed().as_secs_f64() })
     }

@@ -7,12 +7,13 @@ use anello_dataloader::{LaneStep, LoaderOptions};
 use anello_store::checkpoint::{BLOCK, Facts, Position, digest_of_blocks};
 use anello_store::events::{self, Event};
 use anello_store::{Cursor, Environment, Store};
+use tch::Device;
 
 use crate::checkpoint::block_digest;
 use crate::engine::Outcome;
 use crate::environment;
-use crate::ffi;
 use crate::guard::Spike;
+use crate::host;
 use crate::optimizer::State;
 
 /// What is stamped on every checkpoint that a process writes.
@@ -27,13 +28,13 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    /// The stamp of this process for a run of `config` on `data`.
-    pub fn new(config: &RunConfig, data: &LoaderOptions) -> Self {
+    /// The stamp of this process for a run of `config` on `data`, computed on `device`.
+    pub fn new(config: &RunConfig, data: &LoaderOptions, device: Device) -> Self {
         let digests = data.sources.iter().map(|(name, dataset)| (name.clone(), dataset.index().digest()));
         Self {
             config: config.digest(),
             data: digests.collect(),
-            environment: environment::of_cpu(config.compute.threads),
+            environment: environment::of(device, config.compute.threads),
         }
     }
 
@@ -49,19 +50,23 @@ impl Stamp {
 /// Digest of the weights, as a manifest has it: of the digests of their blocks, in order.
 pub fn weights_digest(state: &State) -> String {
     let _span = tracing::trace_span!("digest of the weights").entered();
-    let weights = ffi::as_slice(&state.weights);
+    let digests: Vec<String> = host::pieces(&state.weights).flat_map(|piece| block_digests(&piece)).collect();
+    digest_of_blocks(&digests)
+}
+
+/// Digests of the blocks of `weights`, by several threads.
+fn block_digests(weights: &[f32]) -> Vec<String> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(DIGEST_THREADS);
     let share = weights.len().div_ceil(threads).next_multiple_of(BLOCK).max(BLOCK);
     let of_share = |values: &[f32]| values.chunks(BLOCK).map(block_digest).collect::<Vec<String>>();
-    let digests: Vec<String> = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let mut shares = weights.chunks(share);
         let own = shares.next().unwrap_or(&[]);
         let others: Vec<_> = shares.map(|values| scope.spawn(move || of_share(values))).collect();
         let mut digests = of_share(own);
         digests.extend(others.into_iter().flat_map(|other| other.join().expect("hashing does not panic")));
         digests
-    });
-    digest_of_blocks(&digests)
+    })
 }
 
 /// Threads that hash at most: past so many the memory is what they wait for.

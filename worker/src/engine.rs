@@ -436,6 +436,9 @@ impl Engine {
         let update = self.state.update(&self.config.optimizer, plan.lr, sum, moved);
         guard::remember(guard, &mut self.state.losses, loss);
         let back_to = guard::back_to(guard, spike, plan.step);
+        if update.applied {
+            self.model.refresh();
+        }
         Outcome { sums, update, spike, back_to }
     }
 
@@ -470,6 +473,7 @@ impl Engine {
     pub fn complete(&mut self, prepared: Prepared, weights: &Tensor) -> Update {
         let _span = tracing::trace_span!("update").entered();
         self.state.complete(&prepared, Some(weights));
+        self.model.refresh();
         prepared.room.into_iter().for_each(|room| self.recycle(room));
         prepared.update
     }

@@ -11,6 +11,16 @@ pub enum Error {
         /// What to do.
         remedy: String,
     },
+    /// The device that the config asks for cannot be had: see `anello doctor`, or change `compute.device`.
+    #[error("the device {wanted} cannot be had: {fact}; {remedy}")]
+    Device {
+        /// As in `compute.device`.
+        wanted: String,
+        /// What is missing, and where it was looked for.
+        fact: String,
+        /// What to do.
+        remedy: String,
+    },
     /// The run folder: what to do is in its variants.
     #[error(transparent)]
     Store(#[from] anello_store::Error),

@@ -10,6 +10,7 @@ use anello_configs::{Dtype, Mask, Model as Sizes};
 use anello_dataloader::MicroBatch;
 use tch::{Device, Kind, Tensor};
 
+use crate::ffi::torch;
 use crate::params::{Layout, NORMS};
 
 /// A weight: a leaf of the graph over a range of the flat buffer.
@@ -17,6 +18,8 @@ use crate::params::{Layout, NORMS};
 pub struct Leaf {
     /// The values, shaped; requires a gradient.
     pub value: Tensor,
+    /// The same in the format of the matrices, where that is another: what products use, and what gets a gradient.
+    narrow: Option<Tensor>,
     offset: i64,
     len: i64,
 }
@@ -28,7 +31,21 @@ impl Leaf {
         let last = layout.find(last).expect("the layout has every part of the model");
         let (offset, len) = (first.offset as i64, (last.range().end - first.offset) as i64);
         let value = flat.narrow(0, offset, len).view(shape).detach().set_requires_grad(true);
-        Self { value, offset, len }
+        Self { value, narrow: None, offset, len }
+    }
+
+    /// A matrix, which products use as it is in `narrow`, the flat buffer in their format, if there is one.
+    fn matrix(mut self, narrow: Option<&Tensor>) -> Self {
+        self.narrow = narrow.map(|flat| {
+            let shape = self.value.size();
+            flat.narrow(0, self.offset, self.len).view(shape.as_slice()).detach().set_requires_grad(true)
+        });
+        self
+    }
+
+    /// What products use.
+    pub fn used(&self) -> &Tensor {
+        self.narrow.as_ref().unwrap_or(&self.value)
     }
 
     /// Adds `gradient` to this weight's place in the flat gradient buffer.
@@ -71,6 +88,8 @@ pub struct Model {
     sizes: Sizes,
     kind: Kind,
     wide: Kind,
+    /// The matrices in fp32 and in `kind`, flat, where that is another format: what [`Model::refresh`] copies.
+    narrow: Option<(Tensor, Tensor)>,
     /// `embed_tokens`, `[v, d]`.
     pub embed: Leaf,
     /// The shared stack.
@@ -92,6 +111,13 @@ impl Model {
     pub fn new(sizes: &Sizes, dtype: Dtype, layout: &Layout, flat: &Tensor) -> Self {
         let (d, f, v) = (i64::from(sizes.hidden), i64::from(sizes.ffn), i64::from(sizes.vocab));
         let kv = d / i64::from(sizes.heads) * i64::from(sizes.kv_heads);
+        let kind = if flat.kind() == Kind::Double { Kind::Double } else { kind_of(dtype) };
+        let narrow = (kind != flat.kind()).then(|| {
+            let matrices = flat.narrow(0, 0, layout.decayed_len() as i64);
+            let narrow = tch::no_grad(|| matrices.to_kind(kind));
+            (matrices, narrow)
+        });
+        let of_kind = narrow.as_ref().map(|(_, narrow)| narrow);
         let one = |name: &str, shape: &[i64]| Leaf::new(layout, flat, name, name, shape);
         let layers = (0..layout.layers())
             .map(|l| {
@@ -101,23 +127,31 @@ impl Model {
                 };
                 Layer {
                     norms: NORMS.map(|norm| span(norm, norm, &[d])),
-                    qkv: span("self_attn.q_proj", "self_attn.v_proj", &[d + 2 * kv, d]),
-                    out: span("self_attn.o_proj", "self_attn.o_proj", &[d, d]),
-                    gate_up: span("mlp.gate_proj", "mlp.up_proj", &[2 * f, d]),
-                    down: span("mlp.down_proj", "mlp.down_proj", &[d, f]),
+                    qkv: span("self_attn.q_proj", "self_attn.v_proj", &[d + 2 * kv, d]).matrix(of_kind),
+                    out: span("self_attn.o_proj", "self_attn.o_proj", &[d, d]).matrix(of_kind),
+                    gate_up: span("mlp.gate_proj", "mlp.up_proj", &[2 * f, d]).matrix(of_kind),
+                    down: span("mlp.down_proj", "mlp.down_proj", &[d, f]).matrix(of_kind),
                 }
             })
             .collect();
         Self {
             sizes: sizes.clone(),
-            kind: if flat.kind() == Kind::Double { Kind::Double } else { kind_of(dtype) },
+            kind,
             wide: flat.kind(),
             embed: one("model.embed_tokens.weight", &[v, d]),
             layers,
             final_norm: one("model.norm.weight", &[d]),
             gate_weight: one("model.early_exit_gate.weight", &[1, d]),
             gate_bias: one("model.early_exit_gate.bias", &[1]),
-            lm_head: one("lm_head.weight", &[v, d]),
+            lm_head: one("lm_head.weight", &[v, d]).matrix(of_kind),
+            narrow,
+        }
+    }
+
+    /// Takes up the weights as they are now in the flat buffer: to be called after every change of them.
+    pub fn refresh(&self) {
+        if let Some((wide, narrow)) = &self.narrow {
+            tch::no_grad(|| narrow.shallow_clone().copy_(wide));
         }
     }
 
@@ -165,21 +199,21 @@ impl Model {
         let k = i64::from(self.sizes.hidden) / heads;
         let n = x_nd.size()[0];
         // [n, d] x [d, (h + 2g)·k] -> [n, h + 2g, k]
-        let qkv = x_nd.matmul(&layer.qkv.value.to_kind(self.kind).tr()).view([n, heads + 2 * kv_heads, k]);
+        let qkv = x_nd.matmul(&layer.qkv.used().tr()).view([n, heads + 2 * kv_heads, k]);
         let parts = qkv.split_with_sizes([heads + kv_heads, kv_heads], 1);
         let rotated = tokens.rotate(&parts[0]).split_with_sizes([heads, kv_heads], 1);
         let mixed_nd = tokens.attend(index, &rotated[0], &rotated[1], &parts[1]).reshape([n, heads * k]);
-        mixed_nd.matmul(&layer.out.value.to_kind(self.kind).tr())
+        mixed_nd.matmul(&layer.out.used().tr())
     }
 
     fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor) -> Tensor {
-        let gate_up = x_nd.matmul(&layer.gate_up.value.to_kind(self.kind).tr()).chunk(2, -1);
-        (silu(&gate_up[0]) * &gate_up[1]).matmul(&layer.down.value.to_kind(self.kind).tr())
+        let gate_up = x_nd.matmul(&layer.gate_up.used().tr()).chunk(2, -1);
+        (silu(&gate_up[0]) * &gate_up[1]).matmul(&layer.down.used().tr())
     }
 
     /// Logits of hidden states, `[.., d] -> [.., v]`, fp32.
     pub fn logits(&self, h: &Tensor) -> Tensor {
-        h.matmul(&self.lm_head.value.to_kind(self.kind).tr()).to_kind(self.wide)
+        h.matmul(&self.lm_head.used().tr()).to_kind(self.wide)
     }
 
     /// Logits of the exit gate, `[.., d] -> [..]`, fp32: λ is their sigmoid.
@@ -235,9 +269,12 @@ impl Rotary {
 }
 
 /// How attention keeps documents apart. The bits of a result depend on which form is taken, and the form on the
-/// micro-batch alone.
+/// micro-batch and the kind of device alone.
 #[derive(Debug)]
 enum Apart {
+    /// One causal call for all segments: flash attention with `ends`, where each begins and the last ends, `[segments + 1]`
+    /// of int32. On a GPU, in bf16: no mask, and no work across documents.
+    Packed { ends: Tensor, longest: i64 },
     /// One causal call for each segment of these lengths: no work across documents.
     Segments(Vec<i64>),
     /// One call a micro-batch with a dense mask `[b, 1, s, s]`: many short documents.
@@ -301,11 +338,21 @@ impl Context {
         let positions_n = Tensor::from_slice(&batch.positions).to_device(device);
         let tokens = batch.tokens();
         let short = batch.segment_starts.len() * Self::SHORT_SEGMENT > tokens;
-        let apart = if mask == Mask::Document && short && batch.length <= Self::DENSE_LENGTH_MAX {
+        let ends = || batch.segment_starts.iter().skip(1).copied().chain([tokens as u32]);
+        let lengths = || batch.segment_starts.iter().zip(ends()).map(|(a, b)| i64::from(b - a));
+        let apart = if device != Device::Cpu && kind == Kind::BFloat16 {
+            let ends: Vec<i32> =
+                batch.segment_starts.iter().copied().chain([tokens as u32]).map(|at| at as i32).collect();
+            let longest = lengths().max().unwrap_or(0);
+            Apart::Packed { ends: Tensor::from_slice(&ends).to_device(device), longest }
+        } else if device == Device::Cpu
+            && mask == Mask::Document
+            && short
+            && batch.length <= Self::DENSE_LENGTH_MAX
+        {
             Apart::Dense { mask: dense_mask(batch, device), sequences: i64::from(batch.sequences) }
         } else {
-            let ends = batch.segment_starts.iter().skip(1).copied().chain([tokens as u32]);
-            Apart::Segments(batch.segment_starts.iter().zip(ends).map(|(a, b)| i64::from(b - a)).collect())
+            Apart::Segments(lengths().collect())
         };
         Self { angles: Angles::at(rotary, &positions_n, kind), apart }
     }
@@ -319,8 +366,14 @@ impl Tokens for Context {
     /// Causal attention within segments.
     fn attend(&self, _: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor {
         let heads = q_nhk.size()[1];
+        if let Apart::Packed { ends, longest } = &self.apart {
+            // It serves fewer key/value heads by itself.
+            return torch::flash_packed(q_nhk, k_ngk, v_ngk, ends, *longest)
+                .expect("flash attention of bf16 on a GPU");
+        }
         let (k_nhk, v_nhk) = (&spread(k_ngk, heads), &spread(v_ngk, heads));
         match &self.apart {
+            Apart::Packed { .. } => unreachable!("served above"),
             Apart::Segments(lengths) => {
                 // A split's backward is one concatenation; a slice's would be a full tensor of zeros each.
                 let split =

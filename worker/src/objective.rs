@@ -18,7 +18,7 @@
 //! small rest. Shape suffixes as in [`crate::model`]; `c` is the tokens of a chunk.
 
 use anello_configs::{Loss, Trains};
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::model::Model;
 
@@ -65,10 +65,27 @@ pub fn log_exit(gate_logits: &Tensor) -> Tensor {
         return gate_logits * 0.0;
     }
     let used = gate_logits.narrow(0, 0, loops - 1);
-    let log_survival = (-&used).log_sigmoid().cumsum(0, used.kind());
+    let log_survival = running_sum(&(-&used).log_sigmoid());
     let before = Tensor::cat(&[Tensor::zeros_like(&log_survival.narrow(0, 0, 1)), log_survival], 0);
     let log_exit_now = Tensor::cat(&[used.log_sigmoid(), Tensor::zeros_like(&before.narrow(0, 0, 1))], 0);
     log_exit_now + before
+}
+
+/// Sums over the first 1, 2, … rows. LibTorch's kernel for that has no fixed bits on a GPU.
+fn running_sum(x: &Tensor) -> Tensor {
+    if x.device() == Device::Cpu { x.cumsum(0, x.kind()) } else { row_by_row(x) }
+}
+
+/// [`running_sum`] by one addition a row in double precision: what the CPU's kernel does.
+fn row_by_row(x: &Tensor) -> Tensor {
+    let mut sum: Option<Tensor> = None;
+    let rows = x.unbind(0).into_iter().map(|row| {
+        let row = row.to_kind(Kind::Double);
+        let next = sum.take().map_or_else(|| row.shallow_clone(), |sum| sum + &row);
+        sum = Some(next.shallow_clone());
+        next.to_kind(x.kind())
+    });
+    Tensor::stack(&rows.collect::<Vec<_>>(), 0)
 }
 
 /// The figures of every token of a chunk.
@@ -107,21 +124,33 @@ fn combine(cross_entropy_tc: Tensor, log_exit_tc: Tensor, targets_c: &Tensor, be
     TokenLosses { cross_entropy_tc, exit_tc, entropy_c, loss_c, counts_c }
 }
 
-/// Sums of the chunk, in f64. At most 8192 tokens a chunk: LibTorch then adds each sum on one thread.
-fn sums(losses: &TokenLosses, counted: u64) -> LossSums {
+/// Sums of the chunk, in f64, `[3 + 2·t]`: of what counts, loss, entropy, L(t), p(t). At most 8192 tokens a chunk: LibTorch
+/// then adds each sum on one thread. They stay on the device, so that nothing waits for them.
+fn sums(losses: &TokenLosses) -> Tensor {
     let counts = losses.counts_c.to_kind(Kind::Double);
-    let sum = |x: &Tensor| (x.to_kind(Kind::Double) * &counts).sum_dim_intlist(-1i64, false, Kind::Double);
-    let host = |x: &Tensor| {
-        let total = sum(x).reshape([-1]);
-        Vec::<f64>::try_from(&total).expect("a vector of f64 on the host or copied to it")
+    let sum = |x: &Tensor| {
+        (x.to_kind(Kind::Double) * &counts).sum_dim_intlist(-1i64, false, Kind::Double).reshape([-1])
     };
-    LossSums {
-        counted,
-        loss: host(&losses.loss_c)[0],
-        cross_entropy: host(&losses.cross_entropy_tc),
-        exit: host(&losses.exit_tc),
-        entropy: host(&losses.entropy_c)[0],
+    let counted = counts.sum_dim_intlist(-1i64, false, Kind::Double).reshape([-1]);
+    let TokenLosses { cross_entropy_tc, exit_tc, entropy_c, loss_c, .. } = losses;
+    Tensor::cat(&[counted, sum(loss_c), sum(entropy_c), sum(cross_entropy_tc), sum(exit_tc)], 0)
+}
+
+/// What [`sums`] made of each chunk, added in order on the host.
+fn total(chunks: &[Tensor], loops: usize) -> LossSums {
+    let figures = Vec::<f64>::try_from(&Tensor::cat(chunks, 0)).expect("a vector of f64, copied to the host");
+    let mut total = LossSums::zero(loops);
+    for chunk in figures.chunks(3 + 2 * loops) {
+        let (cross_entropy, exit) = chunk[3..].split_at(loops);
+        total.add(&LossSums {
+            counted: chunk[0] as u64,
+            loss: chunk[1],
+            cross_entropy: cross_entropy.to_vec(),
+            exit: exit.to_vec(),
+            entropy: chunk[2],
+        });
     }
+    total
 }
 
 /// What a stage minimises, and which parameters it moves for that.
@@ -149,19 +178,18 @@ pub fn backward(
     chunk: i64,
     gradient: &Tensor,
 ) -> (LossSums, Option<Vec<Tensor>>) {
-    let mut total = LossSums::zero(hidden.len());
-    let mut of_hidden = Vec::new();
+    let (mut chunks, mut of_hidden) = (Vec::new(), Vec::new());
     for_chunks(hidden, targets_n, chunk, |h_tcd, targets_c| {
         let (losses, of_h_tcd) = match (goal.trains, goal.loss) {
             (Trains::All, Loss::Loop) => loop_backward(model, h_tcd, &targets_c, goal.beta, gradient),
             (Trains::All, _) => last_backward(model, &h_tcd, &targets_c, gradient),
             (Trains::Gate, _) => (gate_backward(model, &h_tcd, &targets_c, goal, gradient), Tensor::new()),
         };
-        total.add(&tch::no_grad(|| sums(&losses, counted(&targets_c))));
+        chunks.push(tch::no_grad(|| sums(&losses)));
         of_hidden.push(of_h_tcd);
     });
     let of_hidden = (goal.trains == Trains::All).then(|| Tensor::cat(&of_hidden, 1).unbind(0));
-    (total, of_hidden)
+    (total(&chunks, hidden.len()), of_hidden)
 }
 
 /// The objective of pretraining on some tokens.
@@ -285,11 +313,7 @@ fn cross_entropy(
         .scatter_add_(1, &targets_c1, &-weights_c1)
         .to_kind(model.kind());
     model.lm_head.accumulate_product(gradient, &of_logits_cv.tr(), h_cd);
-    (losses_c, of_logits_cv.matmul(&model.lm_head.value.to_kind(model.kind())))
-}
-
-fn counted(targets_c: &Tensor) -> u64 {
-    targets_c.not_equal(IGNORE).sum(Kind::Int64).int64_value(&[]) as u64
+    (losses_c, of_logits_cv.matmul(model.lm_head.used()))
 }
 
 fn for_chunks(hidden: &[Tensor], targets_n: &Tensor, chunk: i64, mut body: impl FnMut(Tensor, Tensor)) {
@@ -300,5 +324,27 @@ fn for_chunks(hidden: &[Tensor], targets_n: &Tensor, chunk: i64, mut body: impl 
         let parts: Vec<Tensor> = hidden.iter().map(|h_nd| h_nd.narrow(0, start, len)).collect();
         body(Tensor::stack(&parts, 0), targets_n.narrow(0, start, len));
         start += len;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_running_sum_row_by_row_is_that_of_the_cpu() {
+        let stream = anello_configs::random::Stream::new(3, "rows", &[]);
+        let values: Vec<f32> = (0..7 * 50).map(|i| (stream.unit_at(i) - 0.7) as f32 * 10.0).collect();
+        let leaf = || Tensor::from_slice(&values).view([7, 50]).set_requires_grad(true);
+        let upstream = Tensor::from_slice(&values).view([7, 50]).sin();
+        let run = |of: fn(&Tensor) -> Tensor| {
+            let x = leaf();
+            let sums = of(&x);
+            let gradient = Tensor::run_backward(&[(&sums * &upstream).sum(Kind::Float)], &[&x], false, false);
+            (sums.detach(), gradient[0].shallow_clone())
+        };
+        let ((a, of_a), (b, of_b)) = (run(running_sum), run(row_by_row));
+        assert!(a.equal(&b), "the same bits");
+        assert!((of_a - of_b).abs().max().double_value(&[]) < 1e-4);
     }
 }

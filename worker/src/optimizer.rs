@@ -23,8 +23,26 @@ use tch::{Device, Kind, Tensor};
 use crate::cover::{Cover, Piece};
 use crate::params::{BLOCK, Layout};
 
-/// Elements updated at a time: its six operands stay in a core's cache on a CPU.
-const SLICE: usize = BLOCK;
+/// Elements updated at a time, which no bit depends on: on a CPU the six operands stay in a core's cache, on a GPU a kernel is
+/// long enough to hide its launch, and what one leaves for the next is 64 MiB.
+fn slice_len(device: Device) -> usize {
+    match device {
+        Device::Cpu => BLOCK,
+        _ => BLOCK * 256,
+    }
+}
+
+/// `moved` in slices that end at multiples of `len`, and at `decayed`: a slice decays or does not.
+fn slices(moved: &Range<usize>, decayed: usize, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = moved.end;
+    let ends = move |start: usize| {
+        let next = (start / len + 1) * len;
+        if start < decayed { next.min(decayed) } else { next }
+    };
+    let starts = std::iter::successors(Some(moved.start), move |start| Some(ends(*start)));
+    starts.take_while(move |start| *start < end).map(move |start| start..ends(start).min(end))
+}
+
 /// Elements of one row of the norm: a row's sum is one output of LibTorch's reduction, added on one thread.
 const ROW: i64 = 1024;
 
@@ -129,11 +147,32 @@ fn part(flat: &Tensor, elements: Range<usize>) -> Tensor {
     flat.narrow(0, elements.start as i64, elements.len() as i64)
 }
 
-/// Sums of squares of a flat gradient by block, f64: rows of 1024 by LibTorch in fp32, rows of a block in order.
+/// Sums of squares of a flat gradient by block, f64: rows of 1024 in fp32, then the rows of a block in order.
+///
+/// On a CPU a row's sum is LibTorch's. On a GPU, where its reduction is cut by the number of rows too, a row is halved ten
+/// times, its second half added to the first: the order is then written here, and no shape has a part in it.
 pub fn block_square_sums(gradient: &Tensor) -> Vec<f64> {
-    let rows = gradient.view([-1, ROW]).square().sum_dim_intlist(1i64, false, Kind::Float);
+    let rows = match gradient.device() {
+        Device::Cpu => gradient.view([-1, ROW]).square().sum_dim_intlist(1i64, false, Kind::Float),
+        device => {
+            let parts = gradient.split(slice_len(device) as i64, 0);
+            Tensor::cat(
+                &parts.iter().map(|part| halved(&part.view([-1, ROW]).square())).collect::<Vec<_>>(),
+                0,
+            )
+        }
+    };
     let rows = Vec::<f32>::try_from(&rows).expect("a vector of f32");
     rows.chunks(BLOCK / ROW as usize).map(|block| block.iter().map(|&row| f64::from(row)).sum()).collect()
+}
+
+/// The sum of each row, `[rows, 2^k] -> [rows]`: its halves are added until one element is left.
+fn halved(rows: &Tensor) -> Tensor {
+    let width = rows.size()[1];
+    if width == 1 {
+        return rows.squeeze_dim(1);
+    }
+    halved(&(rows.narrow(1, 0, width / 2) + rows.narrow(1, width / 2, width / 2)))
 }
 
 impl State {
@@ -205,14 +244,14 @@ impl State {
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let Some(scale) = scale else { return update };
         self.updates += 1;
-        for block in blocks_of(&moved) {
-            let slice = (block * SLICE).max(moved.start)..((block + 1) * SLICE).min(moved.end);
+        let decayed = self.layout.decayed_len();
+        for slice in slices(&moved, decayed, slice_len(self.weights.device())) {
             let here = |flat: &Tensor| part(flat, slice.clone());
             let (mut w, mut m, mut v) = (here(&self.weights), here(&self.exp_avg), here(&self.exp_avg_sq));
             let mut g = here(sum.gradient);
             g *= scale.gradient;
             scale.moments(&mut m, &mut v, &g);
-            scale.weights(&mut w, &m, &v, block * SLICE < self.layout.decayed_len());
+            scale.weights(&mut w, &m, &v, slice.start < decayed);
         }
         update
     }
@@ -511,6 +550,69 @@ mod tests {
         assert_eq!([1, 2, 4, 8, 16].map(held), [64, 64, 32, 16, 8]);
         let state = state().with_cover(Cover::of_rank(2, 2, 0), &[]);
         assert_eq!(state.exp_avg.numel(), state.cover.elements());
+    }
+
+    #[test]
+    fn slices_cover_what_moves_and_none_decays_in_part() {
+        for (moved, decayed, len) in
+            [(0..30, 16, 4), (3..29, 16, 4), (3..29, 16, 100), (17..18, 16, 4), (5..5, 16, 4)]
+        {
+            let slices: Vec<Range<usize>> = slices(&moved, decayed, len).collect();
+            let covered: Vec<usize> = slices.iter().cloned().flatten().collect();
+            assert_eq!(covered, moved.clone().collect::<Vec<_>>(), "{slices:?}");
+            assert!(
+                slices
+                    .iter()
+                    .all(|slice| slice.len() <= len && (slice.end <= decayed || slice.start >= decayed))
+            );
+        }
+        let update = |device_slices: usize| {
+            let mut state = state();
+            let (g, all) = (gradient(&state, 0.5, 1), state.layout.len());
+            let sum = Summed { gradient: &g, counted: 10, wanted: true };
+            let (_, scale) = state.measure(&options(), 1e-2, sum, &(0..all));
+            for slice in super::slices(&(0..all), state.layout.decayed_len(), device_slices) {
+                let decays = slice.start < state.layout.decayed_len();
+                let here = |flat: &Tensor| part(flat, slice.clone());
+                let mut gradient = here(&g);
+                gradient *= scale.unwrap().gradient;
+                scale.unwrap().moments(&mut here(&state.exp_avg), &mut here(&state.exp_avg_sq), &gradient);
+                scale.unwrap().weights(
+                    &mut here(&state.weights),
+                    &here(&state.exp_avg),
+                    &here(&state.exp_avg_sq),
+                    decays,
+                );
+            }
+            state.weights = state.weights.copy();
+            Vec::<f32>::try_from(&state.weights).unwrap().iter().map(|w| w.to_bits()).collect::<Vec<_>>()
+        };
+        assert_eq!(update(BLOCK), update(BLOCK * 256), "a GPU's slices have the bits of the CPU's");
+    }
+
+    /// What a GPU adds, in the order that is written for it: the plain loop has the same bits.
+    #[test]
+    fn rows_are_halved_as_it_is_written() {
+        let g = gradient(&state(), 0.5, 1);
+        let rows = g.view([-1, ROW]).square();
+        let found = Vec::<f32>::try_from(&halved(&rows)).unwrap();
+        let values = Vec::<f32>::try_from(&rows.reshape([-1])).unwrap();
+        for (row, found) in values.chunks(ROW as usize).zip(&found) {
+            let mut row = row.to_vec();
+            while row.len() > 1 {
+                let (left, right) = row.split_at(row.len() / 2);
+                row = left.iter().zip(right).map(|(left, right)| left + right).collect();
+            }
+            assert_eq!(row[0].to_bits(), found.to_bits());
+        }
+        let blocks = block_square_sums(&g);
+        let halved: Vec<f64> = found
+            .chunks(BLOCK / ROW as usize)
+            .map(|block| block.iter().map(|&row| f64::from(row)).sum())
+            .collect();
+        for (a, b) in blocks.iter().zip(&halved) {
+            assert!((a - b).abs() < 1e-5 * a, "{a} against {b}");
+        }
     }
 
     #[test]

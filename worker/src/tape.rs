@@ -137,7 +137,7 @@ impl<'a> Tape<'a> {
         let last = (layer + 1 == self.model.layers.len()).then_some(&self.model.final_norm);
         let leaves: Vec<_> = leaves.into_iter().chain(last).collect();
         let inputs: Vec<&Tensor> =
-            [&segment.input].into_iter().chain(leaves.iter().map(|leaf| &leaf.value)).collect();
+            [&segment.input].into_iter().chain(leaves.iter().map(|leaf| leaf.used())).collect();
         // The derivative of Σ output·g by the output is g: a vector-Jacobian product with what tch offers.
         let product = (&segment.output * g).sum(self.model.wide());
         let mut gradients = Tensor::run_backward(&[product], &inputs, false, false);

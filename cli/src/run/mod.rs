@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-use anello_configs::{RunConfig, Schedule};
+use anello_configs::{ComputeDevice, RunConfig, Schedule};
 use anello_coordinator::http::Keeper;
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use anello_tls::Protection;
@@ -50,6 +50,10 @@ pub struct Args {
     /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// What to compute on: cpu, cuda or cuda:N (default: `compute.device` of the config). With --workers, `cuda` gives each
+    /// worker the next GPU of this machine.
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<ComputeDevice>,
     /// Train with so many worker processes on this machine, which may come and go. The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256), conflicts_with_all = ["until", "allow"])]
     workers: Option<u32>,
@@ -76,6 +80,13 @@ pub struct Args {
     /// For workers from elsewhere.
     #[command(flatten)]
     protection: ListenArgs,
+}
+
+impl Args {
+    /// `--device` as a key over the config.
+    fn device_set(&self) -> Option<String> {
+        self.device.map(|device| format!("compute.device={device}"))
+    }
 }
 
 /// How often the loop looks for an interrupt when nothing happens.
@@ -153,7 +164,7 @@ fn no_config() -> Failure {
 /// A new run, or the one to resume.
 fn open(args: &Args) -> Result<Run, Failure> {
     let threads = args.threads.map(|threads| format!("compute.threads={threads}"));
-    let sets: Vec<String> = args.sets.iter().cloned().chain(threads).collect();
+    let sets: Vec<String> = args.sets.iter().cloned().chain(threads).chain(args.device_set()).collect();
     let config = |name: &str| config_of(name, &sets);
     match (&args.resume, &args.config) {
         (Some(place), given) => {

@@ -68,7 +68,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let threads = threads_of(args.threads.or(config.compute.threads), workers);
     let handed = Handed::default();
     let name = config.name.as_str();
-    let launcher = local(&program()?, server.address, &handed, name, threads, screen.timeline());
+    let launcher = local(&program()?, server.address, &handed, name, threads, args.device, screen.timeline());
     let mut crew = Crew::start(launcher, started, BUDGET)?;
 
     let mut stopping = false;
@@ -140,7 +140,8 @@ async fn is_deserted(job: &anello_coordinator::Job, total: u64) -> bool {
 
 /// The run folder: a new one with the config in it, or the one to go on with.
 fn open(args: &Args) -> Result<(Store, RunConfig), Failure> {
-    let config = |name: &str| config_of(name, &args.sets);
+    let sets: Vec<String> = args.sets.iter().cloned().chain(args.device_set()).collect();
+    let config = |name: &str| config_of(name, &sets);
     match (&args.resume, &args.config) {
         (Some(place), given) => {
             open_run(place)?;

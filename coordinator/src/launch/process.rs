@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 /// machine that computes wrongly.
 const HOPELESS: [i32; 3] = [2, 3, 5];
 
-/// Starts workers with one command line.
+/// Starts workers with one command line. Each finds its slot in `ANELLO_SLOT`: which GPU it takes of several.
 #[derive(Clone, Debug)]
 pub struct Local {
     /// The program.
@@ -31,6 +31,7 @@ impl Launcher for Local {
         let child = Command::new(&self.program)
             .args(&self.arguments)
             .args([OsString::from("--machine"), format!("{}/{slot}", self.machine).into()])
+            .env("ANELLO_SLOT", slot.to_string())
             .envs(self.environment.iter().cloned())
             // Open for as long as we live: a worker that is told to ends with it.
             .stdin(Stdio::piped())

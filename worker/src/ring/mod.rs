@@ -26,12 +26,13 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use anello_configs::ComputeDevice;
 use anello_proto::ring::Leave;
 use anello_proto::v1;
 use anello_store::Store;
 use anello_tls::Protection;
 
-pub use sum::add_up;
+pub use sum::{Total, add_up};
 
 use crate::error::Result;
 
@@ -50,6 +51,8 @@ pub struct WorkerOptions {
     pub machine: String,
     /// CPU threads of LibTorch; absent: the config's, or all cores.
     pub threads: Option<u32>,
+    /// What to compute on; absent: the config's.
+    pub device: Option<ComputeDevice>,
     /// Who is told of this worker's run and of its steps, if anyone. Nothing waits for it.
     pub watcher: Option<std::sync::mpsc::Sender<Watched>>,
 }

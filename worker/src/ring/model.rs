@@ -18,7 +18,7 @@ use anello_collective::{
     AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
     tcp,
 };
-use anello_configs::{RunConfig, Schedule, StateCopies, StepPlan, Trains};
+use anello_configs::{ComputeDevice, RunConfig, Schedule, StateCopies, StepPlan, Trains};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Shard, Source, Step, WorkerId};
@@ -30,8 +30,10 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::parts::{self, PartsWriter};
 use super::peers::Shelf;
+use super::sum::Total;
 use super::{Load, WorkerOptions};
 use crate::account::{Epochs, Stamp};
+use crate::device;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::optimizer::Prepared;
@@ -83,14 +85,14 @@ impl Model {
     /// Starts it for the run in `store`.
     pub fn start(store: Store, options: &WorkerOptions, outside: Outside) -> Result<Self> {
         let (commands, inbox) = channel();
-        let (threads, job) = (options.threads, options.job.clone());
+        let (threads, device, job) = (options.threads, options.device, options.job.clone());
         let parts = parts::inbox();
         let to_parts = parts.0.clone();
         std::thread::Builder::new()
             .name("model".to_owned())
             .spawn(move || {
                 let failed = outside.tell.clone();
-                match Thread::new(store, job, threads, parts, outside) {
+                match Thread::new(store, job, (threads, device), parts, outside) {
                     Ok(thread) => thread.run(&inbox),
                     Err(error) => drop(failed.send(Told::Failed(error))),
                 }
@@ -157,10 +159,11 @@ struct Thread {
     silence: Duration,
     runtime: tokio::runtime::Handle,
     tell: UnboundedSender<Told>,
+    device: Device,
     held: Option<Held>,
     held_out: Option<HeldOut>,
     /// The buffer that gradients are gathered in.
-    total: Option<Tensor>,
+    total: Option<Total>,
     writer: PartsWriter,
 }
 
@@ -189,20 +192,22 @@ impl Thread {
     fn new(
         store: Store,
         job: String,
-        threads: Option<u32>,
+        (threads, device): (Option<u32>, Option<ComputeDevice>),
         parts: (Sender<parts::Told>, Receiver<parts::Told>),
         outside: Outside,
     ) -> Result<Self> {
         let Outside { listener, shelf, tls, runtime, tell } = outside;
         let mut config = read_config(&store)?;
         config.compute.threads = threads.or(config.compute.threads);
+        config.compute.device = device.unwrap_or(config.compute.device);
         let store = store.limited(config.store.bandwidth);
         if let Some(threads) = config.compute.threads {
             tch::set_num_threads(threads as i32);
         }
         let data = LoaderOptions::of(&config)?;
         let held_out = HeldOut::open(&config)?;
-        let stamp = Stamp::new(&config, &data);
+        let device = device::open(config.compute.device)?;
+        let stamp = Stamp::new(&config, &data, device);
         // Where the run was started: by the first worker that came.
         store.create(ENVIRONMENT, stamp.environment.to_json())?;
         let told = tell.clone();
@@ -225,6 +230,7 @@ impl Thread {
             silence: Duration::ZERO,
             runtime,
             tell,
+            device,
             held: None,
             held_out,
             total: None,
@@ -369,13 +375,22 @@ impl Thread {
             generation: RingGeneration(generation.0),
             job: self.job.clone(),
             config_digest: self.stamp.config.clone(),
-            build: self.stamp.environment.build(),
+            build: self.build(),
             deadline: MEET,
             socket_buffer_bytes: None,
             silence: self.silence,
             abort: abort.clone(),
         };
         tcp::connect(&mut self.listener, &options).map_err(|error| cause_of(&error, serving.formation))
+    }
+
+    /// What decides the arithmetic, which is the same for all members: a GPU's kind too, since its bits are its own.
+    fn build(&self) -> String {
+        let environment = &self.stamp.environment;
+        match self.device {
+            Device::Cpu => environment.build(),
+            _ => format!("{}, {}", environment.build(), environment.device),
+        }
     }
 
     fn loader(&self, lanes: &Range<u32>, step: u64) -> Served<Loader> {

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use anello_collective::{Collective, Error as RingError, Rank, Step as RingStep, tcp};
 use anello_proto::ring::{Cause, Formation};
 
-use crate::ffi;
+use crate::host::{self, OnHost};
 use crate::optimizer::State;
 use crate::params::BLOCK;
 
@@ -69,7 +69,7 @@ fn compare_pairs(
         let mut hasher = blake3::Hasher::new();
         for block in ring.ring().blocks(Rank(rank as u32)) {
             let moments = state.moments(block..block + 1);
-            moments.iter().for_each(|moment| hash_floats(&mut hasher, ffi::as_slice(moment)));
+            moments.iter().for_each(|moment| hash_floats(&mut hasher, &OnHost::of(moment)));
         }
         hasher.finalize()
     };
@@ -95,19 +95,18 @@ fn differing_pair(said: &[Vec<u8>]) -> Option<(usize, usize)> {
 }
 
 fn hashes(state: &State, weights_alone: bool) -> Vec<blake3::Hash> {
-    let moments = [&state.exp_avg, &state.exp_avg_sq].map(ffi::as_slice);
-    let moments = if weights_alone { &[][..] } else { &moments[..] };
-    let buffers: Vec<&[f32]> =
-        [ffi::as_slice(&state.weights)].into_iter().chain(moments.iter().copied()).collect();
-    (0..state.layout.blocks())
-        .map(|block| {
+    let all = [&state.weights, &state.exp_avg, &state.exp_avg_sq];
+    let buffers = if weights_alone { &all[..1] } else { &all[..] };
+    let mut pieces: Vec<_> = buffers.iter().map(|buffer| host::pieces(buffer)).collect();
+    let mut hashes = Vec::with_capacity(state.layout.blocks());
+    while let Some(now) = pieces.iter_mut().map(Iterator::next).collect::<Option<Vec<OnHost>>>() {
+        for at in (0..now[0].len()).step_by(BLOCK) {
             let mut hasher = blake3::Hasher::new();
-            for buffer in &buffers {
-                hash_floats(&mut hasher, &buffer[block * BLOCK..(block + 1) * BLOCK]);
-            }
-            hasher.finalize()
-        })
-        .collect()
+            now.iter().for_each(|piece| hash_floats(&mut hasher, &piece[at..at + BLOCK]));
+            hashes.push(hasher.finalize());
+        }
+    }
+    hashes
 }
 
 /// Who differs from the majority, and where.

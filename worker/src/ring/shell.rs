@@ -22,6 +22,7 @@ use super::link::Link;
 use super::model::{Command, Model, Outside, Told};
 use super::pace::Tally;
 use super::{Watched, WorkerOptions, peers};
+use crate::device;
 use crate::environment;
 use crate::error::{Error, Result};
 
@@ -53,7 +54,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
     let peers = runtime
         .block_on(peers::start(options.address, tls, shelf.clone()))
         .map_err(system("listening for peers that lack state"))?;
-    let here = environment::of_cpu(options.threads);
+    let here = environment::of(device::named(options.device.unwrap_or_default()), options.threads);
     let hello = v1::Hello {
         job: options.job.clone(),
         worker: draw_id(),

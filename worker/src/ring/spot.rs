@@ -9,7 +9,7 @@ use anello_proto::ring::{Cause, Formation, WorkerId};
 use tch::Tensor;
 
 use super::replicas::hash_floats;
-use crate::ffi;
+use crate::host;
 use crate::params::BLOCK;
 
 /// Who computes which lane of a step.
@@ -81,7 +81,9 @@ impl Spot {
 /// Hash of a flat gradient.
 pub(super) fn hash(gradient: &Tensor) -> Vec<u8> {
     let mut hasher = blake3::Hasher::new();
-    ffi::as_slice(gradient).chunks(BLOCK).for_each(|values| hash_floats(&mut hasher, values));
+    for piece in host::pieces(gradient) {
+        piece.chunks(BLOCK).for_each(|values| hash_floats(&mut hasher, values));
+    }
     hasher.finalize().as_bytes().to_vec()
 }
 

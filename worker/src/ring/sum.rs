@@ -11,46 +11,173 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
 use anello_collective::{Collective, Error as RingError, Partials, Step};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::engine::Growing;
+use crate::ffi::torch::{self, Event, Stream};
 use crate::ffi::{self, Shared};
 use crate::objective::LossSums;
+use crate::params::BLOCK;
 
 /// How long the mover sleeps when no socket moves, before it looks whether more blocks are whole.
 const PATIENCE: Duration = Duration::from_millis(1);
 
+/// The same while blocks are on their way from a GPU.
+const COPYING: Duration = Duration::from_micros(50);
+
 /// Everyone's words, in the order of ranks.
 type Words = Vec<Vec<u8>>;
 
-/// Adds up the partial sums of all members into `total`, the whole flat buffer. `compute` yields ours and tells of what
-/// is whole on the way; it tells of none when this worker serves no lanes. `word` makes this worker's word from its loss
-/// sums.
+/// Where the sum of all workers lands: a flat buffer on the engine's device, and, where that is a GPU, memory of the host on
+/// the way between it and the ring.
+///
+/// ```text
+/// GPU   partial sums ─ own stream ─▶ pinned copies         pinned sum ──▶ total
+///                                        └──▶ ring: sum ──────▲
+/// ```
+#[derive(Debug)]
+pub struct Total {
+    values: Tensor,
+    staging: Option<Staging>,
+}
+
+impl Total {
+    /// A total of `len` elements for an engine on `device`.
+    ///
+    /// # Panics
+    /// When the device has no memory for it.
+    pub fn new(len: usize, device: Device) -> Self {
+        let values = Tensor::zeros([len as i64], (Kind::Float, device));
+        let staging = (device != Device::Cpu).then(|| Staging::new(len, device));
+        Self { values, staging }
+    }
+
+    /// Gives what lies in own blocks to all, and takes theirs: the new weights, where the moments are shared out. Who has them
+    /// all knows that every member has made the step ready: whatever comes now, it can be gone on from.
+    pub(super) fn spread(&mut self, ring: &mut dyn Collective, step: Step) -> Result<(), RingError> {
+        let _span = tracing::trace_span!("all-gather of weights").entered();
+        let Some(staging) = &mut self.staging else {
+            return ring.all_gather(step, ffi::as_mut_slice(&mut self.values));
+        };
+        staging.total.copy_(&self.values);
+        ring.all_gather(step, ffi::as_mut_slice(&mut staging.total))?;
+        self.values.copy_(&staging.total);
+        Ok(())
+    }
+
+    /// The sum, once [`add_up`] has made it: flat, on the engine's device.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+}
+
+/// Copies on the host of a GPU's partial sums, made on a stream of their own beside the backward.
+#[derive(Debug)]
+struct Staging {
+    device: Device,
+    copies: Stream,
+    /// Pinned: one for each partial sum, as many as a step has needed.
+    parts: Vec<Tensor>,
+    /// Pinned: the sum.
+    total: Tensor,
+}
+
+/// A GPU that fails is the end of the thread that uses it, as it is in every tensor operation.
+const FAILED: &str = "the GPU and its pinned memory work";
+
+impl Staging {
+    fn new(len: usize, device: Device) -> Self {
+        let copies = Stream::new(device).expect(FAILED);
+        Self { device, copies, parts: Vec::new(), total: torch::pinned(len).expect(FAILED) }
+    }
+
+    /// Memory for copies of `buffers`.
+    fn for_parts(&mut self, buffers: &[Tensor]) -> Vec<Tensor> {
+        while self.parts.len() < buffers.len() {
+            self.parts.push(torch::pinned(self.total.numel()).expect(FAILED));
+        }
+        self.parts.iter().take(buffers.len()).map(Tensor::shallow_clone).collect()
+    }
+
+    /// Copies these blocks of `buffers` once the current stream is through with them; the event is that they are here.
+    fn copy(&self, buffers: &[Tensor], blocks: &Range<usize>) -> Event {
+        let computed = Stream::current(self.device).and_then(Stream::record).expect(FAILED);
+        self.copies.wait(&computed).expect(FAILED);
+        let (start, len) = ((blocks.start * BLOCK) as i64, (blocks.len() * BLOCK) as i64);
+        let copied = self.copies.scope(|| {
+            buffers.iter().zip(&self.parts).try_for_each(|(from, to)| {
+                torch::copy_async(&to.narrow(0, start, len), &from.narrow(0, start, len))
+            })
+        });
+        copied.and_then(|copied| copied).expect(FAILED);
+        self.copies.record().expect(FAILED)
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // A ring that broke may have left copies under way into memory that goes now.
+        let _ = self.copies.synchronize();
+    }
+}
+
+/// Blocks that are whole: at once, or when their copies are on the host.
+type Whole = (Range<usize>, Option<Event>);
+
+/// Adds up the partial sums of all members into `total`. `compute` yields ours and tells of what is whole on the way; it
+/// tells of none when this worker serves no lanes. `word` makes this worker's word from its loss sums.
 ///
 /// Returns what `compute` does, and everyone's words; an error of the ring is known when `compute` is through.
 pub fn add_up<T>(
     ring: &mut dyn Collective,
     step: Step,
-    total: &mut Tensor,
+    total: &mut Total,
     word: impl FnOnce(Vec<(u32, u32, LossSums)>) -> Vec<u8>,
     compute: impl FnOnce(&mut dyn FnMut(Growing<'_>)) -> T,
 ) -> (T, Result<Words, RingError>) {
-    let total = ffi::as_mut_slice(total);
+    let Total { values, staging } = total;
+    let Some(staging) = staging else {
+        let staged = |buffers: Vec<Tensor>| (buffers, None);
+        return add_up_on_host(ring, step, ffi::as_mut_slice(values), word, compute, staged);
+    };
+    let mut sum = staging.total.shallow_clone();
+    let (computed, words) =
+        add_up_on_host(ring, step, ffi::as_mut_slice(&mut sum), word, compute, |buffers| {
+            (staging.for_parts(&buffers), Some((&*staging, buffers)))
+        });
+    values.copy_(&sum);
+    (computed, words)
+}
+
+/// [`add_up`] in memory of the host. `staged` says where the partial sums are read, and what copies them there.
+fn add_up_on_host<'s, T>(
+    ring: &mut dyn Collective,
+    step: Step,
+    total: &mut [f32],
+    word: impl FnOnce(Vec<(u32, u32, LossSums)>) -> Vec<u8>,
+    compute: impl FnOnce(&mut dyn FnMut(Growing<'_>)) -> T,
+    staged: impl FnOnce(Vec<Tensor>) -> (Vec<Tensor>, Option<(&'s Staging, Vec<Tensor>)>),
+) -> (T, Result<Words, RingError>) {
     let own = ring.ring().elements(ring.ring().rank());
     let (computed, words) = std::thread::scope(|scope| {
         let (tell, told) = channel();
-        let mut idle = Some((&mut *ring, &mut total[own], told, word));
-        let mut mover = None;
+        let mut idle = Some((&mut *ring, &mut total[own], told, word, staged));
+        let (mut mover, mut copying) = (None, None);
         let computed = compute(&mut |growing| match growing {
             Growing::Sums(sums, buffers) => {
-                let (ring, out, told, word) = idle.take().expect("the sums are told once");
+                let (ring, out, told, word, staged) = idle.take().expect("the sums are told once");
+                let (buffers, from) = staged(buffers);
+                copying = from;
                 let (word, partials) = (word(sums), Shared::new(buffers));
                 let reduce = move || move_blocks(ring, step, &word, &partials, out, &told);
                 mover =
                     Some(std::thread::Builder::new().name("reduce".to_owned()).spawn_scoped(scope, reduce));
             }
-            // A mover that is gone says why when it is joined.
-            Growing::Whole(blocks) => drop(tell.send(blocks)),
+            Growing::Whole(blocks) => {
+                let here = copying.as_ref().map(|(staging, buffers)| staging.copy(buffers, &blocks));
+                // A mover that is gone says why when it is joined.
+                drop(tell.send((blocks, here)));
+            }
             Growing::Lane(_) => {}
         });
         let _span = tracing::trace_span!("wait for the sum").entered();
@@ -59,7 +186,7 @@ pub fn add_up<T>(
             (Some(Err(cause)), _) => {
                 Err(RingError::System { action: "starting a thread", cause: cause.to_string() })
             }
-            (None, Some((ring, out, _, word))) => {
+            (None, Some((ring, out, _, word, _))) => {
                 let reduction = ring.reduction(step, &word(Vec::new()));
                 reduction.and_then(|reduction| reduction.finish(&Vec::<&[f32]>::new(), out))
             }
@@ -79,14 +206,17 @@ fn move_blocks(
     word: &[u8],
     partials: &dyn Partials,
     out: &mut [f32],
-    whole: &Receiver<Range<usize>>,
+    whole: &Receiver<Whole>,
 ) -> Result<Words, RingError> {
     let _span = tracing::trace_span!("reduce").entered();
     let mut missing = ring.ring().summed();
     let mut reduction = ring.reduction(step, word)?;
     while missing > 0 {
         match whole.try_recv() {
-            Ok(blocks) => {
+            Ok((blocks, here)) => {
+                while here.as_ref().is_some_and(|copied| !copied.is_done().unwrap_or(true)) {
+                    reduction.advance(0..0, partials, out, COPYING)?;
+                }
                 missing -= blocks.len();
                 let _span = tracing::trace_span!("blocks", whole = blocks.len(), missing).entered();
                 reduction.advance(blocks, partials, out, Duration::ZERO)?;

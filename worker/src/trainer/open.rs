@@ -3,20 +3,20 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::account::{Epochs, Stamp};
+use crate::checkpoint::{self, Loaded};
+use crate::device;
+use crate::engine::Engine;
+use crate::environment;
+use crate::error::{Error, Result};
+use crate::init::initial_state;
+use crate::validate::HeldOut;
 use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::{known_steps, refuse_leftovers, same_data, set_aside};
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::{CONFIG, Cursor, ENVIRONMENT, Error as StoreError, Store, metrics, read_config};
 use tch::Device;
-
-use crate::account::{Epochs, Stamp};
-use crate::checkpoint::{self, Loaded};
-use crate::engine::Engine;
-use crate::environment;
-use crate::error::{Error, Result};
-use crate::init::initial_state;
-use crate::validate::HeldOut;
 
 /// A run that is ready to be trained.
 pub struct Run {
@@ -63,6 +63,8 @@ const RETRY: Duration = Duration::from_secs(5);
 impl Run {
     /// A new run of `config` in `store`, which must hold none yet; a folder is to be a [`Store::durable`] one.
     pub fn create(store: Store, config: RunConfig) -> Result<Self> {
+        // Before there is a folder: a device that is not there is no run.
+        let device = device::open(config.compute.device)?;
         if store.get(CONFIG)?.is_some() {
             let fact = format!("{} holds a run already", store.place());
             return Err(Error::config(fact, "resume it, or give another folder"));
@@ -72,7 +74,7 @@ impl Run {
         if !store.create(CONFIG, config.to_toml())? {
             return Err(StoreError::Fenced { place: store.place_of(CONFIG) }.into());
         }
-        store.put(ENVIRONMENT, environment::of_cpu(config.compute.threads).to_json())?;
+        store.put(ENVIRONMENT, environment::of(device, config.compute.threads).to_json())?;
         let store = store.limited(config.store.bandwidth);
         Ok(Self {
             config,
@@ -127,9 +129,10 @@ impl Run {
     /// Builds engine and loader at the first step to train, and claims the run: of two processes one gets through
     /// the first record here, the other is fenced. Before that nothing in the run folder is changed.
     pub(super) fn start(&self, log: &mut EventLog) -> Result<Started> {
-        let stamp = Stamp::new(&self.config, &self.data);
+        let device = device::open(self.config.compute.device)?;
+        let stamp = Stamp::new(&self.config, &self.data, device);
         let mut passed_over = Vec::new();
-        let loaded = if self.resumed { self.newest_usable(&mut passed_over)? } else { None };
+        let loaded = if self.resumed { self.newest_usable(device, &mut passed_over)? } else { None };
         let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
         if let Some(loaded) = &loaded {
             self.check_data(&loaded.manifest.data, &stamp.data)?;
@@ -163,7 +166,7 @@ impl Run {
             Some(Loaded { manifest, state }) => {
                 (Engine::with_state(&self.config, state), Some(manifest.cursors))
             }
-            None => (Engine::with_state(&self.config, initial_state(&self.config, Device::Cpu)?), None),
+            None => (Engine::with_state(&self.config, initial_state(&self.config, device)?), None),
         };
         let loader =
             Loader::open(LoaderOptions { start_step: step, cursors: cursors.clone(), ..self.data.clone() })?;
@@ -173,10 +176,10 @@ impl Run {
 
     /// The newest checkpoint that is whole. The newer ones that are not (step and reason) go into `passed_over`: they
     /// are to be set aside so that the run can write those steps again.
-    fn newest_usable(&self, passed_over: &mut Vec<(u64, String)>) -> Result<Option<Loaded>> {
+    fn newest_usable(&self, device: Device, passed_over: &mut Vec<(u64, String)>) -> Result<Option<Loaded>> {
         let steps = known_steps(&self.store)?;
         for &step in steps.iter().rev() {
-            match checkpoint::load(&self.store, step, &self.config.model, Device::Cpu) {
+            match checkpoint::load(&self.store, step, &self.config.model, device) {
                 Ok(loaded) => return Ok(Some(loaded)),
                 Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => {
                     let reason = damaged.to_string();

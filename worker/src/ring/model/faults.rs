@@ -3,7 +3,7 @@
 use anello_configs::Fault;
 
 use super::*;
-use crate::ffi;
+use crate::host::OnHost;
 
 impl Thread {
     /// For tests: flips the lowest bit of one number, once, when the config says so.
@@ -38,6 +38,7 @@ impl Thread {
 
 /// For tests.
 pub(super) fn flip_a_bit(buffer: &mut Tensor) {
-    let value = &mut ffi::as_mut_slice(buffer)[7];
-    *value = f32::from_bits(value.to_bits() ^ 1);
+    let mut place = buffer.narrow(0, 7, 1);
+    let value = OnHost::of(&place)[0];
+    place.copy_(&Tensor::from_slice(&[f32::from_bits(value.to_bits() ^ 1)]));
 }

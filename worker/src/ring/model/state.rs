@@ -234,9 +234,9 @@ impl Thread {
             gathering;
         let moments = gathered.moments.iter();
         let others: Vec<(usize, [Tensor; 2])> = moments
-            .map(|(first, both)| (*first, both.each_ref().map(|bytes| flat(bytes, Device::Cpu))))
+            .map(|(first, both)| (*first, both.each_ref().map(|bytes| flat(bytes, self.device))))
             .collect();
-        let weights = with_weights.then(|| flat(&gathered.weights, Device::Cpu));
+        let weights = with_weights.then(|| flat(&gathered.weights, self.device));
         let has_some = |held: &&mut Held| held.engine.state().layout.layers() == layout.layers();
         match (self.held.as_mut().filter(|_| standing != Standing::Nothing).filter(has_some), weights) {
             (Some(held), None) => held.engine.set_cover(cover, &others),
@@ -306,7 +306,7 @@ impl Thread {
 
     /// Makes this worker hold what the run begins with.
     pub(super) fn hold_seed(&mut self) -> Served<()> {
-        let state = initial_state(&self.config, Device::Cpu).map_err(|error| fault(error.to_string()))?;
+        let state = initial_state(&self.config, self.device).map_err(|error| fault(error.to_string()))?;
         let engine = Engine::with_state(&self.config, state);
         let cursors = vec![Cursor::default(); self.config.lanes as usize];
         self.held = Some(Held::new(engine, Step(0), cursors));
@@ -321,7 +321,7 @@ impl Thread {
             false => serving.needs(layout.blocks()),
         };
         let loaded = patiently(abort, "a checkpoint cannot be read now", || {
-            checkpoint::load_shard(&self.store, step.0, &self.config.model, Device::Cpu, cover)
+            checkpoint::load_shard(&self.store, step.0, &self.config.model, self.device, cover)
         })?;
         let loaded = loaded.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
         let engine = Engine::with_state(&self.config, loaded.state);

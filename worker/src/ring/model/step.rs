@@ -8,11 +8,10 @@ use super::faults::flip_a_bit;
 use super::*;
 use crate::account::{outcome_event, weights_digest};
 use crate::engine::{Growing, Outcome};
-use crate::ffi;
 use crate::guard;
 use crate::ring::replicas;
 use crate::ring::spot::{self, Spot};
-use crate::ring::sum::add_up;
+use crate::ring::sum::{Total, add_up};
 use crate::ring::validation;
 use crate::ring::word::{Agreed, Word, agree};
 
@@ -45,8 +44,8 @@ impl Thread {
         engine.enter(plan);
         let mut word = Word { control: 0, sums: Vec::new(), cursors: Vec::new(), events: Vec::new() };
         let mut total = match self.total.take() {
-            Some(total) if total.numel() == engine.state().layout.len() => total,
-            _ => engine.state().layout.zeros(Device::Cpu),
+            Some(total) if total.values().numel() == engine.state().layout.len() => total,
+            _ => Total::new(engine.state().layout.len(), self.device),
         };
         let mut last = None;
         for lane in serving.lanes.clone() {
@@ -110,19 +109,19 @@ impl Thread {
         let mut spreading = Duration::ZERO;
         let outcome = if serving.shared {
             let own = ring.ring().blocks(ring.ring().rank());
-            let (prepared, spike) = held.engine.prepare(plan, total, &sums, own);
+            let (prepared, spike) = held.engine.prepare(plan, total.values(), &sums, own);
             held.pending = Some(Pending { prepared, cursors: moved });
             let began = Instant::now();
-            spread(ring, plan.step, total).map_err(|error| cause_of(&error, serving.formation))?;
+            total.spread(ring, RingStep(plan.step)).map_err(|error| cause_of(&error, serving.formation))?;
             spreading = began.elapsed();
             let Pending { prepared, cursors } = held.pending.take().expect("just made");
-            let update = held.engine.complete(prepared, total);
+            let update = held.engine.complete(prepared, total.values());
             held.cursors = cursors;
             let back_to = guard::back_to(&self.config.guard, spike, plan.step);
             Outcome { sums, update, spike, back_to }
         } else {
             held.cursors = moved;
-            held.engine.finish_with(plan, total, sums)
+            held.engine.finish_with(plan, total.values(), sums)
         };
         (held.step, held.entered) = (Step(plan.step + 1), false);
         if let Some(to) = outcome.back_to {
@@ -220,13 +219,6 @@ impl Thread {
             Err(error) => Err(cause_of(&error, formation)),
         }
     }
-}
-
-/// Gives the new weights of own blocks, which lie in `total`, to all, and takes theirs. Who has them all knows that every
-/// member has made the step ready: whatever comes now, it can be gone on from.
-fn spread(ring: &mut tcp::Tcp, step: u64, total: &mut Tensor) -> std::result::Result<(), RingError> {
-    let _span = tracing::trace_span!("all-gather of weights").entered();
-    ring.all_gather(RingStep(step), ffi::as_mut_slice(total))
 }
 
 /// What `lane` is to compute at `step`: the loader serves lanes in this very order.

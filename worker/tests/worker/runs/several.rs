@@ -11,7 +11,7 @@ use anello_store::Cursor;
 use anello_store::checkpoint::Written;
 use anello_store::metrics::Seconds;
 use anello_worker::checkpoint::Snapshot;
-use anello_worker::ring::add_up;
+use anello_worker::ring::{Total, add_up};
 use anello_worker::{
     BLOCK, Engine, Epochs, Growing, LossSums, Outcome, Stamp, combine, fold_sums, outcome_event,
     position_after,
@@ -63,7 +63,7 @@ fn ring_step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) ->
                     cut.clone().rev().skip(1).rev().for_each(|lane| {
                         engine.lane(plan.stage, lane, &lanes[lane as usize].micro_batches);
                     });
-                    let mut total = engine.state().layout.zeros(Device::Cpu);
+                    let mut total = Total::new(engine.state().layout.len(), Device::Cpu);
                     // Everyone's sums are there before anyone's word is.
                     let word = |of: Vec<(u32, u32, LossSums)>| {
                         sums.lock().unwrap().extend(of);
@@ -79,7 +79,7 @@ fn ring_step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) ->
                     engine.abandon();
                     let mut all = sums.lock().unwrap().clone();
                     all.sort_by_key(|(first, _, _)| *first);
-                    engine.finish_with(plan, &total, fold_sums(all, lanes.len() as u32))
+                    engine.finish_with(plan, total.values(), fold_sums(all, lanes.len() as u32))
                 })
             })
             .collect();
@@ -130,7 +130,7 @@ fn engines_that_share_the_lanes_are_the_one_worker() {
     let config = data.config_with_late_stages();
     let (reference, _) = undisturbed(config.clone());
     let options = LoaderOptions::of(&config).unwrap();
-    let stamp = Stamp::new(&config, &options);
+    let stamp = Stamp::new(&config, &options, Device::Cpu);
     let mut loader = Loader::open(options).unwrap();
     let schedule = Schedule::new(&config);
     let store = Store::memory().unwrap();

@@ -1,5 +1,9 @@
-//! The only unsafe code: what the C library offers and no crate of ours wraps, and the memory of tensors as slices.
+//! The only unsafe code: what the C library offers and no crate of ours wraps, the memory of tensors as slices, and what
+//! LibTorch offers in C++ alone (`torch`, over `shim.cpp`) or only once its CUDA half is loaded (`library`).
 #![allow(unsafe_code)]
+
+pub(crate) mod library;
+pub(crate) mod torch;
 
 use std::ops::Range;
 use std::sync::Once;

@@ -1,0 +1,231 @@
+//! LibTorch's switches, streams, events and pinned memory, by `shim.cpp`.
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ptr::{NonNull, null_mut};
+
+use tch::{Device, Tensor};
+
+/// A tensor as C++ has it: what `Tensor::as_ptr` points to.
+type Raw = c_void;
+
+unsafe extern "C" {
+    fn anello_error() -> *const c_char;
+    fn anello_set_numerics(deterministic: c_int) -> c_int;
+    fn anello_is_deterministic() -> c_int;
+    fn anello_pinned(elements: i64, out: *mut *mut Raw) -> c_int;
+    fn anello_copy_async(to: *const Raw, from: *const Raw) -> c_int;
+    fn anello_flash_packed(
+        q: *const Raw,
+        k: *const Raw,
+        v: *const Raw,
+        ends: *const Raw,
+        longest: i64,
+        out: *mut *mut Raw,
+    ) -> c_int;
+    fn anello_stream_new(device: i32, id: *mut i64) -> c_int;
+    fn anello_stream_current(device: i32, id: *mut i64) -> c_int;
+    fn anello_stream_exchange(device: i32, id: i64, previous: *mut i64) -> c_int;
+    fn anello_stream_synchronize(device: i32, id: i64) -> c_int;
+    fn anello_device_exchange(device: i32) -> c_int;
+    fn anello_event_new(device: i32, stream: i64, out: *mut *mut c_void) -> c_int;
+    fn anello_event_wait(event: *mut c_void, device: i32, stream: i64) -> c_int;
+    fn anello_event_query(event: *mut c_void, done: *mut c_int) -> c_int;
+    fn anello_event_free(event: *mut c_void);
+}
+
+/// What C++ threw, in its words.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("LibTorch: {0}")]
+pub(crate) struct Thrown(String);
+
+fn checked(status: c_int) -> Result<(), Thrown> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: a string of this thread that ends with NUL and stays until the next call of the shim on this thread.
+    let text = unsafe { CStr::from_ptr(anello_error()) }.to_string_lossy();
+    // The C++ stack that follows is for who debugs LibTorch.
+    Err(Thrown(text.lines().next().unwrap_or_default().to_owned()))
+}
+
+/// Sets the switches of the arithmetic for this process (see `shim.cpp`). On a CPU the bits do not follow from them.
+pub(crate) fn set_numerics(deterministic: bool) -> Result<(), Thrown> {
+    // SAFETY: a plain call; LibTorch's context guards its own members.
+    checked(unsafe { anello_set_numerics(c_int::from(deterministic)) })
+}
+
+/// Whether the switches stand as `set_numerics(true)` puts them.
+pub(crate) fn is_deterministic() -> bool {
+    // SAFETY: a plain call.
+    unsafe { anello_is_deterministic() != 0 }
+}
+
+/// A CPU tensor of `elements` fp32 zeros that a GPU copies from and to without a detour.
+pub(crate) fn pinned(elements: usize) -> Result<Tensor, Thrown> {
+    let mut raw = null_mut();
+    // SAFETY: `raw` is written only on success, with a tensor that is ours to free.
+    checked(unsafe { anello_pinned(elements as i64, &raw mut raw) })?;
+    // SAFETY: the tensor was made by `new at::Tensor`, as tch makes its own, which frees it.
+    Ok(unsafe { Tensor::from_ptr(raw.cast()) })
+}
+
+/// Copies `from` into `to` on the current stream. Between a GPU and pinned memory it returns at once: until the stream is
+/// past it, an [`Event`] tells when, neither may be freed or used by others.
+pub(crate) fn copy_async(to: &Tensor, from: &Tensor) -> Result<(), Thrown> {
+    // SAFETY: both point to live `at::Tensor`s for the call; the shim writes to the memory of `to`, which is the caller's to
+    // write to.
+    checked(unsafe { anello_copy_async(to.as_ptr().cast(), from.as_ptr().cast()) })
+}
+
+/// Causal flash attention of sequences laid end to end (see `shim.cpp`): `[n, h, k]`, with a graph when one is recorded.
+pub(crate) fn flash_packed(
+    q_nhk: &Tensor,
+    k_ngk: &Tensor,
+    v_ngk: &Tensor,
+    ends: &Tensor,
+    longest: i64,
+) -> Result<Tensor, Thrown> {
+    let [q, k, v, ends] = [q_nhk, k_ngk, v_ngk, ends].map(|tensor| tensor.as_ptr().cast());
+    let mut raw = null_mut();
+    // SAFETY: four live tensors, of which the shim makes a new one; shapes and kinds are checked there.
+    checked(unsafe { anello_flash_packed(q, k, v, ends, longest, &raw mut raw) })?;
+    // SAFETY: made by `new at::Tensor`, and ours to free.
+    Ok(unsafe { Tensor::from_ptr(raw.cast()) })
+}
+
+/// A queue of work of a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stream {
+    device: i32,
+    id: i64,
+}
+
+impl Stream {
+    /// One of LibTorch's pool, which lives as long as the process.
+    pub fn new(device: Device) -> Result<Self, Thrown> {
+        let (device, mut id) = (number(device), 0);
+        // SAFETY: writes one number.
+        checked(unsafe { anello_stream_new(device, &raw mut id) })?;
+        Ok(Self { device, id })
+    }
+
+    /// The one that tensor operations of this thread go to.
+    pub fn current(device: Device) -> Result<Self, Thrown> {
+        let (device, mut id) = (number(device), 0);
+        // SAFETY: writes one number.
+        checked(unsafe { anello_stream_current(device, &raw mut id) })?;
+        Ok(Self { device, id })
+    }
+
+    /// Runs `work` with this as the current stream of the thread.
+    pub fn scope<T>(self, work: impl FnOnce() -> T) -> Result<T, Thrown> {
+        struct Back(i32, i64);
+        impl Drop for Back {
+            fn drop(&mut self) {
+                let mut previous = 0;
+                // SAFETY: the stream that was current before.
+                unsafe { anello_stream_exchange(self.0, self.1, &raw mut previous) };
+            }
+        }
+        let mut previous = 0;
+        // SAFETY: a stream of the pool, or the one that was current.
+        checked(unsafe { anello_stream_exchange(self.device, self.id, &raw mut previous) })?;
+        let _back = Back(self.device, previous);
+        Ok(work())
+    }
+
+    /// An event that has happened once all that was put into this stream so far is done.
+    pub fn record(self) -> Result<Event, Thrown> {
+        let mut raw = null_mut();
+        // SAFETY: `raw` is written only on success, with an event that is ours to free.
+        checked(unsafe { anello_event_new(self.device, self.id, &raw mut raw) })?;
+        Ok(Event { raw: NonNull::new(raw).expect("a new event has an address") })
+    }
+
+    /// What is put into this stream from now on waits for `event`.
+    pub fn wait(self, event: &Event) -> Result<(), Thrown> {
+        // SAFETY: a live event and stream.
+        checked(unsafe { anello_event_wait(event.raw.as_ptr(), self.device, self.id) })
+    }
+
+    /// Waits until all that was put into it is done.
+    pub fn synchronize(self) -> Result<(), Thrown> {
+        // SAFETY: a live stream.
+        checked(unsafe { anello_stream_synchronize(self.device, self.id) })
+    }
+}
+
+/// Makes `device` the current one of this thread: threads begin with the first.
+pub(crate) fn use_device(device: Device) -> Result<(), Thrown> {
+    // SAFETY: a plain call.
+    checked(unsafe { anello_device_exchange(number(device)) })
+}
+
+fn number(device: Device) -> i32 {
+    match device {
+        Device::Cuda(number) => number as i32,
+        other => unreachable!("{other:?} has no streams"),
+    }
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub(crate) struct Event {
+    raw: NonNull<c_void>,
+}
+
+// SAFETY: CUDA's events may be asked and waited for on any thread; nobody else has this one.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// Whether the stream is past it. An error of the GPU counts as yes: who uses what came of it is told.
+    pub fn is_done(&self) -> Result<bool, Thrown> {
+        let mut done = 0;
+        // SAFETY: a live event.
+        checked(unsafe { anello_event_query(self.raw.as_ptr(), &raw mut done) })?;
+        Ok(done != 0)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made by `anello_event_new`, and freed once.
+        unsafe { anello_event_free(self.raw.as_ptr()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    #[test]
+    fn the_switches_are_set_and_read_back() {
+        // The default has attention by memory-efficient kernels too.
+        set_numerics(false).unwrap();
+        assert!(!is_deterministic());
+        set_numerics(true).unwrap();
+        assert!(is_deterministic());
+        set_numerics(false).unwrap();
+    }
+
+    #[test]
+    fn a_copy_is_made_whatever_the_memory() {
+        let (to, from) =
+            (Tensor::zeros([3], (Kind::Float, Device::Cpu)), Tensor::from_slice(&[1f32, 2.0, 3.0]));
+        copy_async(&to, &from).unwrap();
+        assert!(to.equal(&from));
+    }
+
+    #[test]
+    fn without_a_gpu_what_needs_one_is_an_error_in_words() {
+        if tch::Cuda::is_available() {
+            eprintln!("SKIPPED: there is a GPU");
+            return;
+        }
+        for error in [pinned(8).unwrap_err(), Stream::new(Device::Cuda(0)).unwrap_err()] {
+            let text = error.to_string();
+            assert!(text.starts_with("LibTorch: ") && text.len() > 20 && !text.contains('\n'), "{text}");
+        }
+    }
+}
