@@ -6,7 +6,7 @@ RUN ?= runs/tiny
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 TINY := data/tiny
 
-.PHONY: run test check bench soak fuzz fmt clean setup build data
+.PHONY: run test check bench soak fuzz fmt clean setup build data cuda
 
 ## Train the tiny model through all stages, with live output. A second call goes on where the first stopped.
 run: build data
@@ -42,6 +42,10 @@ fmt:
 
 setup:
 	@scripts/setup-libtorch
+
+## The CUDA half of LibTorch, for `--device cuda` (docs/gpu.md): 2.6 GB fetched once. The build does not need it.
+cuda: setup
+	@scripts/setup-cuda
 
 build: setup
 	$(CARGO) build -p anello

@@ -5,6 +5,7 @@ mod bisect;
 mod bucket;
 mod cut;
 mod disk;
+mod gpu;
 mod http;
 mod interchange;
 mod jobs;
