@@ -74,7 +74,10 @@ impl Thread {
     /// The same without the others, where the only checkpoint that is old enough is of a stage before: what this ring adds up
     /// is another thing there.
     fn compute_alone(&mut self, plan: &StepPlan<'_>, serving: &Serving<'_>) -> Served<()> {
-        tracing::warn!(to = plan.step, "no checkpoint of this stage is old enough: each worker computes alone");
+        tracing::warn!(
+            to = plan.step,
+            "no checkpoint of this stage is old enough: each worker computes alone"
+        );
         let mut engine = self.held.take().expect("state was loaded").engine;
         let Self { store, config, schedule, data, .. } = self;
         let rollback = Rollback { store, config, schedule, data, known: None };

@@ -40,7 +40,10 @@ fn a_limited_store_is_as_good() {
     let written = store.list("checkpoints").unwrap().iter().map(|object| object.bytes).sum::<u64>();
     // All but the last turn was waited for.
     let least = written.saturating_sub(2 << 20) as f64 / f64::from(8 << 20);
-    assert!(written > 8 << 20 && began.elapsed().as_secs_f64() >= least, "{written} bytes, {least} s at least");
+    assert!(
+        written > 8 << 20 && began.elapsed().as_secs_f64() >= least,
+        "{written} bytes, {least} s at least"
+    );
 }
 
 /// What is frozen does not change by one bit, and neither do its moments; what is not frozen does.
