@@ -162,8 +162,11 @@ fn a_ring_goes_back_after_a_spike_as_one_worker_does() {
     let expected = told("wild-one");
     assert!(expected.len() >= 2, "the run is wild: {expected:?}");
     let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
-    for (run, workers, kills) in [("wild-two", 2, 0), ("wild-killed", 3, 3)] {
-        let mut ring = start(run, workers, &sets);
+    let shared: &[&str] = &["--set", "ring.state_copies=2"];
+    for (run, workers, kills, more) in
+        [("wild-two", 2, 0, &[][..]), ("wild-killed", 3, 3, &[]), ("wild-shared", 3, 2, shared)]
+    {
+        let mut ring = start(run, workers, &[&sets[..], more].concat());
         for kill in 1..=kills {
             wait_until("it is so far", || {
                 newest_checkpoint(&world().folder.join(run)) >= 8 * kill || ring.ended()
