@@ -134,7 +134,9 @@ impl World {
                 if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive) {
                     self.report.sleeps += 1;
                     let length = 100 + self.below(4000);
-                    self.coordinators[index].asleep_until = self.now + length;
+                    // What came while it slept stays in its order.
+                    let asleep_until = &mut self.coordinators[index].asleep_until;
+                    *asleep_until = (*asleep_until).max(self.now + length);
                 }
             }
             _ => {}
