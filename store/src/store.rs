@@ -188,9 +188,8 @@ impl Store {
     /// Everything below `folder` (`""`: everything), ordered by path.
     pub fn list(&self, folder: &str) -> Result<Vec<Object>> {
         let at = self.at(folder);
-        let found = self.runtime.block_on(self.inner.list(Some(&at)).try_collect::<Vec<_>>());
-        let found =
-            self.meter.count(Operation::List, found).map_err(|e| self.failed("listing", folder, e))?;
+        let list = || self.runtime.block_on(self.inner.list(Some(&at)).try_collect::<Vec<_>>());
+        let found = self.list_patiently(folder, list)?;
         let mut objects: Vec<Object> = found
             .into_iter()
             .filter_map(|meta| {
@@ -206,13 +205,29 @@ impl Store {
     /// Names of the folders right below `folder` (`""`: the prefix itself), in order. Whatever they hold is not listed.
     pub fn folders(&self, folder: &str) -> Result<Vec<String>> {
         let at = self.at(folder);
-        let found = self.runtime.block_on(self.inner.list_with_delimiter(Some(&at)));
-        let found =
-            self.meter.count(Operation::List, found).map_err(|e| self.failed("listing", folder, e))?;
+        let list = || self.runtime.block_on(self.inner.list_with_delimiter(Some(&at)));
+        let found = self.list_patiently(folder, list)?;
         let name = |path: Path| path.parts().next_back().map(|part| part.as_ref().to_owned());
         let mut names: Vec<String> = found.common_prefixes.into_iter().filter_map(name).collect();
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// What `list` gives. An answer that broke off is asked for again: the client repeats requests, and not the reading of
+    /// their answers.
+    fn list_patiently<T>(&self, folder: &str, list: impl Fn() -> object_store::Result<T>) -> Result<T> {
+        let mut pause = self.attempts.pause;
+        let mut attempt = 1;
+        let found = loop {
+            match list() {
+                Err(error) if attempt < self.attempts.most && broke_off(&error) => {}
+                found => break found,
+            }
+            self.meter.retry(Operation::List);
+            std::thread::sleep(pause);
+            (pause, attempt) = (pause * 2, attempt + 1);
+        };
+        self.meter.count(Operation::List, found).map_err(|e| self.failed("listing", folder, e))
     }
 
     /// The place of the prefix `folder` of this one: [`Store::durable`] takes it.
@@ -385,6 +400,15 @@ impl Store {
         let remedy = remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
         Error::Object { action, place, source: Box::new(source), remedy }
     }
+}
+
+/// Whether the answer to a listing came and was not whole, by the words of `object_store`, which has no kind for it.
+fn broke_off(error: &object_store::Error) -> bool {
+    let object_store::Error::Generic { source, .. } = error else { return false };
+    let told = source.to_string();
+    ["Error getting list response body", "Got invalid list response"]
+        .iter()
+        .any(|words| told.starts_with(words))
 }
 
 fn wrong_place(place: &str, detail: &dyn std::fmt::Display) -> Error {

@@ -112,6 +112,7 @@ fn the_readme_knows_every_key() {
     let sets = [
         "compute.threads=2",
         "data.cache_dir=cache",
+        "store.bandwidth=100MB",
         "checkpoint.keep_every_steps=5",
         "ring.fault=weights@3/1",
         "init.from=runs/a@4",

@@ -196,7 +196,7 @@ fn a_run_over_a_bad_network_is_the_undisturbed_run() {
 /// The checkpoints of a ring by way of a network that loses, delays and refuses, while a worker is killed.
 #[test]
 fn a_ring_over_a_bad_network_is_the_undisturbed_run() {
-    let fates = [Fate::Status(500), Fate::Status(503), Fate::AnswerLost, Fate::Slow];
+    let fates = [Fate::Status(500), Fate::Status(503), Fate::AnswerLost, Fate::Short, Fate::Slow];
     let proxy = Proxy::start(s3().port(), 8, &fates, 9);
     let mut variables = s3().variables_by(proxy.port());
     variables.push(("AWS_READ_TIMEOUT", "1s".to_owned()));

@@ -43,6 +43,11 @@ pub(super) fn assert_undisturbed(run: &str) {
         serde_json::from_str::<Value>(&text).expect("JSON")["losses"].clone()
     };
     assert_eq!(losses(run), losses("undisturbed"), "what a spike is measured by");
+    assert_no_strays(run);
+}
+
+/// No worker left a half-written object behind.
+fn assert_no_strays(run: &str) {
     let strays =
         objects(&world().folder.join(run)).into_iter().find(|path| path.to_string_lossy().contains('#'));
     assert_eq!(strays, None, "the workers have left something");
@@ -227,7 +232,8 @@ pub(super) fn disturb(seed: u64, mut dice: Dice, run: &str, workers: u32, set: &
     println!("seed {seed}, {workers} workers: {struck:?}");
     done.expect(0);
     assert!(!struck.is_empty(), "seed {seed}: it was over too soon");
-    assert_undisturbed(run);
+    world().assert_undisturbed_where_kept(run);
+    assert_no_strays(run);
 }
 
 fn disturbed_from_outside(seed: u64) {
@@ -298,7 +304,8 @@ pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted:
     println!("seed {seed}, {wanted} workers wanted: {struck:?}");
     coordinator.wait().expect(0);
     drop(workers);
-    assert_undisturbed(run);
+    world().assert_undisturbed_where_kept(run);
+    assert_no_strays(run);
 }
 
 /// Says how to see a failure again.

@@ -32,6 +32,8 @@ enum Fate {
     Late,
     /// The body ends before its time.
     Short,
+    /// That of a listing does.
+    BrokenOff,
 }
 
 /// Decides over the next requests, one each; those after are done.
@@ -74,7 +76,7 @@ impl Network {
         match fate {
             Fate::Refused => return Err(lost()),
             Fate::Late => tokio::time::sleep(Duration::from_millis(20)).await,
-            Fate::Done | Fate::AnswerLost | Fate::Conflict | Fate::Short => {}
+            Fate::Done | Fate::AnswerLost | Fate::Conflict | Fate::Short | Fate::BrokenOff => {}
         }
         Ok(fate)
     }
@@ -150,6 +152,14 @@ impl ObjectStore for Network {
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        let mut fates = self.fates.lock().unwrap();
+        if fates.last() == Some(&Fate::BrokenOff) {
+            fates.pop();
+            // In the words of object_store's clients.
+            let source =
+                "Error getting list response body: HTTP error: request or response body error".into();
+            return stream::once(ready(Err(object_store::Error::Generic { store: "S3", source }))).boxed();
+        }
         let unlisted = self.unlisted;
         let shown = move |meta: &ObjectMeta| !meta.location.as_ref().ends_with(unlisted);
         self.inner.list(prefix).filter(move |meta| ready(meta.as_ref().map_or(true, shown))).boxed()
@@ -261,6 +271,18 @@ fn what_came_short_is_read_again_and_never_taken_for_whole() {
     network.next(&[Fate::Short]);
     let error = network.store().ranges("a", std::slice::from_ref(&(2..6))).unwrap_err();
     assert!(error.to_string().contains("2 bytes came of 4"), "{error}");
+}
+
+#[test]
+fn a_listing_that_breaks_off_is_asked_for_again() {
+    let network = Network::new();
+    let store = network.store();
+    store.put("a/b", "x").unwrap();
+    network.next(&[Fate::BrokenOff, Fate::BrokenOff]);
+    assert_eq!(store.list("a").unwrap().len(), 1);
+    network.next(&[Fate::BrokenOff; 3]);
+    let told = store.list("a").unwrap_err().to_string();
+    assert!(told.contains("listing") && told.contains("response body"), "{told}");
 }
 
 fn large() -> Bytes {
