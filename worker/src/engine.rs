@@ -143,7 +143,7 @@ pub struct Outcome {
     pub update: Update,
     /// The loss is far above those before it.
     pub spike: Option<Spike>,
-    /// The spike is to be undone: the state after this step is that after so many steps (see [`crate::rollback`]), which
+    /// The spike is to be undone: the state after this step is that after so many steps (see `rollback`), which
     /// whoever trains has to bring.
     pub back_to: Option<u64>,
 }
