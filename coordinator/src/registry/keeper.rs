@@ -1,5 +1,6 @@
 //! The registry's thread: what comes to it, and what it does about it.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::Sender as SaidSender;
 use std::time::{Duration, Instant};
@@ -86,11 +87,13 @@ impl<L: Launcher> Keeper<L> {
                     () = tokio::time::sleep_until(until) => None,
                 }
             });
-            match command {
-                Some(Some(Command::HandOver)) => return self.hand_over(),
-                Some(Some(command)) => self.obey(command),
-                Some(None) => return,
-                None => {}
+            let over = match command {
+                Some(Some(command)) => self.obey(command).is_break(),
+                Some(None) => true,
+                None => false,
+            };
+            if over {
+                return;
             }
             if let Err(fenced) = self.look_around() {
                 // Dropping the crews ends the workers: the other coordinator starts its own.
@@ -115,7 +118,8 @@ impl<L: Launcher> Keeper<L> {
         if tends { soon } else { again.map_or(watch, |again| again.min(watch)).max(soon) }
     }
 
-    fn obey(&mut self, command: Command) {
+    /// Breaks when there is nothing more to do for this coordinator.
+    fn obey(&mut self, command: Command) -> ControlFlow<()> {
         match command {
             Command::Submit(submission, reply) => {
                 let submitted = self.submit(submission);
@@ -154,8 +158,12 @@ impl<L: Launcher> Keeper<L> {
                     self.runtime.block_on(ring.job.set_goal(Goal::Pause));
                 }
             }
-            Command::HandOver => {}
+            Command::HandOver => {
+                self.hand_over();
+                return ControlFlow::Break(());
+            }
         }
+        ControlFlow::Continue(())
     }
 
     fn hand_over(&self) {

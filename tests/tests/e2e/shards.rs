@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 
 use anello_tests::{Dice, Process, free_port, http, newest_checkpoint, signal, wait_until, without_seconds};
 
-use super::ring::{assert_undisturbed, disturb, disturb_from_outside, events, start, worker};
+use super::ring::{
+    assert_no_strays, assert_undisturbed, disturb, disturb_from_outside, events, start,
+    train_stages_that_freeze, worker,
+};
 use super::world;
 
 const TWO: [&str; 2] = ["--set", "ring.state_copies=2"];
@@ -42,24 +45,35 @@ fn moments_that_are_shared_out_are_those_of_one_worker_and_take_less_memory() {
     }
 }
 
+/// Whatever became of its workers. A checkpoint before a stage that changes the state may be missing: who has begun that stage
+/// has no longer what it is of.
+fn assert_disturbed(run: &str) {
+    world().assert_undisturbed_where_kept(run);
+    assert_no_strays(run);
+}
+
+fn disturbed(seed: u64, workers: u32) {
+    let run = format!("shards-disturbed-{seed}");
+    disturb(seed, Dice(seed), &run, workers, &TWO);
+    assert_disturbed(&run);
+}
+
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_1() {
-    for seed in 1..=6 {
-        disturb(seed, Dice(seed), &format!("shards-disturbed-{seed}"), 4, &TWO);
-    }
+    (1..=6).for_each(|seed| disturbed(seed, 4));
 }
 
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_2() {
-    for seed in 7..=12 {
-        disturb(seed, Dice(seed), &format!("shards-disturbed-{seed}"), 3, &TWO);
-    }
+    (7..=12).for_each(|seed| disturbed(seed, 3));
 }
 
 #[test]
 fn whatever_happens_to_workers_and_coordinator_changes_nothing() {
     for seed in 1..=5 {
-        disturb_from_outside(seed, Dice(seed), &format!("shards-outside-{seed}"), 4, &TWO);
+        let run = format!("shards-outside-{seed}");
+        disturb_from_outside(seed, Dice(seed), &run, 4, &TWO);
+        assert_disturbed(&run);
     }
 }
 
@@ -173,29 +187,7 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
 /// What is frozen is neither sent around nor moved.
 #[test]
 fn stages_that_freeze_parameters_are_the_same() {
-    let stages = [
-        "stages=[\"warmup\",\"gate\",\"sft\",\"stable\"]",
-        "stage.gate={loss=\"gate\",tokens=512,sequence=16,batch=128,lr=1e-2,loops=2,mixture={tales=1}}",
-        "stage.sft={loss=\"sft\",tokens=512,sequence=16,batch=128,lr=1e-3,loops=2,mixture={tales=1}}",
-    ];
-    let sets: Vec<&str> = stages.iter().flat_map(|set| ["--set", set]).collect();
-    let one = [&["run", "small.toml", "--out", "shards-late-one", "--sample", "0"], &sets[..]].concat();
-    world().anello(&one).expect(0);
-    let more = [&sets[..], &TWO].concat();
-    start("shards-late", 3, &more).wait().expect(0);
-    let mut disturbed = start("shards-late-killed", 4, &more);
-    wait_until("it is in the gate's stage", || {
-        newest_checkpoint(&world().folder.join("shards-late-killed")) >= 5 || disturbed.ended()
-    });
-    if let Some(worker) = disturbed.children().first() {
-        signal(*worker, "KILL");
-    }
-    disturbed.wait().expect(0);
-    for run in ["shards-late", "shards-late-killed"] {
-        world().anello(&["checkpoint", "diff", "shards-late-one", run]).expect(0);
-        let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
-        assert_eq!(figures(run), figures("shards-late-one"), "{run}");
-    }
+    train_stages_that_freeze("shards-late", [3, 4], &TWO);
 }
 
 /// What was shared out is whole in a checkpoint: one process goes on with it, and a ring after that.

@@ -163,6 +163,10 @@ fn another_tokenizer_is_refused_everywhere() {
         "stages=[\"sft\"]",
         "stage.sft={loss=\"sft\",tokens=512,sequence=16,batch=128,lr=1e-3,loops=2,mixture={tales=1}}",
     ];
+    let import = |tokenizer| {
+        let arguments = ["import", published(), "--config", "small.toml", "--out", "refused"];
+        [&arguments[..], &["--set", sft[0], "--set", sft[1], "--set", tokenizer]].concat()
+    };
     let of_other = "was tokenized with the tokenizer ";
     let of_large = "has the token 9999 (\"b\"), the model's vocabulary 2048 tokens";
     for (arguments, expected) in [
@@ -174,40 +178,8 @@ fn another_tokenizer_is_refused_everywhere() {
             of_other,
         ),
         (vec!["run", "--resume", "undisturbed", "--set", other], of_other),
-        (
-            vec![
-                "import",
-                published(),
-                "--config",
-                "small.toml",
-                "--out",
-                "refused",
-                "--set",
-                sft[0],
-                "--set",
-                sft[1],
-                "--set",
-                other,
-            ],
-            of_other,
-        ),
-        (
-            vec![
-                "import",
-                published(),
-                "--config",
-                "small.toml",
-                "--out",
-                "refused",
-                "--set",
-                sft[0],
-                "--set",
-                sft[1],
-                "--set",
-                large,
-            ],
-            of_large,
-        ),
+        (import(other), of_other),
+        (import(large), of_large),
         (vec!["eval", "of-other", "--data", "data/tales"], of_other),
         (vec!["eval", "of-large", "--data", "data/tales"], of_large),
         (vec!["generate", "of-large", "--prompt", "a"], of_large),

@@ -3,6 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use anello_configs::RunConfig;
+use anello_dataloader::{Loader, LoaderOptions};
+use anello_store::checkpoint::{known_steps, refuse_leftovers, same_data, set_aside};
+use anello_store::events::{Event, EventLog, Record};
+use anello_store::{CONFIG, Cursor, ENVIRONMENT, Error as StoreError, Store, metrics, read_config};
+use tch::Device;
+
 use crate::account::{Epochs, Stamp};
 use crate::checkpoint::{self, Loaded};
 use crate::device;
@@ -11,12 +18,6 @@ use crate::environment;
 use crate::error::{Error, Result};
 use crate::init::initial_state;
 use crate::validate::HeldOut;
-use anello_configs::RunConfig;
-use anello_dataloader::{Loader, LoaderOptions};
-use anello_store::checkpoint::{known_steps, refuse_leftovers, same_data, set_aside};
-use anello_store::events::{Event, EventLog, Record};
-use anello_store::{CONFIG, Cursor, ENVIRONMENT, Error as StoreError, Store, metrics, read_config};
-use tch::Device;
 
 /// A run that is ready to be trained.
 pub struct Run {
