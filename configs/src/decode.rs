@@ -210,6 +210,7 @@ fn ring(s: &mut Section<'_, '_>) -> Ring {
         straggler_window_steps: s.count("straggler_window_steps", 1..=1_000_000, Some(20)) as u32,
         lanes: s.choice("lanes", LaneShares::Balanced),
         state_copies: s.state_copies("state_copies"),
+        transport: s.choice("transport", Transport::Tcp),
         fault: s
             .optional("fault")
             .then(|| read_fault(&s.text("fault", fault, |text| read_fault(text).is_some())))

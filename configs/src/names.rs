@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::run::{Dtype, LaneShares, Loss, Mask, OnCorrupt, OnSpike, Recompute, Trains};
+use crate::run::{Dtype, LaneShares, Loss, Mask, OnCorrupt, OnSpike, Recompute, Trains, Transport};
 
 /// A closed choice with its words.
 pub(crate) trait Named: Copy + PartialEq + 'static {
@@ -34,6 +34,7 @@ named! {
     Dtype { "fp32" => Fp32, "bf16" => Bf16 }
     Recompute { "none" => None, "layer" => Layer, "loop" => Loop }
     LaneShares { "balanced" => Balanced, "by-speed" => BySpeed }
+    Transport { "tcp" => Tcp, "nccl" => Nccl }
     OnCorrupt { "fail" => Fail, "skip" => Skip }
     OnSpike { "off" => Off, "log" => Log, "skip" => Skip, "rollback" => Rollback }
     Mask { "document" => Document, "causal" => Causal }

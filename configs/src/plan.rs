@@ -141,8 +141,8 @@ impl TokenFlops {
     }
 }
 
-/// Memory of a worker that serves most lanes, by part, bytes. Without the device's own context, the buffers of
-/// collectives and what the allocator wastes.
+/// Memory of a worker that serves most lanes, by part, bytes. Without the device's own context, NCCL's own
+/// buffers and what the allocator wastes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
     /// bf16 copies of the weights, 2 bytes a parameter; none in fp32.
@@ -156,6 +156,9 @@ pub struct Memory {
     pub gradient: u64,
     /// Partial sums of the fold: log2(lanes of the worker) more fp32 gradients.
     pub fold: u64,
+    /// In a ring of several: the sum of all gradients, 4 bytes a parameter. By NCCL also what others have of the own share, a part
+    /// of each, until it is added.
+    pub sum: u64,
     /// Layer inputs (`layer`: L·T hidden states a token) or loop inputs (`loop`: T) that are kept for recomputation.
     pub inputs: u64,
     /// Activations inside layers that are held at a time: of one layer (`layer`), one loop step (`loop`), or all (`none`).
@@ -198,6 +201,14 @@ impl Memory {
             },
             gradient: 4 * parameters,
             fold: product([4, parameters, lanes.max(1).ilog2().into()]),
+            sum: match (workers, config.ring.transport) {
+                (1, _) => 0,
+                (_, Transport::Tcp) => 4 * parameters,
+                (_, Transport::Nccl) => {
+                    let received = product([4, parameters, (workers - 1).into()]).div_ceil(workers.into());
+                    4 * parameters + received
+                }
+            },
             inputs,
             activations,
             hidden: product([1 + t, hidden_state]),
@@ -213,7 +224,7 @@ impl Memory {
 
     /// All of it.
     pub fn total(&self) -> u64 {
-        let parts = [self.fold, self.inputs, self.activations, self.hidden, self.logits];
+        let parts = [self.fold, self.sum, self.inputs, self.activations, self.hidden, self.logits];
         parts.into_iter().fold(self.state(), u64::saturating_add)
     }
 }

@@ -247,6 +247,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         straggler_window_steps,
         lanes,
         state_copies,
+        transport,
         fault,
     } = ring;
     section("ring", &|s| {
@@ -259,6 +260,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
             StateCopies::All => s.rest("state_copies", "all"),
             StateCopies::Two => s.rest("state_copies", 2u64),
         };
+        s.rest("transport", transport.name());
         if let Some(Fault { buffer, step, rank }) = fault {
             s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());
         }

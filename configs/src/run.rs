@@ -330,6 +330,8 @@ pub struct Ring {
     pub lanes: LaneShares,
     /// How many workers have the moments of a block.
     pub state_copies: StateCopies,
+    /// What gradients travel by.
+    pub transport: Transport,
     /// For tests: a bit that is flipped on purpose.
     pub fault: Option<Fault>,
 }
@@ -354,6 +356,16 @@ pub enum StateCopies {
     /// goes back to its last checkpoint.
     #[serde(rename = "2")]
     Two,
+}
+
+/// What gradients and new weights travel by between the workers of a ring. It changes no bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// Sockets, from memory of the host, and added up there.
+    Tcp,
+    /// NCCL, from GPU to GPU, and added up there. Everything else goes by TCP.
+    Nccl,
 }
 
 /// One bit flip, once in the life of a process.

@@ -22,6 +22,8 @@ use crate::ffi::{library, torch};
 
 /// Names a folder with the CUDA half of LibTorch.
 pub const TORCH_CUDA: &str = "ANELLO_TORCH_CUDA";
+/// Names the NCCL of rings whose gradients travel by it: a `libnccl.so.2`; not set: the one of the LibTorch in use.
+pub const NCCL: &str = "ANELLO_NCCL";
 /// The number of a worker among those that one process starts on a machine: with `cuda` it takes the GPU of that number.
 pub const SLOT: &str = "ANELLO_SLOT";
 /// How cuBLAS keeps its workspace: one of these, or its results may change from call to call.
@@ -264,6 +266,14 @@ pub fn checkup() -> (bool, Vec<String>) {
     }
     let fit = halves.is_ok() && driver.is_ok_and(|(version, gpus)| version >= DRIVER_MIN && !gpus.is_empty());
     (fit, lines)
+}
+
+/// The NCCL of this process: the one that [`NCCL`] names, or that of its LibTorch. In words where there is none.
+pub(crate) fn nccl() -> std::result::Result<PathBuf, String> {
+    match std::env::var_os(NCCL) {
+        Some(path) => Ok(PathBuf::from(path)),
+        None => Found::look().and_then(|found| nccl_of(&found.folder)).map(|(path, _)| path),
+    }
 }
 
 /// The NCCL that belongs to the LibTorch in `folder`, and its version.

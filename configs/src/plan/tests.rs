@@ -56,6 +56,22 @@ fn moments_that_are_shared_out_take_less_with_every_worker() {
 }
 
 #[test]
+fn a_ring_holds_the_sum_and_by_nccl_what_it_is_made_of() {
+    let parameters = Parameters::new(&load("ouro-2.6b", &[]).model, 48).total();
+    for (transport, workers, bytes) in [
+        ("tcp", 1, 0),
+        ("nccl", 1, 0),
+        ("tcp", 4, 4 * parameters),
+        ("nccl", 4, 7 * parameters),
+        ("nccl", 2, 6 * parameters),
+    ] {
+        let config = load("ouro-2.6b", &[&format!("ring.transport={transport}")]);
+        let plan = Plan::new(&config, cluster("h100", workers));
+        assert_eq!(plan.stages[0].memory.sum, bytes, "{workers} workers by {transport}");
+    }
+}
+
+#[test]
 fn logits_and_layer_inputs_at_64k_are_as_the_paper_notes_say() {
     assert_eq!(logits_bytes(65_536, 49_152), 12_884_901_888); // 12.9 GB
     let plan = Plan::new(&load("ouro-1.4b", &[]), cluster("h100", 64));

@@ -21,6 +21,7 @@ fn what_leaves_the_bits_alone_leaves_the_digest_alone() {
         "checkpoint.part_bytes=1MiB",
         "ring.lanes=by-speed",
         "ring.state_copies=2",
+        "ring.transport=nccl",
         "store.bandwidth=50MiB",
         "guard.rollback_steps=2",
         "data.prefetch_bytes=1MiB",

@@ -180,6 +180,12 @@ impl Ring {
         self.shape.blocks == 0
     }
 
+    /// What [`Collective`](crate::Collective) makes of partial sums, over whatever can be added: for blocks that lie where no slice does.
+    /// `part(rank, part)` is the partial sum of a part.
+    pub fn fold<T>(&self, part: impl Fn(Rank, usize) -> T, add: impl Fn(T, T) -> T) -> T {
+        self.sum.fold(|leaf| part(self.leaves[leaf].rank, self.leaves[leaf].part), add)
+    }
+
     /// Adds a block along the tree into `out`; `part(rank, part)` is the partial sum of a part.
     pub(crate) fn add<'a>(
         &self,

@@ -132,6 +132,30 @@ impl TreeSum {
         self.leaves
     }
 
+    /// The same additions over whatever can be added: `leaf(i)` is a leaf, `add(left, right)` a node. The two may be the other
+    /// way round.
+    pub fn fold<T>(&self, leaf: impl Fn(usize) -> T, add: impl Fn(T, T) -> T) -> T {
+        let mut slots: Vec<Option<T>> = (0..=self.slots).map(|_| None).collect();
+        for step in &self.adds {
+            let (slot, sum) = match *step {
+                Add::Copy { slot, leaf: only } => (slot, leaf(only)),
+                Add::Leaves { slot, left, right } => (slot, add(leaf(left), leaf(right))),
+                Add::Leaf { slot, leaf: right } => {
+                    let left = slots[slot].take().expect("the plan fills a slot before it adds to it");
+                    (slot, add(left, leaf(right)))
+                }
+                Add::Slots { slot } => {
+                    let (left, right) = (slots[slot].take(), slots[slot + 1].take());
+                    let (left, right) =
+                        left.zip(right).expect("the plan fills both slots before it adds them");
+                    (slot, add(left, right))
+                }
+            };
+            slots[slot] = Some(sum);
+        }
+        slots[0].take().expect("the last addition of a plan is that of the root")
+    }
+
     /// Adds `leaves` up the tree into `out`; all have the same length. `scratch` holds the levels between (8 KiB a
     /// level, at most log2(lanes) of them) and is kept by the caller from sum to sum.
     pub fn sum(&self, leaves: &[&[f32]], out: &mut [f32], scratch: &mut Vec<f32>) {
@@ -270,6 +294,11 @@ mod tests {
             TreeSum::new(&leaves).sum(&parts, &mut out, &mut scratch);
             let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
             prop_assert_eq!(bits(&out), bits(&plain(&values)));
+            let added = TreeSum::new(&leaves).fold(
+                |leaf| sums[leaf].clone(),
+                |left, right| left.iter().zip(right).map(|(left, right)| left + right).collect(),
+            );
+            prop_assert_eq!(bits(&added), bits(&out));
         }
 
         #[test]

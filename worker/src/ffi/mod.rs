@@ -75,6 +75,18 @@ impl Partials for Shared {
     }
 }
 
+/// The memory of a contiguous fp32 tensor, to be sent or received into. Panics on any other. Whoever gives it to NCCL keeps
+/// the memory, and lets nobody use it otherwise, until the stream is past the call or the communicator is aborted.
+pub(crate) fn for_nccl(tensor: &Tensor) -> nccl_rs::Buffer {
+    assert!(
+        tensor.kind() == Kind::Float && tensor.is_contiguous(),
+        "{:?}, or a tensor with gaps",
+        tensor.kind()
+    );
+    // SAFETY: so many elements lie there; the rest is the caller's part of the bargain.
+    unsafe { nccl_rs::Buffer::floats(tensor.data_ptr() as usize, tensor.numel()) }
+}
+
 fn elements(tensor: &Tensor) -> (*mut f32, usize) {
     let (kind, device) = (tensor.kind(), tensor.device());
     assert!(kind == Kind::Float && device == Device::Cpu, "a tensor of {kind:?} on {device:?}");

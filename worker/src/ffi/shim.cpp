@@ -119,6 +119,11 @@ int anello_stream_exchange(int32_t device, int64_t id, int64_t* previous) {
     return guarded([&] { *previous = guard().exchangeStream(stream_of(device, id)).id(); });
 }
 
+// The stream as CUDA has it: a cudaStream_t.
+int anello_stream_native(int32_t device, int64_t id, void** out) {
+    return guarded([&] { *out = stream_of(device, id).native_handle(); });
+}
+
 int anello_stream_synchronize(int32_t device, int64_t id) {
     return guarded([&] { stream_of(device, id).synchronize(); });
 }

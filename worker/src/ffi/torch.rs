@@ -25,6 +25,7 @@ unsafe extern "C" {
     fn anello_stream_new(device: i32, id: *mut i64) -> c_int;
     fn anello_stream_current(device: i32, id: *mut i64) -> c_int;
     fn anello_stream_exchange(device: i32, id: i64, previous: *mut i64) -> c_int;
+    fn anello_stream_native(device: i32, id: i64, out: *mut *mut c_void) -> c_int;
     fn anello_stream_synchronize(device: i32, id: i64) -> c_int;
     fn anello_device_exchange(device: i32) -> c_int;
     fn anello_event_new(device: i32, stream: i64, out: *mut *mut c_void) -> c_int;
@@ -93,28 +94,41 @@ pub(crate) fn flash_packed(
     Ok(unsafe { Tensor::from_ptr(raw.cast()) })
 }
 
-/// A queue of work of a GPU.
+/// A queue of work of a GPU. That of a CPU is always empty: whatever is put into it is done when the call returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stream {
-    device: i32,
-    id: i64,
+    /// Device and number; none of a CPU.
+    gpu: Option<(i32, i64)>,
 }
 
 impl Stream {
     /// One of LibTorch's pool, which lives as long as the process.
     pub fn new(device: Device) -> Result<Self, Thrown> {
-        let (device, mut id) = (number(device), 0);
-        // SAFETY: writes one number.
-        checked(unsafe { anello_stream_new(device, &raw mut id) })?;
-        Ok(Self { device, id })
+        Self::of(device, anello_stream_new)
     }
 
     /// The one that tensor operations of this thread go to.
     pub fn current(device: Device) -> Result<Self, Thrown> {
+        Self::of(device, anello_stream_current)
+    }
+
+    fn of(device: Device, ask: unsafe extern "C" fn(i32, *mut i64) -> c_int) -> Result<Self, Thrown> {
+        if device == Device::Cpu {
+            return Ok(Self { gpu: None });
+        }
         let (device, mut id) = (number(device), 0);
-        // SAFETY: writes one number.
-        checked(unsafe { anello_stream_current(device, &raw mut id) })?;
-        Ok(Self { device, id })
+        // SAFETY: one of the two functions above, which write one number.
+        checked(unsafe { ask(device, &raw mut id) })?;
+        Ok(Self { gpu: Some((device, id)) })
+    }
+
+    /// As CUDA has it, a `cudaStream_t`; 0 of a CPU.
+    pub fn native(self) -> Result<usize, Thrown> {
+        let Some((device, id)) = self.gpu else { return Ok(0) };
+        let mut native = null_mut();
+        // SAFETY: a live stream; writes one pointer.
+        checked(unsafe { anello_stream_native(device, id, &raw mut native) })?;
+        Ok(native as usize)
     }
 
     /// Runs `work` with this as the current stream of the thread.
@@ -127,31 +141,35 @@ impl Stream {
                 unsafe { anello_stream_exchange(self.0, self.1, &raw mut previous) };
             }
         }
+        let Some((device, id)) = self.gpu else { return Ok(work()) };
         let mut previous = 0;
         // SAFETY: a stream of the pool, or the one that was current.
-        checked(unsafe { anello_stream_exchange(self.device, self.id, &raw mut previous) })?;
-        let _back = Back(self.device, previous);
+        checked(unsafe { anello_stream_exchange(device, id, &raw mut previous) })?;
+        let _back = Back(device, previous);
         Ok(work())
     }
 
     /// An event that has happened once all that was put into this stream so far is done.
     pub fn record(self) -> Result<Event, Thrown> {
+        let Some((device, id)) = self.gpu else { return Ok(Event { raw: None }) };
         let mut raw = null_mut();
         // SAFETY: `raw` is written only on success, with an event that is ours to free.
-        checked(unsafe { anello_event_new(self.device, self.id, &raw mut raw) })?;
-        Ok(Event { raw: NonNull::new(raw).expect("a new event has an address") })
+        checked(unsafe { anello_event_new(device, id, &raw mut raw) })?;
+        Ok(Event { raw: Some(NonNull::new(raw).expect("a new event has an address")) })
     }
 
     /// What is put into this stream from now on waits for `event`.
     pub fn wait(self, event: &Event) -> Result<(), Thrown> {
+        let (Some((device, id)), Some(raw)) = (self.gpu, event.raw) else { return Ok(()) };
         // SAFETY: a live event and stream.
-        checked(unsafe { anello_event_wait(event.raw.as_ptr(), self.device, self.id) })
+        checked(unsafe { anello_event_wait(raw.as_ptr(), device, id) })
     }
 
     /// Waits until all that was put into it is done.
     pub fn synchronize(self) -> Result<(), Thrown> {
+        let Some((device, id)) = self.gpu else { return Ok(()) };
         // SAFETY: a live stream.
-        checked(unsafe { anello_stream_synchronize(self.device, self.id) })
+        checked(unsafe { anello_stream_synchronize(device, id) })
     }
 }
 
@@ -164,14 +182,15 @@ pub(crate) fn use_device(device: Device) -> Result<(), Thrown> {
 fn number(device: Device) -> i32 {
     match device {
         Device::Cuda(number) => number as i32,
-        other => unreachable!("{other:?} has no streams"),
+        other => unreachable!("{other:?} is no GPU"),
     }
 }
 
 /// A point in a stream.
 #[derive(Debug)]
 pub(crate) struct Event {
-    raw: NonNull<c_void>,
+    /// None of a CPU's: it has happened.
+    raw: Option<NonNull<c_void>>,
 }
 
 // SAFETY: CUDA's events may be asked and waited for on any thread; nobody else has this one.
@@ -180,17 +199,20 @@ unsafe impl Send for Event {}
 impl Event {
     /// Whether the stream is past it. An error of the GPU counts as yes: who uses what came of it is told.
     pub fn is_done(&self) -> Result<bool, Thrown> {
+        let Some(raw) = self.raw else { return Ok(true) };
         let mut done = 0;
         // SAFETY: a live event.
-        checked(unsafe { anello_event_query(self.raw.as_ptr(), &raw mut done) })?;
+        checked(unsafe { anello_event_query(raw.as_ptr(), &raw mut done) })?;
         Ok(done != 0)
     }
 }
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made by `anello_event_new`, and freed once.
-        unsafe { anello_event_free(self.raw.as_ptr()) };
+        if let Some(raw) = self.raw {
+            // SAFETY: made by `anello_event_new`, and freed once.
+            unsafe { anello_event_free(raw.as_ptr()) };
+        }
     }
 }
 

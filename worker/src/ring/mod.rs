@@ -10,6 +10,7 @@
 //! The model lives on one thread and takes commands. What to do on which order is decided by
 //! [`anello_member::Member`], which has no I/O; the shell performs it.
 
+mod gpus;
 mod link;
 mod model;
 mod pace;

@@ -18,7 +18,7 @@ use anello_collective::{
     AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
     tcp,
 };
-use anello_configs::{ComputeDevice, RunConfig, Schedule, StateCopies, StepPlan, Trains};
+use anello_configs::{ComputeDevice, RunConfig, Schedule, StateCopies, StepPlan, Trains, Transport};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Shard, Source, Step, WorkerId};
@@ -28,6 +28,7 @@ use anello_tls::Tls;
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::gpus::{Gpus, Nccl};
 use super::parts::{self, PartsWriter};
 use super::peers::Shelf;
 use super::sum::Total;
@@ -160,6 +161,8 @@ struct Thread {
     runtime: tokio::runtime::Handle,
     tell: UnboundedSender<Told>,
     device: Device,
+    /// Where gradients travel by it.
+    nccl: Option<Nccl>,
     held: Option<Held>,
     held_out: Option<HeldOut>,
     /// The buffer that gradients are gathered in.
@@ -207,6 +210,10 @@ impl Thread {
         let data = LoaderOptions::of(&config)?;
         let held_out = HeldOut::open(&config)?;
         let device = device::open(config.compute.device)?;
+        let nccl = match config.ring.transport {
+            Transport::Tcp => None,
+            Transport::Nccl => Some(load_nccl(device)?),
+        };
         let stamp = Stamp::new(&config, &data, device);
         // Where the run was started: by the first worker that came.
         store.create(ENVIRONMENT, stamp.environment.to_json())?;
@@ -231,6 +238,7 @@ impl Thread {
             runtime,
             tell,
             device,
+            nccl,
             held: None,
             held_out,
             total: None,
@@ -277,6 +285,7 @@ impl Thread {
         }
         self.take_state(&serving, abort)?;
         let mut ring = self.meet(&serving, abort)?;
+        let mut gpus = self.meet_gpus(&serving, &mut ring)?;
         *self.shelf.write().expect("no holder panics") = None;
         let (start, schedule) = (formation.start, self.schedule.clone());
         let held = self.held.as_ref().expect("state was taken");
@@ -308,9 +317,9 @@ impl Thread {
             if loader.is_none() && !serving.lanes.is_empty() {
                 loader = Some(self.loader(&serving.lanes, at)?);
             }
-            let sent_before = ring.sent_bytes();
+            let sent_before = sent_bytes(&ring, gpus.as_ref());
             let Stepped { control, mut report, undone } =
-                self.step(&plan, &serving, &mut ring, loader.as_mut())?;
+                self.step(&plan, &serving, &mut ring, gpus.as_mut(), loader.as_mut())?;
             at += 1;
             self.inject_fault(at, rank);
             // After a spike that was undone too, so that what was computed again need not be once more.
@@ -331,7 +340,7 @@ impl Thread {
             // Whatever comes after it, the step is applied.
             if !odd {
                 let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
-                let sent_bytes = ring.sent_bytes() - sent_before;
+                let sent_bytes = sent_bytes(&ring, gpus.as_ref()) - sent_before;
                 let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));
             }
             compared.and(measured)?;
@@ -348,12 +357,7 @@ impl Thread {
 
     fn meet(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Served<tcp::Tcp> {
         let Formation { generation, start, members, .. } = serving.formation;
-        let held = self.held.as_ref().expect("state was taken");
-        let plan = self.schedule.at(start.0);
-        let upcycle = plan.as_ref().and_then(|plan| plan.upcycle);
-        let trains = plan.map_or(Trains::All, |plan| plan.stage.trains);
-        let layers = upcycle.map_or(held.engine.state().layout.layers() as u32, |upcycle| upcycle.layers);
-        let layout = Layout::new(&self.config.model, layers);
+        let (layout, order) = self.layout_from(start.0);
         let addresses = members.iter().map(|member| {
             member.endpoints.ring.iter().map(|text| text.parse()).collect::<std::result::Result<Vec<_>, _>>()
         });
@@ -365,12 +369,7 @@ impl Thread {
                 ranges: members.iter().map(|member| member.lanes.clone()).collect(),
                 blocks: layout.blocks() as u32,
                 block_len: BLOCK,
-                order: layout
-                    .backward_blocks(trains)
-                    .into_iter()
-                    .flatten()
-                    .map(|block| block as u32)
-                    .collect(),
+                order: order.into_iter().flatten().map(|block| block as u32).collect(),
             },
             generation: RingGeneration(generation.0),
             job: self.job.clone(),
@@ -384,13 +383,36 @@ impl Thread {
         tcp::connect(&mut self.listener, &options).map_err(|error| cause_of(&error, serving.formation))
     }
 
-    /// What decides the arithmetic, which is the same for all members: a GPU's kind too, since its bits are its own.
+    /// Where parameters lie in a generation that begins with this step, and the order in which its blocks become whole in a
+    /// step.
+    fn layout_from(&self, start: u64) -> (Layout, Vec<Range<usize>>) {
+        let held = self.held.as_ref().expect("state was taken");
+        let plan = self.schedule.at(start);
+        let upcycle = plan.as_ref().and_then(|plan| plan.upcycle);
+        let layers = upcycle.map_or(held.engine.state().layout.layers() as u32, |upcycle| upcycle.layers);
+        let layout = Layout::new(&self.config.model, layers);
+        let order = layout.backward_blocks(plan.map_or(Trains::All, |plan| plan.stage.trains));
+        (layout, order)
+    }
+
+    /// The GPUs of a generation, where gradients travel by NCCL.
+    fn meet_gpus(&self, serving: &Serving<'_>, ring: &mut tcp::Tcp) -> Served<Option<Gpus>> {
+        let Some(nccl) = &self.nccl else {
+            return Ok(None);
+        };
+        let start = serving.formation.start.0;
+        let (_, order) = self.layout_from(start);
+        let met = nccl.meet(ring, RingStep(start), order, self.device);
+        met.map(Some).map_err(|error| cause_of(&error, serving.formation))
+    }
+
+    /// What decides the arithmetic, which is the same for all members: a GPU's kind too, since its bits are its own; and what
+    /// members must share to understand one another.
     fn build(&self) -> String {
         let environment = &self.stamp.environment;
-        match self.device {
-            Device::Cpu => environment.build(),
-            _ => format!("{}, {}", environment.build(), environment.device),
-        }
+        let device = (self.device != Device::Cpu).then(|| environment.device.clone());
+        let parts = [Some(environment.build()), device, self.nccl.as_ref().map(Nccl::version)];
+        parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     }
 
     fn loader(&self, lanes: &Range<u32>, step: u64) -> Served<Loader> {
@@ -406,6 +428,28 @@ impl Thread {
         let last = at.checked_sub(1).and_then(|step| self.schedule.at(step));
         last.is_some_and(|last| last.last_of_stage || at.is_multiple_of(self.config.checkpoint.every_steps))
     }
+}
+
+/// NCCL for a worker that computes on `device`.
+fn load_nccl(device: Device) -> Result<Nccl> {
+    let wanted = "ring.transport = \"nccl\"";
+    if device == Device::Cpu {
+        return Err(Error::config(
+            format!("{wanted} sends from GPU to GPU, and this worker computes on its CPU"),
+            "take a GPU with compute.device = \"cuda\", or ring.transport = \"tcp\"",
+        ));
+    }
+    let loaded = device::nccl().and_then(|path| Nccl::load(&path).map_err(|error| error.to_string()));
+    loaded.map_err(|fact| {
+        let remedy =
+            format!("name another libnccl.so.2 in {}, or take ring.transport = \"tcp\"", device::NCCL);
+        Error::config(format!("{wanted} has no NCCL: {fact}"), remedy)
+    })
+}
+
+/// Bytes that went to the other members in this generation so far.
+fn sent_bytes(ring: &tcp::Tcp, gpus: Option<&Gpus>) -> u64 {
+    ring.sent_bytes() + gpus.map_or(0, Gpus::sent_bytes)
 }
 
 fn fault(reason: impl Into<String>) -> Cause {

@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_millis(1);
 const COPYING: Duration = Duration::from_micros(50);
 
 /// Everyone's words, in the order of ranks.
-type Words = Vec<Vec<u8>>;
+pub(super) type Words = Vec<Vec<u8>>;
 
 /// Where the sum of all workers lands: a flat buffer on the engine's device, and, where that is a GPU, memory of the host on
 /// the way between it and the ring.
@@ -42,14 +42,21 @@ pub struct Total {
 }
 
 impl Total {
-    /// A total of `len` elements for an engine on `device`.
+    /// A total of `len` elements for an engine on `device`, added up by a ring on the host.
+    ///
+    /// # Panics
+    /// When the device or the host has no memory for it.
+    pub fn new(len: usize, device: Device) -> Self {
+        let staging = (device != Device::Cpu).then(|| Staging::new(len, device));
+        Self { staging, ..Self::on_device(len, device) }
+    }
+
+    /// The same, added up where it lies.
     ///
     /// # Panics
     /// When the device has no memory for it.
-    pub fn new(len: usize, device: Device) -> Self {
-        let values = Tensor::zeros([len as i64], (Kind::Float, device));
-        let staging = (device != Device::Cpu).then(|| Staging::new(len, device));
-        Self { values, staging }
+    pub fn on_device(len: usize, device: Device) -> Self {
+        Self { values: Tensor::zeros([len as i64], (Kind::Float, device)), staging: None }
     }
 
     /// Gives what lies in own blocks to all, and takes theirs: the new weights, where the moments are shared out. Who has them

@@ -21,10 +21,11 @@ impl Thread {
         to: u64,
         serving: &Serving<'_>,
         ring: &mut tcp::Tcp,
+        gpus: Option<&mut Gpus>,
     ) -> Served<()> {
         let _span = tracing::trace_span!("roll back", to).entered();
         let cursors = self.held.as_ref().expect("state was taken").cursors.clone();
-        if let Err(cause) = self.compute_again(plan.step, to, serving, ring) {
+        if let Err(cause) = self.compute_again(plan.step, to, serving, ring, gpus) {
             self.held = None;
             return Err(cause);
         }
@@ -40,6 +41,7 @@ impl Thread {
         to: u64,
         serving: &Serving<'_>,
         ring: &mut tcp::Tcp,
+        mut gpus: Option<&mut Gpus>,
     ) -> Served<()> {
         let from = self.load_before(spike, to, serving, ring)?;
         tracing::info!(spike, to, from, "the loss is a spike: going back to the state before it");
@@ -65,7 +67,7 @@ impl Thread {
             if let Some(reason) = serving.abort.reason() {
                 return Err(broken(None, reason.to_owned()));
             }
-            self.step(&plan_at(step), &serving, ring, loader.as_mut())?;
+            self.step(&plan_at(step), &serving, ring, gpus.as_deref_mut(), loader.as_mut())?;
         }
         self.begin_at(&plan_at(to), &serving);
         Ok(())

@@ -22,6 +22,7 @@ impl Thread {
         plan: &StepPlan<'_>,
         serving: &Serving<'_>,
         ring: &mut tcp::Tcp,
+        mut gpus: Option<&mut Gpus>,
         mut loader: Option<&mut Loader>,
     ) -> Served<Stepped> {
         let _step = tracing::trace_span!("step", step = plan.step, rank = serving.rank).entered();
@@ -45,6 +46,7 @@ impl Thread {
         let mut word = Word { control: 0, sums: Vec::new(), cursors: Vec::new(), events: Vec::new() };
         let mut total = match self.total.take() {
             Some(total) if total.values().numel() == engine.state().layout.len() => total,
+            _ if self.nccl.is_some() => Total::on_device(engine.state().layout.len(), self.device),
             _ => Total::new(engine.state().layout.len(), self.device),
         };
         let mut last = None;
@@ -75,7 +77,7 @@ impl Thread {
             word.control = hold.load(Ordering::Relaxed);
             word.encode()
         };
-        let ((), words) = add_up(ring, RingStep(plan.step), &mut total, word, |tell| {
+        let compute = |tell: &mut dyn FnMut(Growing<'_>)| {
             let Some(micro_batches) = last else { return };
             let lane = serving.lanes.end - 1;
             let _lane = tracing::trace_span!("lane", lane).entered();
@@ -86,7 +88,11 @@ impl Thread {
                 tell(growing);
             });
             computed = began_last.elapsed();
-        });
+        };
+        let ((), words) = match &mut gpus {
+            Some(gpus) => gpus.add_up(ring, RingStep(plan.step), total.values(), word, compute),
+            None => add_up(ring, RingStep(plan.step), &mut total, word, compute),
+        };
         seconds.compute += computed.as_secs_f64();
         seconds.reduce = (began_last.elapsed() - computed).as_secs_f64();
         engine.abandon();
@@ -112,7 +118,11 @@ impl Thread {
             let (prepared, spike) = held.engine.prepare(plan, total.values(), &sums, own);
             held.pending = Some(Pending { prepared, cursors: moved });
             let began = Instant::now();
-            total.spread(ring, RingStep(plan.step)).map_err(|error| cause_of(&error, serving.formation))?;
+            let spread = match &mut gpus {
+                Some(gpus) => gpus.spread(ring, RingStep(plan.step), total.values()),
+                None => total.spread(ring, RingStep(plan.step)),
+            };
+            spread.map_err(|error| cause_of(&error, serving.formation))?;
             spreading = began.elapsed();
             let Pending { prepared, cursors } = held.pending.take().expect("just made");
             let update = held.engine.complete(prepared, total.values());
@@ -125,7 +135,7 @@ impl Thread {
         };
         (held.step, held.entered) = (Step(plan.step + 1), false);
         if let Some(to) = outcome.back_to {
-            self.go_back(plan, to, serving, ring)?;
+            self.go_back(plan, to, serving, ring, gpus)?;
         }
         let held = self.held.as_ref().expect("state was taken");
         let on_record = self.config.record.has_weights(plan.step + 1);
