@@ -163,29 +163,6 @@ impl World {
         }
     }
 
-    /// Asserts that `run` is complete, and that the checkpoints that both it and the undisturbed run keep are the same. A
-    /// checkpoint before the last may be missing where several deaths took all copies of one of its blocks, or where the state
-    /// that it is of is changed by the stage after it.
-    pub fn assert_undisturbed_where_kept(&self, run: &str) {
-        self.assert_alike(run, "undisturbed");
-        let steps = |run: &str| -> BTreeSet<u64> {
-            let list = self.anello(&["checkpoint", "list", run]).expect(0);
-            list.lines().filter_map(|line| line.split_whitespace().next()?.parse().ok()).collect()
-        };
-        let (ours, theirs) = (steps(run), steps("undisturbed"));
-        assert!(ours.last() == theirs.last() && ours.len() >= 3, "{ours:?}, and not {theirs:?}");
-        for step in ours.intersection(&theirs) {
-            let told = self.anello(&[
-                "checkpoint",
-                "diff",
-                &format!("undisturbed@{step}"),
-                &format!("{run}@{step}"),
-            ]);
-            let told = told.expect(0);
-            assert!(told.contains("are equal: all"), "{told}");
-        }
-    }
-
     /// Asserts that `run` is complete and ended as `other` did, with the same metrics in every step.
     pub fn assert_alike(&self, run: &str, other: &str) {
         self.anello(&["checkpoint", "verify", run]).expect(0);

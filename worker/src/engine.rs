@@ -1,6 +1,7 @@
 //! The step: lanes in, one update out. No I/O, no clock: what is called when is the trainer's business.
 //!
-//! 1. [`Engine::enter`] prepares for a step (upcycling, moment reset and rotary table at stage boundaries).
+//! 1. [`Engine::enter`] prepares for a step (upcycling, moment reset and rotary table at stage boundaries);
+//!    [`Engine::approach`] leaves to the update what can wait for it.
 //! 2. [`Engine::lane`] runs one lane's micro-batches forward and backward into one fp32 gradient and folds it;
 //!    [`Engine::last_lane`] tells meanwhile which blocks are whole.
 //! 3. [`Engine::finish`] takes the tree's total, divides once by the tokens that count, clips and updates.
@@ -258,14 +259,14 @@ impl Engine {
         &self.model
     }
 
-    /// Goes on from `state`, which is on the engine's device. A step under way is abandoned.
-    pub fn load_state(&mut self, state: State) {
+    /// Goes on from `state`, which is on the engine's device. A step under way is abandoned. Returns the state before.
+    pub fn load_state(&mut self, state: State) -> State {
         assert_eq!(state.weights.device(), self.device, "the state is on another device");
         self.abandon();
         let Self { config, model, spare, .. } = self;
         *model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
         spare.retain(|buffer| buffer.numel() == state.layout.len());
-        self.state = state;
+        std::mem::replace(&mut self.state, state)
     }
 
     /// From here on losses are measured anew.
@@ -276,12 +277,7 @@ impl Engine {
     /// Prepares for the step of `plan`. Called before its first lane; a second time, for a step that was abandoned, it
     /// changes nothing more.
     pub fn enter(&mut self, plan: &StepPlan<'_>) {
-        if let Some(upcycle) = plan.upcycle
-            && self.state.layout.layers() as u32 != upcycle.layers
-        {
-            let layout = Layout::new(&self.config.model, upcycle.layers);
-            self.load_state(self.state.upcycled(layout));
-        }
+        self.approach(plan);
         if plan.first_of_stage {
             // Another T, sequence length or mixture has another loss.
             self.state.losses.clear();
@@ -289,7 +285,15 @@ impl Engine {
         if plan.reset_optimizer {
             self.state.reset_moments();
         }
+    }
+
+    /// The same as far as forward and backward need it: moments and the window of losses stay what they were until the step's
+    /// update. So until then the state is that after the step before, unless the stack grows: then that one is returned.
+    pub fn approach(&mut self, plan: &StepPlan<'_>) -> Option<State> {
         self.prepare_rotary(plan.stage);
+        let upcycle = plan.upcycle.filter(|upcycle| self.state.layout.layers() as u32 != upcycle.layers)?;
+        let layout = Layout::new(&self.config.model, upcycle.layers);
+        Some(self.load_state(self.state.upcycled(layout)))
     }
 
     fn prepare_rotary(&mut self, stage: &Stage) {
@@ -430,9 +434,12 @@ impl Engine {
     pub fn finish_with(&mut self, plan: &StepPlan<'_>, gradient: &Tensor, sums: LossSums) -> Outcome {
         let _span = tracing::trace_span!("update").entered();
         let (guard, loss) = (&self.config.guard, mean_loss(&sums));
-        let (spike, wanted) = self.judge(&sums);
+        if plan.first_of_stage {
+            self.state.losses.clear();
+        }
+        let (spike, wanted) = self.judge(&self.state.losses, &sums);
         let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
-        let sum = Summed { gradient, counted: sums.counted, wanted };
+        let sum = Summed { gradient, counted: sums.counted, wanted, fresh: plan.reset_optimizer };
         let update = self.state.update(&self.config.optimizer, plan.lr, sum, moved);
         guard::remember(guard, &mut self.state.losses, loss);
         let back_to = guard::back_to(guard, spike, plan.step);
@@ -442,10 +449,10 @@ impl Engine {
         Outcome { sums, update, spike, back_to }
     }
 
-    /// Whether the loss of a step is a spike, and whether its update is wanted.
-    fn judge(&self, sums: &LossSums) -> (Option<Spike>, bool) {
+    /// Whether the loss of a step is a spike after `losses`, and whether its update is wanted.
+    fn judge(&self, losses: &[f64], sums: &LossSums) -> (Option<Spike>, bool) {
         let guard = &self.config.guard;
-        let spike = guard::spike(guard, &self.state.losses, mean_loss(sums));
+        let spike = guard::spike(guard, losses, mean_loss(sums));
         let left_out = spike.is_some() && matches!(guard.on_spike, OnSpike::Skip | OnSpike::Rollback);
         (spike, sums.loss.is_finite() && !left_out)
     }
@@ -460,11 +467,15 @@ impl Engine {
         own: Range<usize>,
     ) -> (Prepared, Option<Spike>) {
         let _span = tracing::trace_span!("update").entered();
-        let (spike, wanted) = self.judge(sums);
+        let losses: &[f64] = if plan.first_of_stage { &[] } else { &self.state.losses };
+        let (spike, wanted) = self.judge(losses, sums);
         let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
-        let sum = Summed { gradient, counted: sums.counted, wanted };
+        let sum = Summed { gradient, counted: sums.counted, wanted, fresh: plan.reset_optimizer };
         let room = self.spare.pop();
         let mut prepared = self.state.prepare(&self.config.optimizer, plan.lr, sum, moved, own, room);
+        if plan.first_of_stage {
+            prepared.losses.clear();
+        }
         guard::remember(&self.config.guard, &mut prepared.losses, mean_loss(sums));
         (prepared, spike)
     }

@@ -74,6 +74,8 @@ pub struct Summed<'a> {
     pub counted: u64,
     /// Whether the update is wanted: its loss is a number, and no spike that is skipped.
     pub wanted: bool,
+    /// Whether it finds all moments at zero, whatever they were: a stage begins with it that resets them.
+    pub fresh: bool,
 }
 
 /// What an update did.
@@ -131,6 +133,8 @@ pub struct Prepared {
     pub cover: Cover,
     /// The window of losses of the state after: that of the one before, until the step's is taken up.
     pub losses: Vec<f64>,
+    /// The moments are zero before it.
+    fresh: bool,
     /// The scaled gradient of what moves, laid as those moments are.
     gradient: Tensor,
     /// The buffer that it lies in, when one was given for it.
@@ -199,6 +203,13 @@ impl State {
         Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: *updates, losses }
     }
 
+    /// The same on `device`; in the same memory when it is there already.
+    pub fn on(self, device: Device) -> Self {
+        let to = |flat: Tensor| flat.to_device(device);
+        let (weights, exp_avg, exp_avg_sq) = (to(self.weights), to(self.exp_avg), to(self.exp_avg_sq));
+        Self { weights, exp_avg, exp_avg_sq, ..self }
+    }
+
     /// The same in the same memory.
     pub fn share(&self) -> Self {
         let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses } = self;
@@ -241,6 +252,9 @@ impl State {
     /// One update of the elements `moved`, where all moments are here.
     pub fn update(&mut self, options: &Optimizer, lr: f64, sum: Summed<'_>, moved: Range<usize>) -> Update {
         assert!(self.cover.is_all(), "all moments are here");
+        if sum.fresh {
+            self.reset_moments();
+        }
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let Some(scale) = scale else { return update };
         self.updates += 1;
@@ -264,7 +278,7 @@ impl State {
         sum: Summed<'_>,
         moved: &Range<usize>,
     ) -> (Update, Option<Scale>) {
-        let Summed { gradient, counted, wanted } = sum;
+        let Summed { gradient, counted, wanted, fresh } = sum;
         let blocks = blocks_of(moved);
         let squares: f64 =
             block_square_sums(&part(gradient, blocks.start * BLOCK..blocks.end * BLOCK)).iter().sum();
@@ -273,7 +287,8 @@ impl State {
             return (Update { grad_norm, applied: false }, None);
         }
         let clip = if grad_norm > options.clip { options.clip / grad_norm } else { 1.0 };
-        let power = |beta: f64| 1.0 - libm::pow(beta, (self.updates + 1) as f64);
+        let updates = if fresh { 0 } else { self.updates };
+        let power = |beta: f64| 1.0 - libm::pow(beta, (updates + 1) as f64);
         let scale = Scale {
             gradient: clip / counted.max(1) as f64,
             beta1: options.beta1,
@@ -298,7 +313,7 @@ impl State {
         own: Range<usize>,
         room: Option<Tensor>,
     ) -> Prepared {
-        let gradient = sum.gradient;
+        let Summed { gradient, fresh, .. } = sum;
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let blocks = blocks_of(&moved);
         let len = if scale.is_some() { self.cover.elements() } else { 0 };
@@ -323,7 +338,10 @@ impl State {
             let slice = slice(block);
             let [m, v] = self.moments(block..block + 1);
             let within = slice.start - block * BLOCK..slice.end - block * BLOCK;
-            let (mut m, mut v) = (part(&m, within.clone()).copy(), part(&v, within.clone()).copy());
+            let [mut m, mut v] = [m, v].map(|flat| {
+                let here = part(&flat, within.clone());
+                if fresh { here.zeros_like() } else { here.copy() }
+            });
             let there = self.cover.place(block..block + 1).expect("own moments are here").start * BLOCK;
             let g = part(&kept, there + within.start..there + within.end);
             scale.moments(&mut m, &mut v, &g);
@@ -331,15 +349,18 @@ impl State {
             scale.weights(&mut w, &m, &v, block * BLOCK < self.layout.decayed_len());
         }
         let (cover, losses) = (self.cover.clone(), self.losses.clone());
-        Prepared { update, scale, moved, cover, losses, gradient: kept, room }
+        Prepared { update, scale, moved, cover, losses, fresh, gradient: kept, room }
     }
 
     /// The second half of [`State::update`]: the moments that were here in the first, and, from a buffer in which every moved
     /// block has its new weights, the weights. Moments that have come since are let go.
     pub fn complete(&mut self, prepared: &Prepared, weights: Option<&Tensor>) {
-        let Prepared { update: _, scale, moved, cover, losses, gradient, room: _ } = prepared;
+        let Prepared { update: _, scale, moved, cover, losses, fresh, gradient, room: _ } = prepared;
         if self.cover != *cover {
             *self = self.share().with_cover(cover.clone(), &[]);
+        }
+        if *fresh {
+            self.reset_moments();
         }
         self.losses.clone_from(losses);
         let blocks = blocks_of(moved);
@@ -435,7 +456,7 @@ mod tests {
     }
 
     fn summed(gradient: &Tensor, wanted: bool) -> Summed<'_> {
-        Summed { gradient, counted: 10, wanted }
+        Summed { gradient, counted: 10, wanted, fresh: false }
     }
 
     /// Against the formula of the module, in f64, element by element.
@@ -451,7 +472,7 @@ mod tests {
             let host = Vec::<f32>::try_from(&g).unwrap();
             let counted = 10;
             let lr = 1e-2 / step as f64;
-            let got = state.update(&options(), lr, Summed { gradient: &g, counted, wanted: true }, 0..n);
+            let got = state.update(&options(), lr, summed(&g, true), 0..n);
             let norm = host.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt() / counted as f64;
             assert!((got.grad_norm - norm).abs() < 1e-5 * norm, "{} against {norm}", got.grad_norm);
             assert!(norm > 1.0, "the clip is exercised");
@@ -479,8 +500,7 @@ mod tests {
             let g = gradient(&state, 0.5, 1);
             let _ = g.narrow(0, 7, 1).fill_(poison);
             let all = 0..state.layout.len();
-            let sum = Summed { gradient: &g, counted: 10, wanted: true };
-            let update = state.update(&options(), 1e-2, sum, all);
+            let update = state.update(&options(), 1e-2, summed(&g, true), all);
             assert!(!update.applied && state.updates == 0);
             assert!(state.weights.equal(&before));
             assert_eq!(state.exp_avg.abs().max().double_value(&[]), 0.0);
@@ -488,8 +508,7 @@ mod tests {
         let mut state = state();
         let g = gradient(&state, 0.5, 1);
         let all = 0..state.layout.len();
-        let sum = Summed { gradient: &g, counted: 10, wanted: false };
-        assert!(!state.update(&options(), 1e-2, sum, all).applied);
+        assert!(!state.update(&options(), 1e-2, summed(&g, false), all).applied);
     }
 
     /// Two halves are one update, to the last bit, wherever the moments are and whatever moves; and before the second half
@@ -505,9 +524,14 @@ mod tests {
             let mut whole = state();
             let part_of = |rank| state().with_cover(Cover::of_rank(blocks, members, rank), &[]);
             let mut shards: Vec<State> = (0..members).map(part_of).collect();
-            for step in 1..=3u64 {
+            for step in 1..=5u64 {
                 let (lr, finite) = (1e-2 / step as f64, step != 2);
                 let sum = gradient(&whole, 0.5, step);
+                // A stage that resets the moments begins with the fourth.
+                let fresh = step == 4;
+                if fresh {
+                    whole.reset_moments();
+                }
                 whole.update(&options(), lr, summed(&sum, finite), moved.clone());
                 let gathered = gradient(&whole, 0.5, step);
                 let prepared: Vec<Prepared> = (0..members)
@@ -519,7 +543,7 @@ mod tests {
                         let (moved, own_blocks) = (moved.clone(), own.clone());
                         // Some have a buffer to spare, in which anything may be.
                         let room = (rank % 2 == 0).then(|| gradient(&whole, 7.0, step));
-                        let sum_of = summed(&sum, finite);
+                        let sum_of = Summed { fresh, ..summed(&sum, finite) };
                         let prepared = shard.prepare(&options(), lr, sum_of, moved, own_blocks, room);
                         assert!(shard.weights.equal(&weights) && shard.cover == cover);
                         let own = own.start * BLOCK..own.end * BLOCK;
@@ -569,8 +593,7 @@ mod tests {
         let update = |device_slices: usize| {
             let mut state = state();
             let (g, all) = (gradient(&state, 0.5, 1), state.layout.len());
-            let sum = Summed { gradient: &g, counted: 10, wanted: true };
-            let (_, scale) = state.measure(&options(), 1e-2, sum, &(0..all));
+            let (_, scale) = state.measure(&options(), 1e-2, summed(&g, true), &(0..all));
             for slice in super::slices(&(0..all), state.layout.decayed_len(), device_slices) {
                 let decays = slice.start < state.layout.decayed_len();
                 let here = |flat: &Tensor| part(flat, slice.clone());

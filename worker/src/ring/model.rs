@@ -37,7 +37,7 @@ use crate::account::{Epochs, Stamp};
 use crate::device;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::optimizer::Prepared;
+use crate::optimizer::{Prepared, State};
 use crate::params::{BLOCK, Layout};
 use crate::validate::HeldOut;
 
@@ -132,8 +132,8 @@ struct Held {
     cursors: Vec<Cursor>,
     /// The step after, as far as it was made ready; absent: nothing of it.
     pending: Option<Pending>,
-    /// A stage has begun with it, and has changed it before its first step.
-    entered: bool,
+    /// What it was before a stage grew the stack, until the first step of that stage is applied.
+    before: Option<State>,
 }
 
 /// What it takes to bring shared-out moments to the step after.
@@ -253,6 +253,10 @@ impl Thread {
             *self.shelf.write().expect("no holder panics") = None;
             if let Some(held) = &mut self.held {
                 held.engine.abandon();
+                // What was made ready of a step may be what another member needs to go on from it.
+                if held.pending.is_none() {
+                    held.step_back();
+                }
             }
             let (generation, holds) = (formation.generation, self.held.as_ref().map(|held| held.step));
             let shard = self.held.as_ref().and_then(Held::shard);
@@ -288,9 +292,7 @@ impl Thread {
         let mut gpus = self.meet_gpus(&serving, &mut ring)?;
         *self.shelf.write().expect("no holder panics") = None;
         let (start, schedule) = (formation.start, self.schedule.clone());
-        let held = self.held.as_ref().expect("state was taken");
-        // A stage that has begun may have changed what the checkpoint of the one before is of.
-        let save = formation.save_first && self.is_due(start.0) && !held.entered;
+        let save = formation.save_first && self.is_due(start.0);
         let grows = schedule.at(start.0).is_some_and(|plan| plan.upcycle.is_some());
         if save && grows {
             self.snapshot(&serving);

@@ -31,7 +31,8 @@ impl Thread {
         }
         let held = self.held.as_mut().expect("it was computed again");
         held.engine.forget_losses();
-        (held.step, held.cursors, held.entered) = (Step(plan.step + 1), cursors, false);
+        held.advance(Step(plan.step + 1));
+        held.cursors = cursors;
         Ok(())
     }
 

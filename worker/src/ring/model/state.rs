@@ -44,7 +44,7 @@ struct Gathering {
 
 impl Held {
     pub(super) fn new(engine: Engine, step: Step, cursors: Vec<Cursor>) -> Self {
-        Self { engine, step, cursors, pending: None, entered: false }
+        Self { engine, step, cursors, pending: None, before: None }
     }
 
     fn standing(&self, start: Step) -> Standing {
@@ -55,10 +55,26 @@ impl Held {
         }
     }
 
-    /// Does to the state what a stage does before its first step.
-    fn enter(&mut self, plan: &StepPlan<'_>) {
-        self.engine.enter(plan);
-        self.entered = plan.upcycle.is_some() || plan.reset_optimizer;
+    /// Prepares for the step of `plan`, and keeps what its checkpoint is of where a stack grows: on the host, since a GPU
+    /// needs the room for the larger one.
+    pub(super) fn approach(&mut self, plan: &StepPlan<'_>) {
+        if let Some(before) = self.engine.approach(plan) {
+            self.before = Some(before.on(Device::Cpu));
+        }
+    }
+
+    /// Makes the state that of before the step that is under way, and forgets what was made ready of it.
+    pub(super) fn step_back(&mut self) {
+        if let Some(before) = self.before.take() {
+            let device = self.engine.state().weights.device();
+            self.engine.load_state(before.on(device));
+            self.pending = None;
+        }
+    }
+
+    /// Another step is applied: what was held before it is of no use any more.
+    pub(super) fn advance(&mut self, step: Step) {
+        (self.step, self.before) = (step, None);
     }
 
     /// The moments that it has, as the ring speaks of them.
@@ -84,6 +100,9 @@ impl Thread {
     /// Makes this worker hold the state after the generation's start, and offers it to members that lack it.
     pub(super) fn take_state(&mut self, serving: &Serving<'_>, abort: &AbortHandle) -> Served<()> {
         let Formation { start, source, .. } = serving.formation;
+        if let Some(held) = self.held.as_mut().filter(|held| held.step == *start) {
+            held.step_back();
+        }
         match source {
             Source::Peers { holders } => self.take_from_peers(serving, holders, abort),
             Source::Seed => {
@@ -105,7 +124,7 @@ impl Thread {
         held.pending = None;
         if serving.shared {
             if let Some(plan) = &plan {
-                held.enter(plan);
+                held.approach(plan);
             }
             let cover = serving.needs(held.engine.state().layout.blocks());
             held.engine.set_cover(cover, &[]);
@@ -124,27 +143,20 @@ impl Thread {
         let Formation { generation, start, members, .. } = serving.formation;
         let (schedule, may_share) =
             (self.schedule.clone(), self.config.ring.state_copies == StateCopies::Two);
-        let plan = schedule.at(start.0);
-        let grown = plan.as_ref().and_then(|plan| plan.upcycle).map(|upcycle| upcycle.layers);
+        let grows = schedule.at(start.0).is_some_and(|plan| plan.upcycle.is_some());
         let standing = self.held.as_ref().map_or(Standing::Nothing, |held| held.standing(*start));
         let all_hold = holders.len() == members.len();
         if all_hold && !may_share {
             return Ok(());
         }
-        // Some holders may have begun this step in a ring that broke: what a stage does before its first step is then done to
-        // the state of all, once more where it was. A stack grows where all moments are.
-        if let (Standing::Here, Some(plan), Some(held)) = (standing, &plan, &mut self.held)
-            && (grown.is_none() || held.engine.state().cover.is_all())
-        {
-            held.enter(plan);
-        }
         if standing == Standing::Here || may_share {
-            self.offer(serving.formation, standing, plan.as_ref(), !all_hold || grown.is_some());
+            self.offer(serving.formation, standing, !all_hold);
         }
+        // A stack grows where all moments are.
+        let needs = |blocks| if grows { Cover::all(blocks) } else { serving.needs(blocks) };
         let is_whole = |held: &Held| {
             let State { layout, cover, .. } = held.engine.state();
-            grown.is_none_or(|grown| layout.layers() as u32 == grown)
-                && serving.needs(layout.blocks()).without(cover).is_empty()
+            needs(layout.blocks()).without(cover).is_empty()
         };
         if standing == Standing::Here && self.held.as_ref().is_some_and(is_whole) {
             return Ok(());
@@ -161,71 +173,50 @@ impl Thread {
             None => broken(None, reason),
         };
         let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
-        let gathering = self.gathering(serving, standing, grown, &heads)?;
+        let gathering = self.gathering(standing, needs, &heads)?;
         let (asked, blocks) = (gathering.asked.clone(), gathering.layout.blocks());
         let gathered = self.runtime.block_on(circle.gather(asked, blocks, abort));
         let gathered = gathered.map_err(cause)?;
         tracing::info!(%generation, step = %start, bytes = gathered.bytes(), "took state from peers");
         self.hold(*start, standing, gathering, &gathered);
-        if let (Some(plan), Some(held)) = (&plan, &mut self.held) {
-            held.enter(plan);
-        }
         Ok(())
     }
 
-    /// What to ask of whom. Where the stack is about to grow, some may have grown it already: who has it all in one size or the
-    /// other is asked.
+    /// What to ask of whom, to have the moments that are needed of a state of so many blocks.
     fn gathering(
         &self,
-        serving: &Serving<'_>,
         standing: Standing,
-        grown: Option<u32>,
+        needs: impl Fn(usize) -> Cover,
         heads: &[Head],
     ) -> Served<Gathering> {
         let state =
             self.held.as_ref().filter(|_| standing != Standing::Nothing).map(|held| held.engine.state());
-        let own_layers = state.map(|state| state.layout.layers() as u32);
         let has_some = |head: &&Head| head.weights || !head.cover.is_empty();
-        let mut sizes: Vec<u32> =
-            heads.iter().filter(has_some).map(|head| head.layers).chain(own_layers).collect();
-        sizes.sort_unstable_by_key(|layers| (Some(*layers) != grown, *layers));
-        sizes.dedup();
-        for layers in sizes {
-            let layout = Layout::new(&self.config.model, layers);
-            let blocks = layout.blocks();
-            let own = state.filter(|state| state.layout.layers() as u32 == layers);
-            let have = match (own, self.held.as_ref().and_then(|held| held.pending.as_ref())) {
-                (Some(_), Some(pending)) if standing == Standing::Next => pending.prepared.cover.clone(),
-                (Some(state), _) => state.cover.clone(),
-                (None, _) => Cover::none(blocks),
-            };
-            let weights = own.is_none() || standing != Standing::Here;
-            let needs = match grown {
-                Some(grown) if grown != layers => Cover::all(blocks),
-                _ => serving.needs(blocks),
-            };
-            let fits = |head: &Head| head.layers == layers && head.cover.of_blocks() == blocks;
-            let fit: Vec<(usize, &Head)> =
-                heads.iter().enumerate().filter(|(_, head)| has_some(head) && fits(head)).collect();
-            let Some(asked) = share_out(&fit, blocks, weights, &needs.without(&have)) else { continue };
-            let Some((_, first)) = fit.first() else { continue };
-            if fit.iter().any(|(_, head)| head.updates != first.updates) {
-                return Err(fault("two peers hold states of different kinds"));
-            }
-            let with_weights = fit.iter().find(|(_, head)| head.weights);
-            let told = with_weights.map(|(_, head)| (head.cursors.clone(), head.losses.clone()));
-            let (cursors, losses) = told.unwrap_or_default();
-            return Ok(Gathering {
-                layout,
-                weights,
-                asked,
-                updates: first.updates,
-                cursors,
-                losses,
-                cover: have.and(&needs),
-            });
+        let nowhere = || fault("some moments of the state that the generation starts from are nowhere");
+        let first = heads.iter().find(has_some).ok_or_else(nowhere)?;
+        let layout = Layout::new(&self.config.model, first.layers);
+        let blocks = layout.blocks();
+        let is_alike = |head: &Head| {
+            (head.layers, head.updates) == (first.layers, first.updates) && head.cover.of_blocks() == blocks
+        };
+        let is_ours = |state: &State| state.layout.layers() as u32 == first.layers;
+        if !heads.iter().filter(has_some).all(is_alike) || !state.is_none_or(is_ours) {
+            return Err(fault("two peers hold states of different kinds"));
         }
-        Err(fault("some moments of the state that the generation starts from are nowhere"))
+        let have = match (state, self.held.as_ref().and_then(|held| held.pending.as_ref())) {
+            (Some(_), Some(pending)) if standing == Standing::Next => pending.prepared.cover.clone(),
+            (Some(state), _) => state.cover.clone(),
+            (None, _) => Cover::none(blocks),
+        };
+        let weights = standing != Standing::Here;
+        let needs = needs(blocks);
+        let able: Vec<(usize, &Head)> = heads.iter().enumerate().filter(|(_, head)| has_some(head)).collect();
+        let asked = share_out(&able, blocks, weights, &needs.without(&have)).ok_or_else(nowhere)?;
+        let with_weights = heads.iter().find(|head| head.weights);
+        let told = with_weights.map(|head| (head.cursors.clone(), head.losses.clone()));
+        let (cursors, losses) = told.unwrap_or_default();
+        let (updates, cover) = (first.updates, have.and(&needs));
+        Ok(Gathering { layout, weights, asked, updates, cursors, losses, cover })
     }
 
     /// Puts what was gathered together with what is here.
@@ -237,14 +228,14 @@ impl Thread {
             .map(|(first, both)| (*first, both.each_ref().map(|bytes| flat(bytes, self.device))))
             .collect();
         let weights = with_weights.then(|| flat(&gathered.weights, self.device));
-        let has_some = |held: &&mut Held| held.engine.state().layout.layers() == layout.layers();
-        match (self.held.as_mut().filter(|_| standing != Standing::Nothing).filter(has_some), weights) {
+        match (self.held.as_mut().filter(|_| standing != Standing::Nothing), weights) {
             (Some(held), None) => held.engine.set_cover(cover, &others),
             (Some(held), Some(weights)) => {
                 let Pending { prepared, cursors } = held.pending.take().expect("who is next has it");
                 held.engine.complete(prepared, &weights);
                 held.engine.set_cover(cover, &others);
-                (held.step, held.cursors, held.entered) = (start, cursors, false);
+                held.advance(start);
+                held.cursors = cursors;
             }
             (None, weights) => {
                 let weights = weights.expect("who has no state asks for weights");
@@ -260,13 +251,7 @@ impl Thread {
 
     /// Lays what this worker has on the shelf, as it is after the generation's start: copies, since the step that comes next
     /// changes it.
-    fn offer(
-        &self,
-        formation: &Formation,
-        standing: Standing,
-        plan: Option<&StepPlan<'_>>,
-        with_weights: bool,
-    ) {
+    fn offer(&self, formation: &Formation, standing: Standing, with_weights: bool) {
         let mut offered = HostState {
             generation: formation.generation,
             step: formation.start,
@@ -289,9 +274,6 @@ impl Thread {
                     let mut ahead = state.copy();
                     ahead.complete(&pending.prepared, None);
                     offered.cover = ahead.cover.clone();
-                    if plan.is_some_and(|plan| plan.reset_optimizer) {
-                        ahead.reset_moments();
-                    }
                     offered.updates = ahead.updates;
                     offered.moments = [&ahead.exp_avg, &ahead.exp_avg_sq].map(host);
                 }
@@ -333,7 +315,7 @@ impl Thread {
     /// not need.
     pub(super) fn begin_at(&mut self, plan: &StepPlan<'_>, serving: &Serving<'_>) {
         let held = self.held.as_mut().expect("state was taken");
-        held.enter(plan);
+        held.engine.enter(plan);
         if serving.shared {
             let cover = serving.needs(held.engine.state().layout.blocks());
             held.engine.set_cover(cover, &[]);

@@ -41,8 +41,9 @@ impl Thread {
                 own_hash = spot::hash(gradient);
             }
         };
-        let Held { engine, .. } = self.held.as_mut().expect("state was taken");
-        engine.enter(plan);
+        let held = self.held.as_mut().expect("state was taken");
+        held.approach(plan);
+        let Held { engine, .. } = held;
         let mut word = Word { control: 0, sums: Vec::new(), cursors: Vec::new(), events: Vec::new() };
         let mut total = match self.total.take() {
             Some(total) if total.values().numel() == engine.state().layout.len() => total,
@@ -133,7 +134,7 @@ impl Thread {
             held.cursors = moved;
             held.engine.finish_with(plan, total.values(), sums)
         };
-        (held.step, held.entered) = (Step(plan.step + 1), false);
+        held.advance(Step(plan.step + 1));
         if let Some(to) = outcome.back_to {
             self.go_back(plan, to, serving, ring, gpus)?;
         }

@@ -48,7 +48,7 @@ fn step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) -> Vec<
 
 /// The same in a ring, where the sum begins while the last lane of each is computed.
 fn ring_step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) -> Vec<Outcome> {
-    engines.iter_mut().for_each(|engine| engine.enter(plan));
+    engines.iter_mut().for_each(|engine| drop(engine.approach(plan)));
     let layout = engines[0].state().layout.clone();
     let order =
         layout.backward_blocks(plan.stage.trains).into_iter().flatten().map(|block| block as u32).collect();
@@ -112,15 +112,24 @@ fn last_lane(engine: &mut Engine, plan: &StepPlan<'_>, lane: &LaneStep, tell: &m
     assert_eq!(told, order);
 }
 
-/// Tries the step with another split of the lanes first, and gives up.
+/// Tries the step with another split of the lanes first, and gives up: the state is what it was.
 fn try_in_vain(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) {
     for engine in engines {
-        engine.enter(plan);
+        let was = engine.state().copy();
+        let before = engine.approach(plan);
+        assert_eq!(before.is_some(), plan.upcycle.is_some());
         for lane in &lanes[1..lanes.len() - 1] {
             engine.lane(plan.stage, lane.lane, &lane.micro_batches);
         }
         engine.abandon();
         engine.abandon();
+        if let Some(before) = before {
+            engine.load_state(before);
+        }
+        let is = engine.state();
+        assert_eq!((is.updates, &is.losses), (was.updates, &was.losses), "before step {}", plan.step);
+        assert!(is.layout.has_places_of(&was.layout) && is.weights.equal(&was.weights));
+        assert!(is.exp_avg.equal(&was.exp_avg) && is.exp_avg_sq.equal(&was.exp_avg_sq));
     }
 }
 
@@ -142,7 +151,7 @@ fn engines_that_share_the_lanes_are_the_one_worker() {
         let plan = schedule.at(at).unwrap();
         let lanes: Vec<LaneStep> = (0..config.lanes).map(|_| loader.next().unwrap().unwrap()).collect();
         told.extend(lanes.iter().flat_map(|lane| epochs.data_events(lane)));
-        if at % 3 == 1 {
+        if at % 3 == 1 || plan.first_of_stage {
             try_in_vain(&mut engines, &plan, &lanes);
         }
         let step = if at % 2 == 0 { ring_step } else { step };
