@@ -147,6 +147,15 @@ pub struct Part {
     pub blake3: String,
 }
 
+impl Manifest {
+    /// Whether these are the bytes of a block of a buffer, by its index in [`BUFFERS`](super::BUFFERS). False for one that it does
+    /// not know.
+    pub fn has(&self, buffer: usize, block: usize, bytes: &[u8]) -> bool {
+        let digest = self.blocks.of(buffer).get(block);
+        digest.is_some_and(|digest| blake3::hash(bytes).to_hex().as_str() == digest.as_str())
+    }
+}
+
 impl Part {
     /// Its blocks.
     pub fn range(&self) -> Range<usize> {

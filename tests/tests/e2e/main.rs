@@ -11,6 +11,7 @@ mod interchange;
 mod jobs;
 mod kill;
 mod links;
+mod loading;
 mod recorded;
 mod reference;
 mod ring;

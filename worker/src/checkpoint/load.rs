@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use anello_collective::tree::balanced;
 use anello_configs::Model;
 use anello_store::checkpoint::{BLOCK, BLOCK_BYTES, Manifest, read_manifest, read_parts};
 use anello_store::{Error as StoreError, Store};
@@ -57,7 +58,7 @@ pub fn load_shard(
             rest = after;
         }
     };
-    read_parts(store, &manifest, targets, holds(&layout), take)?;
+    read_parts(store, &manifest, &manifest.parts, targets, holds(&layout), take)?;
     let [weights, exp_avg, exp_avg_sq] = [weights, exp_avg, exp_avg_sq]
         .map(|flat| if device == Device::Cpu { flat } else { flat.to_device(device) });
     let (updates, losses) = (manifest.updates, manifest.losses.clone());
@@ -65,11 +66,59 @@ pub fn load_shard(
     Ok(Loaded { manifest, state })
 }
 
+/// Some blocks of a checkpoint, on the host.
+#[derive(Debug)]
+pub struct Share {
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Of the state that it is of.
+    pub layout: Layout,
+    /// Those that were read.
+    pub blocks: Range<usize>,
+    /// Their weights and moments, as the parts have them: little-endian.
+    pub buffers: [Vec<u8>; 3],
+}
+
+/// Reads what falls to one of `members` of the checkpoint after `step` steps of a run of `model`: every part falls to one.
+pub fn load_share(store: &Store, step: u64, model: &Model, rank: usize, members: usize) -> Result<Share> {
+    let (manifest, layout) = open(store, step, model)?;
+    let parts = &manifest.parts[parts_of(&manifest, rank, members)];
+    let blocks = match parts {
+        [first, .., last] => first.range().start..last.range().end,
+        [one] => one.range(),
+        [] => 0..0,
+    };
+    let mut buffers = [0; 3].map(|_| vec![0u8; blocks.len() * BLOCK_BYTES]);
+    let [weights, exp_avg, exp_avg_sq] = buffers.each_mut().map(|flat| {
+        let mut rest = &mut flat[..];
+        let cut = parts.iter().map(|part| {
+            let of_part;
+            (of_part, rest) = std::mem::take(&mut rest).split_at_mut(part.range().len() * BLOCK_BYTES);
+            of_part
+        });
+        cut.collect::<Vec<_>>()
+    });
+    let targets = weights.into_iter().zip(exp_avg).zip(exp_avg_sq);
+    let targets = targets.map(|((weights, exp_avg), exp_avg_sq)| [weights, exp_avg, exp_avg_sq]).collect();
+    let take =
+        |target: &mut [&mut [u8]; 3], buffer: usize, bytes: &[u8]| target[buffer].copy_from_slice(bytes);
+    read_parts(store, &manifest, parts, targets, holds(&layout), take)?;
+    Ok(Share { manifest, layout, blocks, buffers })
+}
+
+/// The parts that the member of `rank` reads: those that begin in its share of the blocks. They are next to one another.
+fn parts_of(manifest: &Manifest, rank: usize, members: usize) -> Range<usize> {
+    let blocks = manifest.parts.last().map_or(0, |part| part.range().end);
+    let share = balanced(blocks, members, rank);
+    let first = |block: usize| manifest.parts.partition_point(|part| part.range().start < block);
+    first(share.start)..first(share.end)
+}
+
 /// Reads and checks the checkpoint after `step` steps of a run of `model`, and keeps nothing of it.
 pub fn check(store: &Store, step: u64, model: &Model) -> Result<Manifest> {
     let (manifest, layout) = open(store, step, model)?;
     let nowhere = vec![(); manifest.parts.len()];
-    read_parts(store, &manifest, nowhere, holds(&layout), |(), _, _| ())?;
+    read_parts(store, &manifest, &manifest.parts, nowhere, holds(&layout), |(), _, _| ())?;
     Ok(manifest)
 }
 
@@ -86,6 +135,7 @@ pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest
     read_parts(
         store,
         &manifest,
+        &manifest.parts,
         by_part(&manifest, &Cover::all(layout.blocks()), &mut weights),
         holds(&layout),
         take,

@@ -5,7 +5,7 @@ mod load;
 mod save;
 
 pub use compare::{BlockDifference, Comparison, compare};
-pub use load::{Loaded, load, load_shard, load_weights};
+pub use load::{Loaded, Share, load, load_shard, load_share, load_weights};
 pub(crate) use load::{check, flat};
 pub use save::{Snapshot, write};
 pub(crate) use save::{block_digest, host};

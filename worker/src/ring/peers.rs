@@ -10,6 +10,7 @@ use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
 use anello_collective::AbortHandle;
+use anello_collective::tree::balanced;
 use anello_proto::ring::{Generation, Step};
 use anello_proto::v1::peers_client::PeersClient;
 use anello_proto::v1::peers_server::{Peers, PeersServer};
@@ -45,8 +46,10 @@ pub(super) struct HostState {
     pub cursors: Vec<Cursor>,
     /// Losses of the last steps of the stage.
     pub losses: Vec<f64>,
-    /// Weights: all blocks, little-endian; absent: it has none, or everyone has them.
-    pub weights: Option<Vec<u8>>,
+    /// The blocks whose weights it hands out.
+    pub weights_cover: Cover,
+    /// Those weights, one block after the other, little-endian.
+    pub weights: Vec<u8>,
     /// The blocks whose moments it has.
     pub cover: Cover,
     /// First and second moments: those blocks, one after the other.
@@ -93,13 +96,9 @@ impl Peers for Service {
         let (first, end) = (first_block as usize, end as usize);
         let lacks =
             |what: &str| Status::failed_precondition(format!("no {what} of blocks {first}..{end} here"));
-        if weights && state.weights.is_none() {
-            return Err(lacks("weights"));
-        }
-        let place = state.cover.place(first..end).filter(|_| moments);
-        if moments && place.is_none() {
-            return Err(lacks("moments"));
-        }
+        let place_of = |cover: &Cover, what: &str| cover.place(first..end).ok_or_else(|| lacks(what));
+        let weights = weights.then(|| place_of(&state.weights_cover, "weights")).transpose()?;
+        let moments = moments.then(|| place_of(&state.cover, "moments")).transpose()?;
         let range = |range: &Range<usize>| StateRange { first: range.start as u64, end: range.end as u64 };
         let head = StateHead {
             updates: state.updates,
@@ -107,21 +106,21 @@ impl Peers for Service {
             blocks: all,
             cursors: serde_json::to_string(&state.cursors).expect("maps have string keys"),
             losses: state.losses.clone(),
-            weights: state.weights.is_some(),
             moments: state.cover.ranges().iter().map(range).collect(),
+            weights: state.weights_cover.ranges().iter().map(range).collect(),
         };
         let head = StateChunk { chunk: Some(Chunk::Head(head)) };
         let chunks = (first..end).step_by(CHUNK_BLOCKS).map(move |at| {
             let until = (at + CHUNK_BLOCKS).min(end);
-            let cut = |buffer: &[u8], from: usize| {
-                buffer[(at - first + from) * BLOCK_BYTES..(until - first + from) * BLOCK_BYTES].to_vec()
+            let cut = |buffer: &[u8], place: &Option<Range<usize>>| match place {
+                Some(place) => {
+                    let from = place.start + at - first;
+                    buffer[from * BLOCK_BYTES..(from + until - at) * BLOCK_BYTES].to_vec()
+                }
+                None => Vec::new(),
             };
-            let weights = state.weights.as_ref().filter(|_| weights).map(|buffer| cut(buffer, first));
-            let [exp_avg, exp_avg_sq] = match &place {
-                Some(place) => state.moments.each_ref().map(|buffer| cut(buffer, place.start)),
-                None => [Vec::new(), Vec::new()],
-            };
-            let weights = weights.unwrap_or_default();
+            let [exp_avg, exp_avg_sq] = state.moments.each_ref().map(|buffer| cut(buffer, &moments));
+            let weights = cut(&state.weights, &weights);
             let blake3 = digest([&weights, &exp_avg, &exp_avg_sq]);
             let first_block = at as u64;
             let blocks = StateBlocks { first_block, weights, exp_avg, exp_avg_sq, blake3 };
@@ -147,29 +146,33 @@ pub(super) struct Head {
     pub layers: u32,
     pub cursors: Vec<Cursor>,
     pub losses: Vec<f64>,
-    /// It hands out weights.
-    pub weights: bool,
+    /// The blocks whose weights it hands out.
+    pub weights: Cover,
+    /// Those whose moments it has.
     pub cover: Cover,
 }
 
 impl Head {
     fn read(said: &StateHead) -> Result<Self, String> {
         let all = said.blocks;
-        let mut from = 0;
-        for &StateRange { first, end } in &said.moments {
-            if first < from || first >= end || end > all {
-                return Err(format!("it has moments of blocks {first} to {end}, of {all}"));
-            }
-            from = end;
-        }
         if all > BLOCKS_MAX {
             return Err(format!("it has a state of {all} blocks, of at most {BLOCKS_MAX}"));
         }
-        let ranges = said.moments.iter().map(|range| range.first as usize..range.end as usize);
+        let cover = |ranges: &[StateRange], what: &str| {
+            let mut from = 0;
+            for &StateRange { first, end } in ranges {
+                if first < from || first >= end || end > all {
+                    return Err(format!("it has {what} of blocks {first} to {end}, of {all}"));
+                }
+                from = end;
+            }
+            let ranges = ranges.iter().map(|range| range.first as usize..range.end as usize);
+            Ok(Cover::of(ranges, all as usize))
+        };
+        let (weights, cover) = (cover(&said.weights, "weights")?, cover(&said.moments, "moments")?);
         let cursors = serde_json::from_str(&said.cursors)
             .map_err(|cause| format!("it tells of no cursors: {cause}"))?;
-        let (updates, layers, weights) = (said.updates, said.layers, said.weights);
-        let (losses, cover) = (said.losses.clone(), Cover::of(ranges, all as usize));
+        let (updates, layers, losses) = (said.updates, said.layers, said.losses.clone());
         Ok(Self { updates, layers, cursors, losses, weights, cover })
     }
 }
@@ -180,50 +183,46 @@ pub(super) struct Asked {
     /// Its place among those asked.
     pub peer: usize,
     pub blocks: Range<usize>,
+    /// Their moments, and not their weights.
     pub moments: bool,
 }
 
-/// Of whom to ask which blocks: all weights when `weights`, and the moments of `lacks`. Each goes once over the wire, and
-/// peers that have the same share what they send. Heads are those of the peers that may be asked, by their place. Absent: nobody
-/// has some of it.
-pub(super) fn share_out(
-    heads: &[(usize, &Head)],
-    blocks: usize,
-    weights: bool,
-    lacks: &Cover,
-) -> Option<Vec<Asked>> {
+/// Of whom to ask which blocks, to have the weights and the moments that are lacked. Each goes once over the wire, and peers
+/// that have the same share what they send. Heads are those of the peers that may be asked, by their place. Absent: nobody has
+/// some of it.
+pub(super) fn share_out(heads: &[(usize, &Head)], weights: &Cover, moments: &Cover) -> Option<Vec<Asked>> {
     let mut asked = Vec::new();
-    if weights {
-        let have: Vec<usize> = heads.iter().filter(|(_, head)| head.weights).map(|(peer, _)| *peer).collect();
-        if have.is_empty() {
-            return None;
-        }
-        for (at, &peer) in have.iter().enumerate() {
-            let part = blocks * at / have.len()..blocks * (at + 1) / have.len();
-            asked.push(Asked { peer, blocks: part, moments: false });
-        }
-    }
-    let mut load = vec![0usize; heads.len()];
-    for block in lacks.ranges().iter().cloned().flatten() {
-        let has = |(_, (_, head)): &(usize, &(usize, &Head))| head.cover.place(block..block + 1).is_some();
-        let able = heads.iter().enumerate().filter(has);
-        // Who sent the block before goes on, for as long as it has no more than its share.
-        let (at, (peer, _)) = able.min_by_key(|(at, (peer, _))| {
-            let goes_on = matches!(asked.last(), Some(Asked { peer: last, blocks, moments: true })
-                if last == peer && blocks.end == block);
-            (load[*at] / CHUNK_BLOCKS, !goes_on, *at)
-        })?;
-        load[at] += 1;
-        match asked.last_mut() {
-            Some(Asked { peer: last, blocks, moments: true }) if last == peer && blocks.end == block => {
-                blocks.end += 1;
+    for (lacks, moments) in [(weights, false), (moments, true)] {
+        let has = |head: &Head, block: usize| {
+            let cover = if moments { &head.cover } else { &head.weights };
+            cover.place(block..block + 1).is_some()
+        };
+        let able = |block: usize| -> Vec<usize> {
+            let able = heads.iter().filter(|(_, head)| has(head, block));
+            able.map(|(peer, _)| *peer).collect()
+        };
+        for range in lacks.ranges() {
+            let mut start = range.start;
+            while start < range.end {
+                let peers = able(start);
+                if peers.is_empty() {
+                    return None;
+                }
+                let end = (start + 1..range.end).find(|block| able(*block) != peers).unwrap_or(range.end);
+                for (at, &peer) in peers.iter().enumerate() {
+                    let part = balanced(end - start, peers.len(), at);
+                    asked.push(Asked { peer, blocks: start + part.start..start + part.end, moments });
+                }
+                start = end;
             }
-            _ => asked.push(Asked { peer: *peer, blocks: block..block + 1, moments: true }),
         }
     }
     asked.retain(|asked| !asked.blocks.is_empty());
     Some(asked)
 }
+
+/// Weights of some blocks, from the first on.
+pub(super) type Weights = (usize, Vec<u8>);
 
 /// Moments of some blocks, from the first on: first and second.
 pub(super) type Moments = (usize, [Vec<u8>; 2]);
@@ -231,16 +230,26 @@ pub(super) type Moments = (usize, [Vec<u8>; 2]);
 /// What was asked for, gathered.
 #[derive(Debug, Default)]
 pub(super) struct Gathered {
-    /// All of them, or none when none were asked for.
-    pub weights: Vec<u8>,
+    pub weights: Vec<Weights>,
     pub moments: Vec<Moments>,
 }
 
 impl Gathered {
     /// Bytes of it.
     pub fn bytes(&self) -> usize {
-        let moments = self.moments.iter().flat_map(|(_, both)| both).map(Vec::len).sum::<usize>();
-        self.weights.len() + moments
+        let weights = self.weights.iter().map(|(_, bytes)| bytes);
+        weights.chain(self.moments.iter().flat_map(|(_, both)| both)).map(Vec::len).sum()
+    }
+
+    /// What was gathered that `check` does not accept: it is given the buffer (weights, first, second moments), the block and its
+    /// bytes.
+    pub fn wrong(&self, check: impl Fn(usize, usize, &[u8]) -> bool) -> Option<(usize, usize)> {
+        let weights = self.weights.iter().map(|(first, bytes)| (0, *first, bytes));
+        let moments = self.moments.iter().flat_map(|(first, [m, v])| [(1, *first, m), (2, *first, v)]);
+        weights.chain(moments).find_map(|(buffer, first, bytes)| {
+            let mut blocks = (first..).zip(bytes.chunks(BLOCK_BYTES));
+            blocks.find(|(block, bytes)| !check(buffer, *block, bytes)).map(|(block, _)| (buffer, block))
+        })
     }
 }
 
@@ -314,16 +323,11 @@ impl Circle {
         .await
     }
 
-    /// Gathers what is `asked`, all at once, of a state of `blocks` blocks.
+    /// Gathers what is `asked`, all at once.
     ///
     /// # Errors
     /// In words: a peer that is lost, a chunk with another digest or that was not asked for, the abort.
-    pub async fn gather(
-        &self,
-        asked: Vec<Asked>,
-        blocks: usize,
-        abort: &AbortHandle,
-    ) -> Result<Gathered, Failed> {
+    pub async fn gather(&self, asked: Vec<Asked>, abort: &AbortHandle) -> Result<Gathered, Failed> {
         unless_aborted(abort, async {
             let mut tasks = tokio::task::JoinSet::new();
             for part in asked {
@@ -342,7 +346,7 @@ impl Circle {
                 let (part, fetched) = done.map_err(|cause| Failed::from(cause.to_string()))?;
                 let (_, chunks) = fetched?;
                 let mut next = part.blocks.start as u64;
-                let mut both = [Vec::new(), Vec::new()];
+                let (mut flat, mut both) = (Vec::new(), [Vec::new(), Vec::new()]);
                 for StateBlocks { first_block, weights, exp_avg, exp_avg_sq, .. } in chunks {
                     let asked = if part.moments { exp_avg.len() } else { weights.len() };
                     let other = if part.moments { weights.len() } else { exp_avg.len() };
@@ -357,16 +361,15 @@ impl Circle {
                         both[0].extend(exp_avg);
                         both[1].extend(exp_avg_sq);
                     } else {
-                        gathered.weights.resize(blocks * BLOCK_BYTES, 0);
-                        let at = first_block as usize * BLOCK_BYTES;
-                        gathered.weights[at..at + weights.len()].copy_from_slice(&weights);
+                        flat.extend(weights);
                     }
                 }
                 if next != part.blocks.end as u64 {
                     return Err(format!("blocks from {next} to {} did not come", part.blocks.end).into());
                 }
-                if part.moments {
-                    gathered.moments.push((part.blocks.start, both));
+                match part.moments {
+                    true => gathered.moments.push((part.blocks.start, both)),
+                    false => gathered.weights.push((part.blocks.start, flat)),
                 }
             }
             Ok(gathered)
@@ -450,6 +453,8 @@ mod tests {
     use super::*;
 
     fn head(cover: Cover, weights: bool) -> Head {
+        let all = cover.of_blocks();
+        let weights = if weights { Cover::all(all) } else { Cover::none(all) };
         Head { updates: 7, layers: 1, cursors: Vec::new(), losses: Vec::new(), weights, cover }
     }
 
@@ -466,7 +471,8 @@ mod tests {
                 let lacks = need.without(&heads[rank].cover);
                 let others: Vec<(usize, &Head)> =
                     heads.iter().enumerate().filter(|(other, _)| *other != rank).collect();
-                let asked = share_out(&others, blocks, false, &lacks).expect("one death loses nothing");
+                let asked =
+                    share_out(&others, &Cover::none(blocks), &lacks).expect("one death loses nothing");
                 let ranges: Vec<Range<usize>> = asked.iter().map(|asked| asked.blocks.clone()).collect();
                 let total: usize = ranges.iter().map(Range::len).sum();
                 assert_eq!(Cover::of(ranges, blocks), lacks, "what is lacked, and nothing else");
@@ -499,7 +505,8 @@ mod tests {
     fn who_has_the_same_shares_what_is_sent() {
         let all: Vec<Head> = (0..3).map(|_| head(Cover::all(30), true)).collect();
         let heads: Vec<(usize, &Head)> = all.iter().enumerate().collect();
-        let asked = share_out(&heads, 30, true, &Cover::all(30)).unwrap();
+        let asked = share_out(&heads, &Cover::all(30), &Cover::all(30)).unwrap();
+        assert_eq!(asked.len(), 6, "one request for what one sends: {asked:?}");
         for moments in [false, true] {
             let of = |peer| {
                 let parts = asked.iter().filter(|a| (a.peer, a.moments) == (peer, moments));
@@ -514,22 +521,26 @@ mod tests {
     fn what_nobody_has_is_told() {
         let heads = [head(Cover::of_rank(8, 4, 0), true), head(Cover::of_rank(8, 4, 1), false)];
         let heads: Vec<(usize, &Head)> = heads.iter().enumerate().collect();
-        assert!(share_out(&heads, 8, true, &Cover::of([0..3, 3..6], 8)).is_some());
-        assert_eq!(share_out(&heads, 8, false, &Cover::of([0..3, 3..7], 8)), None);
-        assert_eq!(share_out(&heads[1..], 8, true, &Cover::none(8)), None);
-        assert_eq!(share_out(&heads, 8, false, &Cover::none(8)), Some(Vec::new()));
+        let (all, none) = (Cover::all(8), Cover::none(8));
+        assert!(share_out(&heads, &all, &Cover::of([0..3, 3..6], 8)).is_some());
+        assert_eq!(share_out(&heads, &none, &Cover::of([0..3, 3..7], 8)), None);
+        assert_eq!(share_out(&heads[1..], &all, &none), None);
+        assert_eq!(share_out(&heads, &none, &none), Some(Vec::new()));
     }
 
     #[test]
     fn a_head_that_makes_no_sense_is_refused() {
+        let ranges = |ranges: &[(u64, u64)]| -> Vec<StateRange> {
+            ranges.iter().map(|&(first, end)| StateRange { first, end }).collect()
+        };
         let said = |moments: &[(u64, u64)], blocks, cursors: &str| StateHead {
             updates: 1,
             layers: 1,
             blocks,
             cursors: cursors.to_owned(),
             losses: vec![5.25],
-            weights: true,
-            moments: moments.iter().map(|&(first, end)| StateRange { first, end }).collect(),
+            weights: ranges(&[(0, 1)]),
+            moments: ranges(moments),
         };
         assert_eq!(Head::read(&said(&[(0, 2), (3, 5)], 5, "[]")).unwrap().losses, [5.25]);
         for wrong in [
@@ -538,6 +549,7 @@ mod tests {
             said(&[(2, 2)], 5, "[]"),
             said(&[], 1 << 40, "[]"),
             said(&[], 5, "{}"),
+            StateHead { weights: ranges(&[(3, 6)]), ..said(&[], 5, "[]") },
         ] {
             assert!(Head::read(&wrong).is_err(), "{wrong:?}");
         }

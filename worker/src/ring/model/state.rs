@@ -6,6 +6,7 @@
 use anello_collective::tree::balanced;
 use anello_configs::StateCopies;
 use anello_store::Error as StoreError;
+use anello_store::checkpoint::BUFFERS;
 
 use super::*;
 use crate::account::position_after;
@@ -32,7 +33,6 @@ enum Standing {
 /// What is to be gathered, of a state of so many layers.
 struct Gathering {
     layout: Layout,
-    weights: bool,
     asked: Vec<Asked>,
     /// Updates, where the lanes are, and the window of losses, as those say that are asked.
     updates: u64,
@@ -112,7 +112,10 @@ impl Thread {
                 };
                 if self.held.as_ref().is_some_and(is_there) { Ok(()) } else { self.hold_seed() }
             }
-            Source::Checkpoint { step } => self.load(serving, *step, abort),
+            Source::Checkpoint { step } if serving.formation.members.len() == 1 => {
+                self.load(serving, *step, abort)
+            }
+            Source::Checkpoint { step } => self.load_together(serving, *step, abort),
         }
     }
 
@@ -161,25 +164,26 @@ impl Thread {
         if standing == Standing::Here && self.held.as_ref().is_some_and(is_whole) {
             return Ok(());
         }
-        let own = members[serving.rank].worker;
-        let peers = members.iter().filter(|member| member.worker != own);
-        let asked = peers
-            .filter(|member| may_share || holders.contains(&member.worker))
-            .map(|member| (member.worker, member.endpoints.peers.clone()));
-        let (ids, addresses): (Vec<WorkerId>, Vec<String>) = asked.unzip();
-        let circle = Circle::new(addresses, self.tls.as_ref(), self.silence, *generation, *start);
-        let cause = |Failed { unreachable, reason }: Failed| match unreachable {
-            Some(at) => Cause::Unreachable { peer: ids[at], reason },
-            None => broken(None, reason),
-        };
+        let (circle, ids) = self.circle(serving, |worker| may_share || holders.contains(&worker));
+        let cause = |failed: Failed| cause_of_failure(failed, &ids);
         let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
         let gathering = self.gathering(standing, needs, &heads)?;
-        let (asked, blocks) = (gathering.asked.clone(), gathering.layout.blocks());
-        let gathered = self.runtime.block_on(circle.gather(asked, blocks, abort));
-        let gathered = gathered.map_err(cause)?;
+        let gathered = self.runtime.block_on(circle.gather(gathering.asked.clone(), abort)).map_err(cause)?;
         tracing::info!(%generation, step = %start, bytes = gathered.bytes(), "took state from peers");
         self.hold(*start, standing, gathering, &gathered);
         Ok(())
+    }
+
+    /// The other members that may be asked for state.
+    fn circle(&self, serving: &Serving<'_>, may: impl Fn(WorkerId) -> bool) -> (Circle, Vec<WorkerId>) {
+        let Formation { generation, start, members, .. } = serving.formation;
+        let own = members[serving.rank].worker;
+        let asked = members
+            .iter()
+            .filter(|member| member.worker != own && may(member.worker))
+            .map(|member| (member.worker, member.endpoints.peers.clone()));
+        let (ids, addresses): (Vec<WorkerId>, Vec<String>) = asked.unzip();
+        (Circle::new(addresses, self.tls.as_ref(), self.silence, *generation, *start), ids)
     }
 
     /// What to ask of whom, to have the moments that are needed of a state of so many blocks.
@@ -191,7 +195,7 @@ impl Thread {
     ) -> Served<Gathering> {
         let state =
             self.held.as_ref().filter(|_| standing != Standing::Nothing).map(|held| held.engine.state());
-        let has_some = |head: &&Head| head.weights || !head.cover.is_empty();
+        let has_some = |head: &&Head| !(head.weights.is_empty() && head.cover.is_empty());
         let nowhere = || fault("some moments of the state that the generation starts from are nowhere");
         let first = heads.iter().find(has_some).ok_or_else(nowhere)?;
         let layout = Layout::new(&self.config.model, first.layers);
@@ -208,26 +212,35 @@ impl Thread {
             (Some(state), _) => state.cover.clone(),
             (None, _) => Cover::none(blocks),
         };
-        let weights = standing != Standing::Here;
+        let weights = match standing {
+            Standing::Here => Cover::none(blocks),
+            Standing::Next | Standing::Nothing => Cover::all(blocks),
+        };
         let needs = needs(blocks);
         let able: Vec<(usize, &Head)> = heads.iter().enumerate().filter(|(_, head)| has_some(head)).collect();
-        let asked = share_out(&able, blocks, weights, &needs.without(&have)).ok_or_else(nowhere)?;
-        let with_weights = heads.iter().find(|head| head.weights);
+        let asked = share_out(&able, &weights, &needs.without(&have)).ok_or_else(nowhere)?;
+        let with_weights = heads.iter().find(|head| !head.weights.is_empty());
         let told = with_weights.map(|head| (head.cursors.clone(), head.losses.clone()));
         let (cursors, losses) = told.unwrap_or_default();
         let (updates, cover) = (first.updates, have.and(&needs));
-        Ok(Gathering { layout, weights, asked, updates, cursors, losses, cover })
+        Ok(Gathering { layout, asked, updates, cursors, losses, cover })
     }
 
     /// Puts what was gathered together with what is here.
     fn hold(&mut self, start: Step, standing: Standing, gathering: Gathering, gathered: &Gathered) {
-        let Gathering { layout, weights: with_weights, asked: _, updates, cursors, losses, cover } =
-            gathering;
+        let Gathering { layout, asked: _, updates, cursors, losses, cover } = gathering;
         let moments = gathered.moments.iter();
         let others: Vec<(usize, [Tensor; 2])> = moments
             .map(|(first, both)| (*first, both.each_ref().map(|bytes| flat(bytes, self.device))))
             .collect();
-        let weights = with_weights.then(|| flat(&gathered.weights, self.device));
+        let weights = (!gathered.weights.is_empty()).then(|| {
+            let whole = layout.zeros(self.device);
+            for (first, bytes) in &gathered.weights {
+                let (at, values) = ((first * BLOCK) as i64, flat(bytes, self.device));
+                whole.narrow(0, at, values.numel() as i64).copy_(&values);
+            }
+            whole
+        });
         match (self.held.as_mut().filter(|_| standing != Standing::Nothing), weights) {
             (Some(held), None) => held.engine.set_cover(cover, &others),
             (Some(held), Some(weights)) => {
@@ -259,7 +272,8 @@ impl Thread {
             layers: 0,
             cursors: Vec::new(),
             losses: Vec::new(),
-            weights: None,
+            weights_cover: Cover::none(0),
+            weights: Vec::new(),
             cover: Cover::none(0),
             moments: [Vec::new(), Vec::new()],
         };
@@ -267,6 +281,7 @@ impl Thread {
             let state = held.engine.state();
             offered.layers = state.layout.layers() as u32;
             offered.cover = state.cover.clone();
+            offered.weights_cover = Cover::none(state.layout.blocks());
             offered.updates = state.updates;
             offered.moments = [&state.exp_avg, &state.exp_avg_sq].map(host);
             match &held.pending {
@@ -279,7 +294,10 @@ impl Thread {
                 }
                 _ => {
                     (offered.cursors, offered.losses) = (held.cursors.clone(), state.losses.clone());
-                    offered.weights = with_weights.then(|| host(&state.weights));
+                    if with_weights {
+                        offered.weights = host(&state.weights);
+                        offered.weights_cover = Cover::all(state.layout.blocks());
+                    }
                 }
             }
         }
@@ -308,6 +326,65 @@ impl Thread {
         let loaded = loaded.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
         let engine = Engine::with_state(&self.config, loaded.state);
         self.held = Some(Held::new(engine, step, loaded.manifest.cursors));
+        Ok(())
+    }
+
+    /// [`Thread::load`] of a generation's start: each member reads some parts, and has the other blocks of those that read them.
+    /// So a byte of a checkpoint leaves the store once, however many begin with it. Blocks from others are checked against the
+    /// manifest too.
+    fn load_together(&mut self, serving: &Serving<'_>, step: Step, abort: &AbortHandle) -> Served<()> {
+        let Formation { generation, start, members, .. } = serving.formation;
+        let grows = self.schedule.at(step.0).is_some_and(|plan| plan.upcycle.is_some());
+        let before = self.store.traffic().read_bytes;
+        let share = patiently(abort, "a checkpoint cannot be read now", || {
+            let (model, of) = (&self.config.model, members.len());
+            checkpoint::load_share(&self.store, step.0, model, serving.rank, of)
+        })?;
+        let share = share.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
+        let read_bytes = self.store.traffic().read_bytes - before;
+        let checkpoint::Share { manifest, layout, blocks, buffers: [weights, exp_avg, exp_avg_sq] } = share;
+        let all = layout.blocks();
+        let own = Cover::of([blocks.clone()], all);
+        let offered = Arc::new(HostState {
+            generation: *generation,
+            step: *start,
+            updates: manifest.updates,
+            layers: manifest.layers,
+            cursors: manifest.cursors.clone(),
+            losses: manifest.losses.clone(),
+            weights_cover: own.clone(),
+            weights,
+            cover: own.clone(),
+            moments: [exp_avg, exp_avg_sq],
+        });
+        *self.shelf.write().expect("no holder panics") = Some(Arc::clone(&offered));
+        let (circle, ids) = self.circle(serving, |_| true);
+        let cause = |failed: Failed| cause_of_failure(failed, &ids);
+        let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
+        let fits = |head: &Head| head.layers == manifest.layers && head.cover.of_blocks() == all;
+        let able: Vec<(usize, &Head)> = heads.iter().enumerate().filter(|(_, head)| fits(head)).collect();
+        let needs = if grows { Cover::all(all) } else { serving.needs(all) };
+        let (lacks, lacks_moments) = (Cover::all(all).without(&own), needs.without(&own));
+        let asked = share_out(&able, &lacks, &lacks_moments)
+            .ok_or_else(|| fault("some blocks of the checkpoint were read by nobody"))?;
+        let mut gathered = self.runtime.block_on(circle.gather(asked.clone(), abort)).map_err(cause)?;
+        if let Some((buffer, block)) =
+            gathered.wrong(|buffer, block, bytes| manifest.has(buffer, block, bytes))
+        {
+            let name = BUFFERS[buffer];
+            return Err(fault(format!(
+                "block {block} of {name} came from a peer and is not that of checkpoint {step}"
+            )));
+        }
+        let peers_bytes = gathered.bytes();
+        tracing::info!(%generation, %step, read_bytes, peers_bytes, "took state from a checkpoint");
+        if !blocks.is_empty() {
+            gathered.weights.push((blocks.start, offered.weights.clone()));
+            gathered.moments.push((blocks.start, offered.moments.clone()));
+        }
+        let (updates, losses, cursors) = (manifest.updates, manifest.losses, manifest.cursors);
+        let gathering = Gathering { layout, asked, updates, cursors, losses, cover: own.and(&needs) };
+        self.hold(step, Standing::Nothing, gathering, &gathered);
         Ok(())
     }
 
@@ -345,6 +422,14 @@ impl Thread {
         let position = position_after(&self.schedule, held.step.0);
         let facts = self.stamp.facts(held.engine.state(), position, held.cursors.clone());
         Snapshot::take(held.engine.state(), blocks, facts)
+    }
+}
+
+/// Why a ring is left when something could not be had of the members `ids`.
+fn cause_of_failure(Failed { unreachable, reason }: Failed, ids: &[WorkerId]) -> Cause {
+    match unreachable {
+        Some(at) => Cause::Unreachable { peer: ids[at], reason },
+        None => broken(None, reason),
     }
 }
 
