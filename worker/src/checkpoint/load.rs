@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use anello_configs::Model;
-use anello_store::checkpoint::{BLOCK, BLOCK_BYTES, Manifest, read_manifest, read_parts};
+use anello_store::checkpoint::{BLOCK, Manifest, read_manifest, read_parts};
 use anello_store::{Error as StoreError, Store};
 use tch::{Device, Kind, Tensor};
 
@@ -37,8 +37,10 @@ pub fn load_shard(
 ) -> Result<Loaded> {
     let (manifest, layout) = open(store, step, model)?;
     let cover = cover(&layout);
-    let moments = || Tensor::zeros([cover.elements() as i64], (Kind::Float, Device::Cpu));
-    let (mut weights, mut exp_avg, mut exp_avg_sq) = (layout.zeros(Device::Cpu), moments(), moments());
+    // The parts of a manifest hold every block, so that every number is written before the state is anyone's.
+    let buffer = |elements: usize| Tensor::empty([elements as i64], (Kind::Float, Device::Cpu));
+    let (mut weights, mut exp_avg, mut exp_avg_sq) =
+        (buffer(layout.len()), buffer(cover.elements()), buffer(cover.elements()));
     let all = Cover::all(layout.blocks());
     let covers = [&all, &cover, &cover];
     let weights_by_part = by_part(&manifest, &all, ffi::as_mut_slice(&mut weights));
@@ -47,14 +49,16 @@ pub fn load_shard(
     let targets = weights_by_part.into_iter().zip(exp_avg_by_part).zip(exp_avg_sq_by_part);
     let targets = targets.zip(&manifest.parts);
     let targets = targets
-        .map(|(((weights, exp_avg), exp_avg_sq), part)| ([weights, exp_avg, exp_avg_sq], part.range()))
+        .map(|(((weights, exp_avg), exp_avg_sq), part)| Target {
+            buffers: [weights, exp_avg, exp_avg_sq],
+            blocks: part.range(),
+        })
         .collect();
-    let take = |(target, blocks): &mut ([&mut [f32]; 3], Range<usize>), buffer: usize, bytes: &[u8]| {
-        let mut rest = &mut *target[buffer];
-        for piece in covers[buffer].pieces(blocks.clone()) {
-            let (to, after) = std::mem::take(&mut rest).split_at_mut(piece.blocks.len() * BLOCK);
-            fill(to, &bytes[(piece.blocks.start - blocks.start) * BLOCK_BYTES..]);
-            rest = after;
+    let take = |target: &mut Target<'_>, buffer: usize, block: usize, bytes: &[u8]| {
+        // Where it lies among those of its part that are covered.
+        if let Some(piece) = covers[buffer].pieces(block..block + 1).first() {
+            let first = covers[buffer].pieces(target.blocks.clone())[0].at;
+            fill(&mut target.buffers[buffer][(piece.at - first) * BLOCK..][..BLOCK], bytes);
         }
     };
     read_parts(store, &manifest, targets, holds(&layout), take)?;
@@ -65,11 +69,17 @@ pub fn load_shard(
     Ok(Loaded { manifest, state })
 }
 
+/// Where the blocks of one part go: what is covered of them, by buffer.
+struct Target<'a> {
+    buffers: [&'a mut [f32]; 3],
+    blocks: Range<usize>,
+}
+
 /// Reads and checks the checkpoint after `step` steps of a run of `model`, and keeps nothing of it.
 pub fn check(store: &Store, step: u64, model: &Model) -> Result<Manifest> {
     let (manifest, layout) = open(store, step, model)?;
     let nowhere = vec![(); manifest.parts.len()];
-    read_parts(store, &manifest, nowhere, holds(&layout), |(), _, _| ())?;
+    read_parts(store, &manifest, nowhere, holds(&layout), |(), _, _, _| ())?;
     Ok(manifest)
 }
 
@@ -78,18 +88,14 @@ pub fn check(store: &Store, step: u64, model: &Model) -> Result<Manifest> {
 pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest, Layout, Vec<f32>)> {
     let (manifest, layout) = open(store, step, model)?;
     let mut weights = vec![0f32; layout.len()];
-    let take = |target: &mut &mut [f32], buffer: usize, bytes: &[u8]| {
+    let take = |target: &mut (&mut [f32], usize), buffer: usize, block: usize, bytes: &[u8]| {
         if buffer == 0 {
-            fill(target, bytes);
+            fill(&mut target.0[(block - target.1) * BLOCK..][..BLOCK], bytes);
         }
     };
-    read_parts(
-        store,
-        &manifest,
-        by_part(&manifest, &Cover::all(layout.blocks()), &mut weights),
-        holds(&layout),
-        take,
-    )?;
+    let targets = by_part(&manifest, &Cover::all(layout.blocks()), &mut weights);
+    let targets = targets.into_iter().zip(manifest.parts.iter().map(|part| part.range().start)).collect();
+    read_parts(store, &manifest, targets, holds(&layout), take)?;
     Ok((manifest, layout, weights))
 }
 
