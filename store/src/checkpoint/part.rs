@@ -148,7 +148,8 @@ pub fn read_part(
     let name = format!("part {}{of} ({position} of {})", part.name, manifest.parts.len());
     let mut take = |buffer: usize, block: usize, bytes: &[u8]| {
         if blake3::hash(bytes).to_hex().as_str() == manifest.blocks.of(buffer)[block] {
-            return Ok(take(buffer, block, bytes));
+            take(buffer, block, bytes);
+            return Ok(());
         }
         let holds = holds(block);
         let holds = if holds.is_empty() { holds } else { format!(", which holds {holds}") };
