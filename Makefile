@@ -17,6 +17,7 @@ run: build data
 ## All tests.
 test: setup
 	@scripts/s3-venv
+	@scripts/bucket-servers
 	@scripts/test-tools
 	@scripts/tensorboard-venv
 	@scripts/kube-tools

@@ -15,9 +15,10 @@ use crate::run::RunConfig;
 use crate::tree::{self, Entry, Node, Table, Value};
 
 /// Embedded run configs, by name.
-const PRESETS: [(&str, &str); 5] = [
+const PRESETS: [(&str, &str); 6] = [
     ("tiny", include_str!("../presets/tiny.toml")),
     ("mano", include_str!("../presets/mano.toml")),
+    ("mano-small", include_str!("../presets/mano-small.toml")),
     ("ouro-1.4b", include_str!("../presets/ouro-1.4b.toml")),
     ("ouro-2.6b", include_str!("../presets/ouro-2.6b.toml")),
     ("ouro-2.6b-wide", include_str!("../presets/ouro-2.6b-wide.toml")),

@@ -39,7 +39,7 @@ pub use index::{INDEX_FILE, Index, RowGroupEntry, ShardEntry, tokenizer_digest};
 pub use inspect::{Inspection, Sample, inspect};
 pub use lane::{LaneStep, SkippedRowGroup, StepData};
 pub use loader::{Loader, LoaderOptions, Plan, plan_of};
-pub use mano::{MODULUS, ManoOptions, mano_operations, mano_token, mano_vocab, synth_mano};
+pub use mano::{MODULUS, ManoDocument, ManoOptions, mano_token, mano_vocab, read_mano, synth_mano};
 pub use order::{Draws, Order, Slot, SourceShape};
 pub use pack::{MicroBatch, Packer};
 pub use progress::{OnProgress, Progress};

@@ -164,20 +164,74 @@ impl Draws {
         ids.push(OPERATORS + operator as i32);
         let left = self.below(operations);
         let (a, b) = (self.operand(left, ids), self.operand(operations - 1 - left, ids));
-        let modulus = self.modulus;
-        match operator {
-            0 => (a + b) % modulus,
-            1 => (a + modulus - b) % modulus,
-            _ => (a * b) % modulus,
-        }
+        apply(operator as i32, a, b, self.modulus)
     }
 }
 
-/// Operations of an expression, by its second token; `None` when that tells of none.
-pub fn mano_operations(length_id: i64) -> Option<u32> {
-    u32::try_from(length_id - i64::from(LENGTHS) + 1)
-        .ok()
-        .filter(|operations| (1..=1000).contains(operations))
+/// What a document of Mano is found to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ManoDocument {
+    /// Operations of its expression.
+    pub operations: u32,
+    /// Bit m is set when the answer is right modulo m, 2 to [`MODULUS`], and all numbers are below m.
+    pub moduli: u32,
+}
+
+/// Reads a whole document, its answer included. The error says in what it is none of Mano.
+pub fn read_mano(document: &[i64]) -> std::result::Result<ManoDocument, String> {
+    let token = |id: i64| i32::try_from(id).unwrap_or(-1);
+    let [begin, length, expression @ .., ans, answer] = document else {
+        return Err(format!("of {} tokens is too short", document.len()));
+    };
+    let operations = token(*length).saturating_sub(LENGTHS).saturating_add(1);
+    if (token(*begin), token(*ans)) != (BOS, ANS) || !(1..=1000).contains(&operations) {
+        return Err("does not have the form <bos> <len_N> … <ans> ANSWER".to_owned());
+    }
+    let number = |id: i64| (NUMBERS..LENGTHS).contains(&token(id)).then(|| (token(id) - NUMBERS) as u32);
+    let answer = number(*answer).ok_or("ends with no number")?;
+    let mut most = answer;
+    for id in expression {
+        match number(*id) {
+            Some(number) => most = most.max(number),
+            None if (OPERATORS..NUMBERS).contains(&token(*id)) => {}
+            None => return Err(format!("has the token {id} in its expression")),
+        }
+    }
+    let told = expression.iter().filter(|id| token(**id) < NUMBERS).count();
+    if told != operations as usize {
+        return Err(format!("says that it has {operations} operations, and has {told}"));
+    }
+    let mut moduli = 0;
+    for modulus in (most + 1).max(2)..=MODULUS {
+        // From its end: an operator finds its operands done.
+        let mut done = Vec::new();
+        for id in expression.iter().rev() {
+            let value = match (token(*id) - OPERATORS, number(*id)) {
+                (_, Some(number)) => number,
+                (operator, None) => match (done.pop(), done.pop()) {
+                    (Some(a), Some(b)) => apply(operator, a, b, modulus),
+                    _ => return Err("has an operator without operands".to_owned()),
+                },
+            };
+            done.push(value);
+        }
+        match done[..] {
+            [value] => moduli |= u32::from(value == answer) << modulus,
+            _ => return Err("has more than one expression".to_owned()),
+        }
+    }
+    match moduli {
+        0 => Err("has a wrong answer".to_owned()),
+        moduli => Ok(ManoDocument { operations: operations as u32, moduli }),
+    }
+}
+
+fn apply(operator: i32, a: u32, b: u32, modulus: u32) -> u32 {
+    match operator {
+        0 => (a + b) % modulus,
+        1 => (a + modulus - b) % modulus,
+        _ => (a * b) % modulus,
+    }
 }
 
 /// How a token of Mano is written.

@@ -342,6 +342,17 @@ pub fn read_after(store: &Store, after: u64, most: usize) -> Result<Vec<Record>>
     Ok(records)
 }
 
+/// Steps that were applied when the mathematics of the run last changed (`--allow`): only what comes after them is of the
+/// config that there is now. Absent: it never changed. A run that falls back behind the change trains the steps from there
+/// on anew, and has changed there.
+pub fn changed_at(records: &[Record]) -> Option<u64> {
+    records.iter().fold(None, |at: Option<u64>, record| match &record.event {
+        Event::Started { step, changed, .. } if !changed.is_empty() => Some(*step),
+        Event::Started { step, .. } | Event::Formed { start: step, .. } => at.map(|at| at.min(*step)),
+        _ => at,
+    })
+}
+
 /// Number of the last record; 0: there is none.
 pub fn last_number(store: &Store) -> Result<u64> {
     Ok(store.list("events")?.iter().filter_map(number_of).max().unwrap_or(0))

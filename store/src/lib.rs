@@ -41,5 +41,5 @@ pub use cursor::{Cursor, OpenDocument, SourceCursor};
 pub use environment::{ENVIRONMENT, Environment};
 pub use error::{Error, Result};
 pub use notice::Notice;
-pub use store::{Attempts, Fetched, Object, Store};
+pub use store::{Attempts, Fetched, Object, Reader, Store};
 pub use traffic::{Counts, Operation, Traffic};

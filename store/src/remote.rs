@@ -3,8 +3,8 @@
 //! | scheme | credentials and endpoint |
 //! |---|---|
 //! | `s3://BUCKET/PREFIX` | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …; else those of the machine |
-//! | `gs://BUCKET/PREFIX` | `GOOGLE_APPLICATION_CREDENTIALS`, …; else those of the machine |
-//! | `az://CONTAINER/PREFIX` | `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, …; else those of the machine |
+//! | `gs://BUCKET/PREFIX` | `GOOGLE_APPLICATION_CREDENTIALS`, `GOOGLE_BASE_URL`, …; else those of the machine |
+//! | `az://CONTAINER/PREFIX` | `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, `AZURE_ENDPOINT`, …; else those of the machine |
 //!
 //! Only variables that begin with the cloud's own prefix count: others (`TIMEOUT`, `TOKEN`) belong to somebody else. With it
 //! they set what is not set here, as `AWS_READ_TIMEOUT=10s` or `AWS_CHECKSUM_ALGORITHM=sha256`.
@@ -78,11 +78,7 @@ fn build(
     Ok(Some(match scheme {
         ObjectStoreScheme::AmazonS3 => {
             let variables = variables("AWS_");
-            // Whoever writes http:// into the endpoint means it.
-            let plain = variables
-                .iter()
-                .any(|(name, value)| name.starts_with("aws_endpoint") && value.starts_with("http://"));
-            let client = client.with_allow_http(plain);
+            let client = client.with_allow_http(is_plain(&variables));
             let builder = AmazonS3Builder::new().with_client_options(client).with_retry(retry);
             // S3 itself checks what arrives against it and keeps it with the object. Other servers may not know it, but check
             // the SHA-256 of each body that is signed with the request.
@@ -95,12 +91,29 @@ fn build(
             Arc::new(builder.with_url(url).build()?)
         }
         ObjectStoreScheme::GoogleCloudStorage => {
-            let builder = GoogleCloudStorageBuilder::from_env().with_client_options(client);
-            Arc::new(builder.with_retry(retry).with_url(url).build()?)
+            let variables = variables("GOOGLE_");
+            let client = client.with_allow_http(is_plain(&variables));
+            let builder = GoogleCloudStorageBuilder::new().with_client_options(client).with_retry(retry);
+            let builder = variables.into_iter().fold(builder, |builder, (name, value)| match name.parse() {
+                Ok(key) => builder.with_config(key, value),
+                Err(_) => builder,
+            });
+            Arc::new(builder.with_url(url).build()?)
         }
         ObjectStoreScheme::MicrosoftAzure => {
-            let builder = MicrosoftAzureBuilder::from_env().with_client_options(client);
-            Arc::new(builder.with_retry(retry).with_url(url).build()?)
+            let variables = variables("AZURE_");
+            let client = client.with_allow_http(is_plain(&variables));
+            let builder = MicrosoftAzureBuilder::new().with_client_options(client).with_retry(retry);
+            // Where a machine of Azure tells its services who they are: the one name without the prefix.
+            let builder = match std::env::var("IDENTITY_ENDPOINT") {
+                Ok(endpoint) => builder.with_msi_endpoint(endpoint),
+                Err(_) => builder,
+            };
+            let builder = variables.into_iter().fold(builder, |builder, (name, value)| match name.parse() {
+                Ok(key) => builder.with_config(key, value),
+                Err(_) => builder,
+            });
+            Arc::new(builder.with_url(url).build()?)
         }
         _ => return Ok(None),
     }))
@@ -112,6 +125,13 @@ fn variables(prefix: &str) -> Vec<(String, String)> {
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
     let ours = all.filter(|(name, _)| name.starts_with(prefix));
     ours.map(|(name, value)| (name.to_ascii_lowercase(), value)).collect()
+}
+
+/// Whether a variable that names the server's address does so with `http://`: whoever writes that means it.
+fn is_plain(variables: &[(String, String)]) -> bool {
+    let names = ["endpoint", "base_url"];
+    let of_address = |name: &str| names.iter().any(|part| name.contains(part));
+    variables.iter().any(|(name, value)| of_address(name) && value.starts_with("http://"))
 }
 
 /// What to do about an error of the store at `place`, when more can be said than to try again.

@@ -1,5 +1,6 @@
 //! A prefix of an object store, for plain threads.
 
+mod direct;
 mod pieces;
 
 use std::ops::Range;
@@ -15,6 +16,7 @@ use object_store::path::{Path, PathPart};
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::Runtime;
 
+pub use self::direct::Reader;
 use self::pieces::{SHORT, UNPROVED, whole};
 use crate::limit::Limits;
 use crate::remote::{self, Remote};
@@ -37,6 +39,10 @@ pub struct Store {
     prefix: Path,
     place: String,
     folder: Option<PathBuf>,
+    /// Which files the objects of a folder are.
+    files: Option<Arc<LocalFileSystem>>,
+    /// What is written outlives a power cut.
+    durable: bool,
     runtime: Arc<Runtime>,
     meter: Arc<Meter>,
     limits: Option<Arc<Limits>>,
@@ -85,7 +91,9 @@ impl Store {
         let wrong = |e: &dyn std::fmt::Display| wrong_place(place, e);
         let absolute = std::path::absolute(&folder).map_err(|e| wrong(&e))?;
         let prefix = Path::from_absolute_path(&absolute).map_err(|e| wrong(&e))?;
-        Self::with_prefix(Arc::new(LocalFileSystem::new()), prefix, shown(&folder), Some(absolute))
+        let files = Arc::new(LocalFileSystem::new());
+        let store = Self::with_prefix(files.clone(), prefix, shown(&folder), Some(absolute))?;
+        Ok(Self { files: Some(files), ..store })
     }
 
     /// The store at `place`, as a run folder wants it. A folder is made when it is missing, what is written to it
@@ -102,8 +110,9 @@ impl Store {
             remedy: String::new(),
         })?;
         // Durable before visible: a manifest must not outlive the power cut that its parts did not.
-        let local = local.with_fsync(true).with_automatic_cleanup(true);
-        Self::with_prefix(Arc::new(local), Path::default(), shown(&folder), Some(absolute))
+        let files = Arc::new(local.with_fsync(true).with_automatic_cleanup(true));
+        let store = Self::with_prefix(files.clone(), Path::default(), shown(&folder), Some(absolute))?;
+        Ok(Self { files: Some(files), durable: true, ..store })
     }
 
     /// A store in memory, gone with the process.
@@ -159,6 +168,8 @@ impl Store {
             prefix,
             place,
             folder,
+            files: None,
+            durable: false,
             runtime: Arc::new(runtime),
             meter: Arc::default(),
             limits: None,
@@ -254,6 +265,28 @@ impl Store {
         Ok(found)
     }
 
+    /// The object as a file that is read piece by piece, when it is one, of `bytes` bytes and not a small one; otherwise it is
+    /// for [`Store::get_sized`] to say what there is.
+    pub fn file(&self, path: &str, bytes: u64) -> Option<Reader> {
+        let file = self.files.as_ref()?.path_to_filesystem(&self.at(path)).ok()?;
+        let reader = (bytes >= pieces::PIECE as u64).then(|| Reader::open(&file).ok())??;
+        (reader.size() == bytes).then_some(reader)
+    }
+
+    /// What a piece of a file was read as, counted.
+    pub(crate) fn read_piece<'a>(
+        &self,
+        path: &str,
+        reader: &'a mut Reader,
+        range: Range<u64>,
+    ) -> Result<&'a [u8]> {
+        let bytes = (range.end - range.start) as usize;
+        self.runtime.block_on(self.may_read(bytes));
+        let read = reader.read(range).map_err(pieces::of_file);
+        self.meter.read(bytes);
+        read.map_err(|e| self.failed("reading", path, e))
+    }
+
     fn get_patiently(&self, path: &str, fits: impl Fn(u64) -> bool) -> Result<Fetched> {
         let at = self.at(path);
         let mut pause = self.attempts.pause;
@@ -280,7 +313,16 @@ impl Store {
     pub fn tail(&self, path: &str, length: u64) -> Result<Bytes> {
         let at = self.at(path);
         let options = GetOptions { range: Some(GetRange::Suffix(length)), ..Default::default() };
-        let read = async { self.inner.get_opts(&at, options).await?.bytes().await };
+        let read = async {
+            match self.inner.get_opts(&at, options).await {
+                // Azure has no ranges that count from the end.
+                Err(object_store::Error::NotSupported { .. }) => {
+                    let size = self.inner.head(&at).await?.size;
+                    self.inner.get_range(&at, size.saturating_sub(length)..size).await
+                }
+                got => got?.bytes().await,
+            }
+        };
         let read = self.meter.count(Operation::Get, self.runtime.block_on(read));
         read.inspect(|bytes| self.meter.read(bytes.len())).map_err(|e| self.failed("reading", path, e))
     }

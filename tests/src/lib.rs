@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: the built command, its processes with their logs, and a small run.
 
+mod cloud;
 mod cluster;
 mod command;
 mod kubelet;
@@ -9,6 +10,7 @@ mod run;
 mod s3;
 mod tool;
 
+pub use cloud::{Cloud, Kind};
 pub use cluster::{Cluster, kube_tool};
 pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
 use kubelet::Kubelet;

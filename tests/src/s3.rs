@@ -12,7 +12,8 @@ use crate::{free_port, wait_until};
 const BUCKET: &str = "anello";
 
 /// Runs the server until standard input ends: with this process, whatever becomes of it.
-const UNTIL_EOF: &str = r#""$0" "$@" < /dev/null & server=$!; read -r _; kill "$server"; wait "$server""#;
+pub(crate) const UNTIL_EOF: &str =
+    r#""$0" "$@" < /dev/null & server=$!; read -r _; kill "$server"; wait "$server""#;
 
 /// moto's server under way, with an empty bucket. It ends when it is dropped or this process ends, and keeps nothing.
 #[derive(Debug)]

@@ -7,11 +7,15 @@
 //! are left out of what is trained on from there. What was computed before stays on record as it was, and the state after
 //! every step is a function of the steps before it alone, so a run that is killed, moved or audited comes to the same bits.
 //! The state is computed again from the newest checkpoint that is old enough; which one that is changes no bit.
+//!
+//! Where the mathematics changed (`--allow`), losses are measured anew: there is no spike before half a window, which is no
+//! less than what a run goes back. So nothing before the change is needed, and nothing before it is computed with a config
+//! that is not its own.
 
 use anello_configs::{RunConfig, Schedule};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::known_steps;
-use anello_store::{Cursor, Error as StoreError, Store};
+use anello_store::{Cursor, Error as StoreError, Store, events};
 
 use crate::checkpoint::{self, Loaded};
 use crate::engine::Engine;
@@ -65,12 +69,22 @@ impl Rollback<'_> {
         Ok(())
     }
 
+    /// Why nothing is computed again from the state after `from` steps: the steps up to a change were of another config.
+    pub fn behind_a_change(from: u64, to: u64) -> String {
+        format!(
+            "the state after {to} steps cannot be made again: the newest state before it that can be had is that after \
+             {from} steps, and since then the mathematics changed (--allow)"
+        )
+    }
+
     /// Gives `engine` the newest state at or before `to` steps that can be had; returns its steps and cursors.
     fn begin(&self, engine: &mut Engine, to: u64) -> Result<(u64, Option<Vec<Cursor>>)> {
         let known = self.known.filter(|known| known.step <= to);
         let device = engine.state().weights.device();
+        let changed =
+            events::changed_at(&events::read(self.store)?).filter(|changed| *changed <= to).unwrap_or(0);
         for step in known_steps(self.store)?.into_iter().rev().filter(|step| *step <= to) {
-            if known.is_some_and(|known| known.step >= step) {
+            if step < changed || known.is_some_and(|known| known.step >= step) {
                 break;
             }
             match checkpoint::load(self.store, step, &self.config.model, device) {
@@ -84,9 +98,14 @@ impl Rollback<'_> {
                 Err(other) => return Err(other),
             }
         }
-        if let Some(known) = known {
+        if let Some(known) = known.filter(|known| known.step >= changed) {
             engine.load_state(known.state.copy());
             return Ok((known.step, Some(known.cursors.clone())));
+        }
+        if changed > 0 {
+            let remedy =
+                "set guard.on_spike=skip with --allow, or resume from what a copy of the checkpoints has";
+            return Err(Error::config(Self::behind_a_change(0, to), remedy));
         }
         engine.load_state(initial_state(self.config, device)?);
         Ok((0, None))

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anello_dataloader::{MicroBatch, mano_operations};
+use anello_dataloader::{ManoDocument, MicroBatch, read_mano};
 use anello_worker::evaluate::Evaluation;
 
 use crate::failure::Failure;
@@ -38,13 +38,44 @@ pub fn test_set(sources: &BTreeMap<String, String>) -> Result<String, Failure> {
 }
 
 /// Operations of the expressions of `set`, of which `batch` is the first: those of a test set all have as many.
+///
+/// Every document that is whole in the batch must be an expression of Mano with its right answer, all by one modulus.
 pub fn operations(set: &str, batch: &MicroBatch) -> Result<u32, Failure> {
-    let told = batch.input_ids.get(1).copied().and_then(mano_operations);
-    told.ok_or_else(|| {
+    let no_mano = |why: &str| {
         Failure::Usage(format!(
-            "{set} is no set of Mano; make one with `anello data synth mano`, and give its eval"
+            "{set} is no test set of Mano: {why}; make one with `anello data synth mano`, and give its eval"
         ))
-    })
+    };
+    let length = batch.length as usize;
+    let starts = batch.segment_starts.iter().map(|start| *start as usize);
+    let ends = starts.clone().skip(1).chain([batch.tokens()]);
+    let mut found: Option<ManoDocument> = None;
+    for (start, end) in starts.zip(ends) {
+        // At the ends of a sequence a document may be cut.
+        if start % length == 0 && start > 0 || end % length == 0 {
+            continue;
+        }
+        // The answer is the target of the last token that has one.
+        let answer = Some(batch.targets[end - 1]).filter(|answer| *answer >= 0);
+        let document: Vec<i64> = batch.input_ids[start..end].iter().copied().chain(answer).collect();
+        let read = read_mano(&document).map_err(|why| no_mano(&format!("one of its documents {why}")))?;
+        let before = found.unwrap_or(read);
+        if before.operations != read.operations {
+            let lengths = format!("{} and {} operations", before.operations, read.operations);
+            return Err(no_mano(&format!("its expressions are not of one length, but of {lengths}")));
+        }
+        let moduli = before.moduli & read.moduli;
+        if moduli == 0 {
+            return Err(no_mano("there is no modulus by which all its answers are right"));
+        }
+        found = Some(ManoDocument { moduli, ..read });
+    }
+    let found = found.ok_or_else(|| {
+        Failure::Usage(format!(
+            "no document of {set} is whole within {length} tokens; give a longer --sequence"
+        ))
+    })?;
+    Ok(found.operations)
 }
 
 /// The accuracy of a model of `layers` layers on expressions of `operations` operations, beside the paper's.
@@ -87,6 +118,49 @@ mod tests {
         assert!(
             row(&["2", "x", "6", "98.1", "96.3", "78.0"]) && row(&["12", "x", "1", "93.6", "94.4", "34.8"])
         );
+    }
+
+    /// A batch of one sequence of `documents`, whose first and last may be cut, packed as the loader packs.
+    fn batch(documents: &[&[i64]], length: u32) -> MicroBatch {
+        let (mut input_ids, mut targets, mut positions, mut segment_starts) =
+            (vec![], vec![], vec![], vec![]);
+        for document in documents {
+            segment_starts.push(input_ids.len() as u32);
+            let (last, inputs) = document.split_last().unwrap();
+            for (at, id) in inputs.iter().enumerate() {
+                input_ids.push(*id);
+                positions.push(at as i32);
+                targets.push(if at + 1 == inputs.len() { *last } else { -100 });
+            }
+        }
+        input_ids.truncate(length as usize);
+        targets.truncate(length as usize);
+        MicroBatch { sequences: 1, length, input_ids, targets, positions, segment_starts, counted: 1 }
+    }
+
+    #[test]
+    fn data_of_mano_is_told_by_its_documents_and_not_by_one_token() {
+        // <bos> <len_2> - * 5 7 20 <ans> 15, and <bos> <len_2> + + 1 1 1 <ans> 3
+        let (first, second): (&[i64], &[i64]) =
+            (&[1, 30, 4, 5, 11, 13, 26, 2, 21], &[1, 30, 3, 3, 7, 7, 7, 2, 9]);
+        assert_eq!(operations("set", &batch(&[first, second, &first[..5]], 20)).unwrap(), 2);
+        // <bos> <len_1> + 1 1 <ans> 2
+        let short: &[i64] = &[1, 29, 3, 7, 7, 2, 8];
+        // 3 · 3 = 2 modulo 7, and by 7 alone
+        let by_seven: &[i64] = &[1, 29, 5, 9, 9, 2, 8];
+        let by_many: &[i64] = &[1, 29, 5, 9, 9, 2, 15];
+        for (documents, said) in [
+            (vec![first, short, first], "not of one length, but of 2 and 1 operations"),
+            (vec![by_seven, by_many, first], "no modulus by which all its answers are right"),
+            // Another set's second token may be one of Mano's.
+            (vec![&[40, 30, 200, 17, 30, 7][..], first, first], "one of its documents"),
+        ] {
+            let length = documents.iter().map(|document| document.len() as u32 - 1).sum::<u32>() - 2;
+            let told = operations("set", &batch(&documents, length)).unwrap_err().text();
+            assert!(told.contains("set is no test set of Mano") && told.contains(said), "{told}");
+        }
+        let cut = operations("set", &batch(&[first], 6)).unwrap_err().text();
+        assert!(cut.contains("give a longer --sequence"), "{cut}");
     }
 
     #[test]

@@ -186,6 +186,18 @@ fn mano_is_the_papers_setting() {
     assert_eq!(spans[1].0.lr.last() * 10.0, spans[1].0.lr.first());
 }
 
+/// Small where the paper's is large, and the same where the paper's point is made.
+#[test]
+fn mano_small_is_two_layers_looped_six_times_on_a_cpu() {
+    let (config, paper) = (loaded("mano-small", &[]), loaded("mano", &[]));
+    assert_eq!(config.model.layers, paper.model.layers);
+    assert_eq!(config.stages[0].loops, paper.stages[1].loops);
+    assert_eq!(config.optimizer.beta2, paper.optimizer.beta2);
+    assert_eq!(Schedule::new(&config).stages().map(|(_, span)| span.steps).sum::<u64>(), 2048);
+    let once = loaded("mano-small", &["stage.train.loops=1"]);
+    assert_eq!((once.stages[0].loops, &once.model), (1, &config.model));
+}
+
 #[test]
 fn tiny_goes_through_the_five_stages_of_ouro() {
     let (tiny, ouro) = (loaded("tiny", &[]), loaded("ouro-1.4b", &[]));

@@ -15,9 +15,8 @@ pub(super) fn each<T: Send, R: Send>(
     items: Vec<T>,
     work: impl Fn(usize, T) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
-    // Two at least: one waits for the store while another computes.
-    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    let threads = cores.clamp(2, THREADS).min(most).min(items.len());
+    // However few the cores: some wait for the store while others compute.
+    let threads = THREADS.min(most).min(items.len());
     if threads <= 1 {
         return items.into_iter().enumerate().map(|(at, item)| work(at, item)).collect();
     }

@@ -52,6 +52,9 @@ pub struct Parts {
 /// Bytes of parts that are read at a time, by all threads together; one part may be larger.
 const READ_BYTES: u64 = 1 << 30;
 
+/// Blocks that are read at a time where a part is read piece by piece: 4 MiB.
+const BLOCKS_AT_ONCE: usize = 16;
+
 /// What stands before the numbers in a part. The numbers of the view are not asked for: they follow from elsewhere.
 struct Numbers([usize; 1]);
 
@@ -128,20 +131,52 @@ fn in_file_order() -> impl Iterator<Item = usize> {
     order.into_iter()
 }
 
-/// Reads one part whole, checks every block against the manifest, and hands each buffer's bytes to `take`, by its
-/// index in [`BUFFERS`]. `holds` names what a block holds, for the message when it has changed; it may be empty.
+/// Reads one part whole, checks every block against the manifest, and hands each to `take`: the index of its buffer in
+/// [`BUFFERS`], its number, its bytes. `holds` names what a block holds, for the message when it has changed; it may be empty.
+///
+/// A large part in a folder is read piece by piece, and never in memory whole.
 pub fn read_part(
     store: &Store,
     manifest: &Manifest,
     part: &Part,
     holds: impl Fn(usize) -> String,
-    mut take: impl FnMut(usize, &[u8]),
+    mut take: impl FnMut(usize, usize, &[u8]),
 ) -> Result<()> {
     let step = manifest.step;
     let position = manifest.parts.iter().position(|p| p == part).map_or(0, |at| at + 1);
     let of = part.step.map(|of| format!(" of checkpoint {of}")).unwrap_or_default();
     let name = format!("part {}{of} ({position} of {})", part.name, manifest.parts.len());
-    let bytes = match store.get_sized(&part.path(step), |size| size == part.bytes)? {
+    let mut take = |buffer: usize, block: usize, bytes: &[u8]| {
+        if manifest.has(buffer, block, bytes) {
+            take(buffer, block, bytes);
+            return Ok(());
+        }
+        let holds = holds(block);
+        let holds = if holds.is_empty() { holds } else { format!(", which holds {holds}") };
+        Err(damaged(step, format!("{name}: block {block} of {} has changed{holds}", BUFFERS[buffer])))
+    };
+    // Past the header there are the blocks alone, which are checked. Another build may have written another header.
+    let known = header(part.step.unwrap_or(step), &part.range());
+    let (path, of_buffer) = (part.path(step), part.blocks * BLOCK_BYTES as u64);
+    if let Some(mut file) = store.file(&path, part.bytes)
+        && part.bytes == known.len() as u64 + BUFFERS.len() as u64 * of_buffer
+        && store.read_piece(&path, &mut file, 0..known.len() as u64)? == known
+    {
+        let mut start = known.len() as u64;
+        for buffer in in_file_order() {
+            for run in part.range().step_by(BLOCKS_AT_ONCE) {
+                let blocks = run..part.range().end.min(run + BLOCKS_AT_ONCE);
+                let end = start + (blocks.len() * BLOCK_BYTES) as u64;
+                let bytes = store.read_piece(&path, &mut file, start..end)?;
+                for (block, bytes) in blocks.zip(bytes.chunks(BLOCK_BYTES)) {
+                    take(buffer, block, bytes)?;
+                }
+                start = end;
+            }
+        }
+        return Ok(());
+    }
+    let bytes = match store.get_sized(&path, |size| size == part.bytes)? {
         Fetched::Bytes(bytes) => bytes,
         Fetched::Absent => return Err(damaged(step, format!("{name} is missing"))),
         Fetched::Other(size) => {
@@ -155,23 +190,13 @@ pub fn read_part(
             .tensor(buffer_name)
             .map_err(|cause| damaged(step, format!("{name}, {buffer_name}: {cause}")))?;
         let data = tensor.data();
-        if data.len() != part.range().len() * BLOCK_BYTES {
+        if data.len() as u64 != of_buffer {
             return Err(damaged(step, format!("{name}, {buffer_name}: {} bytes", data.len())));
         }
-        for (block, block_bytes) in part.range().zip(data.chunks(BLOCK_BYTES)) {
-            if !manifest.has(buffer, block, block_bytes) {
-                let holds = holds(block);
-                let holds = if holds.is_empty() { holds } else { format!(", which holds {holds}") };
-                return Err(damaged(
-                    step,
-                    format!("{name}: block {block} of {buffer_name} has changed{holds}"),
-                ));
-            }
+        for (block, bytes) in part.range().zip(data.chunks(BLOCK_BYTES)) {
+            take(buffer, block, bytes)?;
         }
-        take(buffer, data);
     }
-    // Past the header there are the blocks alone, which were checked. Another build may have written another header.
-    let known = header(part.step.unwrap_or(step), &part.range());
     if !bytes.starts_with(&known) && blake3::hash(&bytes).to_hex().as_str() != part.blake3 {
         return Err(damaged(step, format!("{name}: its header has changed")));
     }
@@ -179,20 +204,22 @@ pub fn read_part(
 }
 
 /// [`read_part`] of these parts of a checkpoint, on several threads. `targets` has one place for each part, which `take` fills:
-/// it is given the place, the index of the buffer and its bytes.
+/// it is given the place, and of a block the index of its buffer, its number and its bytes.
 pub fn read_parts<T: Send>(
     store: &Store,
     manifest: &Manifest,
     parts: &[Part],
     targets: Vec<T>,
     holds: impl Fn(usize) -> String + Sync,
-    take: impl Fn(&mut T, usize, &[u8]) + Sync,
+    take: impl Fn(&mut T, usize, usize, &[u8]) + Sync,
 ) -> Result<()> {
     assert_eq!(targets.len(), parts.len(), "a place for each part");
-    let largest = parts.iter().map(|part| part.bytes).max().unwrap_or(1).max(1);
+    // Of a folder no thread has a whole part.
+    let in_memory = |part: &Part| if store.folder().is_some() { 1 } else { part.bytes };
+    let largest = parts.iter().map(in_memory).max().unwrap_or(1).max(1);
     let most = (READ_BYTES / largest).clamp(1, 64) as usize;
     each(most, targets, |at, mut target| {
-        let take = |buffer: usize, bytes: &[u8]| take(&mut target, buffer, bytes);
+        let take = |buffer: usize, block: usize, bytes: &[u8]| take(&mut target, buffer, block, bytes);
         read_part(store, manifest, &parts[at], &holds, take)
     })
     .map(drop)
@@ -202,6 +229,6 @@ pub fn read_parts<T: Send>(
 pub fn verify(store: &Store, step: u64) -> Result<Manifest> {
     let manifest = read_manifest(store, step)?;
     let nowhere = vec![(); manifest.parts.len()];
-    read_parts(store, &manifest, &manifest.parts, nowhere, |_| String::new(), |(), _, _| ())?;
+    read_parts(store, &manifest, &manifest.parts, nowhere, |_| String::new(), |(), _, _, _| ())?;
     Ok(manifest)
 }

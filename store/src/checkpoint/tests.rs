@@ -62,7 +62,7 @@ fn a_checkpoint_exists_with_its_manifest_and_reads_back() {
 
     let mut read = [0, 1, 2].map(|_| Vec::new());
     for part in &manifest.parts {
-        let take = |buffer: usize, bytes: &[u8]| read[buffer].extend_from_slice(bytes);
+        let take = |buffer: usize, _: usize, bytes: &[u8]| read[buffer].extend_from_slice(bytes);
         read_part(&store, &manifest, part, |_| String::new(), take).unwrap();
     }
     assert_eq!(read, [5, 6, 7].map(|byte| vec![byte; 3 * BLOCK_BYTES]));
@@ -176,7 +176,7 @@ fn damage_is_named_and_a_newer_format_is_none() {
     let mut bytes = store.get(&path).unwrap().unwrap().to_vec();
     *bytes.last_mut().unwrap() ^= 1;
     store.put(&path, bytes).unwrap();
-    let told = read_part(&store, &manifest, &manifest.parts[0], |_| "a, b".to_owned(), |_, _| ());
+    let told = read_part(&store, &manifest, &manifest.parts[0], |_| "a, b".to_owned(), |_, _, _| ());
     assert_eq!(
         told.unwrap_err().to_string(),
         "checkpoint 7: part part-00000-00002-00000001.safetensors (1 of 2): block 1 of weights has changed, \
@@ -281,7 +281,7 @@ fn what_did_not_change_is_named_and_not_written_again() {
     assert_eq!((&plain.blocks, &plain.weights), (&manifest(4).blocks, &manifest(4).weights));
     let mut read = [0, 1, 2].map(|_| Vec::new());
     for part in &manifest(4).parts {
-        let take = |buffer: usize, bytes: &[u8]| read[buffer].extend_from_slice(bytes);
+        let take = |buffer: usize, _: usize, bytes: &[u8]| read[buffer].extend_from_slice(bytes);
         read_part(&store, &manifest(4), part, |_| String::new(), take).unwrap();
     }
     assert_eq!(read.map(Bytes::from), state([9, 4, 9, 9, 9, 3]));

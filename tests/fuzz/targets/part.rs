@@ -24,6 +24,6 @@ fuzz_target!(|bytes: &[u8]| {
     let manifest = Manifest { parts: vec![part.clone()], blocks, ..manifest };
     let store = Store::memory().expect("there is memory");
     store.put(&part.path(manifest.step), bytes.to_vec()).expect("memory takes it");
-    let read = read_part(&store, &manifest, &part, |_| String::new(), |_, _| panic!("it is taken"));
+    let read = read_part(&store, &manifest, &part, |_| String::new(), |_, _, _| panic!("it is taken"));
     read.expect_err("it is refused").to_string();
 });

@@ -235,6 +235,30 @@ fn what_is_not_there_is_said() {
     done.expect(2);
 }
 
+/// A job whose tokenizer is not the one of its data, or has tokens beyond the model's, is refused before there is one.
+#[test]
+fn a_job_with_another_tokenizer_is_not_submitted() {
+    let folder = world().folder.join("jobs-tokenizers");
+    std::fs::create_dir_all(&folder).unwrap();
+    let train =
+        ["data", "train-tokenizer", "tales.jsonl", "--vocab", "300", "--out", "jobs-tokenizers/other.json"];
+    world().anello(&train).expect(0);
+    let large = r#"{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{"a":0,"b":9999},"unk_token":"a"}}"#;
+    std::fs::write(folder.join("large.json"), large).unwrap();
+    let coordinator = Coordinator::start("jobs-tokenizer", 1, 1);
+    for (tokenizer, said) in [
+        ("other", "was tokenized with the tokenizer "),
+        ("large", "has the token 9999 (\"b\"), the model's vocabulary 2048 tokens"),
+    ] {
+        let set = format!("data.tokenizer=jobs-tokenizers/{tokenizer}.json");
+        let done = coordinator.ask(&["submit", "small.toml", "--name", tokenizer, "--set", &set]);
+        assert!(done.log.contains(said), "{done:?}");
+        done.expect(2);
+        assert!(!coordinator.folder(tokenizer).exists(), "nothing was begun");
+    }
+    assert!(coordinator.ask(&["list"]).expect(0).contains("there are no jobs"));
+}
+
 #[test]
 fn where_the_time_of_its_workers_goes_is_told_while_a_job_trains() {
     let mut coordinator = Coordinator::start("jobs-top", 2, 1);

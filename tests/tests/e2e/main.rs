@@ -3,6 +3,7 @@
 
 mod bisect;
 mod bucket;
+mod clouds;
 mod cut;
 mod disk;
 mod gpu;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use anello_configs::{RunConfig, Schedule, StepPlan};
+use anello_configs::{OnSpike, RunConfig, Schedule, StepPlan};
 use anello_dataloader::{Dataset, LaneStep, Loader, LoaderOptions, MicroBatch, SkippedRowGroup};
 use anello_store::Cursor;
 use anello_store::checkpoint::{Manifest, same_data};
@@ -44,7 +44,7 @@ pub(crate) struct Side<'a> {
     config_from: u64,
     /// What the run's data is, for steps that are computed once more.
     data: LoaderOptions,
-    /// The state after the last spike that was undone: no step before it is needed again.
+    /// The state after the last spike that was undone, or a change of the config: no step before it is needed again.
     undone: Option<Known>,
 }
 
@@ -81,7 +81,11 @@ impl<'a> Side<'a> {
                 notes.push(format!("{cause}: that of {place}, which is equal, was taken"));
                 Ok::<_, Error>(loaded)
             })?;
-            (Engine::with_state(config, loaded.state), loaded.manifest.cursors)
+            let mut engine = Engine::with_state(config, loaded.state);
+            if step > 0 && run.config_from(step) == step {
+                engine.forget_losses();
+            }
+            (engine, loaded.manifest.cursors)
         } else {
             let state = initial_state(config, Device::Cpu)?;
             (Engine::with_state(config, state), vec![Cursor::default(); config.lanes as usize])
@@ -108,6 +112,12 @@ impl<'a> Side<'a> {
         self.loader = Loader::open(LoaderOptions { start_step: step, cursors, ..data.clone() })?;
         self.data = data;
         self.engine = Engine::with_state(config, self.engine.state().copy());
+        self.engine.forget_losses();
+        if config.guard.on_spike == OnSpike::Rollback {
+            // What a spike leads back to is computed from here at the earliest, and there may be no checkpoint.
+            let (state, cursors) = (self.engine.state().copy(), self.cursors.clone());
+            self.undone = Some(Known { step, state, cursors });
+        }
         self.held_out = held_out(self.run, config, &mut Vec::new());
         self.config_from = from;
         Ok(())

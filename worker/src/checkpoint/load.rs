@@ -38,8 +38,10 @@ pub fn load_shard(
 ) -> Result<Loaded> {
     let (manifest, layout) = open(store, step, model)?;
     let cover = cover(&layout);
-    let moments = || Tensor::zeros([cover.elements() as i64], (Kind::Float, Device::Cpu));
-    let (mut weights, mut exp_avg, mut exp_avg_sq) = (layout.zeros(Device::Cpu), moments(), moments());
+    // The parts of a manifest hold every block, so that every number is written before the state is anyone's.
+    let buffer = |elements: usize| Tensor::empty([elements as i64], (Kind::Float, Device::Cpu));
+    let (mut weights, mut exp_avg, mut exp_avg_sq) =
+        (buffer(layout.len()), buffer(cover.elements()), buffer(cover.elements()));
     let all = Cover::all(layout.blocks());
     let covers = [&all, &cover, &cover];
     let weights_by_part = by_part(&manifest, &all, ffi::as_mut_slice(&mut weights));
@@ -48,14 +50,16 @@ pub fn load_shard(
     let targets = weights_by_part.into_iter().zip(exp_avg_by_part).zip(exp_avg_sq_by_part);
     let targets = targets.zip(&manifest.parts);
     let targets = targets
-        .map(|(((weights, exp_avg), exp_avg_sq), part)| ([weights, exp_avg, exp_avg_sq], part.range()))
+        .map(|(((weights, exp_avg), exp_avg_sq), part)| Target {
+            buffers: [weights, exp_avg, exp_avg_sq],
+            blocks: part.range(),
+        })
         .collect();
-    let take = |(target, blocks): &mut ([&mut [f32]; 3], Range<usize>), buffer: usize, bytes: &[u8]| {
-        let mut rest = &mut *target[buffer];
-        for piece in covers[buffer].pieces(blocks.clone()) {
-            let (to, after) = std::mem::take(&mut rest).split_at_mut(piece.blocks.len() * BLOCK);
-            fill(to, &bytes[(piece.blocks.start - blocks.start) * BLOCK_BYTES..]);
-            rest = after;
+    let take = |target: &mut Target<'_, f32>, buffer: usize, block: usize, bytes: &[u8]| {
+        // Where it lies among those of its part that are covered.
+        if let Some(piece) = covers[buffer].pieces(block..block + 1).first() {
+            let first = covers[buffer].pieces(target.blocks.clone())[0].at;
+            fill(&mut target.buffers[buffer][(piece.at - first) * BLOCK..][..BLOCK], bytes);
         }
     };
     read_parts(store, &manifest, &manifest.parts, targets, holds(&layout), take)?;
@@ -64,6 +68,12 @@ pub fn load_shard(
     let (updates, losses) = (manifest.updates, manifest.losses.clone());
     let state = State { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses };
     Ok(Loaded { manifest, state })
+}
+
+/// Where the blocks of one part go: what is covered of them, by buffer.
+struct Target<'a, T> {
+    buffers: [&'a mut [T]; 3],
+    blocks: Range<usize>,
 }
 
 /// Some blocks of a checkpoint, on the host.
@@ -99,9 +109,15 @@ pub fn load_share(store: &Store, step: u64, model: &Model, rank: usize, members:
         cut.collect::<Vec<_>>()
     });
     let targets = weights.into_iter().zip(exp_avg).zip(exp_avg_sq);
-    let targets = targets.map(|((weights, exp_avg), exp_avg_sq)| [weights, exp_avg, exp_avg_sq]).collect();
-    let take =
-        |target: &mut [&mut [u8]; 3], buffer: usize, bytes: &[u8]| target[buffer].copy_from_slice(bytes);
+    let targets = targets.zip(parts).map(|(((weights, exp_avg), exp_avg_sq), part)| Target {
+        buffers: [weights, exp_avg, exp_avg_sq],
+        blocks: part.range(),
+    });
+    let take = |target: &mut Target<'_, u8>, buffer: usize, block: usize, bytes: &[u8]| {
+        let at = (block - target.blocks.start) * BLOCK_BYTES;
+        target.buffers[buffer][at..at + BLOCK_BYTES].copy_from_slice(bytes);
+    };
+    let targets = targets.collect();
     read_parts(store, &manifest, parts, targets, holds(&layout), take)?;
     Ok(Share { manifest, layout, blocks, buffers })
 }
@@ -118,7 +134,7 @@ fn parts_of(manifest: &Manifest, rank: usize, members: usize) -> Range<usize> {
 pub fn check(store: &Store, step: u64, model: &Model) -> Result<Manifest> {
     let (manifest, layout) = open(store, step, model)?;
     let nowhere = vec![(); manifest.parts.len()];
-    read_parts(store, &manifest, &manifest.parts, nowhere, holds(&layout), |(), _, _| ())?;
+    read_parts(store, &manifest, &manifest.parts, nowhere, holds(&layout), |(), _, _, _| ())?;
     Ok(manifest)
 }
 
@@ -127,19 +143,14 @@ pub fn check(store: &Store, step: u64, model: &Model) -> Result<Manifest> {
 pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest, Layout, Vec<f32>)> {
     let (manifest, layout) = open(store, step, model)?;
     let mut weights = vec![0f32; layout.len()];
-    let take = |target: &mut &mut [f32], buffer: usize, bytes: &[u8]| {
+    let take = |target: &mut (&mut [f32], usize), buffer: usize, block: usize, bytes: &[u8]| {
         if buffer == 0 {
-            fill(target, bytes);
+            fill(&mut target.0[(block - target.1) * BLOCK..][..BLOCK], bytes);
         }
     };
-    read_parts(
-        store,
-        &manifest,
-        &manifest.parts,
-        by_part(&manifest, &Cover::all(layout.blocks()), &mut weights),
-        holds(&layout),
-        take,
-    )?;
+    let targets = by_part(&manifest, &Cover::all(layout.blocks()), &mut weights);
+    let targets = targets.into_iter().zip(manifest.parts.iter().map(|part| part.range().start)).collect();
+    read_parts(store, &manifest, &manifest.parts, targets, holds(&layout), take)?;
     Ok((manifest, layout, weights))
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anello_configs::RunConfig;
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_store::checkpoint::{known_steps, refuse_leftovers, same_data, set_aside};
-use anello_store::events::{Event, EventLog, Record};
+use anello_store::events::{self, Event, EventLog, Record};
 use anello_store::{CONFIG, Cursor, ENVIRONMENT, Error as StoreError, Store, metrics, read_config};
 use tch::Device;
 
@@ -165,7 +165,12 @@ impl Run {
 
         let (engine, cursors) = match loaded {
             Some(Loaded { manifest, state }) => {
-                (Engine::with_state(&self.config, state), Some(manifest.cursors))
+                let mut engine = Engine::with_state(&self.config, state);
+                if events::changed_at(&events::read(&self.store)?) == Some(step) {
+                    // Losses of another config are no measure, and a spike must not lead back behind the change.
+                    engine.forget_losses();
+                }
+                (engine, Some(manifest.cursors))
             }
             None => (Engine::with_state(&self.config, initial_state(&self.config, device)?), None),
         };

@@ -174,7 +174,7 @@ fn parts_that_claim_what_cannot_be() {
         // What it claims to have is not read when it has not.
         let claimed = Part { bytes: 1 << 62, ..manifest.parts[1].clone() };
         let text =
-            read_part(&store, &manifest, &claimed, |_| String::new(), |_, _| ()).unwrap_err().to_string();
+            read_part(&store, &manifest, &claimed, |_| String::new(), |_, _, _| ()).unwrap_err().to_string();
         assert!(text.contains("bytes, not 4611686018427387904"), "{what}: {text}");
     }
 }

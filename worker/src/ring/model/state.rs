@@ -5,8 +5,8 @@
 
 use anello_collective::tree::balanced;
 use anello_configs::StateCopies;
-use anello_store::Error as StoreError;
 use anello_store::checkpoint::BUFFERS;
+use anello_store::{Error as StoreError, events};
 
 use super::*;
 use crate::account::position_after;
@@ -324,7 +324,11 @@ impl Thread {
             checkpoint::load_shard(&self.store, step.0, &self.config.model, self.device, cover)
         })?;
         let loaded = loaded.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
-        let engine = Engine::with_state(&self.config, loaded.state);
+        let mut engine = Engine::with_state(&self.config, loaded.state);
+        if self.changed_at(abort)? == Some(step.0) {
+            // As the process did that made the change.
+            engine.forget_losses();
+        }
         self.held = Some(Held::new(engine, step, loaded.manifest.cursors));
         Ok(())
     }
@@ -386,6 +390,12 @@ impl Thread {
         let gathering = Gathering { layout, asked, updates, cursors, losses, cover: own.and(&needs) };
         self.hold(step, Standing::Nothing, gathering, &gathered);
         Ok(())
+    }
+
+    /// Steps that were applied when the mathematics of the run last changed.
+    pub(super) fn changed_at(&self, abort: &AbortHandle) -> Served<Option<u64>> {
+        let records = patiently(abort, "the log cannot be read now", || Ok(events::read(&self.store)?))?;
+        Ok(events::changed_at(&records.map_err(|error| fault(error.to_string()))?))
     }
 
     /// Makes the state that is held that which the step of `plan` begins with, and lets go of moments that this member does

@@ -170,6 +170,54 @@ fn a_run_that_goes_back_is_the_same_wherever_it_is_stopped() {
     }
 }
 
+/// A change of the mathematics begins the window anew: no spike leads back behind it, wherever the run is cut, and a run that
+/// is computed again finds the same.
+#[test]
+fn no_spike_leads_back_behind_a_change_of_the_mathematics() {
+    let data = Data::new();
+    let mut config = wild(&data, "rollback");
+    (config.checkpoint.every_steps, config.checkpoint.keep_last) = (5, 2);
+    // From its last spike on the run goes on at another rate: by the losses before, there would soon be a spike.
+    let plain = Store::memory().unwrap();
+    begin(&plain, &config, None);
+    let change = gone_back(&plain)[0].0;
+    let mut changed = config.clone();
+    changed.optimizer.weight_decay = 0.2;
+    let allowed = || Resume { config: Some(changed.clone()), allow: true };
+
+    let undisturbed = Store::memory().unwrap();
+    begin(&undisturbed, &config, Some(change));
+    let ended = resume_with(&undisturbed, allowed(), None);
+    let expected = gone_back(&undisturbed);
+    assert!(!expected.is_empty(), "the run is wild after the change too");
+    let half_a_window = u64::from(config.guard.window.div_ceil(2));
+    for (step, to) in &expected {
+        assert!(*to >= change && *step >= change + half_a_window, "changed at {change}: {expected:?}");
+    }
+    for stop in (change..ended.step).step_by(3) {
+        let store = Store::memory().unwrap();
+        begin(&store, &config, Some(change));
+        resume_with(&store, allowed(), Some(stop));
+        assert_eq!(resume(&store, None), ended, "stopped after {stop} steps");
+        assert_eq!(gone_back(&store), expected, "stopped after {stop} steps");
+    }
+    let findings = audit(&undisturbed, &Options::default(), &mut |_| {}).unwrap();
+    assert_eq!(findings.verdict, Verdict::Confirmed, "{findings:#?}");
+
+    // Without the checkpoint of the change nothing before it is computed with what came after it.
+    let store = Store::memory().unwrap();
+    begin(&store, &config, Some(change));
+    resume_with(&store, allowed(), Some(expected[0].0));
+    for step in
+        checkpoint::steps(&store).unwrap().into_iter().filter(|step| (change..expected[0].0).contains(step))
+    {
+        store.put(&format!("{}/manifest.json", checkpoint::folder(step)), "{}").unwrap();
+    }
+    let (refused, _) = drive(Run::resume(store, Resume::default()).unwrap(), None);
+    let told = refused.unwrap_err().to_string();
+    assert!(told.contains("since then the mathematics changed (--allow)"), "{told}");
+}
+
 #[test]
 fn only_what_skips_is_mathematics() {
     let data = Data::new();
