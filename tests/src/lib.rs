@@ -1,6 +1,8 @@
 //! What the end-to-end tests share: the built command, its processes with their logs, and a small run.
 
+mod browser;
 mod cluster;
+mod collector;
 mod command;
 mod kubelet;
 mod network;
@@ -9,7 +11,9 @@ mod run;
 mod s3;
 mod tool;
 
+pub use browser::Browser;
 pub use cluster::{Cluster, kube_tool};
+pub use collector::Collector;
 pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
 use kubelet::Kubelet;
 pub use network::Network;
