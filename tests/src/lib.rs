@@ -15,7 +15,6 @@ pub use browser::Browser;
 pub use cluster::{Cluster, kube_tool};
 pub use collector::Collector;
 pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
-use kubelet::Kubelet;
 pub use network::Network;
 pub use proxy::{Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
