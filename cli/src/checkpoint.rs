@@ -1,5 +1,6 @@
-//! `anello checkpoint list | verify | diff`; for those that change a store see `prune`.
+//! `anello checkpoint list | verify | diff`; for those that change a store see `prune`, for one that is asked for `now`.
 
+mod now;
 mod prune;
 
 use anello_store::checkpoint::{self, Manifest};
@@ -41,6 +42,9 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Ask a coordinator for a checkpoint of a job at its next step, beside those that its config asks for, and wait until it is
+    /// there. The ring goes on; the result does not depend on it.
+    Now(now::Args),
     /// Remove old checkpoints of a run, as its config says unless told otherwise, and parts that no checkpoint names. The
     /// newest two stay, and the newest that is whole: it is read to the last byte before anything goes.
     Prune {
@@ -72,6 +76,7 @@ pub fn run(command: &Command, screen: &Screen) -> Outcome {
     match command {
         Command::List { run } => list(run, screen),
         Command::Verify { name } => verify(name, screen),
+        Command::Now(args) => now::now(args, screen),
         Command::Prune { run, keep_last, keep_every, dry_run } => {
             prune::prune(run, *keep_last, *keep_every, *dry_run, screen)
         }

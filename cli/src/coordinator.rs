@@ -1,13 +1,14 @@
 //! `anello coordinator`: several jobs, as a service.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anello_configs::RunConfig;
 use anello_coordinator::http::Keeper;
-use anello_coordinator::{Jobs, Refusal, Registry, RegistryOptions, Said, Server, Timings};
+use anello_coordinator::{Jobs, Rates, Refusal, Registry, RegistryOptions, Said, Server, Timings};
 use anello_proto::jobs::{JobName, Submission};
 use anello_store::{Store, doctor};
 use anello_tls::Role;
@@ -53,6 +54,13 @@ pub struct Args {
     /// Fewest workers that train it.
     #[arg(long, value_name = "N", default_value_t = 1, requires = "submit", value_parser = clap::value_parser!(u32).range(1..=4096))]
     min: u32,
+    /// Requests a second that one address may make of each of the two servers, gRPC and HTTP: who asks more often is told
+    /// when to come again. Five seconds' worth may come at once. Workers, and probes of health, are not counted.
+    #[arg(long, value_name = "N", default_value_t = Rates::DEFAULT.requests)]
+    requests_per_second: NonZeroU32,
+    /// Those of them that change something, a second: submit, pause, scale and their like.
+    #[arg(long, value_name = "N", default_value_t = Rates::DEFAULT.changes)]
+    changes_per_second: NonZeroU32,
     #[command(flatten)]
     http: HttpArgs,
     #[command(flatten)]
@@ -84,10 +92,11 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let protection = args.protection.protection(Role::Coordinator)?;
     let with_tls = if protection.tls().is_some() { " (TLS)" } else { "" };
     // The address first: one that is in use must not fence the coordinator that uses it.
-    let bound = runtime.block_on(Server::bind(args.listen, protection.clone()))?;
+    let rates = Rates { requests: args.requests_per_second, changes: args.changes_per_second };
+    let bound = runtime.block_on(Server::bind(args.listen, protection.clone()))?.limited(rates);
     let address = bound.address;
-    let door = args.http.bind(runtime.handle(), &protection)?;
-    let board = args.http.board();
+    let door = args.http.bind_limited(runtime.handle(), &protection, rates)?;
+    let board = args.http.traced_board(runtime.handle())?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
     let slots = Some(args.slots.unwrap_or(cores)).filter(|slots| *slots > 0);
     let handed = match slots {
@@ -157,6 +166,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     }
     let _ = thread.join();
     runtime.block_on(server.stop());
+    board.finish();
     if let Some(page) = page {
         runtime.block_on(page.stop());
     }

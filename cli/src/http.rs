@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anello_configs::RunConfig;
+use anello_coordinator::Rates;
 use anello_coordinator::core::Status;
 use anello_coordinator::http::{Bound, Keeper, Limits, Server, Site, Tokens};
-use anello_coordinator::telemetry::Board;
+use anello_coordinator::telemetry::{Board, Traces};
 use anello_proto::jobs::Phase;
 use anello_store::{Notice, Store, events};
 use anello_tls::Protection;
@@ -51,12 +52,30 @@ impl HttpArgs {
         Board::new(self.peak_flops)
     }
 
+    /// The same, which also sends traces where the environment names a collector of them.
+    pub fn traced_board(&self, runtime: &Handle) -> Result<Board, Failure> {
+        let _runtime = runtime.enter();
+        let traces = Traces::from_environment().map_err(|wrong| Failure::Usage(wrong.to_string()))?;
+        Ok(self.board().tracing(traces))
+    }
+
     /// Takes the address, if there is to be a server: before anything is begun that it would be in the way of.
     pub fn bind(&self, runtime: &Handle, protection: &Protection) -> Result<Option<Door>, Failure> {
+        self.bind_limited(runtime, protection, Rates::DEFAULT)
+    }
+
+    /// The same, with these rates of requests.
+    pub fn bind_limited(
+        &self,
+        runtime: &Handle,
+        protection: &Protection,
+        rates: Rates,
+    ) -> Result<Option<Door>, Failure> {
         let Some(address) = self.http else { return Ok(None) };
         let tokens = self.token.as_deref().map(Tokens::read).transpose();
         let tokens = tokens.map_err(|wrong| Failure::Usage(wrong.to_string()))?;
-        let bound = runtime.block_on(Bound::bind(address, protection.clone(), Limits::default()))?;
+        let limits = Limits { rates, ..Limits::default() };
+        let bound = runtime.block_on(Bound::bind(address, protection.clone(), limits))?;
         Ok(Some(Door { bound, tokens }))
     }
 }

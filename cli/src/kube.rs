@@ -57,6 +57,9 @@ pub struct KubeArgs {
     /// Secret with the pods' certificates (without one nothing is encrypted).
     #[arg(long, value_name = "NAME", requires = "kube")]
     tls_secret: Option<String>,
+    /// The Secrets are NAME-coordinator and NAME-worker, as cert-manager writes them.
+    #[arg(long, requires = "tls_secret")]
+    cert_manager: bool,
     /// Serve metrics on port 9100 of every pod, and the page on the coordinator's.
     #[arg(long, requires = "kube")]
     metrics: bool,
@@ -127,7 +130,10 @@ pub fn submit(args: &SubmitArgs, screen: &Screen) -> Outcome {
         gpu: kube.gpus.map(|count| Gpu { count, ..Gpu::default() }),
         queue_name: kube.queue.clone(),
         env_from: kube.secret.iter().map(|name| anello_k8s::secret_variables(name)).collect(),
-        tls: kube.tls_secret.clone().map(|secret_name| TlsSource { secret_name }),
+        tls: kube
+            .tls_secret
+            .clone()
+            .map(|secret_name| TlsSource { secret_name, cert_manager: kube.cert_manager }),
         insecure: kube.tls_secret.is_none(),
         http: kube
             .metrics

@@ -8,10 +8,12 @@ use anello_proto::jobs::{JobName, Phase, Submission};
 use anello_proto::v1;
 use anello_proto::v1::jobs_server::Jobs;
 use anello_store::{Store, events};
+use anello_tls::grpc::Peer;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::rate::{Kind, Limiter, TooOften, seconds};
 use crate::registry::{Command, Refusal, Registry, Wish, log_record};
 
 /// Bytes of a request: a config of 1 MiB, and names.
@@ -26,9 +28,21 @@ const RECORDS: usize = 256;
 type Answer<T> = Result<Response<T>, Status>;
 type Stream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Api {
     pub registry: Registry,
+    pub limiter: Limiter,
+}
+
+/// Metadata of a refusal: whole seconds after which the next request is answered.
+const RETRY_AFTER: &str = "retry-after";
+
+impl From<TooOften> for Status {
+    fn from(refused: TooOften) -> Self {
+        let mut status = Self::resource_exhausted(refused.to_string());
+        status.metadata_mut().insert(RETRY_AFTER, seconds(refused.again).into());
+        status
+    }
 }
 
 impl From<Refusal> for Status {
@@ -54,6 +68,14 @@ fn is_over(detail: &v1::JobDetail) -> bool {
 }
 
 impl Api {
+    /// The request, unless whoever sent it asks too often.
+    fn admit<T>(&self, request: Request<T>, kind: Kind) -> Result<T, Status> {
+        if let Some(address) = Peer::address_of(&request) {
+            self.limiter.admit(address, kind)?;
+        }
+        Ok(request.into_inner())
+    }
+
     async fn detail(&self, name: &JobName) -> Result<v1::JobDetail, Refusal> {
         self.registry.describe(name).await
     }
@@ -68,29 +90,30 @@ impl Api {
 #[tonic::async_trait]
 impl Jobs for Api {
     async fn submit(&self, request: Request<v1::SubmitRequest>) -> Answer<v1::Job> {
-        let submission = Submission::try_from(request.into_inner()).map_err(malformed)?;
+        let submission = Submission::try_from(self.admit(request, Kind::Change)?).map_err(malformed)?;
         let job = self.registry.ask(|reply| Command::Submit(submission, reply)).await;
         let name = job.as_ref().map(|job| job.name.as_str()).unwrap_or_default();
         tracing::info!(target: crate::AUDIT, job = name, wish = "submit", done = job.is_ok(), "asked over gRPC");
         Ok(Response::new(job?))
     }
 
-    async fn list(&self, _: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
+    async fn list(&self, request: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
+        self.admit(request, Kind::Read)?;
         Ok(Response::new(v1::ListResponse { jobs: self.registry.ask(Command::List).await? }))
     }
 
     async fn describe(&self, request: Request<v1::JobRequest>) -> Answer<v1::JobDetail> {
-        let name = JobName::try_from(request.into_inner()).map_err(malformed)?;
+        let name = JobName::try_from(self.admit(request, Kind::Read)?).map_err(malformed)?;
         Ok(Response::new(self.detail(&name).await?))
     }
 
     type WatchStream = Stream<v1::JobDetail>;
 
     async fn watch(&self, request: Request<v1::JobRequest>) -> Answer<Self::WatchStream> {
-        let name = JobName::try_from(request.into_inner()).map_err(malformed)?;
+        let name = JobName::try_from(self.admit(request, Kind::Read)?).map_err(malformed)?;
         let mut detail = self.detail(&name).await?;
         let (sender, stream) = mpsc::channel(STREAM_MAX);
-        let api = Self { registry: self.registry.clone() };
+        let api = self.clone();
         tokio::spawn(async move {
             loop {
                 if sender.send(Ok(detail.clone())).await.is_err() || is_over(&detail) {
@@ -122,10 +145,10 @@ impl Jobs for Api {
 
     async fn logs(&self, request: Request<v1::LogsRequest>) -> Answer<Self::LogsStream> {
         let (name, follow, mut after) =
-            <(JobName, bool, u64)>::try_from(request.into_inner()).map_err(malformed)?;
+            <(JobName, bool, u64)>::try_from(self.admit(request, Kind::Read)?).map_err(malformed)?;
         let job = self.detail(&name).await?.job.unwrap_or_default();
         let (sender, stream) = mpsc::channel(STREAM_MAX);
-        let api = Self { registry: self.registry.clone() };
+        let api = self.clone();
         tokio::spawn(async move {
             loop {
                 // Asked before the log is read: what is over writes nothing more.
@@ -165,19 +188,31 @@ impl Jobs for Api {
     }
 
     async fn pause(&self, request: Request<v1::JobRequest>) -> Answer<v1::Job> {
-        self.want(JobName::try_from(request.into_inner()).map_err(malformed)?, Wish::Pause).await
+        self.want(JobName::try_from(self.admit(request, Kind::Change)?).map_err(malformed)?, Wish::Pause)
+            .await
     }
 
     async fn resume(&self, request: Request<v1::JobRequest>) -> Answer<v1::Job> {
-        self.want(JobName::try_from(request.into_inner()).map_err(malformed)?, Wish::Resume).await
+        self.want(JobName::try_from(self.admit(request, Kind::Change)?).map_err(malformed)?, Wish::Resume)
+            .await
     }
 
     async fn scale(&self, request: Request<v1::ScaleRequest>) -> Answer<v1::Job> {
-        let (name, workers) = <(JobName, u32)>::try_from(request.into_inner()).map_err(malformed)?;
+        let (name, workers) =
+            <(JobName, u32)>::try_from(self.admit(request, Kind::Change)?).map_err(malformed)?;
         self.want(name, Wish::Scale(workers)).await
     }
 
+    async fn checkpoint(&self, request: Request<v1::JobRequest>) -> Answer<v1::CheckpointResponse> {
+        let name = JobName::try_from(self.admit(request, Kind::Change)?).map_err(malformed)?;
+        let wanted = self.registry.checkpoint(&name).await;
+        tracing::info!(target: crate::AUDIT, job = %name, wish = "checkpoint", done = wanted.is_ok(), "asked over gRPC");
+        let (job, step) = wanted?;
+        Ok(Response::new(v1::CheckpointResponse { job: Some(job), step }))
+    }
+
     async fn cancel(&self, request: Request<v1::JobRequest>) -> Answer<v1::Job> {
-        self.want(JobName::try_from(request.into_inner()).map_err(malformed)?, Wish::Cancel).await
+        self.want(JobName::try_from(self.admit(request, Kind::Change)?).map_err(malformed)?, Wish::Cancel)
+            .await
     }
 }

@@ -64,6 +64,8 @@ pub(crate) enum Input {
     GiveUp { reason: String },
     /// The user wants another number of workers.
     Desired(u32),
+    /// The user wants a checkpoint of what is trained now. Told which step it holds at least.
+    Checkpoint(oneshot::Sender<Step>),
     /// Another coordinator is to go on with it, while it trains. Told when all that is known is written.
     HandOver(oneshot::Sender<()>),
     /// Somebody wants to know how it is.
@@ -97,6 +99,14 @@ impl Job {
     /// `recorded` is told when it is durable, and dropped when the job ends before.
     pub async fn amend(&self, goal: Goal, workers: u32, recorded: oneshot::Sender<()>) {
         let _ = self.inputs.send(Input::Amend { goal, workers, recorded }).await;
+    }
+
+    /// Asks for a checkpoint of all that is trained now; the answer is the step that it holds at least. Absent when the job
+    /// is over.
+    pub async fn checkpoint(&self) -> Option<Step> {
+        let (answer, step) = oneshot::channel();
+        self.inputs.send(Input::Checkpoint(answer)).await.ok()?;
+        step.await.ok()
     }
 
     /// Ends the job as failed: nobody is left to train it.
@@ -237,6 +247,11 @@ impl Running {
             }
             Input::GiveUp { reason } => self.core_event(Event::GivenUp { reason }),
             Input::Desired(desired) => self.core_event(Event::Desired(desired)),
+            Input::Checkpoint(answer) => {
+                self.core_event(Event::CheckpointWanted);
+                let there = || self.core.status().committed.unwrap_or_default();
+                let _ = answer.send(self.core.wanted().unwrap_or_else(there));
+            }
             // Taken by the loop, and while all are seen off there is nothing to hand over.
             Input::HandOver(_) => {}
             Input::Status(answer) => drop(answer.send(self.core.status())),

@@ -15,6 +15,7 @@
 //! ```
 
 mod api;
+pub mod client;
 pub mod core;
 mod desk;
 mod error;
@@ -22,6 +23,7 @@ pub mod http;
 mod job;
 pub mod launch;
 mod news;
+mod rate;
 mod records;
 mod registry;
 mod service;
@@ -32,6 +34,7 @@ pub use anello_configs::Timings;
 pub use error::{Error, Result};
 pub use job::{Job, JobOptions, Opened, create};
 pub use news::News;
+pub use rate::Rates;
 pub use records::record_of;
 pub use registry::{Refusal, Registry, RegistryOptions, Said};
 pub use service::{Bound, Jobs, Server};

@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::api::{Api, REQUEST_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::job::{Input, Job};
+use crate::rate::{Limiter, Rates};
 use crate::registry::Registry;
 
 /// Time for a connection to say hello.
@@ -72,6 +73,7 @@ pub struct Bound {
     pub address: SocketAddr,
     listener: tokio::net::TcpListener,
     protection: Protection,
+    rates: Rates,
 }
 
 fn failed(address: SocketAddr, cause: impl ToString) -> Error {
@@ -79,19 +81,26 @@ fn failed(address: SocketAddr, cause: impl ToString) -> Error {
 }
 
 impl Bound {
+    /// With these rates of users' requests; workers, who are few and say little, are not counted.
+    pub fn limited(self, rates: Rates) -> Self {
+        Self { rates, ..self }
+    }
+
     /// Serves workers of `jobs`, and users when there is a registry; besides, gRPC's own health and reflection services.
     /// With TLS the first are for certificates of workers, the second for those of users, the others for both.
     ///
     /// # Errors
     /// [`Error::Serve`].
     pub async fn serve(self, jobs: Jobs, registry: Option<Registry>) -> Result<Server> {
-        let Self { address, listener, protection } = self;
+        let Self { address, listener, protection, rates } = self;
         let (stop, stopped) = oneshot::channel::<()>();
         let ring = RingServer::new(Service { jobs }).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let (health, health_service) = tonic_health::server::health_reporter();
         health.set_serving::<RingServer<Service>>().await;
-        let users = registry
-            .map(|registry| JobsServer::new(Api { registry }).max_decoding_message_size(REQUEST_BYTES_MAX));
+        let limiter = Limiter::new(rates);
+        let users = registry.map(|registry| {
+            JobsServer::new(Api { registry, limiter }).max_decoding_message_size(REQUEST_BYTES_MAX)
+        });
         if users.is_some() {
             health.set_serving::<JobsServer<Api>>().await;
         }
@@ -128,7 +137,7 @@ impl Server {
         let listener =
             tokio::net::TcpListener::bind(address).await.map_err(|cause| failed(address, cause))?;
         let address = listener.local_addr().map_err(|cause| failed(address, cause))?;
-        Ok(Bound { address, listener, protection })
+        Ok(Bound { address, listener, protection, rates: Rates::DEFAULT })
     }
 
     /// Serves workers of `jobs` on the loopback address `address`, and no users.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anello_configs::RunConfig;
+use anello_coordinator::Rates;
 use anello_coordinator::http::{Bound, Keeper, Limits, Server, Site, Tokens, description};
 use anello_coordinator::telemetry::Board;
 use anello_proto::jobs::Phase;
@@ -351,6 +352,43 @@ fn who_is_slow_or_asks_for_too_much_is_shown_the_door() {
     stream.write_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n").unwrap();
     assert!(is_closed(&mut stream));
     assert_eq!(here.get("/healthz").0, 200, "all others are served as before");
+}
+
+#[test]
+fn who_asks_too_often_is_told_when_to_come_again() {
+    let number = |n| std::num::NonZeroU32::new(n).unwrap();
+    let ask = |here: &Here, method: &str, headers: &str| {
+        let mut stream = here.connect();
+        let head = format!(
+            "{method} /api/v1/jobs/small HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n{headers}\r\n"
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut text = String::new();
+        let _ = stream.read_to_string(&mut text);
+        text
+    };
+    let refused = |here: &Here, method: &str, headers: &str| {
+        // As many as may come at once are answered; then one comes too soon.
+        (0..10_000)
+            .map(|at| (at, ask(here, method, headers)))
+            .find(|(_, text)| text.starts_with("HTTP/1.1 429"))
+            .expect("one is refused")
+    };
+    let rates = Rates { requests: number(2), changes: number(1) };
+    let here = Here::start(false, Limits { rates, ..Limits::default() });
+    let (answered, text) = refused(&here, "GET", "");
+    assert!(answered >= 10, "{answered}");
+    assert!(text.to_ascii_lowercase().contains("retry-after: 1\r\n"), "{text}");
+    assert!(text.contains("127.0.0.1 asks too often: this server answers 2 requests a second"), "{text}");
+    // Who looks whether the process lives is answered all the same.
+    assert!((0..30).all(|_| here.get("/healthz").0 == 200));
+
+    // Guesses of a token are counted, whatever comes of them; and who may act is counted apart from who reads.
+    let rates = Rates { requests: number(1000), changes: number(1) };
+    let here = Here::start(true, Limits { rates, ..Limits::default() });
+    let (answered, text) = refused(&here, "POST", &bearer("nobodys-0123456789abcdef"));
+    assert!(answered >= 5 && text.contains("1 requests that change something a second"), "{text}");
+    assert_eq!(here.ask("GET", "/api/v1/jobs", &bearer(VIEWER), "").0, 200);
 }
 
 #[test]

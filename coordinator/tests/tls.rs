@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anello_coordinator::launch::Local;
 use anello_coordinator::telemetry::Board;
-use anello_coordinator::{Error, Jobs, Registry, RegistryOptions, Server, Timings};
+use anello_coordinator::{Error, Jobs, Rates, Registry, RegistryOptions, Server, Timings};
 use anello_proto::v1;
 use anello_proto::v1::jobs_client::JobsClient;
 use anello_proto::v1::ring_client::RingClient;
@@ -37,6 +37,10 @@ struct Coordinator {
 
 impl Coordinator {
     fn start(protection: Protection) -> Self {
+        Self::start_with(protection, Rates::DEFAULT)
+    }
+
+    fn start_with(protection: Protection, rates: Rates) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let place = tempfile::tempdir().unwrap();
@@ -57,7 +61,7 @@ impl Coordinator {
             Registry::start(options, runtime.handle().clone(), Jobs::default(), said, nobody).unwrap();
         let server = runtime.block_on(async {
             let bound = Server::bind(([127, 0, 0, 1], 0).into(), protection).await.unwrap();
-            bound.serve(Jobs::default(), Some(registry)).await.unwrap()
+            bound.limited(rates).serve(Jobs::default(), Some(registry)).await.unwrap()
         });
         Self { runtime, address: server.address, _place: place, _server: server }
     }
@@ -169,6 +173,38 @@ fn without_tls_all_are_served_but_those_who_want_it() {
         coordinator.list(Some(load(dir.path(), Role::User))).unwrap_err(),
         "the coordinator at ADDRESS does not speak TLS; start it with --tls too, or leave TLS out here"
     );
+}
+
+#[test]
+fn who_asks_too_often_is_told_when_to_come_again() {
+    let number = |n| std::num::NonZeroU32::new(n).unwrap();
+    let rates = Rates { requests: number(1000), changes: number(1) };
+    let coordinator = Coordinator::start_with(Protection::Loopback, rates);
+    let name = || v1::JobRequest { name: "none".to_owned() };
+    let (answered, refused, listed) = coordinator.runtime.block_on(async {
+        let mut jobs = JobsClient::new(coordinator.to(None).connect(PATIENCE).await.unwrap());
+        let mut answered = 0;
+        let refused = loop {
+            let status = jobs.pause(name()).await.unwrap_err();
+            if status.code() != tonic::Code::NotFound {
+                break status;
+            }
+            answered += 1;
+            assert!(answered < 100_000, "one is refused");
+        };
+        (answered, refused, jobs.list(v1::ListRequest {}).await.is_ok())
+    });
+    assert!(answered >= 5, "{answered}");
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+    assert_eq!(
+        refused.message(),
+        "127.0.0.1 asks too often: this server answers 1 requests that change something a second of one address; try again \
+         in 1 s"
+    );
+    assert_eq!(refused.metadata().get("retry-after").unwrap(), "1");
+    assert!(listed, "it may look on");
+    let told = coordinator.attach(None).unwrap();
+    assert!(told.contains("there is no job none"), "workers are not counted: {told}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use futures::StreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Event as KubeEvent, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PropagationPolicy};
@@ -23,7 +23,7 @@ use serde_json::json;
 
 use crate::coordinator::Coordinator;
 use crate::lease::{Holding, RENEW};
-use crate::objects::{ASKED, JOB_LABEL, PORT, ROLE_LABEL, coordinator_name, workers_name};
+use crate::objects::{ASKED, JOB_LABEL, PORT, ROLE_LABEL, TEMPLATE, coordinator_name, workers_name};
 use crate::plan::{Change, CoordinatorSeen, CrewSeen, FINALIZER, Observed, Plan, plan};
 use crate::resource::PretrainJob;
 
@@ -31,6 +31,8 @@ use crate::resource::PretrainJob;
 const MANAGER: &str = "anello-controller";
 /// Pause after a look that failed.
 const PAUSE: Duration = Duration::from_secs(5);
+/// Seconds for which it is believed that no pod can be made: the Job controller tries again once a minute at least.
+const RECENT_S: i64 = 300;
 /// Letters of a pod's last words that are passed on.
 const WORDS_MAX: usize = 1000;
 
@@ -211,15 +213,24 @@ async fn observe(
     let deployment =
         deployments.get_opt(&coordinator_name(&name)).await.map_err(kube("reading a Deployment"))?;
     let crew = jobs.get_opt(&workers_name(&name)).await.map_err(kube("reading a Job"))?;
-    let mut observed = Observed {
-        now: Timestamp::now().as_second(),
-        crew: crew.as_ref().map(crew_seen),
-        ..Observed::default()
-    };
+    let now = Timestamp::now().as_second();
+    let mut observed = Observed { now, crew: crew.as_ref().map(crew_seen), ..Observed::default() };
+    if let Some(crew) = &mut observed.crew
+        && !crew.suspended
+        && crew.active < crew.parallelism
+    {
+        crew.short = why_short(&context.client, &namespace, &workers_name(&name), now).await?;
+    }
     let Some(deployment) = deployment else { return Ok(observed) };
-    let ready = deployment.status.and_then(|status| status.ready_replicas).unwrap_or_default() > 0;
+    let status = deployment.status.unwrap_or_default();
+    let ready = status.ready_replicas.unwrap_or_default() > 0;
     let mut seen = CoordinatorSeen { ready, ..CoordinatorSeen::default() };
     if !ready {
+        let conditions = status.conditions.into_iter().flatten();
+        // No pod could be made: as when a quota is exhausted.
+        seen.failing = conditions
+            .filter(|condition| condition.type_ == "ReplicaFailure" && condition.status == "True")
+            .find_map(|condition| condition.message);
         let labels = format!("{JOB_LABEL}={name},{ROLE_LABEL}=coordinator");
         let pods = pods.list(&ListParams::default().labels(&labels)).await.map_err(kube("listing pods"))?;
         let containers = pods.items.iter().filter_map(|pod| pod.status.as_ref()?.container_statuses.as_ref());
@@ -246,6 +257,19 @@ async fn observe(
     Ok(observed)
 }
 
+/// Why Kubernetes made no pod for the Job `name`, when it has said so lately: a quota, a policy.
+async fn why_short(client: &Client, namespace: &str, name: &str, now: i64) -> Result<Option<String>, Error> {
+    let events: Api<KubeEvent> = Api::namespaced(client.clone(), namespace);
+    let of = format!("involvedObject.kind=Job,involvedObject.name={name},reason=FailedCreate");
+    let told = events.list(&ListParams::default().fields(&of)).await.map_err(kube("listing events"))?;
+    let at = |event: &KubeEvent| {
+        let last = event.last_timestamp.as_ref().map(|at| at.0.as_second());
+        last.or_else(|| event.event_time.as_ref().map(|at| at.0.as_second())).unwrap_or_default()
+    };
+    let newest = told.items.into_iter().max_by_key(at).filter(|event| now - at(event) < RECENT_S);
+    Ok(newest.and_then(|event| event.message).map(|words| words.chars().take(WORDS_MAX).collect()))
+}
+
 fn crew_seen(job: &Job) -> CrewSeen {
     let (spec, status) = (job.spec.clone().unwrap_or_default(), job.status.clone().unwrap_or_default());
     let asked = job.annotations().get(ASKED).and_then(|asked| asked.parse().ok());
@@ -262,6 +286,8 @@ fn crew_seen(job: &Job) -> CrewSeen {
     CrewSeen {
         parallelism,
         asked: asked.unwrap_or(parallelism),
+        template: job.annotations().get(TEMPLATE).cloned(),
+        short: None,
         suspended: spec.suspend.unwrap_or_default(),
         active: status.active.unwrap_or_default(),
         without: without.flat_map(|expression| expression.values.unwrap_or_default()).collect(),

@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
+use anello_coordinator::client::{CallError, Client};
 use anello_proto::jobs::Phase;
 use anello_proto::v1;
-use anello_proto::v1::jobs_client::JobsClient;
 use anello_tls::grpc::To;
 use anello_tls::{Role, Tls};
-use tonic::transport::Channel;
 
 use crate::plan::RunSeen;
 
@@ -16,21 +15,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A coordinator that answered.
 pub struct Coordinator {
-    jobs: JobsClient<Channel>,
+    client: Client,
     job: String,
 }
 
-fn told(status: &tonic::Status) -> String {
-    format!("{}: {}", status.code(), status.message())
-}
-
-/// Waits for an answer, but not for long.
-async fn answer<T>(
-    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-) -> Result<T, String> {
-    let answer = tokio::time::timeout(PATIENCE, call).await;
-    let answer = answer.map_err(|_| format!("no answer within {} s", PATIENCE.as_secs()))?;
-    answer.map(tonic::Response::into_inner).map_err(|status| told(&status))
+fn told(error: CallError) -> String {
+    error.to_string()
 }
 
 impl Coordinator {
@@ -40,8 +30,8 @@ impl Coordinator {
     /// In words.
     pub async fn connect(address: String, tls: Option<Tls>, job: String) -> Result<Self, String> {
         let to = To { address, role: Role::Coordinator, tls };
-        let channel = to.connect(PATIENCE).await.map_err(|error| error.to_string())?;
-        Ok(Self { jobs: JobsClient::new(channel), job })
+        let client = Client::connect(to, PATIENCE, PATIENCE).await.map_err(|error| error.to_string())?;
+        Ok(Self { client, job })
     }
 
     fn request(&self) -> v1::JobRequest {
@@ -54,7 +44,7 @@ impl Coordinator {
     /// In words.
     pub async fn look(&mut self) -> Result<RunSeen, String> {
         let request = self.request();
-        let detail = answer(self.jobs.describe(request)).await?;
+        let detail = self.client.describe(request).await.map_err(told)?;
         let job = detail.job.ok_or("it tells of no job")?;
         let phase = Phase::try_from(job.phase()).map_err(|malformed| malformed.to_string())?;
         Ok(RunSeen {
@@ -76,7 +66,7 @@ impl Coordinator {
     /// In words.
     pub async fn scale(&mut self, workers: u32) -> Result<(), String> {
         let request = v1::ScaleRequest { name: self.job.clone(), workers };
-        answer(self.jobs.scale(request)).await.map(drop)
+        self.client.scale(request).await.map(drop).map_err(told)
     }
 
     /// Asks it to take a checkpoint and let its workers go.
@@ -85,7 +75,7 @@ impl Coordinator {
     /// In words.
     pub async fn pause(&mut self) -> Result<(), String> {
         let request = self.request();
-        answer(self.jobs.pause(request)).await.map(drop)
+        self.client.pause(request).await.map(drop).map_err(told)
     }
 
     /// Asks it to go on.
@@ -94,6 +84,6 @@ impl Coordinator {
     /// In words.
     pub async fn resume(&mut self) -> Result<(), String> {
         let request = self.request();
-        answer(self.jobs.resume(request)).await.map(drop)
+        self.client.resume(request).await.map(drop).map_err(told)
     }
 }

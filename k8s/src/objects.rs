@@ -29,7 +29,7 @@ use kube::{Resource, ResourceExt};
 use crate::resource::PretrainJob;
 
 pub use coordinator::coordinator;
-pub use workers::{Crew, workers};
+pub use workers::{Crew, pods_digest, workers};
 
 /// Port of the coordinator.
 pub const PORT: i32 = 7700;
@@ -41,6 +41,8 @@ pub const JOB_LABEL: &str = "anello.dev/job";
 pub const ROLE_LABEL: &str = "anello.dev/role";
 /// On the workers' Job: the pods that were asked for.
 pub const ASKED: &str = "anello.dev/asked";
+/// On the workers' Job: which pods it makes.
+pub const TEMPLATE: &str = "anello.dev/template";
 
 /// Name of the coordinator's Deployment and Service.
 pub fn coordinator_name(job: &str) -> String {

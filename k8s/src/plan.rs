@@ -65,6 +65,10 @@ pub struct CrewSeen {
     pub active: i32,
     /// Nodes that its pods stay away from.
     pub without: Vec<String>,
+    /// Which pods it makes ([`objects::pods_digest`]); absent: it does not say.
+    pub template: Option<String>,
+    /// Why it has fewer pods than there are to be.
+    pub short: Option<String>,
     /// It was given up, and why.
     pub failed: Option<String>,
 }
@@ -161,22 +165,40 @@ pub fn plan(job: &PretrainJob, observed: &Observed) -> Plan {
     changes.push(Change::Service(Box::new(objects::workers_service(job))));
     changes.push(Change::NetworkPolicy(Box::new(objects::network_policy(job))));
     changes.push(Change::Coordinator(Box::new(objects::coordinator(job, 1))));
-    let (crew, asks) = steer(job, observed, &status.quarantined_nodes);
-    changes.push(Change::Workers(Box::new(objects::workers(job, &crew))));
+    let Steered { crew, other_pods, asks } = steer(job, observed, &status.quarantined_nodes);
+    if !other_pods {
+        changes.push(Change::Workers(Box::new(objects::workers(job, &crew))));
+    } else if crew.suspend == Some(true) || observed.crew.as_ref().is_some_and(|crew| crew.suspended) {
+        // It has no pods, or none that have anything to lose. The next look makes it anew.
+        changes.push(Change::RemoveWorkers);
+    }
     changes.extend(asks);
     let moving = observed.run.as_ref().is_none_or(|run| run.phase != Phase::Running);
     Plan { changes, status, again_s: Some(if moving { SOON_S } else { LOOK_S }) }
 }
 
+/// How the workers are to be.
+struct Steered {
+    /// Their Job.
+    crew: Crew,
+    /// The Job that is there makes other pods than the spec asks for, and no Job can be changed in that.
+    other_pods: bool,
+    /// What is asked of the coordinator.
+    asks: Vec<Change>,
+}
+
 /// How the workers' Job is to be, and what is asked of the coordinator.
-fn steer(job: &PretrainJob, observed: &Observed, quarantined: &[String]) -> (Crew, Vec<Change>) {
+fn steer(job: &PretrainJob, observed: &Observed, quarantined: &[String]) -> Steered {
     let spec = &job.spec;
     let (desired, queued) = (spec.workers.desired, spec.queue_name.is_some());
     let run = observed.run.as_ref();
     let phase = run.map(|run| run.phase);
     let seen = observed.crew.as_ref();
-    // What a Job's pods stay away from can change only while it has none: so the run pauses for it.
-    let stale = seen.is_some_and(|crew| !crew.suspended && crew.without != quarantined);
+    let template = objects::pods_digest(job);
+    let other_pods =
+        seen.and_then(|crew| crew.template.as_ref()).is_some_and(|of_theirs| *of_theirs != template);
+    // What a Job's pods are, and what they stay away from, can change only while it has none: so the run pauses for it.
+    let stale = seen.is_some_and(|crew| !crew.suspended && (other_pods || crew.without != quarantined));
     let halt = spec.suspend || stale;
     let trains = matches!(phase, Some(Phase::Forming | Phase::Running | Phase::Recovering | Phase::Queued));
     let mut asks = Vec::new();
@@ -215,7 +237,7 @@ fn steer(job: &PretrainJob, observed: &Observed, quarantined: &[String]) -> (Cre
             asks.push(Change::Scale(wanted as u32));
         }
     }
-    (crew, asks)
+    Steered { crew, other_pods, asks }
 }
 
 /// A job that is over: nothing of it runs any more, and after a while it goes.

@@ -259,8 +259,12 @@ fn nvidia() -> String {
 #[serde(rename_all = "camelCase")]
 pub struct TlsSource {
     /// A Secret in the same namespace with ca.pem, coordinator.pem, coordinator.key, worker.pem and worker.key, as
-    /// `anello certs init` makes them.
+    /// `anello certs init` makes them; with `certManager` the beginning of the names of two.
     pub secret_name: String,
+    /// The Secrets are secretName-coordinator and secretName-worker, each with ca.crt, tls.crt and tls.key: as cert-manager
+    /// writes them for certificates of the names coordinator.anello and worker.anello.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cert_manager: bool,
 }
 
 /// What is served over HTTP.

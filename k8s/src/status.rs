@@ -53,7 +53,10 @@ pub fn of(job: &PretrainJob, observed: &Observed, before: &PretrainJobStatus) ->
 fn take(status: &mut PretrainJobStatus, observed: &Observed) {
     if let Some(run) = &observed.run {
         status.phase = Some(word(run.phase).to_owned());
-        status.message = run.message.clone();
+        let short = observed.crew.as_ref().and_then(|crew| crew.short.as_ref());
+        let short = short.map(|why| format!("some workers have no pods: {why}"));
+        let said: Vec<String> = [run.message.clone(), short].into_iter().flatten().collect();
+        status.message = Some(said.join("; ")).filter(|said| !said.is_empty());
         status.workers = run.workers as i32;
         status.step = run.step.map(|step| step as i64).or(status.step);
         status.total_steps = Some(run.total_steps as i64);

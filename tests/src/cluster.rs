@@ -6,7 +6,8 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::{Kubelet, anello, free_port, wait_until};
+use crate::kubelet::{DEDICATED, Kubelet};
+use crate::{anello, free_port, wait_until};
 
 /// Runs a part until standard input ends: with this process, whatever becomes of it. At once, since nothing is to be kept,
 /// and an API server whose etcd is gone takes its time.
@@ -64,8 +65,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts one in `folder`, with these nodes; absent where no control plane was built, which is said.
-    pub fn start(folder: &Path, nodes: &[&str]) -> Option<Self> {
+    /// Starts one in `folder`, without nodes; absent where no control plane was built, which is said.
+    pub fn start(folder: &Path) -> Option<Self> {
         let program = kube_tool("controlplane");
         if !program.exists() {
             println!("NOT RUN, for there is no control plane: install Go and run scripts/kube-tools");
@@ -126,8 +127,24 @@ impl Cluster {
             Part::start(&program, &words("controller-manager", flags), &folder.join("controllers.log"));
         cluster._parts.push(part);
         let pods = folder.join("pods");
-        cluster.kubelet = Some(Kubelet::start(&folder.join("admin.kubeconfig"), nodes, &pods));
+        cluster.kubelet = Some(Kubelet::start(&folder.join("admin.kubeconfig"), &pods));
         Some(cluster)
+    }
+
+    /// Makes nodes `NAMESPACE-0`, `NAMESPACE-1`, … for the pods of a namespace, and for no others.
+    pub fn add_nodes(&self, namespace: &str, nodes: usize) {
+        let node = |at: usize| {
+            format!(
+                "apiVersion: v1\nkind: Node\nmetadata:\n  name: {namespace}-{at}\n  labels: \
+                 {{kubernetes.io/hostname: {namespace}-{at}, {DEDICATED}: {namespace}}}\n"
+            )
+        };
+        self.apply(&(0..nodes).map(node).collect::<Vec<_>>().join("---\n"));
+    }
+
+    /// A node stops without a word: what runs there does nothing more, and nobody closes its connections.
+    pub fn lose_node(&self, name: &str) {
+        self.kubelet.as_ref().expect("it is there until the cluster ends").lose(name);
     }
 
     /// How to reach it: as `admin`, or as `controller`.

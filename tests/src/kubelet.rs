@@ -10,8 +10,8 @@ use std::fs::File;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -35,26 +35,38 @@ const BACKOFF: Duration = Duration::from_secs(1);
 const MESSAGE: usize = 2048;
 /// Name of a node in its own labels.
 const HOSTNAME: &str = "kubernetes.io/hostname";
+/// On a node: the namespace whose pods alone it takes.
+pub const DEDICATED: &str = "tests.anello.dev/namespace";
 
 /// A kubelet under way; it and its pods end when it is dropped.
 #[derive(Debug)]
 pub struct Kubelet {
     stop: Arc<AtomicBool>,
+    lost: Lost,
     thread: Option<JoinHandle<()>>,
 }
 
+/// Nodes that are lost.
+type Lost = Arc<Mutex<BTreeSet<String>>>;
+
 impl Kubelet {
-    /// Serves `nodes`, which it makes, by the API server of `kubeconfig`; pods' files are in `folder`.
-    pub fn start(kubeconfig: &Path, nodes: &[&str], folder: &Path) -> Self {
+    /// Serves all nodes of the API server of `kubeconfig`; pods' files are in `folder`.
+    pub fn start(kubeconfig: &Path, folder: &Path) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let nodes = nodes.iter().map(|&node| node.to_owned()).collect();
+        let lost = Lost::default();
         let (folder, kubeconfig) = (folder.to_owned(), kubeconfig.to_owned());
-        let until = Arc::clone(&stop);
+        let (until, away) = (Arc::clone(&stop), Arc::clone(&lost));
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.expect("a runtime").block_on(serve(kubeconfig, nodes, folder, until));
+            runtime.expect("a runtime").block_on(serve(kubeconfig, folder, away, until));
         });
-        Self { stop, thread: Some(thread) }
+        Self { stop, lost, thread: Some(thread) }
+    }
+
+    /// As when a machine stops without a word: what runs on `node` does nothing more, and nothing is told of it. Its
+    /// connections stay open, since nobody is there to close them.
+    pub fn lose(&self, node: &str) {
+        self.lost.lock().expect("no holder panics").insert(node.to_owned());
     }
 }
 
@@ -74,16 +86,10 @@ async fn client_of(kubeconfig: &Path) -> Client {
     Client::try_from(config.expect("the kubeconfig is whole")).expect("a client")
 }
 
-async fn serve(kubeconfig: PathBuf, nodes: Vec<String>, folder: PathBuf, stop: Arc<AtomicBool>) {
+async fn serve(kubeconfig: PathBuf, folder: PathBuf, lost: Lost, stop: Arc<AtomicBool>) {
     let client = client_of(&kubeconfig).await;
-    for name in &nodes {
-        let mut node = Node::default();
-        node.metadata.name = Some(name.clone());
-        node.metadata.labels = Some(BTreeMap::from([(HOSTNAME.to_owned(), name.clone())]));
-        Api::<Node>::all(client.clone()).create(&PostParams::default(), &node).await.expect("a node is made");
-    }
     let account = kubeconfig.with_file_name("controller.kubeconfig");
-    let mut desk = Desk { client, nodes, folder, account, pods: BTreeMap::new(), next: 0 };
+    let mut desk = Desk { client, folder, account, lost, pods: BTreeMap::new(), next: 0 };
     while !stop.load(Ordering::Relaxed) {
         // What fails is tried again in the next round, as everything that speaks to an API server must.
         if let Err(error) = desk.round().await {
@@ -119,6 +125,8 @@ struct Started {
     last: Option<ContainerStateTerminated>,
     /// Its end was told.
     over: bool,
+    /// Its node is lost.
+    lost: bool,
 }
 
 impl Drop for Started {
@@ -132,10 +140,10 @@ impl Drop for Started {
 
 struct Desk {
     client: Client,
-    nodes: Vec<String>,
     folder: PathBuf,
     /// The kubeconfig of pods that have a service account's token.
     account: PathBuf,
+    lost: Lost,
     pods: BTreeMap<String, Started>,
     /// Counts pods that were bound or started.
     next: u32,
@@ -148,13 +156,34 @@ impl Desk {
         self.pods.retain(|uid, _| there.contains(uid));
         for pod in &pods.items {
             let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
-            match node {
-                Some(node) => self.tend(pod, node).await?,
-                None if pod.metadata.deletion_timestamp.is_none() => self.bind(pod).await?,
-                None => {}
+            let done = match node {
+                Some(node) if self.is_lost(&node) => {
+                    self.freeze(pod);
+                    Ok(())
+                }
+                Some(node) => self.tend(pod, node).await,
+                None if pod.metadata.deletion_timestamp.is_none() => self.bind(pod).await,
+                None => Ok(()),
+            };
+            // One that is in trouble keeps nobody else waiting; it is tried again in the next round.
+            if let Err(error) = done {
+                eprintln!("kubelet: pod {}: {error}", pod.name_any());
             }
         }
         Ok(())
+    }
+
+    fn is_lost(&self, node: &str) -> bool {
+        self.lost.lock().expect("no holder panics").contains(node)
+    }
+
+    /// What ran on a node that is lost.
+    fn freeze(&mut self, pod: &Pod) {
+        let Some(started) = self.pods.get_mut(&pod.uid().unwrap_or_default()) else { return };
+        if let (false, Some(child)) = (started.lost, &started.child) {
+            signal(child.id(), "STOP");
+        }
+        started.lost = true;
     }
 
     fn api<K>(&self, pod: &Pod) -> Api<K>
@@ -174,17 +203,16 @@ impl Desk {
             .filter(|expression| expression.key == HOSTNAME && expression.operator == "NotIn")
             .flat_map(|expression| expression.values.unwrap_or_default())
             .collect();
-        let cordoned = Api::<Node>::all(self.client.clone()).list(&ListParams::default()).await?;
-        let cordoned: BTreeSet<String> = cordoned
-            .items
-            .iter()
-            .filter(|node| node.spec.as_ref().is_some_and(|spec| spec.unschedulable == Some(true)))
-            .map(ResourceExt::name_any)
-            .collect();
-        let may = |node: &&String| !away.contains(*node) && !cordoned.contains(*node);
-        let open: Vec<&String> = self.nodes.iter().filter(may).collect();
+        let nodes = Api::<Node>::all(self.client.clone()).list(&ListParams::default()).await?;
+        let may = |node: &&Node| {
+            let spec = node.spec.clone().unwrap_or_default();
+            let other = node.labels().get(DEDICATED).is_some_and(|of| Some(of) != pod.namespace().as_ref());
+            let name = node.name_any();
+            !other && spec.unschedulable != Some(true) && !away.contains(&name) && !self.is_lost(&name)
+        };
+        let open: Vec<String> = nodes.items.iter().filter(may).map(ResourceExt::name_any).collect();
         let Some(node) = open.get(self.next as usize % open.len().max(1)) else { return Ok(()) };
-        let target = ObjectReference { name: Some((*node).clone()), ..ObjectReference::default() };
+        let target = ObjectReference { name: Some(node.clone()), ..ObjectReference::default() };
         let binding = Binding { metadata: pod.metadata.clone(), target };
         self.next += 1;
         let api: Api<Pod> = self.api(pod);
@@ -391,6 +419,7 @@ impl Desk {
             ready: false,
             last: None,
             over: false,
+            lost: false,
         })
     }
 }

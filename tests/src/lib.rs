@@ -1,7 +1,9 @@
 //! What the end-to-end tests share: the built command, its processes with their logs, and a small run.
 
+mod browser;
 mod cloud;
 mod cluster;
+mod collector;
 mod command;
 mod kubelet;
 mod network;
@@ -10,10 +12,11 @@ mod run;
 mod s3;
 mod tool;
 
+pub use browser::Browser;
 pub use cloud::{Cloud, Kind};
 pub use cluster::{Cluster, kube_tool};
+pub use collector::Collector;
 pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
-use kubelet::Kubelet;
 pub use network::Network;
 pub use proxy::{Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};

@@ -13,7 +13,7 @@ use crate::{free_port, wait_until};
 ///
 /// # Panics
 /// In CI, when there is none.
-fn find(name: &str, how: &str) -> Option<PathBuf> {
+pub(crate) fn find(name: &str, how: &str) -> Option<PathBuf> {
     let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.test-tools/bin").join(name);
     let folders = std::env::var_os("PATH").unwrap_or_default();
     let found = std::iter::once(ours)
@@ -121,6 +121,18 @@ impl Drop for Prometheus {
     }
 }
 
+/// How Chromium is started so that it shows nothing on a screen and speaks with nobody else.
+pub(crate) const CHROMIUM: [&str; 8] = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+];
+
 /// What a page is after its script has run, as Chromium writes it out; `None` where there is no Chromium.
 ///
 /// # Panics
@@ -129,8 +141,7 @@ pub fn page(folder: &Path, url: &str) -> Option<String> {
     let program = find("chromium", "install Debian's chromium")?;
     let profile = folder.join(format!("chromium-{}", std::process::id()));
     let output = Command::new(program)
-        .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
-        .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+        .args(CHROMIUM)
         .arg(format!("--user-data-dir={}", profile.display()))
         .args(["--window-size=1280,2000", "--virtual-time-budget=20000", "--dump-dom", url])
         .stdin(Stdio::null())

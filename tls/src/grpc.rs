@@ -5,7 +5,7 @@
 //! HTTP/2 without TLS to a server that wants it is told so in HTTP/2.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -42,15 +42,24 @@ const ASK: Duration = Duration::from_secs(2);
 pub struct Peer {
     /// Its roles; absent without TLS.
     roles: Option<Vec<Role>>,
+    /// Its address; absent when it was gone before anyone looked.
+    address: Option<IpAddr>,
+}
+
+impl Peer {
+    /// Where a request came from.
+    pub fn address_of<T>(request: &Request<T>) -> Option<IpAddr> {
+        request.extensions().get::<Self>()?.address
+    }
 }
 
 /// Lets only those in who have `role`, or who came where there is no TLS: an interceptor of a service behind
 /// [`incoming`].
 pub fn only(role: Role) -> impl Fn(Request<()>) -> Result<Request<()>, Status> + Clone {
     move |request| match request.extensions().get::<Peer>() {
-        Some(Peer { roles: None }) => Ok(request),
-        Some(Peer { roles: Some(roles) }) if roles.contains(&role) => Ok(request),
-        Some(Peer { roles: Some(roles) }) => {
+        Some(Peer { roles: None, .. }) => Ok(request),
+        Some(Peer { roles: Some(roles), .. }) if roles.contains(&role) => Ok(request),
+        Some(Peer { roles: Some(roles), .. }) => {
             let shown = Role::words(roles);
             // Somebody of ours, with a key that is not for this.
             tracing::warn!(%role, shown, "a call is refused");
@@ -82,14 +91,15 @@ impl Connected for Accepted {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        let roles = match self {
-            Self::Plain(_) => None,
+        let (roles, socket) = match self {
+            Self::Plain(stream) => (None, stream),
             Self::Tls(stream) => {
-                let shown = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-                Some(shown.map(Role::of).unwrap_or_default())
+                let (socket, session) = stream.get_ref();
+                let shown = session.peer_certificates().and_then(|chain| chain.first());
+                (Some(shown.map(Role::of).unwrap_or_default()), socket)
             }
         };
-        Peer { roles }
+        Peer { roles, address: socket.peer_addr().ok().map(|address| address.ip()) }
     }
 }
 
@@ -350,11 +360,14 @@ impl To {
             fact: fact.to_owned(),
             remedy: remedy.to_owned(),
         };
-        if let Some(source) = std::error::Error::source(status) {
-            // The connection's word, not the service's.
+        // The connection's word, not the service's.
+        let of_connection = std::error::Error::source(status).map(|source| {
             let mut causes = std::iter::successors(Some(source), |cause| cause.source());
-            if let Some(error) = causes.find_map(|cause| refusal(cause.downcast_ref()?)) {
-                return Some(error);
+            causes.find_map(|cause| refusal(cause.downcast_ref()?))
+        });
+        if let Some(error) = of_connection {
+            if error.is_some() {
+                return error;
             }
             let remedy = "give --tls DIR with certificates of its CA (ANELLO_TLS_DIR does the same)";
             return (self.tls.is_none() && self.wants_tls().await).then(|| refused("wants TLS", remedy));

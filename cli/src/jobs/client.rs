@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
+use anello_coordinator::client::{self, CallError};
 use anello_proto::v1;
-use anello_proto::v1::jobs_client::JobsClient;
 use anello_tls::Role;
 use anello_tls::grpc::{ConnectError, To};
 use tokio::runtime::Runtime;
-use tonic::transport::Channel;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Streaming};
 
 use super::At;
 use crate::failure::Failure;
@@ -21,18 +20,14 @@ const ANSWER: Duration = Duration::from_secs(60);
 /// A coordinator.
 pub struct Client {
     runtime: Runtime,
-    jobs: JobsClient<Channel>,
-    to: To,
+    calls: client::Client,
 }
 
 macro_rules! calls {
     ($($name:ident: $request:ident -> $answer:ty),+ $(,)?) => {$(
         pub fn $name(&mut self, request: v1::$request) -> Result<$answer, Failure> {
-            let answer = self.runtime.block_on(async {
-                tokio::time::timeout(ANSWER, self.jobs.$name(request)).await
-            });
-            let answer = answer.map_err(|_| self.silent())?;
-            Ok(answer.map_err(|status| self.failed(status))?.into_inner())
+            let answer = self.runtime.block_on(self.calls.$name(request));
+            answer.map_err(|error| self.failed(error))
         }
     )+};
 }
@@ -41,55 +36,47 @@ impl Client {
     /// Connects.
     pub fn connect(at: &At) -> Result<Self, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let to =
-            To { address: at.coordinator.clone(), role: Role::Coordinator, tls: at.tls.load(Role::User)? };
-        let channel = runtime.block_on(to.connect(CONNECT)).map_err(|error| match error {
+        let address = at.coordinator.clone();
+        let to = To { address: address.clone(), role: Role::Coordinator, tls: at.tls.load(Role::User)? };
+        let calls = runtime.block_on(client::Client::connect(to, CONNECT, ANSWER));
+        let calls = calls.map_err(|error| match error {
             ConnectError::Address(address) => Failure::Usage(format!(
                 "`{address}` is no address of a coordinator; give one as 127.0.0.1:7700"
             )),
             ConnectError::Refused(error) => error.into(),
             ConnectError::Away(_) | ConnectError::Unanswered(_) => Failure::Unreachable(format!(
-                "there is no coordinator at {}; start one with `anello coordinator --jobs DIR`, or give the address \
-                 of another with --coordinator",
-                to.address
+                "there is no coordinator at {address}; start one with `anello coordinator --jobs DIR`, or give the \
+                 address of another with --coordinator"
             )),
         })?;
-        Ok(Self { runtime, jobs: JobsClient::new(channel), to })
+        Ok(Self { runtime, calls })
     }
 
     calls! {
         submit: SubmitRequest -> v1::Job,
+        list: ListRequest -> v1::ListResponse,
         describe: JobRequest -> v1::JobDetail,
         pause: JobRequest -> v1::Job,
         resume: JobRequest -> v1::Job,
         scale: ScaleRequest -> v1::Job,
         cancel: JobRequest -> v1::Job,
+        checkpoint: JobRequest -> v1::CheckpointResponse,
         watch: JobRequest -> Streaming<v1::JobDetail>,
         logs: LogsRequest -> Streaming<v1::LogRecord>,
     }
 
-    pub fn list(&mut self) -> Result<Vec<v1::Job>, Failure> {
-        let answer = self.runtime.block_on(self.jobs.list(v1::ListRequest {}));
-        Ok(answer.map_err(|status| self.failed(status))?.into_inner().jobs)
-    }
-
     /// The next message of a stream, for as long as it takes; absent at its end.
     pub fn next<T>(&self, stream: &mut Streaming<T>) -> Result<Option<T>, Failure> {
-        self.runtime.block_on(stream.message()).map_err(|status| self.failed(status))
+        self.runtime.block_on(self.calls.next(stream)).map_err(|error| self.failed(error))
     }
 
-    fn silent(&self) -> Failure {
-        let (address, seconds) = (&self.to.address, ANSWER.as_secs());
-        Failure::Unreachable(format!(
-            "the coordinator at {address} has not answered for {seconds} s; try again"
-        ))
-    }
-
-    fn failed(&self, status: Status) -> Failure {
-        if let Some(refused) = self.runtime.block_on(self.to.refusal(&status)) {
-            return refused.into();
-        }
-        let (address, text) = (&self.to.address, status.message().to_owned());
+    fn failed(&self, error: CallError) -> Failure {
+        let status = match error {
+            CallError::Silent { .. } => return Failure::Unreachable(error.to_string()),
+            CallError::Refused(refused) => return refused.into(),
+            CallError::Failed(status) => status,
+        };
+        let (address, text) = (self.calls.address(), status.message().to_owned());
         match status.code() {
             Code::NotFound | Code::AlreadyExists | Code::FailedPrecondition | Code::InvalidArgument => {
                 Failure::Usage(text)
@@ -98,7 +85,7 @@ impl Client {
                 "the coordinator at {address} belongs to one `anello run` and takes no jobs; start one with `anello \
                  coordinator --jobs DIR`"
             )),
-            Code::Unavailable => Failure::Unreachable(text),
+            Code::Unavailable | Code::ResourceExhausted => Failure::Unreachable(text),
             _ => {
                 Failure::Unreachable(format!("the connection to the coordinator at {address} broke: {text}"))
             }

@@ -41,6 +41,11 @@ pub struct JobArgs {
 }
 
 impl JobArgs {
+    /// The job's name.
+    pub fn name(&self) -> &str {
+        &self.job
+    }
+
     fn request(&self) -> v1::JobRequest {
         v1::JobRequest { name: self.job.clone() }
     }
@@ -126,7 +131,7 @@ pub fn submit(args: &SubmitArgs, screen: &Screen) -> Outcome {
 
 /// `anello list`
 pub fn list(args: &ListArgs, screen: &Screen) -> Outcome {
-    let jobs = Client::connect(&args.at)?.list()?;
+    let jobs = Client::connect(&args.at)?.list(v1::ListRequest {})?.jobs;
     screen.print(&show::list(&jobs)?)?;
     Ok(Exit::Done)
 }
@@ -163,6 +168,31 @@ pub fn resume(args: &JobArgs, screen: &Screen) -> Outcome {
 pub fn scale(args: &ScaleArgs, screen: &Screen) -> Outcome {
     let request = v1::ScaleRequest { name: args.job.job.clone(), workers: args.workers };
     told(&Client::connect(&args.job.at)?.scale(request)?, screen)
+}
+
+/// Asks for a checkpoint of all that is trained now: the connection, and the step that it holds at least.
+pub fn ask_for_checkpoint(args: &JobArgs) -> Result<(Client, u64), Failure> {
+    let mut client = Client::connect(&args.at)?;
+    let step = client.checkpoint(args.request())?.step;
+    Ok((client, step))
+}
+
+/// Waits until a checkpoint of `step` or later is committed, and says of which; absent when it is not told of any more.
+pub fn wait_for_checkpoint(args: &JobArgs, client: &mut Client, step: u64) -> Result<Option<u64>, Failure> {
+    let mut details = client.watch(args.request())?;
+    while let Some(detail) = client.next(&mut details)? {
+        if let Some(committed) = detail.committed.filter(|committed| *committed >= step) {
+            return Ok(Some(committed));
+        }
+        // Of one that has no ring any more the newest is not told; what it trained is in it.
+        let job = detail.job.unwrap_or_default();
+        match phase_of(&job)? {
+            Phase::Completed | Phase::Paused => return Ok(Some(job.step.unwrap_or(step))),
+            Phase::Failed | Phase::Cancelled => return Ok(None),
+            Phase::Queued | Phase::Forming | Phase::Running | Phase::Pausing | Phase::Recovering => {}
+        }
+    }
+    Ok(None)
 }
 
 /// `anello cancel`

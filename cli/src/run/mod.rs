@@ -109,8 +109,9 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let door = args.http.bind(runtime.handle(), &Protection::Loopback)?;
     let run = open(args)?;
     let (config, store) = (run.config.clone(), run.store.clone());
-    let board = args.http.board();
-    let solo = door.is_some().then(|| Solo::new(board.clone(), &config, &store, 1)).transpose()?;
+    let board = args.http.traced_board(runtime.handle())?;
+    let watched = door.is_some() || board.is_tracing();
+    let solo = watched.then(|| Solo::new(board.clone(), &config, &store, 1)).transpose()?;
     let page = door.map(|door| door.open(runtime.handle(), &board, Some(Keeper::Board))).transpose()?;
     let mut tracker = Tracker::new(&config, args.until);
     let mut view = View::new(screen);
@@ -139,6 +140,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         }
     }
     let ended = training.join();
+    board.finish();
     view.close(&tracker)?;
     let ended = ended.inspect_err(|_| say_where_it_stands(&store))?;
     solo.iter().for_each(|solo| solo.ended(ended.finished));

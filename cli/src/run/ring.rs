@@ -51,8 +51,9 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let jobs = Jobs::default();
     let options = JobOptions { name: config.name.clone(), min: 1, desired: workers, timings };
     let (sender, notices) = channel();
-    let board = args.http.board();
-    let solo = door.is_some().then(|| Solo::new(board.clone(), &config, &store, workers)).transpose()?;
+    let board = args.http.traced_board(runtime.handle())?;
+    let watched = door.is_some() || board.is_tracing();
+    let solo = watched.then(|| Solo::new(board.clone(), &config, &store, workers)).transpose()?;
     let opened = Opened::take_up(store.clone(), options)?;
     solo.iter().for_each(|solo| solo.observe(&Notice::Logged(opened.taken().clone())));
     let (job, task) = runtime.block_on(async { opened.start(sender, News::default()) })?;
@@ -115,6 +116,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let outcome =
         runtime.block_on(task).map_err(|cause| Failure::Ring(format!("the coordinator ended: {cause}")))?;
     crew.dismiss(timings.grace);
+    board.finish();
     view.close(&tracker)?;
     let ended = match outcome {
         RingOutcome::Completed | RingOutcome::Paused | RingOutcome::Cancelled => ended(&store, &config)?,

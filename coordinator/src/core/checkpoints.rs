@@ -155,6 +155,11 @@ impl Checkpoints {
             && self.pending.get(&(step, generation)).is_some_and(|pending| !pending.has(blocks))
     }
 
+    /// Whether all parts of one at `step` or later are there.
+    pub fn is_complete_from(&self, step: Step) -> bool {
+        self.pending.iter().any(|((of, _), pending)| *of >= step && pending.is_complete())
+    }
+
     /// Whether all parts of the checkpoint at `step` are there, so that its manifest is on its way.
     pub fn is_complete(&self, step: Step) -> bool {
         self.pending.iter().any(|((of, _), pending)| *of == step && pending.is_complete())

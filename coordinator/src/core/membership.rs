@@ -128,6 +128,8 @@ pub struct Membership {
     rifts: BTreeMap<reach::Pair, reach::Rift>,
     /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
     quarantined: BTreeSet<String>,
+    /// A checkpoint of this step or a later one was asked for, and is not committed yet.
+    wanted: Option<Step>,
     /// Time of the last event.
     now: Millis,
 }
@@ -217,6 +219,7 @@ impl Membership {
             paces,
             #[cfg(test)]
             planted: None,
+            wanted: None,
             now,
         }
     }
@@ -266,7 +269,12 @@ impl Membership {
             Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),
             Event::Goal(goal) => self.goal = goal,
             Event::Desired(workers) => self.options.desired = workers.max(1),
+            Event::CheckpointWanted => {
+                let trained = self.newest_held().unwrap_or_default().max(self.reached);
+                self.wanted = self.wanted.max(Some(trained));
+            }
         }
+        self.look_for_wanted();
         if !matches!(self.ring, Ring::Over(_)) {
             self.checkpoints.try_again(self.now, out);
         }
@@ -328,6 +336,11 @@ impl Membership {
         leases.chain(gathering.filter(|at| *at > self.now)).chain(others).min()
     }
 
+    /// Steps that the checkpoint which was asked for holds at least; absent: none was asked for that is not committed.
+    pub fn wanted(&self) -> Option<Step> {
+        self.wanted
+    }
+
     /// The generation that is alive or breaking.
     pub fn formation(&self) -> Option<&Formation> {
         match &self.ring {
@@ -338,10 +351,19 @@ impl Membership {
         }
     }
 
+    /// Whether the checkpoint that was asked for is there.
+    fn look_for_wanted(&mut self) {
+        if self.checkpoints.newest() >= self.wanted {
+            self.wanted = None;
+        }
+    }
+
     fn recorded(&mut self, generation: Generation) {
         if let Ring::Recording(formation) = &self.ring
             && formation.generation == generation
         {
+            // What a ring that goes on from a checkpoint has lost is wanted no more: it would be trained again first.
+            self.wanted = self.wanted.map(|step| step.min(formation.start));
             self.ranks = ranks_of(formation);
             self.ring = Ring::Alive { formation: formation.clone(), changing: None };
         }

@@ -182,6 +182,8 @@ pub enum Event {
     Goal(Goal),
     /// The user wants another number of workers.
     Desired(u32),
+    /// The user wants all that is trained now in a checkpoint.
+    CheckpointWanted,
 }
 
 /// What a membership wants done, in order.

@@ -10,21 +10,21 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 
 use super::guard::Caller;
-use super::routes::{App, No, name_of, problem, refusal};
+use super::site::{App, No, name_of, problem, refusal};
 use super::words;
 use crate::registry::Wish;
 
-/// Pauses, resumes, scales or cancels a job.
+/// Pauses, resumes, scales or cancels a job, or takes a checkpoint of it.
 #[utoipa::path(
     post,
     path = "/api/v1/jobs/{name}/{action}",
     params(
         ("name" = String, Path, description = "The job's name"),
-        ("action" = String, Path, description = "pause, resume, scale or cancel")
+        ("action" = String, Path, description = "pause, resume, scale, cancel or checkpoint")
     ),
     request_body(content = Option<words::Scale>, description = "For scale alone"),
     responses(
-        (status = 200, description = "The job, when its log holds the wish", body = words::Job),
+        (status = 200, description = "The job, when its log holds the wish; a checkpoint is taken at its next step", body = words::Job),
         (status = 400, description = "What is asked for cannot be", body = words::Problem),
         (status = 401, description = "No token that is known", body = words::Problem),
         (status = 403, description = "The token is no operator's, or there are no tokens", body = words::Problem),
@@ -56,7 +56,12 @@ async fn obey(app: &App, name: &str, action: &str, body: Body) -> Result<Respons
         }
         Err(_) => return Err(problem(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
     };
+    let keeper = app.keeper();
     let wish = match action {
+        "checkpoint" => {
+            let job = keeper.checkpoint(&name).await.map_err(|why| refusal(&why))?;
+            return Ok(Json(words::Job::from(job)).into_response());
+        }
         "pause" => Wish::Pause,
         "resume" => Wish::Resume,
         "cancel" => Wish::Cancel,
@@ -69,8 +74,13 @@ async fn obey(app: &App, name: &str, action: &str, body: Body) -> Result<Respons
             }
             Wish::Scale(asked.workers)
         }
-        _ => return Err(problem(StatusCode::NOT_FOUND, "there are pause, resume, scale and cancel")),
+        _ => {
+            return Err(problem(
+                StatusCode::NOT_FOUND,
+                "there are pause, resume, scale, cancel and checkpoint",
+            ));
+        }
     };
-    let job = app.keeper().want(&name, wish).await.map_err(|why| refusal(&why))?;
+    let job = keeper.want(&name, wish).await.map_err(|why| refusal(&why))?;
     Ok(Json(words::Job::from(job)).into_response())
 }

@@ -18,8 +18,9 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 
-use super::routes::Site;
+use super::site::Site;
 use crate::error::{Error, Result};
+use crate::rate::Rates;
 
 /// What one server bears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub struct Limits {
     pub body_bytes: usize,
     /// Readers of streams at one moment.
     pub streams: usize,
+    /// Requests a second of one address; probes of health are not counted.
+    pub rates: Rates,
 }
 
 impl Default for Limits {
@@ -50,6 +53,7 @@ impl Default for Limits {
             head_bytes: 16 << 10,
             body_bytes: 16 << 10,
             streams: 128,
+            rates: Rates::DEFAULT,
         }
     }
 }

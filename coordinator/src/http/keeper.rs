@@ -44,8 +44,17 @@ impl Keeper {
 
     /// Does what a user wants.
     pub(super) async fn want(&self, name: &JobName, wish: Wish) -> Result<v1::Job, Refusal> {
+        self.registry()?.want(name, wish).await
+    }
+
+    /// Asks for a checkpoint of all that is trained now.
+    pub(super) async fn checkpoint(&self, name: &JobName) -> Result<v1::Job, Refusal> {
+        Ok(self.registry()?.checkpoint(name).await?.0)
+    }
+
+    fn registry(&self) -> Result<&Registry, Refusal> {
         match self {
-            Self::Registry(registry) => registry.want(name, wish).await,
+            Self::Registry(registry) => Ok(registry),
             Self::Board => Err(Refusal::Invalid(
                 "this run is no coordinator's job; stop it with Ctrl-C where it was started, and go on with `anello run \
                  --resume`"

@@ -21,7 +21,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::history::History;
-use super::routes::{App, No, detail, name_of, problem, refusal};
+use super::routes::detail;
+use super::site::{App, No, name_of, problem, refusal};
 use super::words;
 
 /// How often it is looked for what changed.

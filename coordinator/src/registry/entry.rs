@@ -252,6 +252,7 @@ impl<L: Launcher> Entry<L> {
             Ok((records, rows)) => {
                 self.standing = Standing::new(self.spec.desired);
                 records.iter().for_each(|record| self.standing.observe(record));
+                self.board.catch_up(&self.spec.name, &records);
                 self.events = last_of(records.into_iter().filter(is_shown));
                 self.steps = rows.into();
             }

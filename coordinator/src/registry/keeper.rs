@@ -152,6 +152,10 @@ impl<L: Launcher> Keeper<L> {
                 let wanted = self.find(&name).and_then(|at| self.want(at, wish));
                 let _ = reply.send(wanted);
             }
+            Command::Checkpoint(name, reply) => {
+                let wanted = self.find(&name).and_then(|at| self.checkpoint(at));
+                let _ = reply.send(wanted);
+            }
             Command::Stop => {
                 self.stopping = true;
                 for ring in self.entries.iter().filter_map(|entry| entry.ring.as_ref()) {
@@ -312,6 +316,23 @@ impl<L: Launcher> Keeper<L> {
             return Ok(None);
         }
         entry.amend(&self.runtime, goal, desired)
+    }
+
+    fn checkpoint(&mut self, at: usize) -> std::result::Result<u64, Refusal> {
+        self.refresh(at);
+        self.place.check()?;
+        let entry = &self.entries[at];
+        let (name, phase) = (entry.spec.name.clone(), entry.phase());
+        if phase.is_terminal() {
+            return Err(Refusal::Over { name, phase });
+        }
+        let Some(ring) = &entry.ring else {
+            return Err(Refusal::Invalid(format!(
+                "job {name} is {phase}: nothing of it trains, and what was trained is in its newest checkpoint"
+            )));
+        };
+        let step = self.runtime.block_on(ring.job.checkpoint());
+        step.map(|step| step.0).ok_or(Refusal::Ending("the job comes to an end at this moment"))
     }
 
     /// Only a fence is an error.

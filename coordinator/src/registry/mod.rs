@@ -92,6 +92,7 @@ pub(crate) enum Command {
     List(Reply<Vec<v1::Job>>),
     Describe(JobName, Reply<v1::JobDetail>),
     Want(JobName, Wish, Reply<Recorded>),
+    Checkpoint(JobName, Reply<u64>),
     Stop,
     HandOver,
 }
@@ -215,6 +216,12 @@ impl Registry {
             tokio::time::sleep(WANT_PAUSE).await;
         }
         Err(Refusal::Ending("the job comes to an end at this moment"))
+    }
+
+    /// Asks for a checkpoint of all that is trained now; the answer is the job, and the step that it holds at least.
+    pub(crate) async fn checkpoint(&self, name: &JobName) -> std::result::Result<(v1::Job, u64), Refusal> {
+        let step = self.ask(|reply| Command::Checkpoint(name.clone(), reply)).await?;
+        Ok((self.see(name).await?, step))
     }
 
     async fn see(&self, name: &JobName) -> std::result::Result<v1::Job, Refusal> {

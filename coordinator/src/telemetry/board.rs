@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anello_configs::RunConfig;
 use anello_proto::jobs::Phase;
 use anello_store::events::Record;
+use anello_store::metrics::StepRecord;
 use anello_store::{Notice, Store, checkpoint, metrics};
 use prometheus::{Registry, TextEncoder};
 
 use super::collect::Collected;
 use super::figures::Figures;
+use super::traces::Traces;
 use super::unix_ms;
 use crate::core::{Outcome, Status};
 
@@ -19,12 +21,28 @@ use crate::core::{Outcome, Status};
 pub struct Board {
     jobs: Arc<Mutex<BTreeMap<String, Figures>>>,
     peak_flops: Option<f64>,
+    traces: Option<Traces>,
 }
 
 impl Board {
     /// An empty one. `peak_flops`: peak FLOP/s of one worker's device; absent: the utilisation is not told.
     pub fn new(peak_flops: Option<f64>) -> Self {
-        Self { jobs: Arc::default(), peak_flops }
+        Self { jobs: Arc::default(), peak_flops, traces: None }
+    }
+
+    /// One that also sends traces of what happens from now on.
+    pub fn tracing(self, traces: Option<Traces>) -> Self {
+        Self { traces, ..self }
+    }
+
+    /// Whether it sends traces.
+    pub fn is_tracing(&self) -> bool {
+        self.traces.is_some()
+    }
+
+    /// Sends what traces are left, at the end of the process.
+    pub fn finish(&self) {
+        self.traces.iter().for_each(Traces::finish);
     }
 
     /// Peak FLOP/s of one worker's device.
@@ -52,15 +70,52 @@ impl Board {
         }
         let newest = checkpoint::steps(store)?.last().copied();
         let row = metrics::read_last(store, 1)?.pop();
+        let last = row.as_ref().map(|row| row.step);
         let mut figures = Figures::new(config, store.place(), newest, row, unix_ms());
-        records.iter().for_each(|record| figures.recall(record));
+        figures.recall_log(records);
         self.jobs().entry(name.to_owned()).or_insert(figures);
+        if let Some(last) = last {
+            self.recall_rows(name.to_owned(), store.clone(), last);
+        }
         Ok(())
+    }
+
+    /// Reads the rows up to that of step `last`, on a thread of its own: a long run has many, and nobody waits for them.
+    fn recall_rows(&self, name: String, store: Store, last: u64) {
+        let board = self.clone();
+        let reading = std::thread::Builder::new().name("rows".to_owned()).spawn(move || {
+            // Of a step that comes twice one is counted.
+            let mut rows: BTreeMap<u64, StepRecord> = BTreeMap::new();
+            let read = metrics::read_after(&store, None, |row| {
+                if row.step <= last {
+                    // Its times alone are counted.
+                    let (loop_loss, exit, evals) = (Vec::new(), Vec::new(), Vec::new());
+                    rows.insert(row.step, StepRecord { loop_loss, exit, evals, weights: None, ..row });
+                }
+            });
+            match read {
+                Ok(()) => drop(board.with(&name, |figures| figures.recall_rows(rows.values()))),
+                Err(error) => tracing::warn!(name, %error, "what became of a job's time is not told: its rows cannot be read"),
+            }
+        });
+        if let Err(error) = reading {
+            tracing::warn!(%error, "what became of a job's time is not told: there is no thread to read its rows");
+        }
     }
 
     /// Something happened in a job.
     pub fn observe(&self, name: &str, notice: &Notice) {
-        self.with(name, |figures| figures.observe(notice, unix_ms()));
+        let now_ms = unix_ms();
+        self.traces.iter().for_each(|traces| traces.observe(name, notice, now_ms));
+        self.with(name, |figures| figures.observe(notice, now_ms));
+    }
+
+    /// What a job's log has that was not told of: the last records of a ring come when nobody listens to it any more.
+    pub fn catch_up(&self, name: &str, records: &[Record]) {
+        let known = self.with(name, |figures| figures.events.back().map(|record| record.number)).flatten();
+        for record in records.iter().filter(|record| Some(record.number) > known) {
+            self.observe(name, &Notice::Logged(record.clone()));
+        }
     }
 
     /// How the ring of a job is that no registry keeps: its phase follows.

@@ -179,8 +179,7 @@ impl Samples {
             let count = figures.counts.violations.get(&invariant).copied().unwrap_or(0);
             self.set(&VIOLATIONS, &[job, invariant.name()], count as f64);
         }
-        let (Some(_), Some(goodput)) = (figures.phase, &figures.goodput) else { return };
-        let shares = goodput.at(now_ms);
+        let (Some(_), Some(shares)) = (figures.phase, figures.shares(now_ms)) else { return };
         self.set(&GOODPUT, &[job], shares.goodput);
         self.set(&ETTR, &[job], shares.effective);
         for (cause, seconds) in shares.lost {

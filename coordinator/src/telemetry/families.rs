@@ -105,12 +105,12 @@ families! {
         "Model FLOP/s over the last steps as a share of the peak of all members; only with --peak-flops.";
 
     GOODPUT = Keeper Gauge, "anello_goodput_ratio", ["job"],
-        "Of the time since this process took the job up, pauses left out: the share in which steps that the run keeps were \
+        "Of the time since the run began, whoever kept it, pauses left out: the share in which steps that the run keeps were \
          computed, reduced and applied.";
     ETTR = Keeper Gauge, "anello_effective_training_time_ratio", ["job"],
         "Of the same time: the share inside steps that the run keeps, waits for data and checkpoints included.";
     LOST = Keeper Gauge, "anello_lost_seconds", ["job", "cause"],
-        "Seconds since this process took the job up that trained nothing: data, checkpoint (waits inside steps), recovery (from a \
+        "Seconds since the run began that trained nothing: data, checkpoint (waits inside steps), recovery (from a \
          ring's end to the next one's first step), recomputed (steps done again), paused, other.";
 
     GENERATION = Keeper Gauge, "anello_generation", ["job"],

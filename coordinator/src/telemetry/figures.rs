@@ -8,7 +8,7 @@ use anello_store::events::{Event, Record};
 use anello_store::metrics::{Seconds, StepRecord};
 use anello_store::{Notice, Store, Traffic};
 
-use super::goodput::Goodput;
+use super::goodput::{Goodput, Shares};
 use super::invariants::{self, Invariant};
 use crate::core::Status;
 
@@ -124,8 +124,12 @@ pub struct Figures {
     pub checkpoints: BTreeMap<u64, Logged>,
     /// The last records of the log.
     pub events: VecDeque<Record>,
-    /// Since it was first heard of its training.
-    pub goodput: Option<Goodput>,
+    /// Since the first record of its log.
+    goodput: Option<Goodput>,
+    /// Rows of the run folder that were not read yet are missing from it.
+    rows_missing: bool,
+    /// This process heard of its training.
+    heard: bool,
     /// The newest generation that was formed.
     pub generation: Option<u64>,
     /// The phase, where somebody decides on it.
@@ -157,6 +161,8 @@ impl Figures {
             })
             .collect();
         Self {
+            rows_missing: row.is_some(),
+            heard: false,
             flops,
             stages: schedule.stages().map(|(stage, _)| stage.name.as_str().to_owned()).collect(),
             schedule,
@@ -182,6 +188,12 @@ impl Figures {
             queued_bytes: None,
             sent_bytes: 0,
         }
+    }
+
+    /// The log of before it was taken up.
+    pub fn recall_log(&mut self, records: &[Record]) {
+        self.goodput = Goodput::of_log(records);
+        records.iter().for_each(|record| self.recall(record));
     }
 
     /// A record of the log of before it was taken up: it is known, and not counted.
@@ -234,9 +246,12 @@ impl Figures {
 
     /// Something happened.
     pub fn observe(&mut self, notice: &Notice, now_ms: u64) {
+        if !self.heard {
+            (self.heard, self.began_ms) = (true, now_ms);
+        }
         if self.goodput.is_none() {
-            self.began_ms = now_ms;
-            self.goodput = Some(Goodput::new(now_ms));
+            let began_ms = if let Notice::Logged(record) = notice { record.unix_ms } else { now_ms };
+            self.goodput = Some(Goodput::new(began_ms));
         }
         match notice {
             Notice::Step(row) => self.row(row, now_ms),
@@ -253,6 +268,20 @@ impl Figures {
             Notice::CheckpointFailed { .. } => self.counts.checkpoint_failures += 1,
             Notice::Ready { .. } | Notice::Stage { .. } => {}
         }
+    }
+
+    /// The rows of the steps of before it was taken up.
+    pub fn recall_rows<'a>(&mut self, rows: impl IntoIterator<Item = &'a StepRecord>) {
+        if let Some(goodput) = &mut self.goodput {
+            rows.into_iter().for_each(|row| goodput.step(row));
+        }
+        self.rows_missing = false;
+    }
+
+    /// What became of the time of the run up to `now_ms`; absent while that is not known.
+    pub fn shares(&self, now_ms: u64) -> Option<Shares> {
+        let goodput = self.goodput.as_ref().filter(|_| !self.rows_missing)?;
+        Some(goodput.at(now_ms))
     }
 
     fn claim(&mut self, invariant: Invariant, holds: bool) {

@@ -3,6 +3,9 @@
 //! Of the wall clock of a job, what was inside steps that the run keeps is known to the second from their rows; what a
 //! change of the ring took is in the log. What neither explains (the first ring, loading, a coordinator that was away) is
 //! `other`.
+//!
+//! All of it is in the run folder: who takes a run up reads the log and the rows of the steps, and counts as if it had been
+//! there from the first record on.
 
 use anello_store::events::{Event, Record};
 use anello_store::metrics::StepRecord;
@@ -51,7 +54,8 @@ pub struct Goodput {
     data_s: f64,
     checkpoint_s: f64,
     recovery_s: f64,
-    recomputed_s: f64,
+    /// Steps that were computed again.
+    again: u64,
     paused_s: f64,
     /// Since when it is paused, or over: the clock stands still.
     stands: Option<Stands>,
@@ -88,10 +92,18 @@ impl Goodput {
             data_s: 0.0,
             checkpoint_s: 0.0,
             recovery_s: 0.0,
-            recomputed_s: 0.0,
+            again: 0,
             paused_s: 0.0,
             stands: None,
         }
+    }
+
+    /// Of a run whose log has `records`, oldest first; absent when it has none. Its steps are told apart from them, in any
+    /// order.
+    pub fn of_log(records: &[Record]) -> Option<Self> {
+        let mut goodput = Self::new(records.first()?.unix_ms);
+        records.iter().for_each(|record| goodput.record(record));
+        Some(goodput)
     }
 
     /// A step that the run keeps. One is told once, however often it was computed.
@@ -110,10 +122,7 @@ impl Goodput {
         match &record.event {
             Event::Recovered { took_ms, again, .. } => {
                 self.recovery_s += *took_ms as f64 / 1e3;
-                // A step that is computed again takes as long as one does.
-                if self.steps > 0 {
-                    self.recomputed_s += *again as f64 * self.step_s / self.steps as f64;
-                }
+                self.again += again;
             }
             Event::Ended { outcome, .. } => self.stand(record.unix_ms, outcome == "paused"),
             Event::Stopped { .. } => self.stand(record.unix_ms, true),
@@ -160,8 +169,13 @@ impl Goodput {
         };
         let paused = self.paused_s + pause;
         let wall_s = seconds_between(self.began_ms, end_ms);
+        // A step that is computed again takes as long as one does.
+        let recomputed_s = match self.steps {
+            0 => 0.0,
+            steps => self.again as f64 * self.step_s / steps as f64,
+        };
         let productive_s = (self.step_s - self.data_s - self.checkpoint_s).max(0.0);
-        let known = self.step_s + self.recovery_s + self.recomputed_s + paused;
+        let known = self.step_s + self.recovery_s + recomputed_s + paused;
         let other = (wall_s - known).max(0.0);
         // Clocks of several machines: more may be told of than has passed here.
         let whole = (wall_s - paused).max(known - paused);
@@ -171,7 +185,7 @@ impl Goodput {
                 Cause::Data => self.data_s,
                 Cause::Checkpoint => self.checkpoint_s,
                 Cause::Recovery => self.recovery_s,
-                Cause::Recomputed => self.recomputed_s,
+                Cause::Recomputed => recomputed_s,
                 Cause::Paused => paused,
                 Cause::Other => other,
             };
@@ -233,6 +247,42 @@ mod tests {
         goodput.record(&record(40_000, Event::TakenUp { step: Some(10) }));
         let later = goodput.at(41_000);
         assert_eq!((later.lost[4], later.wall_s), ((Cause::Paused, 22.0), 40.0));
+    }
+
+    /// Who takes a run up at any moment counts what one would have that was there all the time.
+    #[test]
+    fn it_does_not_matter_who_counts_nor_since_when() {
+        let log = [
+            (0, Event::TakenUp { step: None }),
+            (
+                9_000,
+                Event::Recovered { generation: 2, workers: 1, took_ms: 1_500, again: 1, checkpoint: None },
+            ),
+            (12_000, Event::Ended { outcome: "paused".into(), reason: None }),
+            (20_000, Event::TakenUp { step: Some(8) }),
+            // This coordinator is killed; nobody writes down that it ended.
+            (31_000, Event::TakenUp { step: Some(16) }),
+            (
+                33_000,
+                Event::Recovered { generation: 5, workers: 2, took_ms: 500, again: 3, checkpoint: Some(16) },
+            ),
+            (40_000, Event::Ended { outcome: "completed".into(), reason: None }),
+        ];
+        let log = log.map(|(at, event)| record(at + 1_000, event));
+        let rows: Vec<_> = (0..20).map(|step| second(step, 0.25, 0.125)).collect();
+        let mut all = Goodput::of_log(&log).unwrap();
+        rows.iter().for_each(|row| all.step(row));
+        for cut in 1..=log.len() {
+            let mut later = Goodput::of_log(&log[..cut]).unwrap();
+            rows[..cut].iter().for_each(|row| later.step(row));
+            log[cut..].iter().for_each(|record| later.record(record));
+            rows[cut..].iter().for_each(|row| later.step(row));
+            assert_eq!(later.at(90_000), all.at(90_000), "taken up after {cut} records");
+        }
+        let shares = all.at(90_000);
+        assert_eq!((shares.wall_s, shares.effective), (40.0, 20.0 / 32.0));
+        assert_eq!(shares.lost[4], (Cause::Paused, 8.0));
+        assert_eq!(Goodput::of_log(&[]), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! ```text
 //! Notice, Status ──▶ Board ──▶ Figures (pure)  ──▶ Samples ──▶ a registry of the caller's ──▶ /metrics
 //!                              goodput, invariants   families: every name, with its labels and help
+//! Notice ──▶ traces ──▶ a collector, where the environment names one
 //! families ──▶ reference (docs/metrics.md) · rules (alerts) · dashboards (Grafana)
 //! ```
 //! A scrape is a function of what is known at that moment: nothing is registered by worker, so that whoever left leaves no
@@ -17,12 +18,14 @@ mod goodput;
 mod invariants;
 pub mod reference;
 pub mod rules;
+mod traces;
 
 pub use board::{Board, Scrape};
 pub use families::{FAMILIES, Family, Kind};
 pub use figures::Figures;
 pub use goodput::{Cause, Goodput, Shares};
 pub use invariants::Invariant;
+pub use traces::{TraceError, Traces};
 
 #[cfg(test)]
 mod tests;

@@ -50,4 +50,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 - apiGroups: [events.k8s.io]
   resources: [events]
   verbs: [create, patch]
+# Why no pod could be made: a quota.
+- apiGroups: [""]
+  resources: [events]
+  verbs: [list]
 {{- end }}

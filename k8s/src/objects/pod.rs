@@ -36,9 +36,9 @@ pub fn from_pod(name: &str, path: &str) -> EnvVar {
     EnvVar { name: name.to_owned(), value: None, value_from: Some(from) }
 }
 
-/// Files of a Secret of the user's, mounted at `path`.
-fn secret(volume: &str, path: &str, name: &str, files: Vec<String>) -> (Volume, VolumeMount) {
-    let item = |file: String| KeyToPath { key: file.clone(), path: file, mode: Some(0o440) };
+/// Entries of a Secret of the user's, as files of these names mounted at `path`.
+fn secret(volume: &str, path: &str, name: &str, files: Vec<(&str, String)>) -> (Volume, VolumeMount) {
+    let item = |(key, path): (&str, String)| KeyToPath { key: key.to_owned(), path, mode: Some(0o440) };
     let source = SecretVolumeSource {
         secret_name: Some(name.to_owned()),
         items: Some(files.into_iter().map(item).collect()),
@@ -88,10 +88,16 @@ pub fn pod(
     let tls = spec.tls.as_ref().map(|tls| {
         // A key is for its role alone.
         let files = ["ca.pem".to_owned(), format!("{role}.pem"), format!("{role}.key")];
-        secret("anello-tls", TLS_DIR, &tls.secret_name, files.into())
+        if tls.cert_manager {
+            let files = ["ca.crt", "tls.crt", "tls.key"].into_iter().zip(files).collect();
+            return secret("anello-tls", TLS_DIR, &format!("{}-{role}", tls.secret_name), files);
+        }
+        let files = files.iter().map(|file| (file.as_str(), file.clone())).collect();
+        secret("anello-tls", TLS_DIR, &tls.secret_name, files)
     });
     let tokens = spec.http.as_ref().and_then(|http| http.token_secret_name.as_ref());
-    let tokens = tokens.map(|name| secret("anello-http", TOKENS.0, name, vec![TOKENS.1.to_owned()]));
+    let tokens =
+        tokens.map(|name| secret("anello-http", TOKENS.0, name, vec![(TOKENS.1, TOKENS.1.to_owned())]));
     let own = std::iter::once((scratch, scratch_mount)).chain(tls).chain(tokens).chain(more);
     let (volumes, mounts): (Vec<_>, Vec<_>) = own.unzip();
     let protection = match &spec.tls {

@@ -6,12 +6,13 @@ use k8s_openapi::api::batch::v1::{
 };
 use k8s_openapi::api::core::v1::{
     Affinity, Container, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
+    PodTemplateSpec,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::ResourceExt;
 
 use super::pod::{from_pod, pod, variable};
-use super::{ASKED, PORT, coordinator_name, labels, metadata, workers_name};
+use super::{ASKED, PORT, TEMPLATE, coordinator_name, labels, metadata, workers_name};
 use crate::resource::PretrainJob;
 
 /// The label by which Kueue knows that a Job is its business.
@@ -47,6 +48,51 @@ pub struct Crew {
 /// The workers: a pod for each.
 pub fn workers(job: &PretrainJob, crew: &Crew) -> Job {
     let (name, spec) = (job.name_any(), &job.spec);
+    let mut template = template(job);
+    let digest = digest(&template);
+    let pod = template.spec.get_or_insert_default();
+    pod.affinity = (!crew.without.is_empty()).then(|| away_from(&crew.without));
+    let mut metadata = metadata(job, workers_name(&name), labels(&name, "worker"));
+    let annotations = metadata.annotations.get_or_insert_default();
+    annotations.insert(ASKED.to_owned(), spec.workers.desired.to_string());
+    annotations.insert(TEMPLATE.to_owned(), digest);
+    if let Some(queue) = &spec.queue_name {
+        annotations.insert(MIN_PARALLELISM.to_owned(), spec.workers.min.to_string());
+        annotations.insert(EQUAL_COMPLETIONS.to_owned(), "true".to_owned());
+        metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.to_owned(), queue.clone());
+    }
+    Job {
+        metadata,
+        spec: Some(JobSpec {
+            completion_mode: Some("Indexed".to_owned()),
+            // Elastic: an Indexed Job may change both together.
+            completions: Some(crew.workers),
+            parallelism: Some(crew.workers),
+            suspend: crew.suspend,
+            backoff_limit_per_index: Some(BACKOFF_LIMIT_PER_INDEX),
+            pod_failure_policy: Some(failure_policy()),
+            pod_replacement_policy: Some("Failed".to_owned()),
+            template,
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// What tells the pods of a job from others that it could have, wherever they may run: Kubernetes changes no pod of a Job that
+/// is there, so another of these asks for another Job.
+pub fn pods_digest(job: &PretrainJob) -> String {
+    digest(&template(job))
+}
+
+fn digest(template: &PodTemplateSpec) -> String {
+    let text = serde_json::to_vec(template).expect("a template is plain data");
+    blake3::hash(&text).to_hex()[..16].to_owned()
+}
+
+/// A worker's pod, but for the nodes that it stays away from.
+fn template(job: &PretrainJob) -> PodTemplateSpec {
+    let (name, spec) = (job.name_any(), &job.spec);
     let coordinator = format!("{}:{PORT}", coordinator_name(&name));
     let arguments = ["worker", "--coordinator", &coordinator, "--job", &name];
     let left = exit::LEFT.to_string();
@@ -80,31 +126,7 @@ pub fn workers(job: &PretrainJob, crew: &Crew) -> Job {
     pod.node_selector = Some(spec.node_selector.clone()).filter(|labels| !labels.is_empty());
     pod.priority_class_name = spec.priority_class_name.clone();
     pod.termination_grace_period_seconds = Some(spec.termination_grace_period_seconds);
-    pod.affinity = (!crew.without.is_empty()).then(|| away_from(&crew.without));
-    let mut metadata = metadata(job, workers_name(&name), labels(&name, "worker"));
-    let annotations = metadata.annotations.get_or_insert_default();
-    annotations.insert(ASKED.to_owned(), spec.workers.desired.to_string());
-    if let Some(queue) = &spec.queue_name {
-        annotations.insert(MIN_PARALLELISM.to_owned(), spec.workers.min.to_string());
-        annotations.insert(EQUAL_COMPLETIONS.to_owned(), "true".to_owned());
-        metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.to_owned(), queue.clone());
-    }
-    Job {
-        metadata,
-        spec: Some(JobSpec {
-            completion_mode: Some("Indexed".to_owned()),
-            // Elastic: an Indexed Job may change both together.
-            completions: Some(crew.workers),
-            parallelism: Some(crew.workers),
-            suspend: crew.suspend,
-            backoff_limit_per_index: Some(BACKOFF_LIMIT_PER_INDEX),
-            pod_failure_policy: Some(failure_policy()),
-            pod_replacement_policy: Some("Failed".to_owned()),
-            template,
-            ..JobSpec::default()
-        }),
-        status: None,
-    }
+    template
 }
 
 /// What becomes of the Job when a worker's pod fails.

@@ -12,7 +12,7 @@ pub(crate) fn job() -> PretrainJob {
         state: "s3://bucket/runs/".into(),
         image: "anello:1".into(),
         workers: Workers { desired: 4, min: 2, max: Some(8) },
-        tls: Some(TlsSource { secret_name: "certs".into() }),
+        tls: Some(TlsSource { secret_name: "certs".into(), ..TlsSource::default() }),
         ..PretrainJobSpec::default()
     };
     let mut job = PretrainJob::new("llm", spec);
@@ -125,7 +125,10 @@ impl Cluster {
             .flat_map(|term| term.match_expressions.unwrap())
             .flat_map(|expression| expression.values.unwrap())
             .collect();
+        let template = made.metadata.annotations.as_ref().unwrap()[objects::TEMPLATE].clone();
         if let Some(before) = &before {
+            let same = before.template.as_ref().is_none_or(|of_theirs| *of_theirs == template);
+            assert!(same, "a Job's pods cannot become others");
             let may_change = before.suspended || spec.suspend == Some(true);
             assert!(
                 may_change || before.without == without,
@@ -147,6 +150,8 @@ impl Cluster {
             active: if suspended { 0 } else { parallelism },
             without,
             failed: None,
+            template: Some(template),
+            short: None,
         });
     }
 
@@ -298,6 +303,70 @@ fn a_node_that_computed_wrongly_is_left_out_after_a_pause() {
 }
 
 #[test]
+fn other_pods_are_made_after_a_pause() {
+    // While it trains: it pauses for it by itself.
+    let mut cluster = Cluster::trains(job());
+    cluster.job.spec.termination_grace_period_seconds = 7;
+    let before = cluster.crew().clone();
+    cluster.look();
+    cluster.settle();
+    assert_eq!(cluster.asked, ["pause"]);
+    assert_eq!(cluster.crew(), &before, "its pods stay until the checkpoint is taken");
+    cluster.run().phase = Phase::Paused;
+    assert!(cluster.look().changes.contains(&Change::RemoveWorkers));
+    cluster.settle();
+    assert_eq!(cluster.asked, ["pause", "resume"]);
+    assert!(cluster.crew().template != before.template && !cluster.crew().suspended);
+
+    // While it is suspended: it stays so.
+    let mut cluster = Cluster::trains(job());
+    cluster.job.spec.suspend = true;
+    cluster.look();
+    cluster.run().phase = Phase::Paused;
+    cluster.settle();
+    let before = cluster.crew().clone();
+    cluster.job.spec.image = "anello:2".into();
+    cluster.settle();
+    assert!(cluster.crew().template != before.template && cluster.crew().suspended);
+    assert_eq!(cluster.asked, ["pause"]);
+
+    // While Kueue has not admitted it.
+    let mut queued = job();
+    queued.spec.queue_name = Some("research".into());
+    let mut cluster = Cluster::new(queued);
+    cluster.look();
+    cluster.coordinator_answers(Phase::Forming);
+    cluster.observed.crew.as_mut().unwrap().suspended = true;
+    let before = cluster.crew().clone();
+    cluster.job.spec.image = "anello:2".into();
+    cluster.look();
+    cluster.look();
+    assert!(cluster.crew().template != before.template);
+
+    // One that was made before pods were told apart is left alone.
+    let mut cluster = Cluster::trains(job());
+    cluster.observed.crew.as_mut().unwrap().template = None;
+    assert!(!cluster.look().changes.contains(&Change::RemoveWorkers));
+}
+
+#[test]
+fn a_quota_is_told_of() {
+    let mut cluster = Cluster::trains(job());
+    let short = |cluster: &mut Cluster| {
+        cluster.observed.crew.as_mut().unwrap().short = Some("exceeded quota: research".into());
+    };
+    short(&mut cluster);
+    cluster.look();
+    let told = cluster.status().message.clone().unwrap();
+    assert_eq!(told, "some workers have no pods: exceeded quota: research");
+    cluster.run().message = Some("workers: 1 of 2 are here".into());
+    short(&mut cluster);
+    cluster.look();
+    let told = cluster.status().message.clone().unwrap();
+    assert_eq!(told, "workers: 1 of 2 are here; some workers have no pods: exceeded quota: research");
+}
+
+#[test]
 fn a_deleted_job_takes_a_checkpoint_first() {
     let mut cluster = Cluster::trains(job());
     cluster.job.metadata.deletion_timestamp = Some(time(cluster.observed.now));
@@ -409,6 +478,25 @@ fn a_job_that_is_over_goes_after_its_time() {
 }
 
 /// All objects of a job with most of what one can ask for, as files.
+#[test]
+fn certificates_of_cert_manager_have_the_names_that_the_command_knows() {
+    let mut job = job();
+    job.spec.tls = Some(TlsSource { secret_name: "certs".into(), cert_manager: true });
+    let crew = Crew { workers: 1, ..Crew::default() };
+    let of = |pod: k8s_openapi::api::core::v1::PodTemplateSpec| {
+        let volumes = pod.spec.and_then(|pod| pod.volumes).unwrap_or_default();
+        let secret = volumes.into_iter().find_map(|volume| volume.secret).unwrap();
+        let items = secret.items.unwrap().into_iter().map(|item| format!("{} as {}", item.key, item.path));
+        (secret.secret_name.unwrap(), items.collect::<Vec<_>>())
+    };
+    let (name, items) = of(objects::workers(&job, &crew).spec.unwrap().template);
+    assert_eq!(name, "certs-worker");
+    assert_eq!(items, ["ca.crt as ca.pem", "tls.crt as worker.pem", "tls.key as worker.key"]);
+    let (name, items) = of(objects::coordinator(&job, 1).spec.unwrap().template);
+    assert_eq!(name, "certs-coordinator");
+    assert_eq!(items, ["ca.crt as ca.pem", "tls.crt as coordinator.pem", "tls.key as coordinator.key"]);
+}
+
 #[test]
 fn objects_are_as_they_were() {
     let mut job = job();

@@ -2,15 +2,15 @@
 
 use anello_tests::{newest_checkpoint, wait_until};
 
-use super::{Site, world};
+use super::{LONG, SYSTEM, Site, make_secret};
 
 #[test]
 fn a_job_trains_is_scaled_and_comes_to_its_end() {
-    let Some(site) = Site::start("scaled", &["node-0", "node-1"]) else { return };
+    let Some(site) = Site::start("scaled", 2) else { return };
     what_cannot_be_is_refused(&site);
     site.submit("a", 2);
     let told = |role: &str, what: &str| site.metrics("a", role).iter().any(|text| text.contains(what));
-    let ended = || site.value("a", "{.status.phase}") == "Completed";
+    let ended = || site.ended("a");
     wait_until("the coordinator tells of the job", || {
         told("coordinator", "anello_step{job=\"a\"}") || ended()
     });
@@ -52,8 +52,7 @@ fn what_cannot_be_is_refused(site: &Site) {
     let manifest = site.manifest("bad", 1, &[]);
     let refused = |from: &str, to: &str| {
         let manifest = manifest.replacen(from, to, 1);
-        let applied = ["apply", "--server-side", "-n", "research", "-f", "-"];
-        site.cluster.kubectl_with(&applied, &manifest).expect_err("it is refused")
+        site.try_apply(&manifest).expect_err("it is refused")
     };
     let told = refused("insecure: true", "insecure: false");
     assert!(told.contains("give tls.secretName, or insecure: true"), "{told}");
@@ -67,10 +66,7 @@ fn what_cannot_be_is_refused(site: &Site) {
 
 #[test]
 fn whatever_is_killed_or_lost_changes_nothing() {
-    /// Some hundreds of steps: seconds, in which a few calls of kubectl find it training.
-    const LONG: &str = "stage.stable.tokens=128Ki";
-    let Some(site) = Site::start("killed", &["node-0", "node-1", "node-2"]) else { return };
-    world().anello(&["run", "small.toml", "--out", "long", "--set", LONG]).expect(0);
+    let Some(site) = Site::start("killed", 3) else { return };
     site.apply(&site.manifest("a", 3, &[LONG]));
     site.wait_for_checkpoint("a", 3);
     // How far it is when something strikes is left to the machine, and also whether it has ended by then.
@@ -82,31 +78,27 @@ fn whatever_is_killed_or_lost_changes_nothing() {
     if let Some(pod) = site.pods("a", "coordinator").first() {
         kill(pod, &["--wait=false"]);
     }
-    let ended = || site.value("a", "{.status.phase}") == "Completed";
+    let ended = || site.ended("a");
     wait_until("there is a coordinator", || !site.pods("a", "coordinator").is_empty() || ended());
     // The controller dies, too, and another takes its place; then a node is drained in order.
-    site.cluster
-        .kubectl(&["-n", "anello-system", "delete", "pods", "--all", "--grace-period=0", "--force"])
+    site.cluster()
+        .kubectl(&["-n", SYSTEM, "delete", "pods", "--all", "--grace-period=0", "--force"])
         .unwrap_or_else(|refused| panic!("{refused}"));
-    let _ = site.cluster.kubectl(&["drain", "node-1", "--force", "--ignore-daemonsets", "--timeout=60s"]);
+    let _ = site.cluster().kubectl(&["drain", "killed-1", "--force", "--ignore-daemonsets", "--timeout=60s"]);
     site.wait_for_phase("a", "Completed");
-    world().assert_alike(&site.run_of("a").display().to_string(), "long");
+    site.assert_undisturbed_long("a");
 }
 
 #[test]
 fn a_job_is_suspended_resumed_deleted_and_made_anew() {
-    let Some(site) = Site::start("suspended", &["node-0"]) else { return };
-    let suspend = |site: &Site, on: bool| {
-        let patch = format!("{{\"spec\":{{\"suspend\":{on}}}}}");
-        site.kubectl(&["patch", "pretrainjob", "a", "--type=merge", "-p", &patch]);
-    };
+    let Some(site) = Site::start("suspended", 1) else { return };
     site.submit("a", 2);
     site.wait_for_checkpoint("a", 3);
-    suspend(&site, true);
+    site.suspend("a", true);
     site.wait_for_phase("a", "Paused");
     wait_until("its workers are gone", || site.pods("a", "worker").is_empty());
     let at = newest_checkpoint(&site.run_of("a"));
-    suspend(&site, false);
+    site.suspend("a", false);
     wait_until("it goes on", || newest_checkpoint(&site.run_of("a")) > at);
     // Deleting it takes a checkpoint and loses nothing: the same job goes on.
     site.kubectl(&["delete", "pretrainjob", "a", "--timeout=100s"]);
@@ -118,4 +110,32 @@ fn a_job_is_suspended_resumed_deleted_and_made_anew() {
     site.submit("a", 1);
     site.wait_for_phase("a", "Completed");
     site.assert_undisturbed("a");
+}
+
+/// With certificates in Secrets as cert-manager writes them.
+#[test]
+fn a_job_with_tls_trains() {
+    let Some(site) = Site::start("secured", 1) else { return };
+    for role in ["coordinator", "worker"] {
+        let (certificate, key) = (format!("{role}.pem"), format!("{role}.key"));
+        let files = [("ca.crt", "ca.pem"), ("tls.crt", &*certificate), ("tls.key", &*key)];
+        make_secret(site.cluster(), "secured", &format!("pods-{role}"), files);
+    }
+    let manifest = site.manifest_with("a", 2, &[], &["--tls-secret", "pods", "--cert-manager"]);
+    assert!(manifest.contains("certManager: true") && !manifest.contains("insecure: true"), "{manifest}");
+    site.apply(&manifest);
+    site.wait_for_phase("a", "Completed");
+    site.assert_undisturbed("a");
+    assert_eq!(site.value("a", "{.status.step}"), "31", "the controller reached its coordinator");
+}
+
+#[test]
+fn two_jobs_do_not_disturb_one_another() {
+    let Some(site) = Site::start("two", 2) else { return };
+    site.apply(&format!("{}---\n{}", site.manifest("a", 2, &[]), site.manifest("b", 1, &[])));
+    for job in ["a", "b"] {
+        site.wait_for_phase(job, "Completed");
+        site.assert_undisturbed(job);
+        assert_eq!(site.value(job, "{.status.run}"), site.run_of(job).display().to_string());
+    }
 }

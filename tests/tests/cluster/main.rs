@@ -1,11 +1,15 @@
 //! PretrainJobs on a real control plane: the API server, its Job and Deployment controllers, what the Helm chart makes with the
 //! rights that it gives, and pods that are processes of this machine. A run that ends is the undisturbed one.
+//!
+//! Cases that run at one time share a control plane and a controller; each has its namespace and nodes.
 
+mod change;
 mod chart;
 mod life;
+mod loss;
 
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use anello_tests::{Cluster, World, http_at, kube_tool, newest_checkpoint, wait_until};
 
@@ -31,32 +35,79 @@ fn template(values: &[&str]) -> String {
     String::from_utf8(done.stdout).expect("a manifest is text")
 }
 
-/// A cluster with the chart's objects in it, and a namespace `research` for jobs; both under restricted pod security.
+/// One of the namespaces of a cluster with the chart's objects in it, under restricted pod security, with nodes of its own.
 struct Site {
-    cluster: Cluster,
+    cluster: Option<Arc<Cluster>>,
     name: &'static str,
-    _turn: MutexGuard<'static, ()>,
 }
 
-/// A control plane and a ring are enough for a small machine at one time.
-static TURN: Mutex<()> = Mutex::new(());
+/// The cluster of the cases that are under way: one control plane is enough for all of them.
+static CLUSTER: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
+
+/// Some hundreds of steps: seconds, in which a few calls of kubectl find it training.
+const LONG: &str = "stage.stable.tokens=128Ki";
+
+/// Namespace of the controller.
+const SYSTEM: &str = "anello-system";
+
+fn namespace(name: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels: \
+         {{pod-security.kubernetes.io/enforce: restricted}}\n"
+    )
+}
+
+/// The cluster of the others that run now, or another one.
+fn cluster() -> Option<Arc<Cluster>> {
+    // One that failed leaves nothing behind.
+    let mut shared = CLUSTER.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(cluster) = shared.upgrade() {
+        return Some(cluster);
+    }
+    let cluster = Arc::new(Cluster::start(&world().folder.join("cluster"))?);
+    cluster.add_nodes(SYSTEM, 1);
+    cluster.apply(&namespace(SYSTEM));
+    change::make_old_job(&cluster);
+    // With certificates, by which it also reaches the coordinators of jobs with TLS.
+    world().anello(&["certs", "init", "--dir", "certs"]).expect(0);
+    make_secret(&cluster, SYSTEM, "anello-user", ["ca.pem", "user.pem", "user.key"].map(|file| (file, file)));
+    cluster.apply(&template(&["tls.secretName=anello-user"]));
+    *shared = Arc::downgrade(&cluster);
+    Some(cluster)
+}
+
+/// A Secret of files in `certs`, each with the name of its entry.
+fn make_secret(cluster: &Cluster, namespace: &str, name: &str, files: [(&str, &str); 3]) {
+    let folder = world().folder.join("certs");
+    let files = files.map(|(entry, file)| format!("--from-file={entry}={}", folder.join(file).display()));
+    let mut arguments = vec!["-n", namespace, "create", "secret", "generic", name];
+    arguments.extend(files.iter().map(String::as_str));
+    cluster.kubectl(&arguments).unwrap_or_else(|refused| panic!("{refused}"));
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        // Of a case that failed; whoever runs beside it is to have the machine.
+        let jobs = ["-n", self.name, "delete", "pretrainjobs", "--all", "--wait=false"];
+        let _ = self.cluster().kubectl(&jobs);
+        // Nobody starts another while this one ends.
+        let _shared = CLUSTER.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.cluster.take());
+    }
+}
 
 impl Site {
-    fn start(name: &'static str, nodes: &[&str]) -> Option<Self> {
-        // One that failed leaves nothing behind.
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let cluster = Cluster::start(&world().folder.join(name), nodes)?;
-        let namespace = |name: &str| {
-            format!(
-                "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels: \
-                 {{pod-security.kubernetes.io/enforce: restricted}}\n"
-            )
-        };
-        cluster.apply(&format!("{}---\n{}", namespace("anello-system"), namespace("research")));
-        cluster.apply(&template(&[]));
-        let established = || cluster.kubectl(&["get", "pretrainjobs", "-n", "research"]).is_ok();
+    fn start(name: &'static str, nodes: usize) -> Option<Self> {
+        let site = Self { cluster: Some(cluster()?), name };
+        site.cluster().add_nodes(name, nodes);
+        site.cluster().apply(&namespace(name));
+        let established = || site.cluster().kubectl(&["get", "pretrainjobs", "-n", name]).is_ok();
         wait_until("the resource is known", established);
-        Some(Self { cluster, name, _turn: turn })
+        Some(site)
+    }
+
+    fn cluster(&self) -> &Cluster {
+        self.cluster.as_ref().expect("it is there until the case ends")
     }
 
     fn place(&self) -> String {
@@ -69,12 +120,18 @@ impl Site {
 
     /// The manifest of a job, as `anello submit --kube` makes it, with `settings` as `--set` takes them.
     fn manifest(&self, job: &str, workers: u32, settings: &[&str]) -> String {
+        self.manifest_with(job, workers, settings, &[])
+    }
+
+    /// The same, with more arguments.
+    fn manifest_with(&self, job: &str, workers: u32, settings: &[&str], more: &[&str]) -> String {
+        let others = more;
         let (place, workers) = (self.place(), workers.to_string());
         let arguments =
             ["submit", "small.toml", "--kube", "--dry-run", "--image", "anello:test", "--state", &place];
         let more = ["--name", job, "--workers", &workers, "--metrics", "--set", "compute.threads=1"];
         let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
-        world().anello(&[&arguments[..], &more, &settings].concat()).expect(0)
+        world().anello(&[&arguments[..], &more, &settings, others].concat()).expect(0)
     }
 
     fn submit(&self, job: &str, workers: u32) {
@@ -82,21 +139,42 @@ impl Site {
     }
 
     fn apply(&self, manifest: &str) {
-        let applied = ["apply", "--server-side", "-n", "research", "-f", "-"];
-        self.cluster
-            .kubectl_with(&applied, manifest)
-            .unwrap_or_else(|refused| panic!("{refused}\n{manifest}"));
+        self.try_apply(manifest).unwrap_or_else(|refused| panic!("{refused}\n{manifest}"));
+    }
+
+    /// The error is what the API server says.
+    fn try_apply(&self, manifest: &str) -> Result<String, String> {
+        self.cluster().kubectl_with(&["apply", "--server-side", "-n", self.name, "-f", "-"], manifest)
+    }
+
+    /// Changes the spec of a job; the error is what the API server says.
+    fn patch(&self, job: &str, spec: &str) -> Result<String, String> {
+        let patch = format!("{{\"spec\":{spec}}}");
+        self.cluster().kubectl(&["-n", self.name, "patch", "pretrainjob", job, "--type=merge", "-p", &patch])
+    }
+
+    fn suspend(&self, job: &str, on: bool) {
+        self.patch(job, &format!("{{\"suspend\":{on}}}")).unwrap_or_else(|refused| panic!("{refused}"));
     }
 
     fn kubectl(&self, arguments: &[&str]) -> String {
-        let arguments = [&["-n", "research"], arguments].concat();
-        self.cluster.kubectl(&arguments).unwrap_or_else(|refused| panic!("{arguments:?}: {refused}"))
+        let arguments = [&["-n", self.name], arguments].concat();
+        self.cluster().kubectl(&arguments).unwrap_or_else(|refused| panic!("{arguments:?}: {refused}"))
+    }
+
+    /// A value of an object by JSONPath; empty when it, or the object, is not there.
+    fn value_of(&self, object: &str, path: &str) -> String {
+        let path = format!("jsonpath={path}");
+        self.cluster().kubectl(&["-n", self.name, "get", object, "-o", &path]).unwrap_or_default()
     }
 
     /// A value of a job by JSONPath.
     fn value(&self, job: &str, path: &str) -> String {
-        let path = format!("jsonpath={path}");
-        self.cluster.kubectl(&["-n", "research", "get", "pretrainjob", job, "-o", &path]).unwrap_or_default()
+        self.value_of(&format!("pretrainjob/{job}"), path)
+    }
+
+    fn ended(&self, job: &str) -> bool {
+        self.value(job, "{.status.phase}") == "Completed"
     }
 
     fn wait_for_phase(&self, job: &str, phase: &str) {
@@ -106,9 +184,9 @@ impl Site {
             seen = self.value(job, "{.status.phase}");
             if std::time::Instant::now() > end {
                 let all = ["get", "pods,jobs,deployments,pretrainjobs", "-A", "-o", "wide"];
-                let all = self.cluster.kubectl(&all).unwrap_or_default();
+                let all = self.cluster().kubectl(&all).unwrap_or_default();
                 let events = self.kubectl(&["get", "events"]);
-                let pods = world().folder.join(self.name).join("pods");
+                let pods = world().folder.join("cluster/pods");
                 panic!("{job} is {seen}, not {phase}; logs in {}\n{all}\n{events}", pods.display());
             }
             std::thread::sleep(std::time::Duration::from_millis(100));
@@ -141,5 +219,14 @@ impl Site {
     fn assert_undisturbed(&self, job: &str) {
         let run = self.run_of(job).display().to_string();
         world().assert_undisturbed(&run);
+    }
+
+    /// The same for one of [`LONG`].
+    fn assert_undisturbed_long(&self, job: &str) {
+        static MADE: OnceLock<()> = OnceLock::new();
+        MADE.get_or_init(|| {
+            world().anello(&["run", "small.toml", "--out", "long", "--set", LONG]).expect(0);
+        });
+        world().assert_alike(&self.run_of(job).display().to_string(), "long");
     }
 }

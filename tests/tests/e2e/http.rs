@@ -7,13 +7,21 @@ use anello_tests::{Process, Prometheus, http, newest_checkpoint, page, signal, w
 
 use super::world;
 
-const OPERATOR: &str = "operator-0123456789abcdef";
+pub const OPERATOR: &str = "operator-0123456789abcdef";
 
 /// `anello` with a page.
-struct Serving {
-    process: Process,
-    port: u16,
+pub struct Serving {
+    pub process: Process,
+    pub port: u16,
     coordinator: String,
+}
+
+/// A file of tokens: that of ann, who may act, and that of bob, who may look.
+pub fn make_tokens(name: &str) {
+    let tokens = world().folder.join(name);
+    std::fs::write(&tokens, format!("operator ann {OPERATOR}\nviewer bob viewer-0123456789abcdef\n"))
+        .unwrap();
+    std::fs::set_permissions(&tokens, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
 }
 
 impl Serving {
@@ -32,13 +40,13 @@ impl Serving {
     }
 
     /// A coordinator of a fresh place.
-    fn coordinator(place: &str, slots: &str, more: &[&str]) -> Self {
+    pub fn coordinator(place: &str, slots: &str, more: &[&str]) -> Self {
         let _ = std::fs::remove_dir_all(world().folder.join(place));
         let arguments = ["coordinator", "--listen", "127.0.0.1:0", "--jobs", place, "--slots", slots];
         Self::start(&[&arguments[..], more].concat())
     }
 
-    fn ask(&self, arguments: &[&str]) -> String {
+    pub fn ask(&self, arguments: &[&str]) -> String {
         world().anello(&[arguments, &["--coordinator", &self.coordinator]].concat()).expect(0)
     }
 
@@ -156,10 +164,7 @@ fn prometheus_scrapes_a_run_and_alerts_fire_by_their_causes() {
 
 #[test]
 fn an_operator_may_act_and_each_act_is_told_in_the_log() {
-    let tokens = world().folder.join("http-tokens");
-    std::fs::write(&tokens, format!("operator ann {OPERATOR}\nviewer bob viewer-0123456789abcdef\n"))
-        .unwrap();
-    std::fs::set_permissions(&tokens, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    make_tokens("http-tokens");
     let serving = Serving::coordinator("http-acts", "1", &["--token", "http-tokens"]);
     serving.ask(&["submit", "small.toml", "--name", "a", "--set", "stage.stable.tokens=300000"]);
     let (ann, bob) = (format!("Bearer {OPERATOR}"), "Bearer viewer-0123456789abcdef".to_owned());
@@ -272,4 +277,49 @@ fn a_browser_shows_the_jobs_and_what_became_of_them() {
     let none = show("/jobs/none").unwrap();
     assert!(none.contains("there is no job none"), "{none}");
     assert!(serving.get("/api/v1/jobs").contains("\"phase\":\"completed\""));
+}
+
+/// What became of the time is in the run folder: another coordinator tells the same.
+#[test]
+fn what_became_of_the_time_outlives_the_coordinator() {
+    let start = |place: &str| {
+        let arguments = ["coordinator", "--listen", "127.0.0.1:0", "--jobs", place, "--slots", "1"];
+        Serving::start(&arguments)
+    };
+    let _ = std::fs::remove_dir_all(world().folder.join("http-time"));
+    let serving = start("http-time");
+    serving.ask(&["submit", "small.toml", "--name", "a"]);
+    serving.ask(&["submit", "small.toml", "--name", "b", "--set", "stage.stable.tokens=3000000"]);
+    let over = |serving: &Serving| serving.process.out().contains("job a is completed\n");
+    wait_until("the first is completed", || over(&serving));
+    let folder = world().folder.join("http-time/b");
+    wait_until("the second is so far", || newest_checkpoint(&folder) >= 3);
+    let time = |serving: &Serving, job: &str| -> serde_json::Value {
+        let detail = serving.get(&format!("/api/v1/jobs/{job}"));
+        serde_json::from_str::<serde_json::Value>(&detail).expect("it is JSON")["time"].clone()
+    };
+    // The clock of what is over stands still.
+    wait_until("the end is known", || {
+        let before = time(&serving, "a");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        before == time(&serving, "a")
+    });
+    let (a, b) = (time(&serving, "a"), time(&serving, "b"));
+    assert!(
+        a["productive_s"].as_f64() > Some(0.0) && a["wall_s"].as_f64() > a["productive_s"].as_f64(),
+        "{a}"
+    );
+    assert!(serving.process.kill());
+
+    let serving = start("http-time");
+    wait_until("the rows are read", || !time(&serving, "a").is_null() && !time(&serving, "b").is_null());
+    assert_eq!(time(&serving, "a"), a, "of what is over all is known");
+    let later = time(&serving, "b");
+    for what in ["wall_s", "productive_s"] {
+        // Its last steps may not have been written; they are computed again.
+        let share = if what == "wall_s" { 1.0 } else { 0.25 };
+        assert!(later[what].as_f64() >= b[what].as_f64().map(|s| share * s), "{what}: {b} {later}");
+    }
+    wait_until("it is told to Prometheus, too", || serving.tells("anello_goodput_ratio{job=\"b\"}"));
+    serving.ask(&["cancel", "b"]);
 }

@@ -137,6 +137,45 @@ fn a_paused_job_goes_on_where_it_was() {
     coordinator.assert_undisturbed("a");
 }
 
+/// Beside those of its config, one or many, and while workers die: it is the same run.
+#[test]
+fn checkpoints_that_are_asked_for_change_nothing() {
+    const LONG: &str = "stage.stable.tokens=128Ki";
+    world().anello(&["run", "small.toml", "--out", "jobs-asked-alone", "--set", LONG]).expect(0);
+    let mut coordinator = Coordinator::start("jobs-asked", 2, 10);
+    coordinator.ask(&["submit", "small.toml", "--name", "a", "--workers", "2", "--set", LONG]).expect(0);
+    coordinator.wait_for_checkpoint("a", 3);
+    let step = |told: String| {
+        let digits = told.chars().filter(char::is_ascii_digit).collect::<String>();
+        digits.parse::<u64>().unwrap_or_else(|_| panic!("{told}"))
+    };
+    let mut last = 0;
+    for _ in 0..3 {
+        let told = coordinator.ask(&["checkpoint", "now", "a"]).expect(0);
+        assert!(told.starts_with("job a: checkpoint ") && told.ends_with(" is there\n"), "{told}");
+        let there = step(told);
+        assert!(
+            there >= last && newest_checkpoint(&coordinator.folder("a")) >= there,
+            "{there} after {last}"
+        );
+        last = there;
+    }
+    let told = coordinator.ask(&["checkpoint", "now", "a", "--no-wait"]).expect(0);
+    assert!(told.starts_with("job a takes a checkpoint that holds step "), "{told}");
+    if let Some(worker) = coordinator.process.children().first() {
+        signal(*worker, "KILL");
+    }
+    coordinator.wait_for("a", "completed", 1);
+    world().assert_alike(&format!("{}/a", coordinator.place), "jobs-asked-alone");
+    world().anello(&["checkpoint", "verify", &format!("{}/a", coordinator.place)]).expect(0);
+    let told = coordinator.ask(&["checkpoint", "now", "a"]);
+    assert!(told.log.contains("job a is completed, which is for good"), "{told:?}");
+    told.expect(2);
+    let told = coordinator.ask(&["checkpoint", "now", "none"]);
+    assert!(told.log.contains("there is no job none"), "{told:?}");
+    told.expect(2);
+}
+
 /// Whether a record of the run's log tells of a generation of three.
 fn has_ring_of_three(run: &Path) -> bool {
     let records = objects(&run.join("events")).into_iter().filter_map(|path| std::fs::read(path).ok());

@@ -1,6 +1,8 @@
 //! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS, in a
-//! bucket, cut off; compared; weights out and in, and used; over HTTP, as Prometheus and a browser see it.
+//! bucket, cut off; compared; weights out and in, and used; over HTTP, as Prometheus and a browser see it, as a person
+//! acts on the page, and as a collector of traces does.
 
+mod acts;
 mod bisect;
 mod bucket;
 mod clouds;
@@ -19,6 +21,7 @@ mod ring;
 mod shards;
 mod signals;
 mod tls;
+mod traces;
 mod twice;
 mod using;
 

@@ -174,6 +174,8 @@ impl Membership {
         let room = self.options.desired.min(self.options.lanes) as usize;
         let joiners = self.candidates().iter().filter(|id| !self.ranks.contains_key(id)).count();
         let members = formation.members.len();
+        // Who holds with a checkpoint has written its parts: those that are all there are only to be committed.
+        let wanted = self.wanted.is_some_and(|step| !self.checkpoints.is_complete_from(step));
         let (save, why) = if self.goal == Goal::Pause {
             (true, "take a checkpoint and pause".to_owned())
         } else if let Some(member) = leaving {
@@ -182,12 +184,14 @@ impl Membership {
             (false, format!("take in {} more", joiners.min(room - members)))
         } else if members > room {
             (false, format!("scale down to {room}"))
+        } else if wanted {
+            (true, "take a checkpoint".to_owned())
         } else if self.is_cut_due() {
             (false, "share the lanes out by speed".to_owned())
         } else {
             return None;
         };
-        Some(Change { save, why })
+        Some(Change { save: save || wanted, why })
     }
 }
 

@@ -105,6 +105,7 @@ fn act() -> impl Strategy<Value = Act> {
         1 => vec((0u64..=TOTAL.0).prop_map(Step), 0..3).prop_map(|steps| Event::Listed { steps }),
         1 => goal.prop_map(Event::Goal),
         1 => prop_oneof![0u32..5, any::<u32>()].prop_map(Event::Desired),
+        1 => Just(Event::CheckpointWanted),
     ];
     prop_oneof![
         3 => Just(Act::Record),

@@ -360,6 +360,67 @@ fn a_pause_takes_a_checkpoint_and_a_cancel_does_not() {
 }
 
 #[test]
+fn a_checkpoint_that_is_asked_for_is_taken_at_a_boundary_once() {
+    let hold = |id, generation| send(id, Order::Hold { generation: Generation(generation), save: true });
+    let mut story = Story::running(2);
+    // All that is trained is in one: there is nothing to do.
+    assert_eq!(story.event(Event::CheckpointWanted), []);
+    assert_eq!(story.core.wanted(), None);
+
+    story.event(Event::Reported { step: Step(17) });
+    assert_eq!(story.event(Event::CheckpointWanted), [hold(1, 1), hold(2, 1)]);
+    assert_eq!(story.core.wanted(), Some(Step(17)));
+    assert_eq!(
+        story.core.status().waits_for.as_deref(),
+        Some("the next step boundary, to take a checkpoint")
+    );
+    assert_eq!(story.event(Event::CheckpointWanted), [], "asked again, it is still the same");
+    // They hold when their parts are written; the ring goes on before the manifest is.
+    let wrote = |id: u64, activity| Stance { written: vec![half(18, id == 1)], ..stance(Some(18), activity) };
+    story.stands(1, wrote(1, holding(1, Cause::Ordered)));
+    let all = Written { blocks: blocks(0..4), kept: None, ..half(18, true) };
+    let last = Stance { written: vec![all], ..stance(Some(18), holding(1, Cause::Ordered)) };
+    let out = story.stands(2, last);
+    assert!(matches!(out[0], Effect::Commit { step: Step(18), .. }), "{out:?}");
+    story.event(Event::Recorded { generation: Generation(2) });
+    story.stands(1, stance(Some(18), running(2)));
+    let out = story.stands(2, stance(Some(18), running(2)));
+    assert!(
+        matches!(out[..], [Effect::Record(Entry::Recovered { .. })]),
+        "it is not asked for twice: {out:?}"
+    );
+    story.event(Event::Committed { step: Step(18) });
+    assert_eq!(story.core.wanted(), None);
+}
+
+#[test]
+fn a_checkpoint_that_is_asked_for_survives_a_death_and_not_a_return_to_an_older_one() {
+    let mut story = Story::running(2);
+    story.event(Event::Reported { step: Step(17) });
+    story.event(Event::CheckpointWanted);
+    story.event(Event::Unlinked { worker: WorkerId(2) });
+    story.stands(1, stance(Some(17), holding(1, lost(2))));
+    story.event(Event::Recorded { generation: Generation(2) });
+    let hold = Order::Hold { generation: Generation(2), save: true };
+    assert_eq!(story.stands(1, stance(Some(17), running(2)))[0], send(1, hold));
+
+    // All who held the state are gone: what is left is in a checkpoint.
+    story.event(Event::Unlinked { worker: WorkerId(1) });
+    story.now = 1000;
+    story.link(3, stance(None, Activity::Outside));
+    story.now = 1500;
+    story.event(Event::Tick);
+    story.stands(3, stance(None, Activity::Outside));
+    story.now = 2100;
+    story.event(Event::Tick);
+    story.event(Event::Listed { steps: vec![Step(10)] });
+    story.event(Event::Recorded { generation: Generation(3) });
+    let out = story.stands(3, stance(Some(10), running(3)));
+    assert!(matches!(out[..], [Effect::Record(Entry::Recovered { .. })]), "{out:?}");
+    assert_eq!(story.core.wanted(), None);
+}
+
+#[test]
 fn one_that_is_fenced_says_nothing_more() {
     let mut story = Story::running(2);
     assert_eq!(story.event(Event::Fenced { by: "epoch 2".to_owned() }), []);

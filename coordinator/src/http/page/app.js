@@ -302,7 +302,7 @@
         try {
           const body = action === 'scale' ? JSON.stringify({ workers: Number(answer) }) : undefined;
           await ask(`${path(name)}/${action}`, { method: 'POST', body });
-          say(`${name}: ${label.toLowerCase()} is recorded`, 'on');
+          say(`${name}: ${options.said || `${label.toLowerCase()} is recorded`}`, 'on');
         } catch (error) {
           say(error.message, 'off');
         }
@@ -317,6 +317,7 @@
       if (!wanted) return;
       if (wanted === 'paused' || wanted === 'pausing') act('Resume', 'resume', { text: 'It goes back into the queue and on from its newest checkpoint.' });
       else act('Pause', 'pause', { text: 'It takes a checkpoint and stops until it is resumed. No step is lost.' });
+      if (wanted !== 'paused') act('Checkpoint now', 'checkpoint', { text: 'The ring takes a checkpoint at its next step, beside those of its config, and goes on. The result is the same bits.', said: 'a checkpoint is asked for' });
       act('Scale', 'scale', { text: 'The ring holds at a step, and goes on with so many workers. The result is the same bits.', label: 'Workers', kind: 'number', value: String(detail.job.desired) });
       act('Cancel', 'cancel', { text: 'It stops for good. What is in its run folder stays.', danger: true });
     };
@@ -348,7 +349,7 @@
       tile('expected depth', orDash(last(figures.figures.depth.mean), v => v.toFixed(2)), `of ${losses.length || '–'} loop steps`);
       const left = job.tokens_per_s && tokens !== null ? (planned - tokens) / job.tokens_per_s : null;
       tile('tokens a second', orDash(job.tokens_per_s, scaled), job.over || left === null || left <= 0 ? ' ' : `${duration(left)} to go`);
-      tile('goodput', detail.time ? percent(detail.time.goodput) : '–', detail.time ? `${percent(detail.time.effective)} in steps` : 'not kept here');
+      tile('goodput', detail.time ? percent(detail.time.goodput) : '–', detail.time ? `${percent(detail.time.effective)} in steps` : 'not known yet');
       if (!job.over) tile('workers', `${job.workers}`, `of ${job.desired} wanted`, job.workers < job.min);
       const newest = detail.checkpoints.filter(c => c.kept).pop();
       tile('newest checkpoint', newest ? grouped(newest.step) : '–', newest && newest.unix_ms ? utc(newest.unix_ms) : ' ');

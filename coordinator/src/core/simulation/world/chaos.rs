@@ -116,8 +116,15 @@ impl World {
                     let event = match self.chance(3) {
                         true => Event::Goal(Goal::Pause),
                         false => {
+                            let before = self.options.desired;
                             self.options.desired = (1 + self.below(5) as u32).max(self.options.min);
-                            Event::Desired(self.options.desired)
+                            // As many as before would be nothing new.
+                            if self.options.desired == before {
+                                self.report.wanted += 1;
+                                Event::CheckpointWanted
+                            } else {
+                                Event::Desired(self.options.desired)
+                            }
                         }
                     };
                     return self.tell_core(index, event);

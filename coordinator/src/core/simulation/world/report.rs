@@ -29,14 +29,15 @@ pub struct Report {
     pub rifts: u64,
     pub left_out: u64,
     pub sleeps: u64,
+    pub wanted: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 23] {
+    pub fn counts(&self) -> [(&'static str, u64); 24] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 23] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 24] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -61,6 +62,7 @@ impl Report {
             ("two workers that do not reach one another", &mut self.rifts),
             ("a worker that is left out", &mut self.left_out),
             ("a coordinator that slept", &mut self.sleeps),
+            ("a checkpoint that was asked for", &mut self.wanted),
         ]
     }
 
