@@ -80,7 +80,7 @@ fn what_is_no_document_of_mano_is_told_in_what() {
         (0..40).map(|id| (mano_token(id), i64::from(id))).collect();
     let read = |text: &str| {
         let ids: Vec<i64> =
-            text.split_whitespace().map(|word| known.get(word).copied().unwrap_or(900)).collect();
+            text.split_whitespace().map(|word| known.get(word).copied().unwrap_or(9000)).collect();
         read_mano(&ids)
     };
     let right = read("<bos> <len_2> - * 5 7 20 <ans> 15").unwrap();
@@ -93,7 +93,7 @@ fn what_is_no_document_of_mano_is_told_in_what() {
         ("<bos> word + 1 1 <ans> 2", "does not have the form"),
         ("<bos> <len_1> + 1 1 2 2", "does not have the form"),
         ("<bos> <len_1> + 1 1 <ans> +", "ends with no number"),
-        ("<bos> <len_1> + 1 word <ans> 2", "has the token 900"),
+        ("<bos> <len_1> + 1 word <ans> 2", "has the token 9000"),
         ("<bos> <len_2> + 1 1 <ans> 2", "says that it has 2 operations, and has 1"),
         ("<bos> <len_1> 1 + 1 <ans> 2", "has an operator without operands"),
         ("<bos> <len_1> + 1 1 1 <ans> 2", "has more than one expression"),
