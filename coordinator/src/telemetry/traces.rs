@@ -28,6 +28,9 @@ const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORT
 const SERVICE: (&str, &str) = ("OTEL_SERVICE_NAME", "anello");
 /// For the last spans, when the process is to end.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// A record of what a recovery began with may be stamped so much before its beginning, which was measured by another clock and
+/// in whole milliseconds.
+const STAMPED_BEFORE_MS: u64 = 1_000;
 /// Records that a recovery tells of.
 const RECORDS: usize = 64;
 
@@ -248,13 +251,17 @@ fn recovery(job: &str, record: &Record, before: &[Record]) -> Option<Drawn> {
     };
     let to_us = record.unix_ms * 1000;
     let from_us = to_us.saturating_sub(took_ms * 1000);
-    let told = before.iter().filter(|record| record.unix_ms * 1000 >= from_us);
-    let events = told
-        .filter_map(|record| Some((is_told(&record.event)?, record.unix_ms * 1000, facts_of(&record.event))));
+    let is_of_it = |record: &&Record| match &record.event {
+        Event::Formed { generation: of, .. } => of == generation,
+        _ => (record.unix_ms + STAMPED_BEFORE_MS) * 1000 >= from_us,
+    };
+    let told = before.iter().filter(is_of_it);
+    let within = |record: &Record| (record.unix_ms * 1000).clamp(from_us, to_us);
+    let events =
+        told.filter_map(|record| Some((is_told(&record.event)?, within(record), facts_of(&record.event))));
     let events: Vec<_> = events.collect();
     let formed = events.iter().rev().find(|(name, ..)| *name == "formed").map(|(_, us, _)| *us);
-    let parts = formed.map(|us| us.clamp(from_us, to_us));
-    let parts = parts.map(|us| vec![part("gather", from_us, us), part("form", us, to_us)]);
+    let parts = formed.map(|us| vec![part("gather", from_us, us), part("form", us, to_us)]);
     let mut facts = vec![
         KeyValue::new("job", job.to_owned()),
         count("generation", *generation),
@@ -297,20 +304,28 @@ mod tests {
         let record = |unix_ms, event| Record { number: 1, unix_ms, event };
         let lost =
             |worker: &str| Event::Lost { worker: worker.into(), step: Some(3), reason: "silent".into() };
-        let formed = Event::Formed {
-            generation: 2,
+        let formed = |generation| Event::Formed {
+            generation,
             start: 4,
             source: "peers".into(),
             holders: Vec::new(),
             members: Vec::new(),
             save_first: false,
         };
-        let before = [record(1_000, lost("old")), record(9_100, lost("w")), record(9_400, formed)];
+        let before = [
+            record(1_000, lost("old")),
+            record(8_900, formed(1)),
+            // Its stamp is of another clock than the recovery's length.
+            record(8_998, lost("v")),
+            record(9_100, lost("w")),
+            record(9_400, formed(2)),
+        ];
         let end = Event::Recovered { generation: 2, workers: 1, took_ms: 1_000, again: 1, checkpoint: None };
         let drawn = recovery("a", &record(10_000, end), &before).unwrap();
         assert_eq!((drawn.name, drawn.from_us, drawn.to_us), ("recovery", 9_000_000, 10_000_000));
         let events: Vec<_> = drawn.events.iter().map(|(name, us, _)| (*name, *us)).collect();
-        assert_eq!(events, [("lost", 9_100_000), ("formed", 9_400_000)], "what was before is not of it");
+        let expected = [("lost", 9_000_000), ("lost", 9_100_000), ("formed", 9_400_000)];
+        assert_eq!(events, expected, "what was before is not of it");
         let parts: Vec<_> = drawn.parts.iter().map(|part| (part.name, part.from_us, part.to_us)).collect();
         assert_eq!(parts, [("gather", 9_000_000, 9_400_000), ("form", 9_400_000, 10_000_000)]);
         assert_eq!(recovery("a", &before[1], &before), None);
