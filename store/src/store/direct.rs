@@ -1,7 +1,7 @@
 //! Large files of a folder, past the kernel's page cache where the file system allows it (`O_DIRECT`).
 //!
-//! By way of the page cache a checkpoint comes to the disk as fast as the kernel writes back, which was a sixth of what the disk
-//! takes (docs/measured.md), it drives out what others read again, and what is read back is the cache and not the disk. Where
+//! By way of the page cache a checkpoint comes to the disk as fast as the kernel writes back, which on a busy machine was a sixth of
+//! what the disk takes (docs/measured.md), it drives out what others read again, and what is read back is the cache and not the disk. Where
 //! a file system does not allow it (some do not, some only for other sizes), the same calls go through the cache.
 //!
 //! Nothing here needs unsafe code: memory that lies as the disk wants it is cut out of a larger vector.
