@@ -190,7 +190,7 @@ impl Gpus {
         self.after_what_is_computed()?;
         let (owned, first) = (ring.blocks(rank), ring.blocks(rank).start);
         let own = common(&owned, blocks);
-        let sent = self.group(|group, received| {
+        let sent = self.group(|group| {
             let mut sent = 0;
             for other in others(ring) {
                 let theirs = common(&ring.blocks(other), blocks);
@@ -201,7 +201,7 @@ impl Gpus {
                     }
                 }
                 if !own.is_empty() {
-                    for place in &received[other.index()] {
+                    for place in &self.received[other.index()] {
                         group.recv(ffi::for_nccl(&cut(place, &own, first)), other.0)?;
                     }
                 }
@@ -226,11 +226,10 @@ impl Gpus {
     fn gather(&mut self, ring: &Ring, total: &Tensor) -> Result<(), RingError> {
         let rank = ring.rank();
         self.after_what_is_computed()?;
-        let order = self.order.clone();
-        let sent = self.group(|group, _| {
+        let sent = self.group(|group| {
             let mut sent = 0;
             for (blocks, other) in
-                order.iter().flat_map(|blocks| others(ring).map(move |other| (blocks, other)))
+                self.order.iter().flat_map(|blocks| others(ring).map(move |other| (blocks, other)))
             {
                 let (own, theirs) = (common(&ring.blocks(rank), blocks), common(&ring.blocks(other), blocks));
                 if !own.is_empty() {
@@ -255,15 +254,12 @@ impl Gpus {
         computed.and_then(|computed| self.sums.wait(&computed)).map_err(thrown)
     }
 
-    /// Puts what `calls` sends and receives into the stream of sums; it may receive into the places for parts.
-    fn group(
-        &self,
-        calls: impl FnOnce(&mut Group<'_>, &[Vec<Tensor>]) -> nccl_rs::Result<u64>,
-    ) -> Result<u64, RingError> {
+    /// Puts what `calls` sends and receives into the stream of sums; returns what it does.
+    fn group(&self, calls: impl FnOnce(&mut Group<'_>) -> nccl_rs::Result<u64>) -> Result<u64, RingError> {
         let stop = || self.abort.reason().map(str::to_owned);
         let (stream, mut sent) = (self.sums.native().map_err(thrown)?, 0);
         let grouped = self.communicator.group(stream, &stop, |group| {
-            sent = calls(group, &self.received)?;
+            sent = calls(group)?;
             Ok(())
         });
         grouped.map(|()| sent).map_err(dead)
