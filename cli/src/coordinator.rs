@@ -1,5 +1,6 @@
 //! `anello coordinator`: several jobs, as a service.
 
+use std::mem::ManuallyDrop;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -88,7 +89,9 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let interrupt = Interrupt::watch()?;
     // What a person got wrong, before anything is taken over.
     let submission = submission(args)?;
+    // It ends with the process: the registry's thread waits in it, and panics when it is gone.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = ManuallyDrop::new(runtime);
     let protection = args.protection.protection(Role::Coordinator)?;
     let with_tls = if protection.tls().is_some() { " (TLS)" } else { "" };
     // The address first: one that is in use must not fence the coordinator that uses it.
@@ -129,12 +132,11 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         screen.line(&format!("page at {}", page.url))?;
     }
 
-    if let Some(submission) = submission {
-        runtime.block_on(registry.ensure(submission)).map_err(|refusal| match refusal {
-            Refusal::Store(source) => Failure::Store(source),
-            refusal => Failure::Usage(refusal.to_string()),
-        })?;
-    }
+    let ensured = submission.map(|submission| runtime.block_on(registry.ensure(submission)));
+    let refused = ensured.and_then(Result::err).map(|refusal| match refusal {
+        Refusal::Store(source) => Failure::Store(source),
+        refusal => Failure::Usage(refusal.to_string()),
+    });
 
     let (mut stopping, mut handed_over) = (false, false);
     let mut fenced = None;
@@ -149,10 +151,10 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
-        if interrupt.raised() && !stopping {
+        if (refused.is_some() || interrupt.raised()) && !stopping {
             stopping = true;
             // Whoever starts workers elsewhere moves this process as well, and they need not notice.
-            if slots.is_none() && interrupt.terminated() {
+            if slots.is_none() && (refused.is_some() || interrupt.terminated()) {
                 screen.line(
                     "leaving: workers train on, and the next coordinator of this place goes on with them",
                 )?;
@@ -169,6 +171,9 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     board.finish();
     if let Some(page) = page {
         runtime.block_on(page.stop());
+    }
+    if let Some(refused) = refused {
+        return Err(refused);
     }
     match fenced {
         Some(by) => Err(Failure::Ring(format!(
