@@ -9,11 +9,24 @@ pub struct Network {
     hosts: u32,
 }
 
-/// `ip WORDS`; the error is what it says.
-fn ip(words: &str) -> Result<(), String> {
+/// `ip WORDS`: what it prints; the error is what it says.
+fn ip(words: &str) -> Result<String, String> {
     let done = Command::new("ip").args(words.split(' ')).output().map_err(|cause| format!("ip: {cause}"))?;
     let told = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-    if done.status.success() { Ok(()) } else { Err(format!("ip {words}: {told}")) }
+    let printed = String::from_utf8_lossy(&done.stdout).into_owned();
+    if done.status.success() { Ok(printed) } else { Err(format!("ip {words}: {told}")) }
+}
+
+/// The ports, near and far, of the connection on which most was sent, of those that `ss -Htin` tells of: a line of each, and
+/// one of what was seen of it.
+fn busiest(told: &str) -> Option<(u16, u16)> {
+    let lines: Vec<&str> = told.lines().collect();
+    let seen = lines.chunks_exact(2).filter_map(|pair| {
+        let port = |at: usize| pair[0].split_whitespace().nth(at)?.rsplit_once(':')?.1.parse().ok();
+        let sent = pair[1].split_whitespace().find_map(|word| word.strip_prefix("bytes_sent:"))?;
+        Some((sent.parse::<u64>().ok()?, (port(3)?, port(4)?)))
+    });
+    seen.max().map(|(_, ports)| ports)
 }
 
 impl Network {
@@ -85,6 +98,35 @@ impl Network {
     pub fn mend_way(&self, from: u32, to: u32) {
         let (space, address) = (self.space(from), self.address(to));
         ip(&format!("-n {space} neighbour delete {address} dev net")).expect("the host is ours");
+    }
+
+    /// From now on the busiest of the connections between two hosts loses all that is sent on it, both ways and without a word;
+    /// what they send one another on others arrives. So it is where packets are dealt out to several links, and one of them is
+    /// broken.
+    ///
+    /// # Errors
+    /// In words, where `tc` or the kernel cannot do so, before anything was changed; and where there is no connection.
+    pub fn drop_connection(&self, one: u32, other: u32) -> Result<(), String> {
+        for host in [one, other] {
+            let tc = format!("netns exec {} tc", self.space(host));
+            ip(&format!("{tc} qdisc replace dev net root handle 1: htb default 1"))?;
+            for class in ["1:1", "1:2"] {
+                ip(&format!(
+                    "{tc} class replace dev net parent 1: classid {class} htb rate 10gbit quantum 60000"
+                ))?;
+            }
+            // A queue with room for nothing.
+            ip(&format!("{tc} qdisc replace dev net parent 1:2 handle 2: bfifo limit 0"))?;
+        }
+        let filter = format!("netns exec {} ss -Htin dst {}", self.space(one), self.address(other));
+        let told = ip(&filter)?;
+        let (here, there) = busiest(&told).ok_or_else(|| format!("no connection is in\n{told}"))?;
+        for (host, from, to) in [(one, here, there), (other, there, here)] {
+            let matches = format!("match ip sport {from} 0xffff match ip dport {to} 0xffff");
+            let tc = format!("netns exec {} tc", self.space(host));
+            ip(&format!("{tc} filter add dev net parent 1: protocol ip u32 {matches} flowid 1:2"))?;
+        }
+        Ok(())
     }
 
     fn cable(&self, host: u32, state: &str) {

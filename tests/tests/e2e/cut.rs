@@ -138,6 +138,21 @@ fn two_that_do_not_reach_one_another_do_not_hold_up_the_others() {
     assert!(!told.contains("lost (silent for"), "{told}");
 }
 
+/// One connection loses all that is sent on it, as where one of several links is broken: the messages still pass, and nothing is
+/// closed.
+#[test]
+fn a_way_of_blocks_alone_that_is_cut_is_found() {
+    let Some(mut cluster) = Cluster::start("blocks", 2) else { return };
+    cluster.wait_for_checkpoint(3);
+    if let Err(why) = cluster.network.drop_connection(1, 2) {
+        assert!(!why.contains("no connection"), "{why}");
+        println!("NOT RUN, for this kernel or user may drop no single connection: {why}");
+        return;
+    }
+    let told = cluster.finish();
+    assert!(told.contains("do not reach one another") && !told.contains("lost (silent for"), "{told}");
+}
+
 /// What is lost one way only, from the beginning: they never meet. Once it arrives again, both train.
 #[test]
 fn one_whose_words_do_not_arrive_at_another_is_tried_again() {

@@ -245,6 +245,24 @@ fn a_coordinator_that_is_killed_and_started_again_takes_its_jobs_up() {
 }
 
 #[test]
+fn a_submission_that_is_refused_at_the_start_is_the_last_word_and_loses_nothing() {
+    let mut coordinator = Coordinator::start("jobs-refused", 1, 1);
+    coordinator.submit("a", 1);
+    coordinator.wait_for_checkpoint("a", 3);
+    assert!(coordinator.process.kill());
+    let start = ["coordinator", "--listen", "127.0.0.1:0", "--jobs", "jobs-refused", "--slots", "1"];
+    let submit = ["--submit", "small.toml", "--name", "a", "--set", "seed=4"];
+    let done = world().anello(&[&start[..], &submit].concat());
+    let last = done.log.lines().last().unwrap_or_default();
+    assert!(last.starts_with("error: ") && last.contains("whose seed differs"), "{done:?}");
+    assert!(!done.log.contains("panicked"), "{done:?}");
+    done.expect(2);
+    let mut coordinator = Coordinator::start("jobs-refused", 1, 1);
+    coordinator.wait_for("a", "completed", 1);
+    coordinator.assert_undisturbed("a");
+}
+
+#[test]
 fn of_two_coordinators_of_one_place_the_older_is_fenced_and_says_so() {
     let mut older = Coordinator::start("jobs-fenced", 1, 1);
     older.submit("a", 1);

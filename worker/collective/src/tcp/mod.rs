@@ -15,8 +15,8 @@
 //! each way in 0.11 s of CPU time): enough for two 10 Gbit/s links, not for 100 Gbit/s.
 //!
 //! A cut between two members that closes nothing is found by the kernel, which asks on both connections of a pair and counts
-//! what is not acknowledged on the one for messages ([`Options::silence`]). Addresses of a member are on one machine: where
-//! only the way of the blocks is cut, and not that of the messages, it takes the kernel's own quarter of an hour.
+//! what is not acknowledged on the one for messages ([`Options::silence`]). Where only the way of the blocks is cut (one of
+//! several links that packets are dealt out to), whoever waits for something finds it: it looks whether the kernel asks in vain.
 //!
 //! [`Listener::with_tls`] puts TLS between the frames and the sockets: members prove to one another that they are workers
 //! of one CA, and strangers get no further than a handshake. It adds 96 KiB a socket (to a stranger 160 KiB at most), a
@@ -30,6 +30,7 @@ mod rendezvous;
 mod socket;
 mod stream;
 mod traffic;
+mod unheard;
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -103,7 +104,8 @@ pub fn connect(listener: &mut Listener, options: &Options) -> Result<Tcp> {
     let ring = Ring::new(options.rank, options.shape.clone())?;
     let wake = socket::Wake::by(&options.abort)?;
     let streams = rendezvous::meet(listener, options, &ring, &wake)?;
-    let net = Net::new(options.rank, options.generation, options.abort.clone(), wake, streams);
+    let (abort, silence) = (options.abort.clone(), options.silence);
+    let net = Net::new(options.rank, options.generation, abort, wake, silence, streams);
     Ok(Tcp { ring, net, places: Places::default(), dead: None })
 }
 

@@ -17,6 +17,7 @@ use super::frame::{
 use super::socket::{Poll, Wake, is_silence};
 use super::stream::Stream;
 use super::traffic::Traffic;
+use super::unheard::Unheard;
 use crate::farewell::Farewell;
 use crate::{AbortHandle, Error, Generation, Rank, Result, Step};
 
@@ -42,6 +43,7 @@ struct Link {
     inbox: VecDeque<Message>,
     gone: Option<Gone>,
     broken: Option<Broken>,
+    unheard: Unheard,
     sender: Sender,
     receiver: Receiver,
     /// Data frames of this operation.
@@ -81,6 +83,9 @@ pub(crate) struct Net {
     generation: Generation,
     abort: AbortHandle,
     wake: Wake,
+    silence: Duration,
+    /// When it was last seen which links go unheard.
+    looked: Instant,
     links: Vec<Link>,
     /// Number of operations begun. All members begin the same ones: who failed in a later one is through with ours.
     operation: u64,
@@ -104,11 +109,13 @@ fn told(error: &std::io::Error) -> String {
 }
 
 impl Net {
+    /// `silence` is how long what is sent may go without an acknowledgement.
     pub fn new(
         rank: Rank,
         generation: Generation,
         abort: AbortHandle,
         wake: Wake,
+        silence: Duration,
         streams: Vec<(Rank, Stream, Stream)>,
     ) -> Self {
         let link = |(rank, control, data)| Link {
@@ -121,13 +128,15 @@ impl Net {
             inbox: VecDeque::new(),
             gone: None,
             broken: None,
+            unheard: Unheard::default(),
             sender: Sender::default(),
             receiver: Receiver::default(),
             sent: 0,
             received: 0,
         };
         let links = streams.into_iter().map(link).collect();
-        Self { rank, generation, abort, wake, links, operation: 0, sent_bytes: 0 }
+        let looked = Instant::now();
+        Self { rank, generation, abort, wake, silence, looked, links, operation: 0, sent_bytes: 0 }
     }
 
     /// Bytes of gradients and state that went to the other members.
@@ -172,7 +181,9 @@ impl Net {
             if self.links.iter().all(|link| link.owes(wanted, traffic).is_none()) {
                 return Ok(true);
             }
-            let (now, mut timeout) = (Instant::now(), patience);
+            let now = Instant::now();
+            self.look(wanted, traffic, now);
+            let mut timeout = patience.or(Some(self.pause()));
             for link in &self.links {
                 if let Some(left) = link.check(self.rank, self.operation, wanted, traffic, now)? {
                     timeout = Some(timeout.map_or(left, |timeout: Duration| timeout.min(left)));
@@ -208,6 +219,28 @@ impl Net {
             }
         }
         Ok(false)
+    }
+
+    /// Between two looks at links.
+    fn pause(&self) -> Duration {
+        (self.silence / 8).clamp(Duration::from_millis(50), Duration::from_secs(1))
+    }
+
+    /// Gives up data connections on which nothing is acknowledged any more, of ranks that owe us something or we them.
+    fn look(&mut self, wanted: Option<Kind>, traffic: &impl Traffic, now: Instant) {
+        let pause = self.pause();
+        if now.saturating_duration_since(self.looked) < pause {
+            return;
+        }
+        self.looked = now;
+        let owing = |link: &&mut Link| link.broken.is_none() && link.owes(wanted, traffic).is_some();
+        for link in self.links.iter_mut().filter(owing) {
+            let unheard = link.unheard.look(&link.data, now, 4 * pause);
+            if unheard >= self.silence {
+                let reason = format!("nothing of what is sent to it has arrived for {} s", unheard.as_secs());
+                link.broken = Some(Broken { reason, silent: true, since: now });
+            }
+        }
     }
 
     fn poll(&self, traffic: &impl Traffic) -> Poll<'_, Mark> {
