@@ -27,6 +27,12 @@ pub(crate) fn check(config: &RunConfig) -> Vec<Finding> {
     lanes(config, &mut findings);
     model(&config.model, &mut findings);
     prefetch(config, &mut findings);
+    if config.compute.offload && config.compute.recompute == Recompute::None {
+        let fact =
+            "compute.offload is true, and with compute.recompute \"none\" no inputs are kept".to_owned();
+        let remedy = "set compute.recompute to \"layer\", or leave compute.offload out";
+        findings.add("compute.offload", &["compute.recompute"], fact, remedy);
+    }
     if config.eval.every_steps > 0 && config.eval.sets.is_empty() {
         let fact = "eval.every_steps is above 0, and there is no held-out set".to_owned();
         findings.add("eval.every_steps", &[], fact, "add an [eval.sets.NAME] table with its url");

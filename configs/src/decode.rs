@@ -127,6 +127,7 @@ fn compute(s: &mut Section<'_, '_>) -> Compute {
         device: s.parsed("device", ComputeDevice::ACCEPTED, ComputeDevice::default()),
         dtype: s.choice("dtype", Dtype::Fp32),
         recompute: s.choice("recompute", Recompute::Layer),
+        offload: s.flag("offload", false),
         loss_chunk_tokens: s.quantity("loss_chunk_tokens", Unit::Tokens, 1..=8192, Some(1024)) as u32,
         threads: s.optional("threads").then(|| s.count("threads", 1..=4096, None) as u32),
     }

@@ -38,6 +38,8 @@ pub struct Plan {
     pub dtype: Dtype,
     /// What the forward keeps.
     pub recompute: Recompute,
+    /// Whether what is kept waits on the host.
+    pub offload: bool,
     /// The ring's times.
     pub timings: Timings,
     /// Lanes of the run.
@@ -159,8 +161,11 @@ pub struct Memory {
     /// In a ring of several: the sum of all gradients, 4 bytes a parameter. By NCCL also what others have of the own share, a part
     /// of each, until it is added.
     pub sum: u64,
-    /// Layer inputs (`layer`: L·T hidden states a token) or loop inputs (`loop`: T) that are kept for recomputation.
+    /// Layer inputs (`layer`: L·T hidden states a token) or loop inputs (`loop`: T) that are kept for recomputation. With
+    /// `compute.offload` three of them at most: two on their way to the host, or one back and the one in use.
     pub inputs: u64,
+    /// Of `compute.offload`, in the host's pinned memory and no part of the total: all of them.
+    pub on_host: u64,
     /// Activations inside layers that are held at a time: of one layer (`layer`), one loop step (`loop`), or all (`none`).
     pub activations: u64,
     /// h(T), and the gradients of h(1..T).
@@ -191,6 +196,10 @@ impl Memory {
             (Trains::All, Recompute::Layer) => (product([l, t, hidden_state]), in_layer),
             (Trains::All, Recompute::Loop) => (product([t, hidden_state]), product([l, in_layer])),
         };
+        let (inputs, on_host) = match config.compute.offload {
+            true => (inputs.min(product([3, hidden_state])), inputs),
+            false => (inputs, 0),
+        };
         let chunk = u64::from(config.compute.loss_chunk_tokens).min(tokens);
         Self {
             weights: if config.compute.dtype == Dtype::Bf16 { 2 * parameters } else { 0 },
@@ -210,6 +219,7 @@ impl Memory {
                 }
             },
             inputs,
+            on_host,
             activations,
             hidden: product([1 + t, hidden_state]),
             logits: product([2, logits_bytes(chunk, model.vocab)]),
@@ -271,6 +281,7 @@ impl Plan {
             cluster,
             dtype: config.compute.dtype,
             recompute: config.compute.recompute,
+            offload: config.compute.offload,
             timings: Timings::new(Duration::from_millis(config.ring.detection_ms)),
             lanes: config.lanes,
             lanes_per_worker,

@@ -180,6 +180,9 @@ pub struct Compute {
     pub dtype: Dtype,
     /// What the forward keeps.
     pub recompute: Recompute,
+    /// Whether the inputs that it keeps wait in the host's memory, so that a GPU takes longer sequences. The bits do not depend
+    /// on it; on a CPU it only costs time.
+    pub offload: bool,
     /// Tokens that go through lm_head and cross-entropy at a time, of one loop step.
     pub loss_chunk_tokens: u32,
     /// CPU threads of LibTorch; absent = all cores. The bits do not depend on it.

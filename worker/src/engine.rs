@@ -107,7 +107,7 @@ fn walk(
         walked(Walked::Losses(&sums));
         return sums;
     }
-    let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute.recompute);
+    let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute);
     drop(forward);
     let losses = tracing::trace_span!("losses").entered();
     let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);

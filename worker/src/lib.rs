@@ -4,6 +4,7 @@
 //! pure arithmetic   params     one flat buffer, its names and blocks
 //!                   model      the looped language model          objective  loss and its backward by chunks
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
+//!                   shelf      inputs of layers on the host meanwhile
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   guard      what a loss spike is         cover      which blocks' moments are here
 //!                   rollback   the state before a spike, made again
@@ -40,6 +41,7 @@ mod optimizer;
 mod params;
 pub mod ring;
 mod rollback;
+mod shelf;
 mod tape;
 mod trainer;
 mod validate;

@@ -10,19 +10,26 @@
 //! loop   input of every loop step (T hidden states)               one loop step's graphs at a time
 //! ```
 //!
+//! Inputs may wait in the host's memory meanwhile (`compute.offload`): each is called back one segment ahead.
+//!
 //! Gradients of the shared weights add up over loop steps in the flat fp32 buffer, last loop step first, whatever
 //! the format of the matrices.
 
-use anello_configs::Recompute;
+use anello_configs::{Compute, Recompute};
 use tch::Tensor;
 
 use crate::model::{Context, Model};
+use crate::shelf::{Away, Moving, Shelf};
 
 /// What the forward kept of a segment.
 #[derive(Debug)]
 enum Kept {
     Nothing,
     Input(Tensor),
+    /// An input that is on the host.
+    Away(Away),
+    /// One that is on its way back.
+    Coming(Moving),
     Graph(Segment),
 }
 
@@ -38,6 +45,8 @@ struct Segment {
 pub struct Tape<'a> {
     model: &'a Model,
     context: &'a Context,
+    /// Where inputs wait that are not kept where they are.
+    shelf: Option<Shelf>,
     /// `[loop step][layer]`.
     kept: Vec<Vec<Kept>>,
 }
@@ -49,9 +58,11 @@ impl<'a> Tape<'a> {
         context: &'a Context,
         embedded: Tensor,
         loops: u32,
-        recompute: Recompute,
+        compute: &Compute,
     ) -> (Vec<Tensor>, Self) {
-        let mut tape = Self { model, context, kept: Vec::new() };
+        let recompute = compute.recompute;
+        let shelf = (compute.offload && recompute != Recompute::None).then(|| Shelf::new(embedded.device()));
+        let mut tape = Self { model, context, shelf, kept: Vec::new() };
         let mut hidden = Vec::new();
         let mut h = embedded.detach();
         for _ in 0..loops {
@@ -66,7 +77,11 @@ impl<'a> Tape<'a> {
                     Recompute::Layer | Recompute::Loop => {
                         let output = tch::no_grad(|| model.layer_nd(layer, &h, context));
                         let keep = recompute == Recompute::Layer || layer == 0;
-                        kept.push(if keep { Kept::Input(h) } else { Kept::Nothing });
+                        kept.push(match &mut tape.shelf {
+                            _ if !keep => Kept::Nothing,
+                            Some(shelf) => Kept::Away(shelf.put(h)),
+                            None => Kept::Input(h),
+                        });
                         h = output;
                     }
                 }
@@ -92,6 +107,7 @@ impl<'a> Tape<'a> {
         gradient: &Tensor,
         walked: &mut dyn FnMut(usize),
     ) -> Tensor {
+        self.shelf.iter_mut().for_each(Shelf::settle);
         let mut upstream: Option<Tensor> = None;
         for of_h in of_hidden.into_iter().rev() {
             let mut g = match upstream {
@@ -102,13 +118,13 @@ impl<'a> Tape<'a> {
             if matches!(kept.get(1), Some(Kept::Nothing)) {
                 self.replay(&mut kept);
             }
-            for (layer, kept) in kept.into_iter().enumerate().rev() {
-                let loop_step = self.kept.len() + 1;
+            while let Some(next) = kept.pop() {
+                let (loop_step, layer) = (self.kept.len() + 1, kept.len());
                 let span = tracing::trace_span!("backward", loop_step, layer).entered();
-                let segment = match kept {
+                self.call_before(&mut kept);
+                let segment = match next {
                     Kept::Graph(segment) => segment,
-                    Kept::Input(input) => self.run(layer, &input),
-                    Kept::Nothing => unreachable!("a loop step's segments are replayed before they are used"),
+                    input => self.run(layer, &self.input(input)),
                 };
                 g = self.segment_backward(layer, segment, &g, gradient);
                 drop(span);
@@ -121,10 +137,31 @@ impl<'a> Tape<'a> {
         upstream.expect("at least one loop step")
     }
 
+    /// Starts to bring back what is needed after this segment, of which those before it in its loop step are left.
+    fn call_before(&mut self, rest: &mut [Kept]) {
+        let Some(shelf) = &self.shelf else { return };
+        let earlier = self.kept.last_mut().into_iter().flatten().rev();
+        let mut kept = rest.iter_mut().rev().take(1).chain(earlier);
+        let Some(next) = kept.find(|kept| !matches!(kept, Kept::Nothing)) else { return };
+        if let Kept::Away(_) = next {
+            let Kept::Away(away) = std::mem::replace(next, Kept::Nothing) else { unreachable!("it is") };
+            *next = Kept::Coming(shelf.call(away));
+        }
+    }
+
+    /// A segment's input, from wherever it was kept.
+    fn input(&self, kept: Kept) -> Tensor {
+        match (kept, &self.shelf) {
+            (Kept::Input(input), _) => input,
+            (Kept::Coming(moving), _) => moving.here(),
+            (Kept::Away(away), Some(shelf)) => shelf.call(away).here(),
+            _ => unreachable!("a segment keeps its input, or is replayed before it is used"),
+        }
+    }
+
     /// Rebuilds the graphs of a loop step from its input.
     fn replay(&self, kept: &mut [Kept]) {
-        let Some(Kept::Input(input)) = kept.first() else { unreachable!("a loop step keeps its input") };
-        let mut h = input.detach();
+        let mut h = self.input(std::mem::replace(&mut kept[0], Kept::Nothing)).detach();
         for (layer, kept) in kept.iter_mut().enumerate() {
             let segment = self.run(layer, &h);
             h = segment.output.detach();

@@ -135,12 +135,16 @@ fn hours(hours: f64) -> String {
     if hours < 9.95 { format!("{hours:.1}") } else { grouped(hours.round() as u64) }
 }
 
-fn memory(plan: &Plan) -> String {
-    let kept = match plan.recompute {
+/// What the forward keeps beside activations.
+fn kept(recompute: Recompute) -> &'static str {
+    match recompute {
         Recompute::None => "kept",
         Recompute::Layer => "layer inputs",
         Recompute::Loop => "loop inputs",
-    };
+    }
+}
+
+fn memory(plan: &Plan) -> String {
     let title = match plan.lanes_per_worker {
         1 => "memory of a worker (1 lane)".to_owned(),
         n => format!("memory of a worker ({n} lanes)"),
@@ -154,7 +158,7 @@ fn memory(plan: &Plan) -> String {
         "gradient",
         "fold",
         "sum",
-        kept,
+        kept(plan.recompute),
         "activations",
         "hidden",
         "logits",
@@ -203,6 +207,10 @@ fn notes(plan: &Plan) -> String {
             (plan.lanes_per_worker > 1, "serve fewer lanes a worker"),
             (largest.stage.micro_batch > 1, "take a smaller micro_batch"),
             (plan.recompute == Recompute::None, "recompute layers"),
+            (
+                plan.recompute == Recompute::Layer && !plan.offload,
+                "keep layer inputs on the host (compute.offload)",
+            ),
             match plan.state_copies {
                 StateCopies::All if count > 2 => {
                     (true, "share out the moments (ring.state_copies = 2), or take a larger GPU")
@@ -221,6 +229,11 @@ fn notes(plan: &Plan) -> String {
             bytes(held),
             remedies.join(", ")
         ));
+    }
+    let on_host = plan.stages.iter().map(|stage| stage.memory.on_host).max().unwrap_or(0);
+    if on_host > 0 {
+        let kept = kept(plan.recompute);
+        notes.push(format!("{kept} wait on the host: up to {} of its memory a worker", bytes(on_host)));
     }
     if count > lanes {
         let idle = count - lanes;

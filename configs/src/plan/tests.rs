@@ -79,6 +79,21 @@ fn logits_and_layer_inputs_at_64k_are_as_the_paper_notes_say() {
 }
 
 #[test]
+fn inputs_on_the_host_let_a_gpu_take_what_it_could_not() {
+    let longct = |sets: &[&str]| {
+        let plan = Plan::new(&load("ouro-1.4b", sets), cluster("h100", 8));
+        (plan.fits(), stage(&plan, "longct").memory, plan.render())
+    };
+    let (fits, kept, text) = longct(&[]);
+    assert!(!fits && text.contains("keep layer inputs on the host (compute.offload)"), "{text}");
+    let (fits, away, text) = longct(&["compute.offload=true"]);
+    assert!(fits && text.contains("note: layer inputs wait on the host: up to 25.8 GB"), "{text}");
+    let hidden_state = 65_536 * 2048 * 2;
+    assert_eq!((away.inputs, away.on_host), (3 * hidden_state, kept.inputs));
+    assert_eq!(away.total(), kept.total() - kept.inputs + 3 * hidden_state);
+}
+
+#[test]
 fn the_fold_holds_a_gradient_for_each_doubling_of_lanes() {
     let config = load("ouro-1.4b", &[]);
     let gradient = 4 * Parameters::new(&config.model, 24).total();

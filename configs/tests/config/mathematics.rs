@@ -14,6 +14,7 @@ fn what_leaves_the_bits_alone_leaves_the_digest_alone() {
         "compute.device=cuda:3",
         "compute.recompute=none",
         "compute.recompute=loop",
+        "compute.offload=true",
         "checkpoint.every_steps=7",
         "checkpoint.keep_last=9",
         "checkpoint.keep_every_steps=9",

@@ -1,6 +1,6 @@
 //! Model and objective against something independent.
 
-use anello_configs::{Dtype, Loss, Mask, Recompute, Trains};
+use anello_configs::{Compute, Dtype, Loss, Mask, Recompute, Trains};
 use anello_worker::{Goal, LossSums, log_exit, token_losses};
 use tch::{Kind, Tensor};
 
@@ -176,6 +176,21 @@ fn what_is_kept_leaves_the_bits_alone() {
     assert_eq!(none.0, layer.0);
     assert_eq!(none.0, by_loop.0);
     assert!(none.1.equal(&layer.1) && none.1.equal(&by_loop.1));
+}
+
+#[test]
+fn inputs_that_wait_on_the_host_leave_the_bits_alone() {
+    let batch = micro_batch(24, &[13, 30, 5], 61, |_| false);
+    for dtype in [Dtype::Fp32, Dtype::Bf16] {
+        let f = Fixture::new(sizes(), Kind::Float, dtype);
+        for recompute in [Recompute::None, Recompute::Layer, Recompute::Loop] {
+            let kept = compute(recompute, 16);
+            let away = Compute { offload: true, ..kept.clone() };
+            let [kept, away] = [kept, away].map(|compute| f.pass(&batch, &compute, 3, 0.1));
+            assert_eq!(kept.0, away.0, "{dtype:?}, {recompute:?}");
+            assert!(kept.1.equal(&away.1), "{dtype:?}, {recompute:?}");
+        }
+    }
 }
 
 #[test]

@@ -243,18 +243,19 @@ fn what_is_no_mathematics_may_change_at_any_resume() {
     let (data, moved) = (Data::new(), Data::new());
     let store = Store::memory().unwrap();
     begin(&store, &data.config(), Some(2));
-    let changes: [fn(&mut RunConfig); 8] = [
+    let changes: [fn(&mut RunConfig); 9] = [
         |c| c.compute.threads = Some(1),
         |c| c.compute.recompute = Recompute::None,
         |c| c.compute.threads = Some(3),
         |c| c.compute.recompute = Recompute::Loop,
+        |c| c.compute.offload = true,
         |c| (c.checkpoint.every_steps, c.checkpoint.part_bytes) = (2, 8 << 20),
         |c| c.data.prefetch_bytes = 1 << 20,
         |c| c.name = "another-name".to_owned(),
         |c| c.checkpoint.part_bytes = 64 << 10,
     ];
     let mut config = moved.config();
-    for (change, until) in changes.into_iter().zip([3, 5, 7, 8, 10, 11, 13, 15]) {
+    for (change, until) in changes.into_iter().zip([3, 5, 7, 8, 9, 10, 11, 13, 15]) {
         change(&mut config);
         let options = Resume { config: Some(config.clone()), allow: false };
         assert_eq!(resume_with(&store, options, Some(until)).step, until);
