@@ -20,6 +20,7 @@ use crate::cover::Cover;
 use crate::evaluate::Evaluation;
 use crate::fold::Fold;
 use crate::guard::{self, Spike};
+use crate::host;
 use crate::model::{Context, Model, Rotary, Tokens};
 use crate::objective::{self, Goal, LossSums};
 use crate::optimizer::{Prepared, State, Summed, Update};
@@ -411,7 +412,7 @@ impl Engine {
     fn on_device(&self, stage: &Stage, batch: &MicroBatch) -> (Context, Tensor, Tensor) {
         let (_, rotary) = self.rotary.as_ref().expect("enter() comes before lane()");
         let context = Context::new(batch, rotary, self.model.kind(), stage.mask);
-        let to = |values: &[i64]| Tensor::from_slice(values).to_device(self.device);
+        let to = |values: &[i64]| host::upload(values, self.device);
         (context, to(&batch.input_ids), to(&batch.targets))
     }
 

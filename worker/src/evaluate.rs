@@ -8,6 +8,7 @@ use anello_dataloader::MicroBatch;
 use tch::{Kind, Tensor};
 
 use crate::engine::hidden;
+use crate::host;
 use crate::model::{Context, Model, Rotary};
 use crate::objective::log_exit;
 
@@ -70,7 +71,7 @@ impl Evaluation {
         tch::no_grad(|| {
             let device = model.lm_head.value.device();
             let context = Context::new(batch, rotary, model.kind(), mask);
-            let to = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+            let to = |values: &[i64]| host::upload(values, device);
             let (embedded_nd, targets_n) = (model.embed_nd(&to(&batch.input_ids)), to(&batch.targets));
             let hidden = hidden(model, &context, embedded_nd, self.steps.len() as u32);
             let tokens = targets_n.size()[0];

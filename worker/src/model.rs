@@ -11,6 +11,7 @@ use anello_dataloader::MicroBatch;
 use tch::{Device, Kind, Tensor};
 
 use crate::ffi::torch;
+use crate::host;
 use crate::params::{Layout, NORMS};
 
 /// A weight: a leaf of the graph over a range of the flat buffer.
@@ -335,7 +336,7 @@ impl Context {
     /// The context of `batch`; `mask` says what its segments are.
     pub fn new(batch: &MicroBatch, rotary: &Rotary, kind: Kind, mask: Mask) -> Self {
         let device = rotary.cos.device();
-        let positions_n = Tensor::from_slice(&batch.positions).to_device(device);
+        let positions_n = host::upload(&batch.positions, device);
         let tokens = batch.tokens();
         let short = batch.segment_starts.len() * Self::SHORT_SEGMENT > tokens;
         let ends = || batch.segment_starts.iter().skip(1).copied().chain([tokens as u32]);
@@ -344,7 +345,7 @@ impl Context {
             let ends: Vec<i32> =
                 batch.segment_starts.iter().copied().chain([tokens as u32]).map(|at| at as i32).collect();
             let longest = lengths().max().unwrap_or(0);
-            Apart::Packed { ends: Tensor::from_slice(&ends).to_device(device), longest }
+            Apart::Packed { ends: host::upload(&ends, device), longest }
         } else if device == Device::Cpu
             && mask == Mask::Document
             && short
@@ -408,7 +409,7 @@ fn dense_mask(batch: &MicroBatch, device: Device) -> Tensor {
         segment[start as usize] = 1;
     }
     let (b, s) = (i64::from(batch.sequences), i64::from(batch.length));
-    let segment_bs = Tensor::from_slice(&segment).to_device(device).cumsum(0, Kind::Int).view([b, s]);
+    let segment_bs = host::upload(&segment, device).cumsum(0, Kind::Int).view([b, s]);
     let same = segment_bs.unsqueeze(2).eq_tensor(&segment_bs.unsqueeze(1));
     same.tril(0).unsqueeze(1)
 }

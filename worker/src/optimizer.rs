@@ -15,12 +15,15 @@
 //! here. [`State::complete`] brings those moments a step further, once all new weights are there. In between the state
 //! can still go either way.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 
 use anello_configs::{Optimizer, RunConfig};
 use tch::{Device, Kind, Tensor};
 
 use crate::cover::{Cover, Piece};
+use crate::host::Reading;
 use crate::params::{BLOCK, Layout};
 
 /// Elements updated at a time, which no bit depends on: on a CPU the six operands stay in a core's cache, on a GPU a kernel is
@@ -63,6 +66,8 @@ pub struct State {
     pub updates: u64,
     /// Losses of the last steps of the stage, the oldest first: what a spike is measured by.
     pub losses: Vec<f64>,
+    /// Who copies it beside the training, so that the next change waits.
+    pub(crate) reading: RefCell<Vec<Arc<Reading>>>,
 }
 
 /// The sum of a global batch's gradient.
@@ -185,7 +190,8 @@ impl State {
         let zeros = || layout.zeros(weights.device());
         let (exp_avg, exp_avg_sq) = (zeros(), zeros());
         let cover = Cover::all(layout.blocks());
-        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: 0, losses: Vec::new() }
+        let reading = RefCell::default();
+        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: 0, losses: Vec::new(), reading }
     }
 
     /// The initial weights of the seed of `config`.
@@ -197,10 +203,11 @@ impl State {
 
     /// The same in memory of its own.
     pub fn copy(&self) -> Self {
-        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses } = self;
+        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses, reading: _ } = self;
         let (weights, exp_avg, exp_avg_sq) = (weights.copy(), exp_avg.copy(), exp_avg_sq.copy());
-        let (layout, cover, losses) = (layout.clone(), cover.clone(), losses.clone());
-        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: *updates, losses }
+        let (layout, cover, losses, reading) =
+            (layout.clone(), cover.clone(), losses.clone(), RefCell::default());
+        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: *updates, losses, reading }
     }
 
     /// The same on `device`; in the same memory when it is there already.
@@ -212,7 +219,7 @@ impl State {
 
     /// The same in the same memory.
     pub fn share(&self) -> Self {
-        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses } = self;
+        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses, reading } = self;
         Self {
             layout: layout.clone(),
             weights: weights.shallow_clone(),
@@ -221,11 +228,28 @@ impl State {
             cover: cover.clone(),
             updates: *updates,
             losses: losses.clone(),
+            reading: reading.clone(),
         }
+    }
+
+    /// Copies of weights and moments of `blocks` on the host, made beside what is computed until the state changes. Panics when
+    /// their moments are elsewhere.
+    pub(crate) fn read(&self, blocks: Range<usize>) -> Arc<Reading> {
+        let weights = part(&self.weights, blocks.start * BLOCK..blocks.end * BLOCK);
+        let [exp_avg, exp_avg_sq] = self.moments(blocks);
+        let reading = Arc::new(Reading::start([weights, exp_avg, exp_avg_sq]));
+        self.reading.borrow_mut().push(Arc::clone(&reading));
+        reading
+    }
+
+    /// What is computed from now on may change the buffers.
+    fn settle(&self) {
+        self.reading.take().iter().for_each(|reading| reading.compute_after());
     }
 
     /// Sets moments and their count to zero.
     pub fn reset_moments(&mut self) {
+        self.settle();
         let _ = self.exp_avg.zero_();
         let _ = self.exp_avg_sq.zero_();
         self.updates = 0;
@@ -239,7 +263,8 @@ impl State {
         let (weights, exp_avg, exp_avg_sq) =
             (spread(&self.weights), spread(&self.exp_avg), spread(&self.exp_avg_sq));
         let (cover, losses) = (Cover::all(layout.blocks()), self.losses.clone());
-        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: self.updates, losses }
+        let reading = RefCell::default();
+        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: self.updates, losses, reading }
     }
 
     /// The moments of `blocks`, which are next to one another; panics when some are elsewhere.
@@ -257,6 +282,7 @@ impl State {
         }
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let Some(scale) = scale else { return update };
+        self.settle();
         self.updates += 1;
         let decayed = self.layout.decayed_len();
         for slice in slices(&moved, decayed, slice_len(self.weights.device())) {
@@ -362,6 +388,7 @@ impl State {
         if *fresh {
             self.reset_moments();
         }
+        self.settle();
         self.losses.clone_from(losses);
         let blocks = blocks_of(moved);
         if let Some(scale) = scale {

@@ -15,19 +15,16 @@ use std::collections::VecDeque;
 
 use tch::{Device, Tensor};
 
-use crate::ffi::torch::{self, Event, Stream};
+use crate::ffi::torch::Event;
+use crate::host::{self, Beside};
 
 /// Hidden states that leave at once: one is copied while the next is computed, and copies may be late by one.
 const LEAVING: usize = 2;
 
-/// A GPU that fails is the end of the thread that uses it, as it is in every tensor operation.
-const FAILED: &str = "the GPU and its pinned memory work";
-
 /// Where hidden states of one micro-batch wait.
 #[derive(Debug)]
 pub(crate) struct Shelf {
-    device: Device,
-    copies: Stream,
+    copies: Beside,
     leaving: VecDeque<Moving>,
 }
 
@@ -41,18 +38,18 @@ pub(crate) struct Moving {
     to: Tensor,
     _from: Tensor,
     done: Event,
-    device: Device,
+    copies: Beside,
 }
 
 impl Shelf {
     /// For hidden states of `device`. On a CPU everything works, and is a copy for nothing.
     pub fn new(device: Device) -> Self {
-        Self { device, copies: Stream::new(device).expect(FAILED), leaving: VecDeque::new() }
+        Self { copies: Beside::of(device), leaving: VecDeque::new() }
     }
 
     /// Takes a hidden state, which nobody writes to any more.
     pub fn put(&mut self, hidden: Tensor) -> Away {
-        let host = self.room(&hidden);
+        let host = host::room(&hidden);
         let away = Away(host.shallow_clone());
         let moving = self.start(host, hidden);
         self.leaving.push_back(moving);
@@ -69,27 +66,13 @@ impl Shelf {
 
     /// Starts to bring one back.
     pub fn call(&self, Away(host): Away) -> Moving {
-        let to = Tensor::empty(host.size(), (host.kind(), self.device));
+        let to = Tensor::empty(host.size(), (host.kind(), self.copies.device()));
         self.start(to, host)
     }
 
-    /// Memory of the host for a copy of `hidden`.
-    fn room(&self, hidden: &Tensor) -> Tensor {
-        if self.device == Device::Cpu {
-            return hidden.empty_like();
-        }
-        let bytes = hidden.numel() * hidden.kind().elt_size_in_bytes();
-        let pinned = torch::pinned(bytes.div_ceil(size_of::<f32>())).expect(FAILED);
-        pinned.view_dtype(hidden.kind()).narrow(0, 0, hidden.numel() as i64).view_as(hidden)
-    }
-
-    /// Starts a copy, after what is computed so far.
     fn start(&self, to: Tensor, from: Tensor) -> Moving {
-        let computed = Stream::current(self.device).and_then(Stream::record).expect(FAILED);
-        self.copies.wait(&computed).expect(FAILED);
-        self.copies.scope(|| torch::copy_async(&to, &from)).and_then(|copied| copied).expect(FAILED);
-        let done = self.copies.record().expect(FAILED);
-        Moving { to, _from: from, done, device: self.device }
+        let done = self.copies.start([(&from, &to)]);
+        Moving { to, _from: from, done, copies: self.copies }
     }
 }
 
@@ -102,8 +85,7 @@ impl Moving {
 
 impl Drop for Moving {
     fn drop(&mut self) {
-        // What fails here fails again, and is told, in the next operation.
-        let _ = Stream::current(self.device).and_then(|compute| compute.wait(&self.done));
+        self.copies.compute_after(&self.done);
     }
 }
 

@@ -66,7 +66,8 @@ pub fn load_shard(
     let [weights, exp_avg, exp_avg_sq] = [weights, exp_avg, exp_avg_sq]
         .map(|flat| if device == Device::Cpu { flat } else { flat.to_device(device) });
     let (updates, losses) = (manifest.updates, manifest.losses.clone());
-    let state = State { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses };
+    let state =
+        State { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses, reading: Default::default() };
     Ok(Loaded { manifest, state })
 }
 

@@ -1,34 +1,33 @@
 //! Writing a checkpoint: a copy on the host, then its parts. Whoever has all parts commits their manifest.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use anello_store::checkpoint::{BLOCK, Facts, Stamp, Written, write_blocks};
+use anello_store::checkpoint::{Facts, Stamp, Written, write_blocks};
 use anello_store::{Result, Store};
-use bytes::Bytes;
 
+use crate::host::Reading;
 use crate::optimizer::State;
 
-/// A copy on the host of what one writer adds to a checkpoint, made between two steps.
+/// A copy on the host of what one writer adds to a checkpoint, of the state between two steps.
 #[derive(Debug)]
 pub struct Snapshot {
     /// What the checkpoint says besides the state.
     pub facts: Facts,
-    /// The blocks that were copied.
+    /// The blocks that are copied.
     blocks: Range<usize>,
-    /// Their bytes: weights, first and second moments, little-endian.
-    pub buffers: [Bytes; 3],
+    /// Their weights, first and second moments.
+    reading: Arc<Reading>,
 }
 
 impl Snapshot {
-    /// Copies `blocks` of `state` to the host; `facts` are those of this state. This is the only part of a checkpoint
-    /// that training waits for. Panics when `state` has no such blocks, or their moments are elsewhere.
+    /// Copies `blocks` of `state` to the host; `facts` are those of this state. This is the only part of a checkpoint that
+    /// training waits for, on a CPU: a GPU computes the next step meanwhile, up to its update. Panics when `state` has no such
+    /// blocks, or their moments are elsewhere.
     pub fn take(state: &State, blocks: Range<usize>, facts: Facts) -> Self {
         assert!(blocks.start <= blocks.end && blocks.end <= state.layout.blocks(), "blocks {blocks:?}");
-        let (start, len) = (blocks.start * BLOCK, blocks.len() * BLOCK);
-        let weights = state.weights.narrow(0, start as i64, len as i64);
-        let [exp_avg, exp_avg_sq] = state.moments(blocks.clone());
-        let buffers = [weights, exp_avg, exp_avg_sq].map(|flat| Bytes::from(host(&flat)));
-        Self { facts, blocks, buffers }
+        let reading = state.read(blocks.clone());
+        Self { facts, blocks, reading }
     }
 }
 
@@ -65,6 +64,7 @@ pub fn write(
     part_bytes: u64,
     stamp: impl Into<Stamp>,
 ) -> Result<Vec<Written>> {
-    let Snapshot { facts, blocks, buffers } = snapshot;
-    write_blocks(store, facts.position.step, stamp, part_bytes, blocks.start, buffers)
+    let Snapshot { facts, blocks, reading } = snapshot;
+    let buffers = [0, 1, 2].map(|buffer| reading.bytes(buffer));
+    write_blocks(store, facts.position.step, stamp, part_bytes, blocks.start, &buffers)
 }

@@ -83,7 +83,7 @@ int anello_is_deterministic() {
 int anello_pinned(int64_t elements, at::Tensor** out) {
     return guarded([&] {
         auto options = at::TensorOptions().dtype(at::kFloat).pinned_memory(true);
-        *out = new at::Tensor(at::zeros({elements}, options));
+        *out = new at::Tensor(at::empty({elements}, options));
     });
 }
 

@@ -61,7 +61,7 @@ pub(crate) fn is_deterministic() -> bool {
     unsafe { anello_is_deterministic() != 0 }
 }
 
-/// A CPU tensor of `elements` fp32 zeros that a GPU copies from and to without a detour.
+/// A CPU tensor of `elements` fp32 numbers, whatever they are, that a GPU copies from and to without a detour.
 pub(crate) fn pinned(elements: usize) -> Result<Tensor, Thrown> {
     let mut raw = null_mut();
     // SAFETY: `raw` is written only on success, with a tensor that is ours to free.

@@ -95,13 +95,13 @@ const FAILED: &str = "the GPU and its pinned memory work";
 impl Staging {
     fn new(len: usize, device: Device) -> Self {
         let copies = Stream::new(device).expect(FAILED);
-        Self { device, copies, parts: Vec::new(), total: torch::pinned(len).expect(FAILED) }
+        Self { device, copies, parts: Vec::new(), total: torch::pinned(len).expect(FAILED).zero_() }
     }
 
     /// Memory for copies of `buffers`.
     fn for_parts(&mut self, buffers: &[Tensor]) -> Vec<Tensor> {
         while self.parts.len() < buffers.len() {
-            self.parts.push(torch::pinned(self.total.numel()).expect(FAILED));
+            self.parts.push(torch::pinned(self.total.numel()).expect(FAILED).zero_());
         }
         self.parts.iter().take(buffers.len()).map(Tensor::shallow_clone).collect()
     }
