@@ -18,7 +18,7 @@ use anello_configs::Model;
 use anello_store::checkpoint::{Facts, Manifest, Position, commit};
 use anello_store::{Cursor, Environment, Store};
 use anello_worker::checkpoint::{Snapshot, load, write};
-use anello_worker::{Cover, Layout, State, as_slice};
+use anello_worker::{Layout, State, as_slice};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
@@ -77,10 +77,8 @@ fn serve() {
         tch::manual_seed(seed);
         Tensor::randn([layout.len() as i64], (Kind::Float, Device::Cpu))
     };
-    let (weights, exp_avg, exp_avg_sq) = (flat(1), flat(2), flat(3));
-    let cover = Cover::all(layout.blocks());
-    let state =
-        State { layout: layout.clone(), weights, exp_avg, exp_avg_sq, cover, updates: 7, losses: Vec::new() };
+    let mut state = State::new(layout.clone(), flat(1));
+    (state.exp_avg, state.exp_avg_sq, state.updates) = (flat(2), flat(3), 7);
     println!("{}", json!({ "mib": (3 * layout.len()) >> 18 }));
     for line in std::io::stdin().lock().lines().map(|line| line.expect("standard input")) {
         let answer = match line.split_once(' ') {
