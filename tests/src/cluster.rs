@@ -19,10 +19,8 @@ const CONTROLLERS: &str = "deployment-controller,replicaset-controller,job-contr
                            namespace-controller,serviceaccount-controller,pod-garbage-collector-controller,\
                            resourcequota-controller,disruption-controller";
 
-/// The service account of the controller, as the Helm chart makes it, and the token by which the API server knows it.
-const ACCOUNT: (&str, &str) = ("system:serviceaccount:anello-system:anello", "token-of-the-controller");
-/// Who may do everything.
-const ADMIN: &str = "token-of-the-admin";
+/// Token of who may do everything.
+pub const ADMIN: &str = "token-of-the-admin";
 
 /// Where a tool of `scripts/kube-tools` is.
 pub fn kube_tool(name: &str) -> PathBuf {
@@ -91,7 +89,7 @@ impl Cluster {
         // Any pair of keys will do for the tokens of service accounts.
         anello(folder, &["certs", "init", "--dir", "keys/accounts"]).expect(0);
         let (key, public) = (at("keys/accounts/user.key"), at("keys/accounts/user.pem"));
-        let tokens = format!("{ADMIN},admin,1,system:masters\n{},{},2\n", ACCOUNT.1, ACCOUNT.0);
+        let tokens = format!("{ADMIN},admin,1,system:masters\n");
         std::fs::write(at("keys/tokens.csv"), tokens).expect("the test's folder can be written");
         let flags = vec![
             format!("--etcd-servers={client}"),
@@ -109,9 +107,8 @@ impl Cluster {
             "--service-cluster-ip-range=127.96.0.0/16".to_owned(),
         ];
         parts.push(Part::start(&program, &words("apiserver", flags), &folder.join("apiserver.log")));
-        for (file, token) in [("admin.kubeconfig", ADMIN), ("controller.kubeconfig", ACCOUNT.1)] {
-            std::fs::write(at(file), kubeconfig(api, token)).expect("the test's folder can be written");
-        }
+        let config = kubeconfig(api, ADMIN);
+        std::fs::write(at("admin.kubeconfig"), &config).expect("the test's folder can be written");
         let mut cluster = Self { kubelet: None, _parts: parts, folder: folder.to_owned() };
         wait_until("the API server is ready", || cluster.kubectl(&["get", "--raw", "/readyz"]).is_ok());
         let flags = vec![
@@ -127,7 +124,7 @@ impl Cluster {
             Part::start(&program, &words("controller-manager", flags), &folder.join("controllers.log"));
         cluster._parts.push(part);
         let pods = folder.join("pods");
-        cluster.kubelet = Some(Kubelet::start(&folder.join("admin.kubeconfig"), &pods));
+        cluster.kubelet = Some(Kubelet::start(&cluster.kubeconfig(), &pods));
         Some(cluster)
     }
 
@@ -147,9 +144,9 @@ impl Cluster {
         self.kubelet.as_ref().expect("it is there until the cluster ends").lose(name);
     }
 
-    /// How to reach it: as `admin`, or as `controller`.
-    pub fn kubeconfig(&self, who: &str) -> PathBuf {
-        self.folder.join(format!("{who}.kubeconfig"))
+    /// How to reach it as one who may do everything.
+    fn kubeconfig(&self) -> PathBuf {
+        self.folder.join("admin.kubeconfig")
     }
 
     /// `kubectl ARGUMENTS`; the error is what it says.
@@ -159,16 +156,25 @@ impl Cluster {
 
     /// The same with `input` at its standard input.
     pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String, String> {
-        let mut child = Command::new(kube_tool("kubectl"))
+        self.tool("kubectl", arguments, input)
+    }
+
+    /// `helm ARGUMENTS`; the error is what it says.
+    pub fn helm(&self, arguments: &[&str]) -> Result<String, String> {
+        self.tool("helm", arguments, "")
+    }
+
+    fn tool(&self, name: &str, arguments: &[&str], input: &str) -> Result<String, String> {
+        let mut child = Command::new(kube_tool(name))
             .arg("--kubeconfig")
-            .arg(self.kubeconfig("admin"))
+            .arg(self.kubeconfig())
             .args(arguments)
             .env("HOME", &self.folder)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .expect("scripts/kube-tools fetched kubectl");
+            .expect("scripts/kube-tools fetched kubectl and helm");
         let wrote = child.stdin.take().expect("it is piped").write_all(input.as_bytes());
         let done = child.wait_with_output().map_err(|cause| cause.to_string())?;
         wrote.map_err(|cause| cause.to_string())?;
