@@ -6,6 +6,9 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use k8s_openapi::ByteString;
+use serde_json::{Value, json};
+
 use crate::kubelet::{DEDICATED, Kubelet};
 use crate::{anello, free_port, wait_until};
 
@@ -27,9 +30,14 @@ pub fn kube_tool(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-kube/bin").join(name)
 }
 
-/// A process that ends with this one.
+/// A file of `scripts/kube-tools` that another project publishes.
+pub fn kube_definition(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-kube/definitions").join(name)
+}
+
+/// A process that ends with this one, and when it is dropped.
 #[derive(Debug)]
-struct Part(Child);
+pub struct Part(Child);
 
 impl Part {
     fn start(program: &Path, arguments: &[String], log: &Path) -> Self {
@@ -180,6 +188,53 @@ impl Cluster {
         wrote.map_err(|cause| cause.to_string())?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
         if done.status.success() { Ok(text(done.stdout)) } else { Err(text(done.stderr)) }
+    }
+
+    /// Installs JobSet: its resource, its controller, which ends when what is returned is dropped, and its webhooks.
+    ///
+    /// # Panics
+    /// When any of it is refused.
+    pub fn start_job_sets(&self) -> Part {
+        let text = |path: PathBuf| std::fs::read_to_string(path).expect("scripts/kube-tools fetched it");
+        self.apply(&text(kube_definition("jobset/jobset.x-k8s.io_jobsets.yaml")));
+        let known = || self.kubectl(&["get", "jobsets", "-A"]).is_ok();
+        wait_until("the resource is known", known);
+        let (port, keys) = (free_port(), self.folder.join("keys/jobset"));
+        let flags = [
+            "jobset-controller".to_owned(),
+            format!("--kubeconfig={}", self.kubeconfig().display()),
+            format!("--webhook-port={port}"),
+            format!("--cert-dir={}", keys.display()),
+        ];
+        let part = Part::start(&kube_tool("controlplane"), &flags, &self.folder.join("jobset.log"));
+        wait_until("JobSet's webhooks listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        // As they are published, but for where they are. Those of pods are for JobSets that want nodes of their own.
+        let hooks = kube_definition("jobset/manifests.yaml").display().to_string();
+        let hooks = self.kubectl(&["create", "--dry-run=client", "-o", "json", "-f", &hooks]);
+        let hooks = hooks.unwrap_or_else(|refused| panic!("{refused}"));
+        let authority = std::fs::read(keys.join("tls.crt")).expect("the controller wrote it");
+        let mut count = 0;
+        // One after the other, without a list around them.
+        for configuration in serde_json::Deserializer::from_str(&hooks).into_iter::<Value>() {
+            let mut configuration = configuration.expect("kubectl writes JSON");
+            let mut items = match configuration["items"].as_array() {
+                Some(items) => items.clone(),
+                None => vec![configuration.take()],
+            };
+            for item in &mut items {
+                let hooks = item["webhooks"].as_array_mut().expect("they are webhooks");
+                hooks.retain(|hook| hook["rules"][0]["resources"][0] == "jobsets");
+                for hook in hooks {
+                    let path = hook["clientConfig"]["service"]["path"].as_str().expect("it has a path");
+                    let url = format!("https://127.0.0.1:{port}{path}");
+                    hook["clientConfig"] = json!({ "url": url, "caBundle": ByteString(authority.clone()) });
+                    count += 1;
+                }
+                self.apply(&item.to_string());
+            }
+        }
+        assert_eq!(count, 2, "one changes and one refuses");
+        part
     }
 
     /// Applies a manifest.

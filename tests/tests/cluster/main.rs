@@ -8,6 +8,7 @@ mod chart;
 mod install;
 mod life;
 mod loss;
+mod queue;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
