@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anello_k8s::{
     ConfigSource, ControllerOptions, Gpu, HttpSource, PretrainJob, PretrainJobSpec, TlsSource, Workers,
-    apply, manifest,
+    WorkersKind, apply, manifest,
 };
 use anello_tls::Role;
 
@@ -54,6 +54,9 @@ pub struct KubeArgs {
     /// Kueue queue that admits the workers.
     #[arg(long, value_name = "NAME", requires = "kube")]
     queue: Option<String>,
+    /// The workers' pods are of a JobSet instead of a Job.
+    #[arg(long, requires = "kube")]
+    job_set: bool,
     /// Secret with the pods' certificates (without one nothing is encrypted).
     #[arg(long, value_name = "NAME", requires = "kube")]
     tls_secret: Option<String>,
@@ -121,12 +124,13 @@ pub fn submit(args: &SubmitArgs, screen: &Screen) -> Outcome {
     };
     let set = if config.preset.is_some() { given.sets.clone() } else { Vec::new() };
     let desired = args.workers.unwrap_or(args.min) as i32;
+    let kind = if kube.job_set { WorkersKind::JobSet } else { WorkersKind::Job };
     let spec = PretrainJobSpec {
         config,
         set,
         state: kube.state.clone().unwrap_or_default(),
         image: kube.image.clone().unwrap_or_default(),
-        workers: Workers { desired, min: args.min as i32, max: None },
+        workers: Workers { desired, min: args.min as i32, max: None, kind },
         gpu: kube.gpus.map(|count| Gpu { count, ..Gpu::default() }),
         queue_name: kube.queue.clone(),
         env_from: kube.secret.iter().map(|name| anello_k8s::secret_variables(name)).collect(),

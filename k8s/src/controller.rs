@@ -8,7 +8,7 @@ use futures::StreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Event as KubeEvent, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, ContainerStatus, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PropagationPolicy};
@@ -22,19 +22,18 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::coordinator::Coordinator;
+use crate::crew;
 use crate::lease::{Holding, RENEW};
-use crate::objects::{ASKED, JOB_LABEL, PORT, ROLE_LABEL, TEMPLATE, coordinator_name, workers_name};
-use crate::plan::{Change, CoordinatorSeen, CrewSeen, FINALIZER, Observed, Plan, plan};
-use crate::resource::PretrainJob;
+use crate::objects::{JOB_LABEL, JobSet, PORT, ROLE_LABEL, coordinator_name, workers_name};
+use crate::plan::{Change, CoordinatorSeen, FINALIZER, Observed, Plan, plan};
+use crate::resource::{PretrainJob, WorkersKind};
 
 /// The name under which fields are ours.
 const MANAGER: &str = "anello-controller";
 /// Pause after a look that failed.
 const PAUSE: Duration = Duration::from_secs(5);
-/// Seconds for which it is believed that no pod can be made: the Job controller tries again once a minute at least.
-const RECENT_S: i64 = 300;
 /// Letters of a pod's last words that are passed on.
-const WORDS_MAX: usize = 1000;
+pub(crate) const WORDS_MAX: usize = 1000;
 
 /// Why the controller ends, or a look at a job failed.
 #[derive(Debug, thiserror::Error)]
@@ -208,19 +207,12 @@ async fn observe(
 ) -> Result<Observed, Error> {
     let (name, namespace) = (job.name_any(), job.namespace().unwrap_or_default());
     let deployments: Api<Deployment> = Api::namespaced(context.client.clone(), &namespace);
-    let jobs: Api<Job> = Api::namespaced(context.client.clone(), &namespace);
     let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
     let deployment =
         deployments.get_opt(&coordinator_name(&name)).await.map_err(kube("reading a Deployment"))?;
-    let crew = jobs.get_opt(&workers_name(&name)).await.map_err(kube("reading a Job"))?;
     let now = Timestamp::now().as_second();
-    let mut observed = Observed { now, crew: crew.as_ref().map(crew_seen), ..Observed::default() };
-    if let Some(crew) = &mut observed.crew
-        && !crew.suspended
-        && crew.active < crew.parallelism
-    {
-        crew.short = why_short(&context.client, &namespace, &workers_name(&name), now).await?;
-    }
+    let (crew, no_job_sets) = crew::look(job, &context.client, now).await?;
+    let mut observed = Observed { now, crew, no_job_sets, ..Observed::default() };
     let Some(deployment) = deployment else { return Ok(observed) };
     let status = deployment.status.unwrap_or_default();
     let ready = status.ready_replicas.unwrap_or_default() > 0;
@@ -255,47 +247,6 @@ async fn observe(
             .ok();
     }
     Ok(observed)
-}
-
-/// Why Kubernetes made no pod for the Job `name`, when it has said so lately: a quota, a policy.
-async fn why_short(client: &Client, namespace: &str, name: &str, now: i64) -> Result<Option<String>, Error> {
-    let events: Api<KubeEvent> = Api::namespaced(client.clone(), namespace);
-    let of = format!("involvedObject.kind=Job,involvedObject.name={name},reason=FailedCreate");
-    let told = events.list(&ListParams::default().fields(&of)).await.map_err(kube("listing events"))?;
-    let at = |event: &KubeEvent| {
-        let last = event.last_timestamp.as_ref().map(|at| at.0.as_second());
-        last.or_else(|| event.event_time.as_ref().map(|at| at.0.as_second())).unwrap_or_default()
-    };
-    let newest = told.items.into_iter().max_by_key(at).filter(|event| now - at(event) < RECENT_S);
-    Ok(newest.and_then(|event| event.message).map(|words| words.chars().take(WORDS_MAX).collect()))
-}
-
-fn crew_seen(job: &Job) -> CrewSeen {
-    let (spec, status) = (job.spec.clone().unwrap_or_default(), job.status.clone().unwrap_or_default());
-    let asked = job.annotations().get(ASKED).and_then(|asked| asked.parse().ok());
-    let affinity = spec.template.spec.and_then(|pod| pod.affinity?.node_affinity);
-    let terms = affinity.and_then(|nodes| nodes.required_during_scheduling_ignored_during_execution);
-    let expressions = terms.into_iter().flat_map(|terms| terms.node_selector_terms);
-    let without = expressions.flat_map(|term| term.match_expressions.unwrap_or_default());
-    let failed = status
-        .conditions
-        .unwrap_or_default()
-        .into_iter()
-        .find(|condition| condition.type_ == "Failed" && condition.status == "True");
-    let parallelism = spec.parallelism.unwrap_or(1);
-    CrewSeen {
-        parallelism,
-        asked: asked.unwrap_or(parallelism),
-        template: job.annotations().get(TEMPLATE).cloned(),
-        short: None,
-        suspended: spec.suspend.unwrap_or_default(),
-        active: status.active.unwrap_or_default(),
-        without: without.flat_map(|expression| expression.values.unwrap_or_default()).collect(),
-        failed: failed.map(|condition| {
-            let words = [condition.reason, condition.message].into_iter().flatten();
-            words.collect::<Vec<_>>().join(": ")
-        }),
-    }
 }
 
 /// Why the coordinator's container does not run.
@@ -365,14 +316,22 @@ async fn make(
         Change::NetworkPolicy(object) => apply_object::<NetworkPolicy>(context, namespace, &object).await,
         Change::Coordinator(object) => apply_object::<Deployment>(context, namespace, &object).await,
         Change::Workers(object) => apply_object::<Job>(context, namespace, &object).await,
+        Change::JobSet(object) => apply_object::<JobSet>(context, namespace, &object).await,
         Change::RemoveWorkers => {
-            let crews: Api<Job> = Api::namespaced(context.client.clone(), namespace);
-            let all = DeleteParams {
-                propagation_policy: Some(PropagationPolicy::Background),
-                ..DeleteParams::default()
+            let with = |policy| DeleteParams { propagation_policy: Some(policy), ..DeleteParams::default() };
+            let client = context.client.clone();
+            let deleted = match job.spec.workers.kind {
+                WorkersKind::Job => {
+                    let crews: Api<Job> = Api::namespaced(client, namespace);
+                    crews.delete(&workers_name(&name), &with(PropagationPolicy::Background)).await.map(drop)
+                }
+                // It is there until its Job is gone, which the next one could not make under that name before.
+                WorkersKind::JobSet => {
+                    let crews: Api<JobSet> = Api::namespaced(client, namespace);
+                    crews.delete(&name, &with(PropagationPolicy::Foreground)).await.map(drop)
+                }
             };
-            let deleted = crews.delete(&workers_name(&name), &all).await;
-            ignore_gone(deleted.map(drop)).map_err(kube("deleting a Job"))
+            ignore_gone(deleted).map_err(kube("deleting the workers"))
         }
         Change::Scale(workers) => ask("scale", coordinator, async |to| to.scale(workers).await).await,
         Change::Pause => ask("pause", coordinator, async |to| to.pause().await).await,

@@ -2,10 +2,11 @@
 //!
 //! `resource` is what users write; `objects` (what a job is made of), `plan` (what is to be done) and `status` (what is
 //! said of it) are pure; `controller` is the shell that observes, applies and looks again, and `coordinator` its way to a
-//! job's coordinator. `lease` says which of several controllers acts.
+//! job's coordinator, `crew` to its workers' Job or JobSet. `lease` says which of several controllers acts.
 
 mod controller;
 mod coordinator;
+mod crew;
 mod lease;
 mod objects;
 mod plan;
@@ -17,7 +18,7 @@ use k8s_openapi::api::core::v1::{EnvFromSource, SecretEnvSource};
 pub use controller::{ControllerOptions, Error, apply, run};
 pub use resource::{
     ConfigMapKey, ConfigSource, Gpu, HttpSource, PretrainJob, PretrainJobSpec, PretrainJobStatus, TlsSource,
-    Workers, reference,
+    Workers, WorkersKind, reference,
 };
 
 /// The definition of the resource, YAML: `kubectl apply -f` takes it.

@@ -5,7 +5,8 @@
 //!                  ├─ Deployment  llm-coordinator   one pod, killed and started at will
 //!                  ├─ Service     llm-coordinator   where workers and users find it
 //!                  ├─ Service     llm-workers       headless: names for the workers' pods
-//!                  ├─ Job         llm-workers       indexed and elastic: a pod for each worker
+//!                  ├─ Job         llm-workers       indexed and elastic: a pod for each worker; or, when asked,
+//!                  │  JobSet      llm               with such a Job, llm-workers-0, and JobSet's Service llm-workers
 //!                  └─ NetworkPolicy llm             who may come in
 //! ```
 
@@ -13,6 +14,7 @@
 //! `pod` is what all pods have.
 
 mod coordinator;
+mod jobset;
 mod pod;
 mod workers;
 
@@ -29,7 +31,8 @@ use kube::{Resource, ResourceExt};
 use crate::resource::PretrainJob;
 
 pub use coordinator::coordinator;
-pub use workers::{Crew, pods_digest, workers};
+pub use jobset::{JobSet, job_set, replicated_name};
+pub use workers::{Crew, crew_digest, is_fixed, workers};
 
 /// Port of the coordinator.
 pub const PORT: i32 = 7700;
@@ -39,9 +42,9 @@ pub const HTTP: i32 = 9100;
 pub const JOB_LABEL: &str = "anello.dev/job";
 /// What an object is in it: coordinator or worker.
 pub const ROLE_LABEL: &str = "anello.dev/role";
-/// On the workers' Job: the pods that were asked for.
+/// On the workers' Job or JobSet: the pods that were asked for.
 pub const ASKED: &str = "anello.dev/asked";
-/// On the workers' Job: which pods it makes.
+/// On the workers' Job or JobSet: what tells it from others ([`crew_digest`]).
 pub const TEMPLATE: &str = "anello.dev/template";
 
 /// Name of the coordinator's Deployment and Service.

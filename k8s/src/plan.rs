@@ -15,8 +15,8 @@ use kube::ResourceExt;
 
 use anello_proto::jobs::Phase;
 
-use crate::objects::{self, Crew};
-use crate::resource::{PretrainJob, PretrainJobStatus};
+use crate::objects::{self, Crew, JobSet};
+use crate::resource::{PretrainJob, PretrainJobStatus, WorkersKind};
 use crate::status;
 
 /// Keeps a job from being deleted before its checkpoint is taken.
@@ -35,8 +35,10 @@ pub struct Observed {
     pub now: i64,
     /// The coordinator's pod.
     pub coordinator: Option<CoordinatorSeen>,
-    /// The workers' Job.
+    /// The workers' Job or JobSet.
     pub crew: Option<CrewSeen>,
+    /// The job wants a JobSet, and the cluster has no such resource.
+    pub no_job_sets: bool,
     /// What the coordinator says of the run; absent: it does not answer.
     pub run: Option<RunSeen>,
 }
@@ -52,7 +54,7 @@ pub struct CoordinatorSeen {
     pub failing: Option<String>,
 }
 
-/// The workers' Job, as Kubernetes sees it.
+/// The workers' Job or JobSet, as Kubernetes sees it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CrewSeen {
     /// Pods that there are to be.
@@ -65,12 +67,14 @@ pub struct CrewSeen {
     pub active: i32,
     /// Nodes that its pods stay away from.
     pub without: Vec<String>,
-    /// Which pods it makes ([`objects::pods_digest`]); absent: it does not say.
+    /// What tells it from others ([`objects::crew_digest`]); absent: it does not say.
     pub template: Option<String>,
     /// Why it has fewer pods than there are to be.
     pub short: Option<String>,
     /// It was given up, and why.
     pub failed: Option<String>,
+    /// It is deleted, and there still.
+    pub going: bool,
 }
 
 /// A run, as its coordinator sees it.
@@ -113,7 +117,9 @@ pub enum Change {
     Coordinator(Box<Deployment>),
     /// Make this so.
     Workers(Box<Job>),
-    /// Delete the workers' Job and its pods.
+    /// Make this so.
+    JobSet(Box<JobSet>),
+    /// Delete the workers' Job or JobSet and its pods.
     RemoveWorkers,
     /// Ask the coordinator for another number of workers.
     Scale(u32),
@@ -162,27 +168,56 @@ pub fn plan(job: &PretrainJob, observed: &Observed) -> Plan {
     }
     changes.extend(objects::config_map(job).map(|map| Change::ConfigMap(Box::new(map))));
     changes.push(Change::Service(Box::new(objects::coordinator_service(job))));
-    changes.push(Change::Service(Box::new(objects::workers_service(job))));
+    if job.spec.workers.kind == WorkersKind::Job {
+        changes.push(Change::Service(Box::new(objects::workers_service(job))));
+    }
     changes.push(Change::NetworkPolicy(Box::new(objects::network_policy(job))));
     changes.push(Change::Coordinator(Box::new(objects::coordinator(job, 1))));
-    let Steered { crew, other_pods, asks } = steer(job, observed, &status.quarantined_nodes);
-    if !other_pods {
-        changes.push(Change::Workers(Box::new(objects::workers(job, &crew))));
-    } else if crew.suspend == Some(true) || observed.crew.as_ref().is_some_and(|crew| crew.suspended) {
-        // It has no pods, or none that have anything to lose. The next look makes it anew.
-        changes.push(Change::RemoveWorkers);
-    }
+    let Steered { crew, suspended, other, asks } = steer(job, observed, &status.quarantined_nodes);
+    changes.extend(crew_change(job, observed, &crew, suspended, other));
     changes.extend(asks);
     let moving = observed.run.as_ref().is_none_or(|run| run.phase != Phase::Running);
     Plan { changes, status, again_s: Some(if moving { SOON_S } else { LOOK_S }) }
+}
+
+/// What is to be done about the workers' Job or JobSet.
+fn crew_change(
+    job: &PretrainJob,
+    observed: &Observed,
+    crew: &Crew,
+    suspended: bool,
+    other: bool,
+) -> Option<Change> {
+    let (seen, queued) = (observed.crew.as_ref(), job.spec.queue_name.is_some());
+    if observed.no_job_sets || seen.is_some_and(|crew| crew.going) {
+        return None;
+    }
+    if other {
+        // It has no pods, or none that have anything to lose. The next look makes it anew.
+        let idle = suspended || seen.is_some_and(|crew| crew.suspended);
+        return idle.then_some(Change::RemoveWorkers);
+    }
+    if queued && suspended {
+        // Kueue would start what it has admitted, and would keep a place for what waits.
+        return seen.map(|_| Change::RemoveWorkers);
+    }
+    if queued && seen.is_some() {
+        return None;
+    }
+    Some(match job.spec.workers.kind {
+        WorkersKind::Job => Change::Workers(Box::new(objects::workers(job, crew))),
+        WorkersKind::JobSet => Change::JobSet(Box::new(objects::job_set(job, crew))),
+    })
 }
 
 /// How the workers are to be.
 struct Steered {
     /// Their Job.
     crew: Crew,
-    /// The Job that is there makes other pods than the spec asks for, and no Job can be changed in that.
-    other_pods: bool,
+    /// They are to have no pods.
+    suspended: bool,
+    /// What is there cannot become what the spec asks for: another is to be made.
+    other: bool,
     /// What is asked of the coordinator.
     asks: Vec<Change>,
 }
@@ -194,11 +229,11 @@ fn steer(job: &PretrainJob, observed: &Observed, quarantined: &[String]) -> Stee
     let run = observed.run.as_ref();
     let phase = run.map(|run| run.phase);
     let seen = observed.crew.as_ref();
-    let template = objects::pods_digest(job);
-    let other_pods =
-        seen.and_then(|crew| crew.template.as_ref()).is_some_and(|of_theirs| *of_theirs != template);
+    let digest = objects::crew_digest(job, quarantined);
+    let other = seen.and_then(|crew| crew.template.as_ref()).is_some_and(|of_theirs| *of_theirs != digest);
     // What a Job's pods are, and what they stay away from, can change only while it has none: so the run pauses for it.
-    let stale = seen.is_some_and(|crew| !crew.suspended && (other_pods || crew.without != quarantined));
+    let moved = |crew: &CrewSeen| !objects::is_fixed(job) && crew.without != quarantined;
+    let stale = seen.is_some_and(|crew| !crew.suspended && (other || moved(crew)));
     let halt = spec.suspend || stale;
     let trains = matches!(phase, Some(Phase::Forming | Phase::Running | Phase::Recovering | Phase::Queued));
     let mut asks = Vec::new();
@@ -223,7 +258,7 @@ fn steer(job: &PretrainJob, observed: &Observed, quarantined: &[String]) -> Stee
     let admitted = seen.filter(|crew| queued && crew.asked == desired);
     let crew = Crew {
         workers: admitted.map_or(desired, |crew| crew.parallelism),
-        suspend: (suspended || !queued).then_some(suspended),
+        suspend: (!queued).then_some(suspended),
         without,
     };
     if let Some(run) = run
@@ -237,7 +272,7 @@ fn steer(job: &PretrainJob, observed: &Observed, quarantined: &[String]) -> Stee
             asks.push(Change::Scale(wanted as u32));
         }
     }
-    Steered { crew, other_pods, asks }
+    Steered { crew, suspended, other, asks }
 }
 
 /// A job that is over: nothing of it runs any more, and after a while it goes.

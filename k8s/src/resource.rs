@@ -43,7 +43,10 @@ pub use reference::reference;
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     // The longest name that is made from it is that of a worker's pod, and its host name has at most 63 letters.
     validation = Rule::new("self.metadata.name.size() <= 48 && !self.metadata.name.contains('.')")
-        .message("the name of a PretrainJob has at most 48 letters and no dots: pods and services are named after it")
+        .message("the name of a PretrainJob has at most 48 letters and no dots: pods and services are named after it"),
+    // As JobSet's own webhook has it for the pods that it makes.
+    validation = Rule::new("self.spec.workers.kind != 'JobSet' || (self.metadata.name.size() <= 42 && self.metadata.name.matches('^[a-z]'))")
+        .message("with workers.kind JobSet the name of a PretrainJob begins with a letter and has at most 42")
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -51,6 +54,8 @@ pub use reference::reference;
         .message("config, set and state are what the run is: they cannot change; submit another PretrainJob"),
     validation = Rule::new("self.workers.min == oldSelf.workers.min")
         .message("workers.min cannot change: it is submitted with the job"),
+    validation = Rule::new("self.workers.kind == oldSelf.workers.kind")
+        .message("workers.kind cannot change; delete the PretrainJob and make it anew: its run goes on"),
     validation = Rule::new("self.image == oldSelf.image || self.suspend")
         .message("image can change while suspend is true: all workers of a ring must be of one build"),
     validation = Rule::new("has(self.tls) != self.insecure")
@@ -219,6 +224,20 @@ pub struct Workers {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4096))]
     pub max: Option<i32>,
+    /// What makes their pods: Job, which changes its number of pods while they train; or JobSet, where the cluster has it and
+    /// its queues or tools are made for it: to change their number, the run pauses with a checkpoint and goes on.
+    #[serde(default)]
+    pub kind: WorkersKind,
+}
+
+/// What makes the workers' pods.
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WorkersKind {
+    /// An elastic Indexed Job.
+    #[default]
+    Job,
+    /// A JobSet of one.
+    JobSet,
 }
 
 fn one() -> i32 {
@@ -227,7 +246,7 @@ fn one() -> i32 {
 
 impl Default for Workers {
     fn default() -> Self {
-        Self { desired: 1, min: 1, max: None }
+        Self { desired: 1, min: 1, max: None, kind: WorkersKind::Job }
     }
 }
 

@@ -86,6 +86,13 @@ fn take(status: &mut PretrainJobStatus, observed: &Observed) {
             None => "the coordinator does not answer yet; what trains goes on without it".to_owned(),
         });
     }
+    if observed.no_job_sets && !is_over(status) {
+        status.message = Some(
+            "this cluster has no JobSets: install JobSet (https://jobset.sigs.k8s.io), or make the PretrainJob anew with \
+             workers.kind Job"
+                .to_owned(),
+        );
+    }
     if status.phase.is_none() {
         status.phase = Some("Pending".to_owned());
     }

@@ -1,5 +1,5 @@
-// A Kubernetes control plane as one program, for tests: etcd, the API server, and the controller manager, whichever the
-// first argument names. They are the published modules, unchanged.
+// A Kubernetes control plane as one program, for tests: etcd, the API server, the controller manager, and the controller of
+// JobSets, whichever the first argument names. They are the published modules, unchanged.
 package main
 
 import (
@@ -16,7 +16,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: controlplane etcd | apiserver | controller-manager FLAGS")
+		fmt.Fprintln(os.Stderr, "usage: controlplane etcd | apiserver | controller-manager | jobset-controller FLAGS")
 		os.Exit(2)
 	}
 	part := os.Args[1]
@@ -28,6 +28,11 @@ func main() {
 		os.Exit(cli.Run(apiserver.NewAPIServerCommand()))
 	case "controller-manager":
 		os.Exit(cli.Run(controllers.NewControllerManagerCommand()))
+	case "jobset-controller":
+		if err := jobSets(os.Args[1:]); err != nil {
+			fmt.Fprintf(os.Stderr, "jobset-controller: %v\n", err)
+			os.Exit(1)
+		}
 	default:
 		fmt.Fprintf(os.Stderr, "controlplane: there is no part %q\n", part)
 		os.Exit(2)

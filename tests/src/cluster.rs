@@ -6,6 +6,9 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use k8s_openapi::ByteString;
+use serde_json::{Value, json};
+
 use crate::kubelet::{DEDICATED, Kubelet};
 use crate::{anello, free_port, wait_until};
 
@@ -19,19 +22,22 @@ const CONTROLLERS: &str = "deployment-controller,replicaset-controller,job-contr
                            namespace-controller,serviceaccount-controller,pod-garbage-collector-controller,\
                            resourcequota-controller,disruption-controller";
 
-/// The service account of the controller, as the Helm chart makes it, and the token by which the API server knows it.
-const ACCOUNT: (&str, &str) = ("system:serviceaccount:anello-system:anello", "token-of-the-controller");
-/// Who may do everything.
-const ADMIN: &str = "token-of-the-admin";
+/// Token of who may do everything.
+pub const ADMIN: &str = "token-of-the-admin";
 
 /// Where a tool of `scripts/kube-tools` is.
 pub fn kube_tool(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-kube/bin").join(name)
 }
 
-/// A process that ends with this one.
+/// A file of `scripts/kube-tools` that another project publishes.
+pub fn kube_definition(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-kube/definitions").join(name)
+}
+
+/// A process that ends with this one, and when it is dropped.
 #[derive(Debug)]
-struct Part(Child);
+pub struct Part(Child);
 
 impl Part {
     fn start(program: &Path, arguments: &[String], log: &Path) -> Self {
@@ -91,7 +97,7 @@ impl Cluster {
         // Any pair of keys will do for the tokens of service accounts.
         anello(folder, &["certs", "init", "--dir", "keys/accounts"]).expect(0);
         let (key, public) = (at("keys/accounts/user.key"), at("keys/accounts/user.pem"));
-        let tokens = format!("{ADMIN},admin,1,system:masters\n{},{},2\n", ACCOUNT.1, ACCOUNT.0);
+        let tokens = format!("{ADMIN},admin,1,system:masters\n");
         std::fs::write(at("keys/tokens.csv"), tokens).expect("the test's folder can be written");
         let flags = vec![
             format!("--etcd-servers={client}"),
@@ -109,9 +115,8 @@ impl Cluster {
             "--service-cluster-ip-range=127.96.0.0/16".to_owned(),
         ];
         parts.push(Part::start(&program, &words("apiserver", flags), &folder.join("apiserver.log")));
-        for (file, token) in [("admin.kubeconfig", ADMIN), ("controller.kubeconfig", ACCOUNT.1)] {
-            std::fs::write(at(file), kubeconfig(api, token)).expect("the test's folder can be written");
-        }
+        let config = kubeconfig(api, ADMIN);
+        std::fs::write(at("admin.kubeconfig"), &config).expect("the test's folder can be written");
         let mut cluster = Self { kubelet: None, _parts: parts, folder: folder.to_owned() };
         wait_until("the API server is ready", || cluster.kubectl(&["get", "--raw", "/readyz"]).is_ok());
         let flags = vec![
@@ -127,7 +132,7 @@ impl Cluster {
             Part::start(&program, &words("controller-manager", flags), &folder.join("controllers.log"));
         cluster._parts.push(part);
         let pods = folder.join("pods");
-        cluster.kubelet = Some(Kubelet::start(&folder.join("admin.kubeconfig"), &pods));
+        cluster.kubelet = Some(Kubelet::start(&cluster.kubeconfig(), &pods));
         Some(cluster)
     }
 
@@ -147,9 +152,9 @@ impl Cluster {
         self.kubelet.as_ref().expect("it is there until the cluster ends").lose(name);
     }
 
-    /// How to reach it: as `admin`, or as `controller`.
-    pub fn kubeconfig(&self, who: &str) -> PathBuf {
-        self.folder.join(format!("{who}.kubeconfig"))
+    /// How to reach it as one who may do everything.
+    fn kubeconfig(&self) -> PathBuf {
+        self.folder.join("admin.kubeconfig")
     }
 
     /// `kubectl ARGUMENTS`; the error is what it says.
@@ -159,21 +164,77 @@ impl Cluster {
 
     /// The same with `input` at its standard input.
     pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Result<String, String> {
-        let mut child = Command::new(kube_tool("kubectl"))
+        self.tool("kubectl", arguments, input)
+    }
+
+    /// `helm ARGUMENTS`; the error is what it says.
+    pub fn helm(&self, arguments: &[&str]) -> Result<String, String> {
+        self.tool("helm", arguments, "")
+    }
+
+    fn tool(&self, name: &str, arguments: &[&str], input: &str) -> Result<String, String> {
+        let mut child = Command::new(kube_tool(name))
             .arg("--kubeconfig")
-            .arg(self.kubeconfig("admin"))
+            .arg(self.kubeconfig())
             .args(arguments)
             .env("HOME", &self.folder)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .expect("scripts/kube-tools fetched kubectl");
+            .expect("scripts/kube-tools fetched kubectl and helm");
         let wrote = child.stdin.take().expect("it is piped").write_all(input.as_bytes());
         let done = child.wait_with_output().map_err(|cause| cause.to_string())?;
         wrote.map_err(|cause| cause.to_string())?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).trim().to_owned();
         if done.status.success() { Ok(text(done.stdout)) } else { Err(text(done.stderr)) }
+    }
+
+    /// Installs JobSet: its resource, its controller, which ends when what is returned is dropped, and its webhooks.
+    ///
+    /// # Panics
+    /// When any of it is refused.
+    pub fn start_job_sets(&self) -> Part {
+        let text = |path: PathBuf| std::fs::read_to_string(path).expect("scripts/kube-tools fetched it");
+        self.apply(&text(kube_definition("jobset/jobset.x-k8s.io_jobsets.yaml")));
+        let known = || self.kubectl(&["get", "jobsets", "-A"]).is_ok();
+        wait_until("the resource is known", known);
+        let (port, keys) = (free_port(), self.folder.join("keys/jobset"));
+        let flags = [
+            "jobset-controller".to_owned(),
+            format!("--kubeconfig={}", self.kubeconfig().display()),
+            format!("--webhook-port={port}"),
+            format!("--cert-dir={}", keys.display()),
+        ];
+        let part = Part::start(&kube_tool("controlplane"), &flags, &self.folder.join("jobset.log"));
+        wait_until("JobSet's webhooks listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        // As they are published, but for where they are. Those of pods are for JobSets that want nodes of their own.
+        let hooks = kube_definition("jobset/manifests.yaml").display().to_string();
+        let hooks = self.kubectl(&["create", "--dry-run=client", "-o", "json", "-f", &hooks]);
+        let hooks = hooks.unwrap_or_else(|refused| panic!("{refused}"));
+        let authority = std::fs::read(keys.join("tls.crt")).expect("the controller wrote it");
+        let mut count = 0;
+        // One after the other, without a list around them.
+        for configuration in serde_json::Deserializer::from_str(&hooks).into_iter::<Value>() {
+            let mut configuration = configuration.expect("kubectl writes JSON");
+            let mut items = match configuration["items"].as_array() {
+                Some(items) => items.clone(),
+                None => vec![configuration.take()],
+            };
+            for item in &mut items {
+                let hooks = item["webhooks"].as_array_mut().expect("they are webhooks");
+                hooks.retain(|hook| hook["rules"][0]["resources"][0] == "jobsets");
+                for hook in hooks {
+                    let path = hook["clientConfig"]["service"]["path"].as_str().expect("it has a path");
+                    let url = format!("https://127.0.0.1:{port}{path}");
+                    hook["clientConfig"] = json!({ "url": url, "caBundle": ByteString(authority.clone()) });
+                    count += 1;
+                }
+                self.apply(&item.to_string());
+            }
+        }
+        assert_eq!(count, 2, "one changes and one refuses");
+        part
     }
 
     /// Applies a manifest.

@@ -15,9 +15,11 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::core::v1::{
     Binding, ConfigMap, Container, ContainerState, ContainerStateRunning, ContainerStateTerminated,
     ContainerStatus, Node, ObjectReference, Pod, PodCondition, PodIP, PodStatus, Secret, Service,
+    ServiceAccount,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
@@ -25,6 +27,7 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Precon
 use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 
+use crate::cluster::ADMIN;
 use crate::{binary, signal};
 
 /// Between two looks at all pods.
@@ -88,8 +91,8 @@ async fn client_of(kubeconfig: &Path) -> Client {
 
 async fn serve(kubeconfig: PathBuf, folder: PathBuf, lost: Lost, stop: Arc<AtomicBool>) {
     let client = client_of(&kubeconfig).await;
-    let account = kubeconfig.with_file_name("controller.kubeconfig");
-    let mut desk = Desk { client, folder, account, lost, pods: BTreeMap::new(), next: 0 };
+    let admin = std::fs::read_to_string(&kubeconfig).expect("it was read already");
+    let mut desk = Desk { client, folder, admin, lost, pods: BTreeMap::new(), next: 0 };
     while !stop.load(Ordering::Relaxed) {
         // What fails is tried again in the next round, as everything that speaks to an API server must.
         if let Err(error) = desk.round().await {
@@ -141,8 +144,8 @@ impl Drop for Started {
 struct Desk {
     client: Client,
     folder: PathBuf,
-    /// The kubeconfig of pods that have a service account's token.
-    account: PathBuf,
+    /// The kubeconfig of who may do everything.
+    admin: String,
     lost: Lost,
     pods: BTreeMap<String, Started>,
     /// Counts pods that were bound or started.
@@ -204,11 +207,17 @@ impl Desk {
             .flat_map(|expression| expression.values.unwrap_or_default())
             .collect();
         let nodes = Api::<Node>::all(self.client.clone()).list(&ListParams::default()).await?;
+        let selector = pod.spec.as_ref().and_then(|spec| spec.node_selector.clone()).unwrap_or_default();
         let may = |node: &&Node| {
+            let chosen = selector.iter().all(|(label, value)| node.labels().get(label) == Some(value));
             let spec = node.spec.clone().unwrap_or_default();
             let other = node.labels().get(DEDICATED).is_some_and(|of| Some(of) != pod.namespace().as_ref());
             let name = node.name_any();
-            !other && spec.unschedulable != Some(true) && !away.contains(&name) && !self.is_lost(&name)
+            chosen
+                && !other
+                && spec.unschedulable != Some(true)
+                && !away.contains(&name)
+                && !self.is_lost(&name)
         };
         let open: Vec<String> = nodes.items.iter().filter(may).map(ResourceExt::name_any).collect();
         let Some(node) = open.get(self.next as usize % open.len().max(1)) else { return Ok(()) };
@@ -352,8 +361,16 @@ impl Desk {
             .collect();
         let mut variables = BTreeMap::new();
         if spec.automount_service_account_token != Some(false) {
-            // What a real pod finds in a volume.
-            variables.insert("KUBECONFIG".to_owned(), self.account.display().to_string());
+            // What a real pod finds in a volume: a token of its service account.
+            let name = spec.service_account_name.as_deref().unwrap_or("default");
+            let accounts = self.api::<ServiceAccount>(pod);
+            let made =
+                accounts.create_token_request(name, &PostParams::default(), &TokenRequest::default()).await?;
+            let token = made.status.and_then(|status| status.token).expect("a token that was made is told");
+            let file = home.join("kubeconfig");
+            let config = self.admin.replace(ADMIN, &token);
+            std::fs::write(&file, config).expect("the test's folder can be written");
+            variables.insert("KUBECONFIG".to_owned(), file.display().to_string());
         }
         for from in container.env_from.iter().flatten() {
             let Some(source) = &from.secret_ref else { continue };

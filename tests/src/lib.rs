@@ -14,7 +14,7 @@ mod tool;
 
 pub use browser::Browser;
 pub use cloud::{Cloud, Kind};
-pub use cluster::{Cluster, kube_tool};
+pub use cluster::{Cluster, Part, kube_definition, kube_tool};
 pub use collector::Collector;
 pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
 pub use network::Network;

@@ -1,4 +1,4 @@
-//! The workers' Job.
+//! The workers' Job, and what tells one from another.
 
 use k8s_openapi::api::batch::v1::{
     Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement,
@@ -13,7 +13,7 @@ use kube::ResourceExt;
 
 use super::pod::{from_pod, pod, variable};
 use super::{ASKED, PORT, TEMPLATE, coordinator_name, labels, metadata, workers_name};
-use crate::resource::PretrainJob;
+use crate::resource::{PretrainJob, WorkersKind};
 
 /// The label by which Kueue knows that a Job is its business.
 const QUEUE_LABEL: &str = "kueue.x-k8s.io/queue-name";
@@ -48,17 +48,17 @@ pub struct Crew {
 /// The workers: a pod for each.
 pub fn workers(job: &PretrainJob, crew: &Crew) -> Job {
     let (name, spec) = (job.name_any(), &job.spec);
-    let mut template = template(job);
-    let digest = digest(&template);
-    let pod = template.spec.get_or_insert_default();
-    pod.affinity = (!crew.without.is_empty()).then(|| away_from(&crew.without));
+    let template = template(job, &crew.without);
     let mut metadata = metadata(job, workers_name(&name), labels(&name, "worker"));
     let annotations = metadata.annotations.get_or_insert_default();
     annotations.insert(ASKED.to_owned(), spec.workers.desired.to_string());
-    annotations.insert(TEMPLATE.to_owned(), digest);
+    annotations.insert(TEMPLATE.to_owned(), crew_digest(job, &crew.without));
     if let Some(queue) = &spec.queue_name {
-        annotations.insert(MIN_PARALLELISM.to_owned(), spec.workers.min.to_string());
-        annotations.insert(EQUAL_COMPLETIONS.to_owned(), "true".to_owned());
+        // Kueue refuses one that is not below the parallelism, and of JobSets it admits all or nothing.
+        if spec.workers.min < spec.workers.desired && spec.workers.kind == WorkersKind::Job {
+            annotations.insert(MIN_PARALLELISM.to_owned(), spec.workers.min.to_string());
+            annotations.insert(EQUAL_COMPLETIONS.to_owned(), "true".to_owned());
+        }
         metadata.labels.get_or_insert_default().insert(QUEUE_LABEL.to_owned(), queue.clone());
     }
     Job {
@@ -79,19 +79,27 @@ pub fn workers(job: &PretrainJob, crew: &Crew) -> Job {
     }
 }
 
-/// What tells the pods of a job from others that it could have, wherever they may run: Kubernetes changes no pod of a Job that
-/// is there, so another of these asks for another Job.
-pub fn pods_digest(job: &PretrainJob) -> String {
-    digest(&template(job))
+/// Whether nothing of the workers' object can be changed once it is made, but for a JobSet's `suspend`: JobSet and Kueue refuse
+/// that, and what Kueue admitted is Kueue's.
+pub fn is_fixed(job: &PretrainJob) -> bool {
+    job.spec.queue_name.is_some() || job.spec.workers.kind == WorkersKind::JobSet
 }
 
-fn digest(template: &PodTemplateSpec) -> String {
-    let text = serde_json::to_vec(template).expect("a template is plain data");
-    blake3::hash(&text).to_hex()[..16].to_owned()
+/// What tells the workers' object from others that a job could have, when its pods stay away from the nodes `without`: one that
+/// differs in this asks for another object. For a Job alone these are its pods, wherever they may run; see [`is_fixed`].
+pub fn crew_digest(job: &PretrainJob, without: &[String]) -> String {
+    let spec = &job.spec;
+    let text = if is_fixed(job) {
+        let counts = (spec.workers.desired, spec.workers.min, spec.workers.kind);
+        serde_json::to_vec(&(template(job, without), counts, &spec.queue_name))
+    } else {
+        serde_json::to_vec(&template(job, &[]))
+    };
+    blake3::hash(&text.expect("a template is plain data")).to_hex()[..16].to_owned()
 }
 
-/// A worker's pod, but for the nodes that it stays away from.
-fn template(job: &PretrainJob) -> PodTemplateSpec {
+/// A worker's pod, which stays away from some nodes.
+fn template(job: &PretrainJob, without: &[String]) -> PodTemplateSpec {
     let (name, spec) = (job.name_any(), &job.spec);
     let coordinator = format!("{}:{PORT}", coordinator_name(&name));
     let arguments = ["worker", "--coordinator", &coordinator, "--job", &name];
@@ -121,6 +129,7 @@ fn template(job: &PretrainJob) -> PodTemplateSpec {
     let arguments = arguments.chain(threads.into_iter().flatten()).collect();
     let mut template = pod(job, "worker", arguments, container, Vec::new());
     let pod = template.spec.get_or_insert_default();
+    pod.affinity = (!without.is_empty()).then(|| away_from(without));
     pod.restart_policy = Some("Never".to_owned());
     pod.subdomain = Some(workers_name(&name));
     pod.node_selector = Some(spec.node_selector.clone()).filter(|labels| !labels.is_empty());

@@ -1,6 +1,7 @@
 //! A small cluster in which plans are carried out, and what is asked of it step by step.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::api::batch::v1::JobSpec;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 
 use super::*;
@@ -11,7 +12,7 @@ pub(crate) fn job() -> PretrainJob {
         config: ConfigSource { preset: Some("tiny".into()), ..ConfigSource::default() },
         state: "s3://bucket/runs/".into(),
         image: "anello:1".into(),
-        workers: Workers { desired: 4, min: 2, max: Some(8) },
+        workers: Workers { desired: 4, min: 2, max: Some(8), kind: WorkersKind::Job },
         tls: Some(TlsSource { secret_name: "certs".into(), ..TlsSource::default() }),
         ..PretrainJobSpec::default()
     };
@@ -93,7 +94,15 @@ impl Cluster {
                         _ => drop(self.observed.coordinator.get_or_insert_default()),
                     }
                 }
-                Change::Workers(made) => self.make_workers(made),
+                Change::Workers(made) => self.make_workers(&made.metadata, made.spec.as_ref().unwrap()),
+                Change::JobSet(made) => {
+                    let mut spec = made.spec.replicated_jobs[0].template.spec.clone().unwrap();
+                    spec.suspend = made.spec.suspend;
+                    let template = &made.metadata.annotations.as_ref().unwrap()[objects::TEMPLATE];
+                    let before = self.observed.crew.as_ref().and_then(|crew| crew.template.clone());
+                    assert!(before.is_none_or(|before| before == *template), "a JobSet is changed");
+                    self.make_workers(&made.metadata, &spec);
+                }
                 Change::RemoveWorkers => self.observed.crew = None,
                 Change::Scale(workers) => {
                     self.asked.push(format!("scale to {workers}"));
@@ -114,8 +123,8 @@ impl Cluster {
         plan
     }
 
-    fn make_workers(&mut self, made: &Job) {
-        let spec = made.spec.clone().unwrap();
+    fn make_workers(&mut self, metadata: &ObjectMeta, spec: &JobSpec) {
+        let (metadata, spec) = (metadata.clone(), spec.clone());
         let before = self.observed.crew.clone();
         let affinity = spec.template.spec.unwrap().affinity.and_then(|a| a.node_affinity);
         let required = affinity.and_then(|a| a.required_during_scheduling_ignored_during_execution);
@@ -125,7 +134,7 @@ impl Cluster {
             .flat_map(|term| term.match_expressions.unwrap())
             .flat_map(|expression| expression.values.unwrap())
             .collect();
-        let template = made.metadata.annotations.as_ref().unwrap()[objects::TEMPLATE].clone();
+        let template = metadata.annotations.as_ref().unwrap()[objects::TEMPLATE].clone();
         if let Some(before) = &before {
             let same = before.template.as_ref().is_none_or(|of_theirs| *of_theirs == template);
             assert!(same, "a Job's pods cannot become others");
@@ -145,13 +154,14 @@ impl Cluster {
         assert_eq!(spec.completions, Some(parallelism), "an Indexed Job is elastic when both are equal");
         self.observed.crew = Some(CrewSeen {
             parallelism,
-            asked: made.metadata.annotations.as_ref().unwrap()[objects::ASKED].parse().unwrap(),
+            asked: metadata.annotations.as_ref().unwrap()[objects::ASKED].parse().unwrap(),
             suspended,
             active: if suspended { 0 } else { parallelism },
             without,
             failed: None,
             template: Some(template),
             short: None,
+            going: false,
         });
     }
 
@@ -409,10 +419,123 @@ fn kueue_says_when_and_how_many() {
     cluster.coordinator_answers(Phase::Forming);
     cluster.settle();
     assert_eq!((cluster.crew().parallelism, cluster.asked.as_slice()), (3, &["scale to 3".to_owned()][..]));
-    // A person wants another number: Kueue has to admit that anew.
+    // A person wants another number: Kueue has to admit that anew, and lets nobody change what it has admitted.
+    cluster.asked.clear();
     cluster.job.spec.workers.desired = 5;
+    cluster.settle();
+    assert_eq!((cluster.crew().parallelism, cluster.asked.as_slice()), (3, &["pause".to_owned()][..]));
+    cluster.run().phase = Phase::Paused;
     cluster.look();
+    assert!(cluster.observed.crew.is_none());
+    cluster.settle();
     assert_eq!((cluster.crew().parallelism, cluster.crew().asked), (5, 5));
+    assert_eq!(cluster.asked, ["pause", "resume", "scale to 5"]);
+}
+
+/// Else Kueue would start again what it has admitted, and would keep a place for what waits.
+#[test]
+fn what_is_suspended_leaves_the_queue() {
+    let mut job = job();
+    job.spec.queue_name = Some("gpus".into());
+    let mut cluster = Cluster::trains(job);
+    cluster.job.spec.suspend = true;
+    cluster.settle();
+    assert!(!cluster.crew().suspended, "the checkpoint is not taken yet");
+    cluster.run().phase = Phase::Paused;
+    cluster.settle();
+    assert!(cluster.observed.crew.is_none());
+    cluster.job.spec.suspend = false;
+    cluster.settle();
+    assert_eq!(cluster.crew().parallelism, 4);
+    assert_eq!(cluster.asked, ["pause", "resume"]);
+    // Evicted by Kueue: it says when they are back.
+    cluster.observed.crew.as_mut().unwrap().suspended = true;
+    let evicted = cluster.crew().clone();
+    cluster.settle();
+    assert_eq!((cluster.crew(), cluster.asked.len()), (&evicted, 2));
+}
+
+#[test]
+fn a_queue_hears_of_fewer_workers_only_where_there_may_be_fewer() {
+    let mut job = job();
+    job.spec.queue_name = Some("gpus".into());
+    let partial = |job: &PretrainJob| {
+        let made = objects::workers(job, &Crew { workers: 4, ..Crew::default() });
+        made.metadata.annotations.unwrap().get("kueue.x-k8s.io/job-min-parallelism").cloned()
+    };
+    assert_eq!(partial(&job).as_deref(), Some("2"));
+    job.spec.workers.min = 4;
+    assert_eq!(partial(&job), None, "Kueue refuses one that is not below the parallelism");
+    (job.spec.workers.min, job.spec.workers.kind) = (2, WorkersKind::JobSet);
+    assert_eq!(partial(&job), None, "Kueue admits JobSets whole");
+}
+
+#[test]
+fn a_job_set_is_made_anew_for_all_but_a_pause() {
+    let mut job = job();
+    job.spec.workers.kind = WorkersKind::JobSet;
+    let mut cluster = Cluster::trains(job);
+    let own_service = cluster.look().changes.into_iter().any(|change| match change {
+        Change::Service(service) => service.name_any() == "llm-workers",
+        _ => false,
+    });
+    assert!(!own_service, "JobSet makes the workers' Service");
+    // Suspended and resumed it is the same.
+    let before = cluster.crew().clone();
+    cluster.job.spec.suspend = true;
+    cluster.settle();
+    cluster.run().phase = Phase::Paused;
+    cluster.settle();
+    assert!(cluster.crew().suspended);
+    cluster.job.spec.suspend = false;
+    cluster.settle();
+    assert_eq!(
+        (cluster.crew(), cluster.asked.as_slice()),
+        (&before, &["pause", "resume"].map(str::to_owned)[..])
+    );
+    // With another number of workers, or a node to stay away from, it is another.
+    cluster.asked.clear();
+    let changes: [fn(&mut Cluster); 2] = [
+        |cluster| cluster.job.spec.workers.desired = 6,
+        |cluster| cluster.run().quarantined = vec!["node-7".into()],
+    ];
+    for change in changes {
+        cluster.run().phase = Phase::Running;
+        change(&mut cluster);
+        let before = cluster.crew().clone();
+        cluster.settle();
+        assert_eq!(cluster.crew(), &before, "its pods stay until the checkpoint is taken");
+        cluster.run().phase = Phase::Paused;
+        assert!(cluster.look().changes.contains(&Change::RemoveWorkers));
+        // While it goes, nothing is made under its name.
+        cluster.observed.crew = Some(CrewSeen { going: true, ..before.clone() });
+        let made = plan(&cluster.job, &cluster.observed).changes;
+        assert!(!made.iter().any(|change| matches!(change, Change::JobSet(_) | Change::RemoveWorkers)));
+        cluster.observed.crew = None;
+        cluster.settle();
+        assert!(cluster.crew().template != before.template && !cluster.crew().suspended);
+    }
+    assert_eq!(cluster.asked, ["pause", "resume", "scale to 6", "pause", "resume"]);
+    assert_eq!(
+        (cluster.crew().parallelism, cluster.crew().without.as_slice()),
+        (6, &["node-7".to_owned()][..])
+    );
+}
+
+#[test]
+fn where_there_are_no_job_sets_people_are_told() {
+    let mut job = job();
+    job.spec.workers.kind = WorkersKind::JobSet;
+    let mut cluster = Cluster::new(job);
+    cluster.observed.no_job_sets = true;
+    cluster.look();
+    assert!(cluster.observed.crew.is_none());
+    assert!(
+        cluster.status().message.as_deref().unwrap().contains("this cluster has no JobSets: install JobSet")
+    );
+    cluster.observed.no_job_sets = false;
+    cluster.look();
+    assert_eq!(cluster.crew().parallelism, 4);
 }
 
 #[test]
@@ -519,4 +642,8 @@ fn objects_are_as_they_were() {
         serde_saphyr::to_string(&objects::workers(&job, &crew)),
     ];
     insta::assert_snapshot!(texts.map(Result::unwrap).join("---\n"));
+    // The same workers, as a JobSet.
+    job.spec.workers.kind = WorkersKind::JobSet;
+    let crew = Crew { suspend: Some(false), ..crew };
+    insta::assert_snapshot!("job_set", serde_saphyr::to_string(&objects::job_set(&job, &crew)).unwrap());
 }

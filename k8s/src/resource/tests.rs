@@ -37,6 +37,7 @@ fn what_the_run_is_cannot_change() {
         assert!(text.contains(fixed), "{text}");
     }
     assert!(update(|spec| spec.workers.min = 1).contains("workers.min cannot change"));
+    assert!(update(|spec| spec.workers.kind = WorkersKind::JobSet).contains("workers.kind cannot change"));
     assert!(
         update(|spec| spec.image = "anello:2".into()).contains("all workers of a ring must be of one build")
     );
@@ -62,13 +63,22 @@ fn what_cannot_be_is_refused() {
     let name = |name: &str| create(|job| job.metadata.name = Some(name.to_owned()));
     assert!(name(&"x".repeat(49)).contains("at most 48 letters"));
     assert!(name("a.b").contains("no dots"));
+    let of_set = |name: &str| {
+        create(|job| {
+            job.spec.workers.kind = WorkersKind::JobSet;
+            job.metadata.name = Some(name.to_owned());
+        })
+    };
+    assert_eq!(of_set(&"x".repeat(42)), "");
+    assert!(of_set(&"x".repeat(43)).contains("has at most 42"));
+    assert!(of_set("7b").contains("begins with a letter"));
 }
 
 #[test]
 fn a_manifest_needs_little() {
     let text = r#"{"config": {"preset": "tiny"}, "state": "/runs", "image": "anello", "insecure": true}"#;
     let spec: PretrainJobSpec = serde_json::from_str(text).unwrap();
-    assert_eq!(spec.workers, Workers { desired: 1, min: 1, max: None });
+    assert_eq!(spec.workers, Workers { desired: 1, min: 1, max: None, kind: WorkersKind::Job });
     assert_eq!((spec.detection.as_str(), spec.termination_grace_period_seconds), ("10s", 120));
     assert_eq!(told(validate_cel(&PretrainJob::new("a", spec))), "");
 }

@@ -1,5 +1,7 @@
 //! Objects that change, or are older than what reads them.
 
+use std::process::Command;
+
 use anello_tests::{Cluster, wait_until};
 
 use super::{LONG, Site, chart, namespace, world};
@@ -46,20 +48,26 @@ fn what_may_change_of_a_spec_changes_and_what_may_not_is_refused() {
     site.assert_undisturbed_long("a");
 }
 
-/// Puts the definition of another build in place, and a job of that build: with a field that this build has no more, and
-/// without one that it has. Then comes the definition of this build.
-pub fn make_old_job(cluster: &Cluster) {
-    let definition = std::fs::read_to_string(format!("{}/crd/pretrainjob.yaml", chart()));
-    let definition = definition.expect("the chart has it");
-    cluster.apply(&definition);
+/// This chart as an older build had it: its definition has a field that this build has no more, and lacks one that it has.
+pub fn older_chart(cluster: &Cluster) -> String {
+    let older = world().folder.join("older-chart").display().to_string();
+    // Of a cluster that these cases had before.
+    let _ = std::fs::remove_dir_all(&older);
+    let copied = Command::new("cp").args(["-rL", &chart(), &older]).status().expect("there is cp");
+    assert!(copied.success());
+    let file = format!("{older}/crd/pretrainjob.yaml");
     let spec = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties";
     let patch = format!(
         r#"[{{"op":"remove","path":"{spec}/detection"}},{{"op":"add","path":"{spec}/shards","value":{{"type":"integer"}}}}]"#
     );
-    let kubectl = |arguments: &[&str], input: &str| {
-        cluster.kubectl_with(arguments, input).unwrap_or_else(|refused| panic!("{arguments:?}: {refused}"))
-    };
-    kubectl(&["patch", "crd", "pretrainjobs.anello.dev", "--type=json", "-p", &patch], "");
+    let patch = ["patch", "--local", "-f", &file, "--type=json", "-p", &patch, "-o", "yaml"];
+    let definition = cluster.kubectl(&patch).unwrap_or_else(|refused| panic!("{refused}"));
+    std::fs::write(&file, definition).expect("the test's folder can be written");
+    older
+}
+
+/// A job as a build has it whose chart is [`older_chart`].
+pub fn store_old_job(cluster: &Cluster) {
     cluster.add_nodes(OLD, 1);
     cluster.apply(&namespace(OLD));
     let manifest = old_manifest();
@@ -69,9 +77,9 @@ pub fn make_old_job(cluster: &Cluster) {
         cluster.kubectl_with(&applied, &manifest).is_ok()
     };
     wait_until("the old job is stored", stored);
-    let told = kubectl(&["get", "pretrainjob", "a", "-n", OLD, "-o", "jsonpath={.spec}"], "");
+    let told = cluster.kubectl(&["get", "pretrainjob", "a", "-n", OLD, "-o", "jsonpath={.spec}"]);
+    let told = told.unwrap_or_else(|refused| panic!("{refused}"));
     assert!(told.contains("\"shards\":3") && !told.contains("\"detection\":"), "{told}");
-    kubectl(&["replace", "-f", "-"], &definition);
 }
 
 /// Of a build that had `shards` and no `detection`, suspended.

@@ -1,12 +1,14 @@
-//! PretrainJobs on a real control plane: the API server, its Job and Deployment controllers, what the Helm chart makes with the
-//! rights that it gives, and pods that are processes of this machine. A run that ends is the undisturbed one.
+//! PretrainJobs on a real control plane: the API server, its Job and Deployment controllers, the Helm chart as helm installs it with
+//! the rights that it gives, and pods that are processes of this machine. A run that ends is the undisturbed one.
 //!
 //! Cases that run at one time share a control plane and a controller; each has its namespace and nodes.
 
 mod change;
 mod chart;
+mod install;
 mod life;
 mod loss;
+mod queue;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -65,13 +67,10 @@ fn cluster() -> Option<Arc<Cluster>> {
         return Some(cluster);
     }
     let cluster = Arc::new(Cluster::start(&world().folder.join("cluster"))?);
-    cluster.add_nodes(SYSTEM, 1);
     cluster.apply(&namespace(SYSTEM));
-    change::make_old_job(&cluster);
-    // With certificates, by which it also reaches the coordinators of jobs with TLS.
-    world().anello(&["certs", "init", "--dir", "certs"]).expect(0);
+    world().anello(&["certs", "init", "--dir", "certs", "--force"]).expect(0);
     make_secret(&cluster, SYSTEM, "anello-user", ["ca.pem", "user.pem", "user.key"].map(|file| (file, file)));
-    cluster.apply(&template(&["tls.secretName=anello-user"]));
+    install::install(&cluster);
     *shared = Arc::downgrade(&cluster);
     Some(cluster)
 }
