@@ -1,13 +1,20 @@
 """From SIGKILL of one of four workers to the next step: Anello's ring against torchrun's elastic restart, in one run.
 
     bench_recovery.py --anello PROGRAM     the comparison, and what a joiner costs those that run
+    bench_recovery.py --anello PROGRAM --joins N
+                                           what a joiner costs by the size of the state, N times each
     bench_recovery.py torch FOLDER         a worker under torchrun
 
 Both train a model of the same shape, small enough that a step is short on any machine (BENCH_SHAPE=tiny: the preset's). Anello's coordinator runs with
 `--external`, and the killed worker is replaced from here, so that the pause before it is started again is not in it.
 A recovery ends when every survivor has applied a step of a later generation (torchrun: when every process has finished a
 step after the restart). A joiner's cost is the longest time between two steps of a survivor, from the joiner's start
-until five steps after it has entered, less the median step: in the joiner's whole life it pauses the ring only once.
+until five steps after it has entered, less the median step: in the joiner's whole life it pauses the ring twice.
+
+`--joins`: two workers train, and a third comes. What those that train wait for it is the time between the steps before and
+after each boundary at which it enters (to be sent the state, and to be given lanes), less the median step, summed. It is
+measured for two sizes of the state, and beside each with `ring.state_copies = 2` and one worker that trains, where a joiner
+is sent all of it at the boundary.
 """
 
 import argparse
@@ -27,8 +34,12 @@ from pathlib import Path
 WORKERS = 4
 # `tiny` is the preset's shape, whose step on two cores takes as long as a recovery may: it is for what a joiner costs.
 SHAPES = {"small": (2, 64, 4, 128, 512, 2, 64, 512), "tiny": (2, 192, 6, 512, 2048, 4, 128, 2048)}
+# The others have a small step and a large vocabulary, so a large state: what a joiner waits for by the size of the state.
+SHAPES |= {"state-24": (1, 64, 4, 128, 14336, 1, 16, 64), "state-384": (1, 256, 4, 512, 64000, 1, 16, 64)}
 SHAPE = os.environ.get("BENCH_SHAPE", "small")
 LAYERS, HIDDEN, HEADS, FFN, VOCAB, LOOPS, SEQUENCE, BATCH = SHAPES[SHAPE]
+# Weights and two moments, of an embedding and an lm_head beside the layers.
+STATE_MIB = round(3 * 4 * (2 * VOCAB * HIDDEN + LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)) / 2**20)
 DEADLINE = 120
 
 CONFIG = f"""
@@ -186,6 +197,44 @@ def ours(program, folder, kills, dice):
     return recoveries, joins, own_steps, statistics.median(steps)
 
 
+def joiners(program, folder, copies, count):
+    """Of a joiner each: seconds that those that train waited at boundaries, and steps that they made while it was sent the state."""
+    make_data(program, folder)
+    running = 2 if copies == "all" else 1
+    command = [program, "run", "recovery.toml", "--out", "run", "--workers", str(running + 1), "--external", "--sample", "0",
+               "--set", f"ring.state_copies={copies}", "--set", "checkpoint.every_steps=1000000", "--set", "ring.digest_every_steps=0"]
+    out = folder / "coordinator.out"
+    coordinator = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=open(out, "w"),
+                                   stderr=open(folder / "coordinator.log", "w"))
+    workers, waited, meanwhile, steps = [], [], [], []
+    try:
+        found = wait("the coordinator", lambda: re.search(r"coordinator at ([0-9.:]+)", out.read_text()))
+        workers = [Worker(program, folder, found[1]) for _ in range(running)]
+        generation = wait("the ring", lambda: trains(workers, 0, 12))
+        for _ in range(count):
+            before = generation
+            workers.append(Worker(program, folder, found[1]))
+            # Learning is a generation, and training another one.
+            entered = before + (2 if copies == "all" else 1)
+            generation = wait("the joiner", lambda: trains(workers, entered - 1, 3))
+            for worker in workers[:running]:
+                told = worker.steps.read()
+                quiet = [b[0] - a[0] for a, b in zip(told, told[1:]) if a[1] == b[1] == before]
+                step = statistics.median(quiet[-25:])
+                gaps = [b[0] - a[0] for a, b in zip(told, told[1:]) if before <= a[1] < b[1]]
+                waited.append(sum(gap - step for gap in gaps))
+                meanwhile.append(sum(before < of < generation for _, of, _ in told))
+                steps.append(step)
+            workers.pop().end()
+            generation = wait("the others to go on", lambda: trains(workers, generation, 12))
+    finally:
+        for worker in workers:
+            worker.end()
+        coordinator.kill()
+        coordinator.wait()
+    return waited, meanwhile, statistics.median(steps)
+
+
 def torch_worker(folder):
     import warnings
 
@@ -273,8 +322,19 @@ def main():
     parser.add_argument("--anello", required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--torch-kills", type=int, default=8)
+    parser.add_argument("--joins", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     a = parser.parse_args()
+    if a.joins:
+        with tempfile.TemporaryDirectory(prefix="anello-bench-") as scratch:
+            for copies in ("all", "2"):
+                folder = Path(scratch) / copies
+                folder.mkdir()
+                waited, meanwhile, step = joiners(str(Path(a.anello).resolve()), folder, copies, a.joins)
+                print(json.dumps({"bench": "ring/joiner", "shape": SHAPE, "state_mib": STATE_MIB, "state_copies": copies, "joins": a.joins,
+                                  "step_seconds": step, "waited_seconds_median": statistics.median(waited),
+                                  "waited_seconds_max": max(waited), "steps_meanwhile": statistics.median(meanwhile)}), flush=True)
+        return
     dice = random.Random(a.seed)
     with tempfile.TemporaryDirectory(prefix="anello-bench-") as scratch:
         folders = [Path(scratch) / name for name in ("ours", "theirs")]

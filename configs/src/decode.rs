@@ -211,6 +211,9 @@ fn ring(s: &mut Section<'_, '_>) -> Ring {
         straggler_window_steps: s.count("straggler_window_steps", 1..=1_000_000, Some(20)) as u32,
         lanes: s.choice("lanes", LaneShares::Balanced),
         state_copies: s.state_copies("state_copies"),
+        state_bandwidth: s
+            .optional("state_bandwidth")
+            .then(|| s.quantity("state_bandwidth", Unit::Bytes, 1 << 10..=1 << 50, None)),
         transport: s.choice("transport", Transport::Tcp),
         fault: s
             .optional("fault")

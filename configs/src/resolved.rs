@@ -248,6 +248,7 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         straggler_window_steps,
         lanes,
         state_copies,
+        state_bandwidth,
         transport,
         fault,
     } = ring;
@@ -261,6 +262,9 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
             StateCopies::All => s.rest("state_copies", "all"),
             StateCopies::Two => s.rest("state_copies", 2u64),
         };
+        if let Some(bandwidth) = state_bandwidth {
+            s.rest("state_bandwidth", *bandwidth);
+        }
         s.rest("transport", transport.name());
         if let Some(Fault { buffer, step, rank }) = fault {
             s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());

@@ -333,6 +333,8 @@ pub struct Ring {
     pub lanes: LaneShares,
     /// How many workers have the moments of a block.
     pub state_copies: StateCopies,
+    /// What a worker hands out to learners while it trains, bytes a second, to all of them together; absent: as fast as it can.
+    pub state_bandwidth: Option<u64>,
     /// What gradients travel by.
     pub transport: Transport,
     /// For tests: a bit that is flipped on purpose.

@@ -246,6 +246,16 @@ impl Formation {
     pub fn member(&self, worker: WorkerId) -> Option<&Member> {
         self.members.iter().find(|member| member.worker == worker)
     }
+
+    /// Members that hold the state from the start: those of the first ranks. The others are learners. They serve no lanes and
+    /// are sent the state while the first train; until one says that it holds it, nobody counts on what it has.
+    ///
+    /// Only where every member has all of the state: one that brings shared-out moments, and no lanes, is no learner.
+    pub fn trainers(&self) -> usize {
+        let Source::Peers { holders } = &self.source else { return self.members.len() };
+        let learns = |member: &Member| member.lanes.is_empty() && !holders.contains(&member.worker);
+        self.members.len() - self.members.iter().rev().take_while(|member| learns(member)).count()
+    }
 }
 
 /// Where peers reach a worker.

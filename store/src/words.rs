@@ -94,10 +94,19 @@ pub fn describe(event: &Event) -> String {
                 other => other.to_owned(),
             };
             let save = if *save_first { "; a checkpoint comes first" } else { "" };
+            // Those that serve no lanes yet come last.
+            let learns = |member: &&RingMember| {
+                source == "peers" && member.first_lane == member.end_lane && !holders.contains(&member.worker)
+            };
+            let learners = members.iter().rev().take_while(learns).count();
+            let meanwhile = match learners {
+                0 => String::new(),
+                learners => format!(", sent to {} while the others train", of_workers(learners)),
+            };
             format!(
-                "ring {generation} formed with {}{} from step {}, state from {whence}{save}",
+                "ring {generation} formed with {}{} from step {}, state from {whence}{meanwhile}{save}",
                 of_workers(members.len()),
-                shares(members),
+                shares(&members[..members.len() - learners]),
                 grouped(start + 1)
             )
         }
@@ -284,6 +293,20 @@ mod tests {
                     save_first: false,
                 },
                 "ring 8 formed with 2 workers (lanes 3+1) from step 413, state from 2 workers",
+            ),
+            (
+                Event::Formed {
+                    generation: 8,
+                    start: 412,
+                    source: "peers".into(),
+                    holders: vec![worker()],
+                    members: vec![
+                        RingMember { end_lane: 4, ..member(0) },
+                        RingMember { worker: "9a00000000000000".into(), end_lane: 4, ..member(4) },
+                    ],
+                    save_first: false,
+                },
+                "ring 8 formed with 2 workers from step 413, state from 1 worker, sent to 1 worker while the others train",
             ),
             (
                 formed("checkpoint", Vec::new(), true),

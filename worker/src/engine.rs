@@ -270,6 +270,11 @@ impl Engine {
         std::mem::replace(&mut self.state, state)
     }
 
+    /// Takes up weights that were written into the state.
+    pub(crate) fn take_up_weights(&self) {
+        self.model.refresh();
+    }
+
     /// From here on losses are measured anew.
     pub(crate) fn forget_losses(&mut self) {
         self.state.losses.clear();

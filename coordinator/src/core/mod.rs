@@ -70,6 +70,8 @@ pub struct Options {
     pub straggling: Straggling,
     /// Lanes are shared out by how fast members were, not evenly.
     pub by_speed: bool,
+    /// Whoever comes with no state is sent it while the others train, and serves no lanes before it holds it.
+    pub learners: bool,
 }
 
 /// What the job's user wants of it.

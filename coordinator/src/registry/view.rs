@@ -79,6 +79,7 @@ pub(crate) fn attendant(worker: &Attendant) -> v1::Attendant {
         _ if worker.apart.is_some() => "left out: it and a member do not reach one another",
         Activity::Outside => "waiting",
         Activity::Forming { .. } => "getting ready",
+        Activity::Running { .. } if stance.holds.is_none() => "is sent the state",
         Activity::Running { .. } => "training",
         Activity::Holding { cause: Cause::Ordered, .. } => "holding",
         Activity::Holding { cause: Cause::Ended, .. } => "done",

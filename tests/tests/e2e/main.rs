@@ -12,6 +12,7 @@ mod gpu;
 mod http;
 mod interchange;
 mod jobs;
+mod joiners;
 mod kill;
 mod links;
 mod loading;

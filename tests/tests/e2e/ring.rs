@@ -430,30 +430,6 @@ fn a_coordinator_that_is_killed_is_taken_over_while_training_goes_on() {
 }
 
 #[test]
-fn a_worker_joins_a_ring_that_runs() {
-    let (run, port) = ("ring-joined", free_port().to_string());
-    let place = world().folder.join(run);
-    let address = format!("127.0.0.1:{port}");
-    // Long enough for processes that start while it trains.
-    let long = ["--set", "stage.stable.tokens=64Ki"];
-    let one = ["run", "small.toml", "--out", "ring-joined-one", "--sample", "0"];
-    world().anello(&[&one[..], &long].concat()).expect(0);
-    let mut process = start(run, 3, &[&["--external", "--port", &port][..], &long].concat());
-    let mut workers = vec![worker(&address)];
-    wait_until("it is so far", || newest_checkpoint(&place) >= 3 || process.ended());
-    workers.push(worker(&address));
-    wait_until("it is so far", || newest_checkpoint(&place) >= 9 || process.ended());
-    workers.push(worker(&address));
-    process.wait().expect(0);
-    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
-    let told = events(run);
-    assert!(told.contains("with 1 worker from step 1"), "{told}");
-    assert!(told.contains("with 2 workers from step") || told.contains("with 3 workers from step"), "{told}");
-    world().assert_alike(run, "ring-joined-one");
-    assert_no_strays(run);
-}
-
-#[test]
 fn a_worker_of_no_job_is_told_so() {
     let (run, port) = ("ring-stranger", free_port().to_string());
     let address = format!("127.0.0.1:{port}");

@@ -54,8 +54,8 @@ fn event() -> impl Strategy<Value = Option<Event>> {
         2 => Just(Some(Event::Linked)),
         1 => Just(Some(Event::Unlinked)),
         8 => (0u64..4, order()).prop_map(|(epoch, order)| Some(Event::Ordered { epoch: Epoch(epoch), order })),
-        2 => (number(), number()).prop_map(|(generation, holds)| {
-            Some(Event::Ready { generation: Generation(generation), holds: Step(holds), shard: None })
+        2 => (number(), option::of(number())).prop_map(|(generation, holds)| {
+            Some(Event::Ready { generation: Generation(generation), holds: holds.map(Step), shard: None })
         }),
         2 => number().prop_map(|holds| Some(Event::Applied { holds: Step(holds) })),
         1 => (number(), option::of(number()), cause).prop_map(|(generation, holds, cause)| {

@@ -31,16 +31,16 @@ pub enum Event {
         /// What.
         order: Order,
     },
-    /// State is there, verified, and all members are connected: the first step begins.
+    /// State is there, verified, or, to a learner, on its way, and all members are connected: the first step begins.
     Ready {
         /// Of this generation.
         generation: Generation,
-        /// The step after which the state is.
-        holds: Step,
+        /// The step after which the state is; absent: it is on its way.
+        holds: Option<Step>,
         /// The moments that it has from now on; absent: all of them.
         shard: Option<Shard>,
     },
-    /// A step is applied, so that this many are.
+    /// A step is applied, so that this many are; or a learner has all of the state after them.
     Applied {
         /// Steps applied.
         holds: Step,
@@ -172,7 +172,7 @@ impl Member {
             Event::Ready { generation, holds, shard } => {
                 if self.stance.activity == (Activity::Forming { generation }) {
                     self.stance.activity = Activity::Running { generation };
-                    (self.stance.holds, self.stance.shard) = (Some(holds), shard);
+                    (self.stance.holds, self.stance.shard) = (holds, shard);
                 }
             }
             Event::Applied { holds } => self.stance.holds = Some(holds),
@@ -203,8 +203,9 @@ impl Member {
                 }
             }
         }
-        // A step applied is no news that anyone waits for: heartbeats carry it.
-        let quiet = Stance { holds: before.holds, ..self.stance.clone() } == before
+        // A step applied is no news that anyone waits for: heartbeats carry it. That a learner holds the state is news.
+        let quiet = before.holds.is_some() == self.stance.holds.is_some()
+            && Stance { holds: before.holds, ..self.stance.clone() } == before
             && !matches!(self.stance.activity, Activity::Holding { .. });
         if self.linked && !self.gone && !quiet && self.stance != before {
             out.push(Effect::Say(self.stance.clone()));

@@ -38,7 +38,7 @@ fn running() -> Member {
     let begins = [
         Event::Linked,
         form(1, 3, 10),
-        Event::Ready { generation: Generation(3), holds: Step(10), shard: None },
+        Event::Ready { generation: Generation(3), holds: Some(Step(10)), shard: None },
     ];
     begins.into_iter().for_each(|event| drop(after(&mut member, event)));
     assert_eq!(member.stance().activity, Activity::Running { generation: Generation(3) });
@@ -58,11 +58,25 @@ fn a_ring_is_formed_and_said_to_be() {
         holds: Some(Step(10)),
         ..forming
     };
-    let out = after(&mut member, Event::Ready { generation: Generation(3), holds: Step(10), shard: None });
+    let out =
+        after(&mut member, Event::Ready { generation: Generation(3), holds: Some(Step(10)), shard: None });
     assert_eq!(out, [Effect::Say(running)]);
     // Steps are told with the heartbeats.
     assert_eq!(after(&mut member, Event::Applied { holds: Step(11) }), []);
     assert_eq!(member.stance().holds, Some(Step(11)));
+}
+
+#[test]
+fn a_learner_says_at_once_that_it_holds_the_state() {
+    let mut member = Member::new(None);
+    [Event::Linked, form(1, 3, 10)].into_iter().for_each(|event| drop(after(&mut member, event)));
+    let out = after(&mut member, Event::Ready { generation: Generation(3), holds: None, shard: None });
+    let learns =
+        Stance { activity: Activity::Running { generation: Generation(3) }, ..member.stance().clone() };
+    assert_eq!((out, learns.holds), (vec![Effect::Say(learns.clone())], None));
+    let holds = Stance { holds: Some(Step(12)), ..learns };
+    assert_eq!(after(&mut member, Event::Applied { holds: Step(12) }), [Effect::Say(holds)]);
+    assert_eq!(after(&mut member, Event::Applied { holds: Step(13) }), [], "the heartbeats tell of that");
 }
 
 #[test]

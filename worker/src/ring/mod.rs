@@ -10,8 +10,11 @@
 //! The model lives on one thread and takes commands. What to do on which order is decided by
 //! [`anello_member::Member`], which has no I/O; the shell performs it.
 
+mod circle;
 mod gpus;
+mod learner;
 mod link;
+mod live;
 mod model;
 mod pace;
 mod parts;

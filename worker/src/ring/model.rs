@@ -1,9 +1,11 @@
 //! The model thread: gets state, meets the peers, and trains until the ring ends.
 //!
 //! Here are the thread and its loop over steps; `state` takes state where a generation says, offers and copies it,
-//! `step` is one step of the ring, `rollback` undoes a loss spike, `faults` does the harm that tests ask for.
+//! `learning` is a state that is sent while the others train, `step` is one step of the ring, `rollback` undoes a loss
+//! spike, `faults` does the harm that tests ask for.
 
 mod faults;
+mod learning;
 mod rollback;
 mod state;
 mod step;
@@ -21,14 +23,17 @@ use anello_collective::{
 use anello_configs::{ComputeDevice, RunConfig, Schedule, StateCopies, StepPlan, Trains, Transport};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
-use anello_proto::ring::{Cause, Formation, Generation, Shard, Source, Step, WorkerId};
+use anello_proto::ring::{Cause, Formation, Generation, Member, Shard, Source, Step, WorkerId};
 use anello_proto::v1;
 use anello_store::{Cursor, ENVIRONMENT, Store, read_config};
 use anello_tls::Tls;
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
+use self::learning::ToLearn;
 use super::gpus::{Gpus, Nccl};
+use super::learner::Learner;
+use super::live::Live;
 use super::parts::{self, PartsWriter};
 use super::peers::Shelf;
 use super::sum::Total;
@@ -164,6 +169,12 @@ struct Thread {
     /// Where gradients travel by it.
     nccl: Option<Nccl>,
     held: Option<Held>,
+    /// What is held, for others to read from or to fill in between two updates, while the ring has learners.
+    live: Option<Arc<Live>>,
+    /// The state is on its way: what is held of it is not to be counted on.
+    learner: Option<Learner>,
+    /// What is to be learned, until all have met.
+    to_learn: Option<ToLearn>,
     held_out: Option<HeldOut>,
     /// The buffer that gradients are gathered in.
     total: Option<Total>,
@@ -188,6 +199,8 @@ struct Serving<'a> {
     hold: &'a AtomicU8,
     /// The moments are shared out over the members.
     shared: bool,
+    /// Members that have the state; those of later ranks are learners.
+    trainers: usize,
     abort: &'a AbortHandle,
 }
 
@@ -240,6 +253,9 @@ impl Thread {
             device,
             nccl,
             held: None,
+            live: None,
+            learner: None,
+            to_learn: None,
             held_out,
             total: None,
             writer,
@@ -250,7 +266,7 @@ impl Thread {
         while let Ok(Command::Form { formation, worker, abort, hold, silence }) = inbox.recv() {
             self.silence = silence;
             let cause = self.serve(&formation, worker, &abort, &hold).unwrap_or_else(|cause| cause);
-            *self.shelf.write().expect("no holder panics") = None;
+            self.lend_no_more();
             if let Some(held) = &mut self.held {
                 held.engine.abandon();
                 // What was made ready of a step may be what another member needs to go on from it.
@@ -283,23 +299,29 @@ impl Thread {
         let lanes = formation.members[rank].lanes.clone();
         // Of two, each has what it owns and what the other does: all.
         let shared = self.config.ring.state_copies == StateCopies::Two && formation.members.len() > 2;
-        let serving = Serving { formation, rank, lanes, hold, shared, abort };
+        let trainers = match self.config.ring.state_copies {
+            StateCopies::All => formation.trainers(),
+            StateCopies::Two => formation.members.len(),
+        };
+        let serving = Serving { formation, rank, lanes, hold, shared, trainers, abort };
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
         self.take_state(&serving, abort)?;
         let mut ring = self.meet(&serving, abort)?;
         let mut gpus = self.meet_gpus(&serving, &mut ring)?;
-        *self.shelf.write().expect("no holder panics") = None;
+        self.shelf.clear();
         let (start, schedule) = (formation.start, self.schedule.clone());
-        let save = formation.save_first && self.is_due(start.0);
+        let save = formation.save_first && self.is_due(start.0) && !serving.learns();
         let grows = schedule.at(start.0).is_some_and(|plan| plan.upcycle.is_some());
         if save && grows {
             self.snapshot(&serving);
         }
+        let holds = Some(start).filter(|_| self.to_learn.is_none());
+        self.lend(&serving);
         self.take_share(&serving);
         let shard = self.held.as_ref().and_then(Held::shard);
-        self.event(Event::Ready { generation, holds: start, shard });
+        self.event(Event::Ready { generation, holds, shard });
         if save && !grows {
             self.snapshot(&serving);
         }
@@ -319,6 +341,7 @@ impl Thread {
             if loader.is_none() && !serving.lanes.is_empty() {
                 loader = Some(self.loader(&serving.lanes, at)?);
             }
+            self.keep_up(&serving)?;
             let sent_before = sent_bytes(&ring, gpus.as_ref());
             let Stepped { control, mut report, undone } =
                 self.step(&plan, &serving, &mut ring, gpus.as_mut(), loader.as_mut())?;
@@ -327,7 +350,7 @@ impl Thread {
             // After a spike that was undone too, so that what was computed again need not be once more.
             let due = self.is_due(at) || control == 2 || undone;
             let compared = self.compare_replicas(&mut ring, at, due, &serving);
-            if due && compared.is_ok() {
+            if due && compared.is_ok() && !serving.learns() {
                 let stalled = Instant::now();
                 self.snapshot(&serving);
                 step::add_seconds(&mut report, 5, stalled.elapsed().as_secs_f64());
@@ -340,14 +363,16 @@ impl Thread {
                 false => self.validate(&plan, &serving, &mut ring, &mut report),
             };
             // Whatever comes after it, the step is applied.
-            if !odd {
+            if !odd && !serving.learns() {
                 let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
                 let sent_bytes = sent_bytes(&ring, gpus.as_ref()) - sent_before;
                 let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));
             }
             compared.and(measured)?;
             tracing::debug!(generation = formation.generation.0, step = at, "applied a step");
-            self.event(Event::Applied { holds: Step(at) });
+            if self.holds_all() {
+                self.event(Event::Applied { holds: Step(at) });
+            }
             if control > 0 && at < schedule.total_steps() {
                 if control == 2 {
                     self.writer.wait();
@@ -388,10 +413,13 @@ impl Thread {
     /// Where parameters lie in a generation that begins with this step, and the order in which its blocks become whole in a
     /// step.
     fn layout_from(&self, start: u64) -> (Layout, Vec<Range<usize>>) {
-        let held = self.held.as_ref().expect("state was taken");
+        let layers = match &self.to_learn {
+            Some(to_learn) => to_learn.layers(),
+            None => self.held.as_ref().expect("state was taken").engine.state().layout.layers() as u32,
+        };
         let plan = self.schedule.at(start);
         let upcycle = plan.as_ref().and_then(|plan| plan.upcycle);
-        let layers = upcycle.map_or(held.engine.state().layout.layers() as u32, |upcycle| upcycle.layers);
+        let layers = upcycle.map_or(layers, |upcycle| upcycle.layers);
         let layout = Layout::new(&self.config.model, layers);
         let order = layout.backward_blocks(plan.map_or(Trains::All, |plan| plan.stage.trains));
         (layout, order)

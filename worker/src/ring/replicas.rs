@@ -3,6 +3,8 @@
 //! Every member hashes its weights and moments by block and sends the hash of those hashes to all. When they differ, the
 //! block hashes follow, so that all members know alike who differs from the majority, and where.
 //!
+//! A learner takes part in what is sent, and says nothing.
+//!
 //! Where moments are shared out over the ring, that is for weights alone. Those of a block are with two members, of whom
 //! nobody can tell who is right.
 
@@ -28,23 +30,28 @@ pub(super) fn compare(
     step: u64,
     state: &State,
     shared: bool,
+    trainers: usize,
     formation: &Formation,
 ) -> Result<Option<Cause>, RingError> {
+    let learns = ring.ring().rank().index() >= trainers;
     if shared && let Some(cause) = compare_pairs(ring, step, state, formation)? {
         return Ok(Some(cause));
     }
-    let blocks = hashes(state, shared);
+    let blocks = if learns { Vec::new() } else { hashes(state, shared) };
     let mut root = blake3::Hasher::new();
     blocks.iter().for_each(|hash| {
         root.update(hash.as_bytes());
     });
-    let roots = ring.exchange(RingStep(step), root.finalize().as_bytes())?;
+    let root = root.finalize();
+    let mut roots = ring.exchange(RingStep(step), if learns { &[] } else { root.as_bytes() })?;
+    roots.truncate(trainers);
     if roots.iter().all(|root| *root == roots[0]) {
         return Ok(None);
     }
     let mut all: Vec<Vec<u8>> = vec![Vec::new(); roots.len()];
-    for chunk in blocks.chunks(BLOCKS_A_MESSAGE) {
-        let short: Vec<u8> = chunk.iter().flat_map(|hash| hash.as_bytes()[..SHORT].to_vec()).collect();
+    for from in (0..state.layout.blocks()).step_by(BLOCKS_A_MESSAGE) {
+        let chunk = blocks.iter().skip(from).take(BLOCKS_A_MESSAGE);
+        let short: Vec<u8> = chunk.flat_map(|hash| hash.as_bytes()[..SHORT].to_vec()).collect();
         for (have, more) in all.iter_mut().zip(ring.exchange(RingStep(step), &short)?) {
             have.extend(more);
         }
@@ -120,7 +127,9 @@ fn verdict(step: u64, roots: &[Vec<u8>], all: &[Vec<u8>], state: &State, formati
     };
     let right = roots.iter().position(|root| *root == majority).unwrap_or(0);
     let (mut workers, mut told) = (Vec::new(), Vec::new());
-    for (rank, member) in formation.members.iter().enumerate().filter(|(rank, _)| roots[*rank] != majority) {
+    for (rank, member) in
+        formation.members[..roots.len()].iter().enumerate().filter(|(rank, _)| roots[*rank] != majority)
+    {
         let theirs = all[rank].chunks(SHORT).zip(all[right].chunks(SHORT));
         let differ: Vec<usize> =
             theirs.enumerate().filter(|(_, (a, b))| a != b).map(|(block, _)| block).collect();

@@ -25,9 +25,9 @@ pub(super) struct Spot {
 }
 
 impl Spot {
-    /// The check of `step`, when there is one: a function of the seed, the step and the generation's members.
-    pub fn at(seed: u64, every: u64, step: u64, formation: &Formation) -> Option<Self> {
-        let members = formation.members.len();
+    /// The check of `step`, when there is one: a function of the seed, the step and the generation's members, of whom the first
+    /// so many hold the state.
+    pub fn at(seed: u64, every: u64, step: u64, formation: &Formation, members: usize) -> Option<Self> {
         if every == 0 || members < 2 || !(step + 1).is_multiple_of(every) {
             return None;
         }
@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn every_member_is_checked_and_checks_in_its_turn() {
         let three = formation(&[0..3, 3..5, 5..8]);
-        let spots: Vec<Spot> = (0..400).filter_map(|step| Spot::at(3, 2, step, &three)).collect();
+        let spots: Vec<Spot> = (0..400).filter_map(|step| Spot::at(3, 2, step, &three, 3)).collect();
         assert_eq!(spots.len(), 200);
         for rank in 0..3 {
             assert!(spots.iter().any(|spot| spot.owner == rank));
@@ -125,10 +125,25 @@ mod tests {
                     && spot.judge.is_some_and(|j| j != spot.owner && j != spot.witness)
             );
         }
-        assert_eq!(Spot::at(3, 2, 1, &formation(&[0..4, 4..8])).and_then(|spot| spot.judge), None);
-        assert_eq!(Spot::at(3, 2, 1, &formation(&[0..8, 8..8].map(|r| r))).map(|spot| spot.owner), Some(0));
-        assert_eq!(Spot::at(3, 0, 1, &three), None);
-        assert_eq!(Spot::at(3, 1, 1, &formation(std::slice::from_ref(&(0..8)))), None);
+        assert_eq!(Spot::at(3, 2, 1, &formation(&[0..4, 4..8]), 2).and_then(|spot| spot.judge), None);
+        assert_eq!(
+            Spot::at(3, 2, 1, &formation(&[0..8, 8..8].map(|r| r)), 2).map(|spot| spot.owner),
+            Some(0)
+        );
+        assert_eq!(Spot::at(3, 0, 1, &three, 3), None);
+        assert_eq!(Spot::at(3, 1, 1, &formation(std::slice::from_ref(&(0..8))), 1), None);
+    }
+
+    #[test]
+    fn who_learns_the_state_checks_nobody() {
+        let ring = formation(&[0..4, 4..8, 8..8, 8..8]);
+        let spots: Vec<Spot> = (0..200).filter_map(|step| Spot::at(3, 2, step, &ring, 2)).collect();
+        assert_eq!(spots.len(), 100);
+        for spot in spots {
+            assert!(spot.owner < 2 && spot.witness < 2 && spot.owner != spot.witness);
+            assert_eq!(spot.judge, None);
+        }
+        assert_eq!(Spot::at(3, 1, 1, &ring, 1), None, "nobody else computes");
     }
 
     #[test]

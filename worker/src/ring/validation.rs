@@ -16,18 +16,20 @@ const MESSAGE: usize = 64_000;
 
 /// What the model is worth after the step of `plan`, whose lanes are served as `members` says, by rank. A ring that breaks
 /// meanwhile loses no figure, since the step is applied: then all lanes are measured here, which are the same bits. The
-/// second is why the ring must end.
+/// second is why the ring must end. With `alone` false it measures nothing then.
 pub(super) fn measure(
     held_out: &mut HeldOut,
     engine: &Engine,
     plan: &StepPlan<'_>,
     members: &[Range<u32>],
+    alone: bool,
     ring: &mut tcp::Tcp,
 ) -> Result<(Vec<Evaluated>, Option<RingError>)> {
     let own = &members[ring.ring().rank().index()];
     let sums = held_out.lanes(engine, plan, own)?;
     match exchange(sums, plan, members, ring)? {
         Ok(evals) => Ok((evals, None)),
+        Err(broken) if !alone => Ok((Vec::new(), Some(broken))),
         Err(broken) => Ok((held_out.measure(engine, plan)?, Some(broken))),
     }
 }

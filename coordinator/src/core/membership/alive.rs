@@ -172,6 +172,12 @@ impl Membership {
             .iter()
             .find(|member| self.workers.get(&member.worker).is_some_and(|worker| worker.stance.leaving));
         let room = self.options.desired.min(self.options.lanes) as usize;
+        let trainers = if self.options.learners { formation.trainers() } else { formation.members.len() };
+        let (learners, holds) = (&formation.members[trainers..], |member: &Member| {
+            self.workers.get(&member.worker).is_some_and(|worker| worker.stance.holds.is_some())
+        });
+        // A boundary before they hold the state would have them begin anew.
+        let learning = !learners.iter().all(holds);
         let joiners = self.candidates().iter().filter(|id| !self.ranks.contains_key(id)).count();
         let members = formation.members.len();
         // Who holds with a checkpoint has written its parts: those that are all there are only to be committed.
@@ -180,13 +186,15 @@ impl Membership {
             (true, "take a checkpoint and pause".to_owned())
         } else if let Some(member) = leaving {
             (false, format!("let worker {} go", member.worker))
-        } else if joiners > 0 && members < room {
+        } else if joiners > 0 && members < room && !learning {
             (false, format!("take in {} more", joiners.min(room - members)))
         } else if members > room {
             (false, format!("scale down to {room}"))
         } else if wanted {
             (true, "take a checkpoint".to_owned())
-        } else if self.is_cut_due() {
+        } else if !learners.is_empty() && !learning {
+            (false, format!("give lanes to {} more", learners.len()))
+        } else if self.is_cut_due() && !learning {
             (false, "share the lanes out by speed".to_owned())
         } else {
             return None;

@@ -135,7 +135,18 @@ impl Watched {
         let (lease, gather) = (Millis(1000), Millis(500));
         let straggling = Straggling { factor_permille: 1500, window_steps: 1 };
         let (total, faults_max, by_speed) = (TOTAL, 2, true);
-        let options = Options { lanes, total, min, desired, lease, gather, faults_max, straggling, by_speed };
+        let options = Options {
+            lanes,
+            total,
+            min,
+            desired,
+            lease,
+            gather,
+            faults_max,
+            straggling,
+            by_speed,
+            learners: true,
+        };
         let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
         let (said, told) = Default::default();
         Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }
@@ -161,7 +172,11 @@ impl Watched {
                 let mut stance = stance.clone();
                 match order {
                     Order::Form(formation) => {
-                        stance.holds = Some(formation.start);
+                        let learns = formation.rank(worker) >= Some(formation.trainers());
+                        // It is told again where it stands: then it holds what it learned.
+                        let holds = Some(formation.start)
+                            .filter(|_| !learns || stance.activity.is_in(formation.generation));
+                        stance.holds = holds;
                         stance.activity = Activity::Running { generation: formation.generation };
                     }
                     Order::Hold { generation, .. } => {
@@ -211,6 +226,7 @@ impl Watched {
         match effect {
             Effect::Record(Entry::Formed(formation)) => {
                 lanes_are_covered_once(&formation, self.lanes)?;
+                nobody_counts_on_learners(&formation, |id| self.said.get(&id).and_then(|said| said.holds))?;
                 generations_rise(self.formed.as_ref().map(|before| before.generation), formation.generation)?;
                 if let Some(before) = &self.formed {
                     let running = |id| self.said[&id].activity.is_in(before.generation);

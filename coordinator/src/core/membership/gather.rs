@@ -90,7 +90,16 @@ impl Membership {
                 }
             }
         };
-        let lanes = self.cut(&candidates);
+        // Whoever holds nothing comes last, and learns the state before it serves lanes.
+        let learns = |id: &WorkerId| {
+            self.options.learners
+                && matches!(source, Source::Peers { .. })
+                && self.workers[id].stance.holds.is_none()
+        };
+        candidates.sort_by_key(learns);
+        let trainers = candidates.iter().position(learns).unwrap_or(candidates.len());
+        let mut lanes = self.cut(&candidates[..trainers]);
+        lanes.resize(candidates.len(), self.options.lanes..self.options.lanes);
         let member = |(worker, lanes): (WorkerId, Range<u32>)| Member {
             worker,
             endpoints: self.workers[&worker].endpoints.clone(),

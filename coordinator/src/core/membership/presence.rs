@@ -53,7 +53,8 @@ impl Membership {
                 return false;
             }
             self.running += usize::from(running);
-        } else if !running && known.stance.holds != stance.holds {
+        } else if known.stance.holds != stance.holds && !(running && known.stance.holds.is_some()) {
+            // That a learner holds the state is news.
             return false;
         }
         known.heard = self.now;

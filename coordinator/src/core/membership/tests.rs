@@ -1,5 +1,6 @@
 //! Tables: what is said, and nothing else, for one situation each. Histories are the simulator's business.
 
+mod learners;
 mod reach;
 
 use std::time::Instant;
@@ -20,6 +21,7 @@ fn options(desired: u32) -> Options {
         faults_max: 3,
         straggling: Straggling { factor_permille: 1500, window_steps: 20 },
         by_speed: false,
+        learners: true,
     }
 }
 

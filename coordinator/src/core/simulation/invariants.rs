@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anello_proto::ring::{Formation, Generation, Stance, Step, WorkerId};
+use anello_proto::ring::{Formation, Generation, Source, Stance, Step, WorkerId};
 
 /// **Every step is applied with one global batch**: the lanes of a generation's members are all lanes, each once.
 pub fn lanes_are_covered_once(formation: &Formation, lanes: u32) -> Result<(), String> {
@@ -24,6 +24,26 @@ pub fn lanes_are_covered_once(formation: &Formation, lanes: u32) -> Result<(), S
         true => Ok(()),
         false => Err(format!("generation {}: {next} of {lanes} lanes are served", formation.generation)),
     }
+}
+
+/// **Nobody counts on a learner**: who serves lanes from peers' state can have it from a member that held it, and learners come
+/// last, with no lanes and no state. `holds` is what the coordinator was told.
+pub fn nobody_counts_on_learners(
+    formation: &Formation,
+    holds: impl Fn(WorkerId) -> Option<Step>,
+) -> Result<(), String> {
+    let Source::Peers { holders } = &formation.source else { return Ok(()) };
+    let (trainers, learners) = formation.members.split_at(formation.trainers());
+    let generation = formation.generation;
+    if !trainers.iter().any(|member| holders.contains(&member.worker)) {
+        return Err(format!("generation {generation} has nobody to learn from"));
+    }
+    for member in learners {
+        if !member.lanes.is_empty() || holds(member.worker).is_some() {
+            return Err(format!("generation {generation}: worker {} holds state and learns", member.worker));
+        }
+    }
+    Ok(())
 }
 
 /// **Members reach one another**: nobody is in a generation of whom it is known that it does not reach another member.
@@ -112,7 +132,7 @@ pub fn manifest_is_whole(
     parts: &BTreeMap<(Step, Generation, u64), u64>,
     reference: &[u64],
 ) -> Result<(), String> {
-    for (member, block) in formation.members.iter().zip(0..) {
+    for (member, block) in formation.members[..formation.trainers()].iter().zip(0..) {
         match parts.get(&(step, formation.generation, block)) {
             None => {
                 return Err(format!(

@@ -14,8 +14,9 @@ use crate::checkpoint::{self, Snapshot, flat, host};
 use crate::cover::Cover;
 use crate::init::initial_state;
 use crate::optimizer::State;
+use crate::ring::circle::{Asked, Circle, Failed, Gathered, Head, share_out};
 use crate::ring::parts::Copy;
-use crate::ring::peers::{Asked, Circle, Failed, Gathered, Head, HostState, share_out};
+use crate::ring::peers::HostState;
 
 /// Pause between two attempts to read a checkpoint from a store that does not answer.
 const RETRY: Duration = Duration::from_secs(2);
@@ -87,6 +88,11 @@ impl Held {
 }
 
 impl Serving<'_> {
+    /// Whether this member is sent the state while the others train.
+    pub(super) fn learns(&self) -> bool {
+        self.rank >= self.trainers
+    }
+
     /// The moments that this member needs, of a state of so many blocks.
     fn needs(&self, blocks: usize) -> Cover {
         match self.shared {
@@ -152,8 +158,15 @@ impl Thread {
         if all_hold && !may_share {
             return Ok(());
         }
+        // A stack grows in the first step, so that nobody can be sent its state meanwhile.
+        let learns = |rank: usize| rank >= serving.trainers && !grows;
+        let takes = |(rank, member): (usize, &Member)| !learns(rank) && !holders.contains(&member.worker);
+        let is_taken = members.iter().enumerate().any(takes);
         if standing == Standing::Here || may_share {
-            self.offer(serving.formation, standing, !all_hold);
+            self.offer(serving.formation, standing, may_share || is_taken, !all_hold && is_taken);
+        }
+        if learns(serving.rank) && standing != Standing::Here {
+            return self.ask_what_to_learn(serving, holders, abort);
         }
         // A stack grows where all moments are.
         let needs = |blocks| if grows { Cover::all(blocks) } else { serving.needs(blocks) };
@@ -175,7 +188,11 @@ impl Thread {
     }
 
     /// The other members that may be asked for state.
-    fn circle(&self, serving: &Serving<'_>, may: impl Fn(WorkerId) -> bool) -> (Circle, Vec<WorkerId>) {
+    pub(super) fn circle(
+        &self,
+        serving: &Serving<'_>,
+        may: impl Fn(WorkerId) -> bool,
+    ) -> (Circle, Vec<WorkerId>) {
         let Formation { generation, start, members, .. } = serving.formation;
         let own = members[serving.rank].worker;
         let asked = members
@@ -264,7 +281,7 @@ impl Thread {
 
     /// Lays what this worker has on the shelf, as it is after the generation's start: copies, since the step that comes next
     /// changes it.
-    fn offer(&self, formation: &Formation, standing: Standing, with_weights: bool) {
+    fn offer(&self, formation: &Formation, standing: Standing, with_moments: bool, with_weights: bool) {
         let mut offered = HostState {
             generation: formation.generation,
             step: formation.start,
@@ -280,10 +297,13 @@ impl Thread {
         if let Some(held) = self.held.as_ref().filter(|_| standing != Standing::Nothing) {
             let state = held.engine.state();
             offered.layers = state.layout.layers() as u32;
-            offered.cover = state.cover.clone();
+            offered.cover = Cover::none(state.layout.blocks());
             offered.weights_cover = Cover::none(state.layout.blocks());
             offered.updates = state.updates;
-            offered.moments = [&state.exp_avg, &state.exp_avg_sq].map(host);
+            if with_moments {
+                offered.cover = state.cover.clone();
+                offered.moments = [&state.exp_avg, &state.exp_avg_sq].map(host);
+            }
             match &held.pending {
                 Some(pending) if standing == Standing::Next => {
                     let mut ahead = state.copy();
@@ -301,7 +321,7 @@ impl Thread {
                 }
             }
         }
-        *self.shelf.write().expect("no holder panics") = Some(Arc::new(offered));
+        self.shelf.lay(Arc::new(offered));
     }
 
     /// Makes this worker hold what the run begins with.
@@ -361,7 +381,7 @@ impl Thread {
             cover: own.clone(),
             moments: [exp_avg, exp_avg_sq],
         });
-        *self.shelf.write().expect("no holder panics") = Some(Arc::clone(&offered));
+        self.shelf.lay(Arc::clone(&offered));
         let (circle, ids) = self.circle(serving, |_| true);
         let cause = |failed: Failed| cause_of_failure(failed, &ids);
         let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
@@ -413,7 +433,7 @@ impl Thread {
     pub(super) fn snapshot(&mut self, serving: &Serving<'_>) {
         let _span = tracing::trace_span!("checkpoint").entered();
         self.writer.wait();
-        let members = &serving.formation.members;
+        let members = &serving.formation.members[..serving.trainers];
         let held = self.held.as_ref().expect("state was taken");
         let (blocks, next) = (held.engine.state().layout.blocks(), (serving.rank + 1) % members.len());
         let of = |rank| self.copy(balanced(blocks, members.len(), rank));
@@ -436,7 +456,7 @@ impl Thread {
 }
 
 /// Why a ring is left when something could not be had of the members `ids`.
-fn cause_of_failure(Failed { unreachable, reason }: Failed, ids: &[WorkerId]) -> Cause {
+pub(super) fn cause_of_failure(Failed { unreachable, reason }: Failed, ids: &[WorkerId]) -> Cause {
     match unreachable {
         Some(at) => Cause::Unreachable { peer: ids[at], reason },
         None => broken(None, reason),

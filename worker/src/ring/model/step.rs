@@ -29,7 +29,7 @@ impl Thread {
         let began = Instant::now();
         let mut seconds = Seconds::default();
         let every = self.config.ring.spot_check_every_steps;
-        let spot = Spot::at(self.config.seed, every, plan.step, serving.formation);
+        let spot = Spot::at(self.config.seed, every, plan.step, serving.formation, serving.trainers);
         let own_spot = spot.as_ref().is_some_and(|spot| spot.owner == serving.rank);
         let faulty = own_spot && self.take_gradient_fault(plan.step, serving.rank);
         let mut own_hash = Vec::new();
@@ -71,6 +71,7 @@ impl Thread {
             engine.fold_lane(lane, gradient, sums);
             seconds.compute += computed.elapsed().as_secs_f64();
         }
+        let live = self.live.clone();
         let (mut computed, began_last) = (Duration::ZERO, Instant::now());
         let hold = serving.hold;
         let word = |sums| {
@@ -83,6 +84,9 @@ impl Thread {
             let lane = serving.lanes.end - 1;
             let _lane = tracing::trace_span!("lane", lane).entered();
             engine.last_lane(plan.stage, lane, &micro_batches, &mut |mut growing| {
+                if let (Some(live), Growing::Whole(_)) = (&live, &growing) {
+                    live.begin_sum();
+                }
                 if let Growing::Lane(gradient) = &mut growing {
                     check_lane(lane, gradient);
                 }
@@ -132,7 +136,11 @@ impl Thread {
             Outcome { sums, update, spike, back_to }
         } else {
             held.cursors = moved;
-            held.engine.finish_with(plan, total.values(), sums)
+            let update = || held.engine.finish_with(plan, total.values(), sums);
+            match live {
+                Some(live) => live.update(update),
+                None => update(),
+            }
         };
         held.advance(Step(plan.step + 1));
         if let Some(to) = outcome.back_to {
@@ -202,7 +210,9 @@ impl Thread {
         let members: Vec<Range<u32>> =
             serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
         let engine = &self.held.as_ref().expect("state was taken").engine;
-        let measured = validation::measure(held_out, engine, plan, &members, ring);
+        // Who learns has nothing to measure by, and others tell of it.
+        let learns = serving.learns();
+        let measured = validation::measure(held_out, engine, plan, &members, !learns, ring);
         let (evals, broken) = measured.map_err(|error| fault(error.to_string()))?;
         report.evals = evals.into_iter().map(evaluated).collect();
         add_seconds(report, 6, began.elapsed().as_secs_f64());
@@ -219,12 +229,12 @@ impl Thread {
     ) -> Served<()> {
         let formation = serving.formation;
         let every = self.config.ring.digest_every_steps;
-        if every == 0 || formation.members.len() < 2 || !(due || at.is_multiple_of(every)) {
+        if every == 0 || serving.trainers < 2 || !(due || at.is_multiple_of(every)) {
             return Ok(());
         }
         let _span = tracing::trace_span!("compare replicas").entered();
         let held = self.held.as_ref().expect("state was taken");
-        match replicas::compare(ring, at, held.engine.state(), serving.shared, formation) {
+        match replicas::compare(ring, at, held.engine.state(), serving.shared, serving.trainers, formation) {
             Ok(None) => Ok(()),
             Ok(Some(diverged)) => Err(diverged),
             Err(error) => Err(cause_of(&error, formation)),

@@ -30,14 +30,15 @@ pub struct Report {
     pub left_out: u64,
     pub sleeps: u64,
     pub wanted: u64,
+    pub learned: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 24] {
+    pub fn counts(&self) -> [(&'static str, u64); 25] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 24] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 25] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -63,6 +64,7 @@ impl Report {
             ("a worker that is left out", &mut self.left_out),
             ("a coordinator that slept", &mut self.sleeps),
             ("a checkpoint that was asked for", &mut self.wanted),
+            ("a learner that holds the state", &mut self.learned),
         ]
     }
 

@@ -84,6 +84,13 @@ impl World {
         let holds = self.workers[&worker].state;
         let needs = self.needs(worker, &ring.formation);
         let of_peers = matches!(source, Source::Peers { .. });
+        if self.learns(worker, &ring.formation) && holds.is_none_or(|(step, _)| step != start) {
+            let known = self.workers.get_mut(&worker).expect("known");
+            (known.state, known.pending) = (None, None);
+            known.moments.clear();
+            self.meets(worker, generation);
+            return Ok(());
+        }
         let state = match (&source, holds) {
             (_, Some((step, state))) if step == start => Some(state),
             (Source::Seed, _) => Some(self.reference[0]),
@@ -138,6 +145,12 @@ impl World {
             (known.moments, known.pending) = (needs, None);
         }
         self.check_state(worker)?;
+        self.meets(worker, generation);
+        Ok(())
+    }
+
+    /// A worker waits for the other members; the last one that comes lets all of them begin.
+    fn meets(&mut self, worker: WorkerId, generation: Generation) {
         let ring = self.rings.get_mut(&generation).expect("known");
         ring.ready.insert(worker);
         if ring.ready.len() == ring.formation.members.len() && !ring.broken {
@@ -147,7 +160,6 @@ impl World {
                 self.after(delay, Happening::Ready { worker, generation });
             }
         }
-        Ok(())
     }
 
     pub(super) fn ready(&mut self, worker: WorkerId, generation: Generation) -> Result<(), String> {
@@ -164,10 +176,15 @@ impl World {
         let known = self.workers.get_mut(&worker).expect("known");
         known.pending = None;
         known.moments.retain(|block| needs.contains(block));
-        let shard = known.shard(blocks);
-        self.tell_worker(worker, Happens::Ready { generation, holds: start, shard })?;
+        let (holds, shard) = (known.state.map(|(step, _)| step), known.shard(blocks));
+        self.tell_worker(worker, Happens::Ready { generation, holds, shard })?;
         let due = start.0.is_multiple_of(self.every) || start == self.options.total;
-        if save_first && due {
+        if self.learns(worker, &self.rings[&generation].formation) {
+            if start == self.options.total {
+                // Others write what is missing of the last checkpoint.
+                return self.leave_ring(worker, Cause::Ended);
+            }
+        } else if save_first && due {
             self.save(worker, generation, (start == self.options.total).then_some(Cause::Ended));
         }
         self.begin_step(generation);
@@ -317,6 +334,11 @@ impl World {
         if known.ring != Some(generation) || !known.applying {
             return Ok(());
         }
+        if known.state.is_none() && !self.learn(worker, generation, step)? {
+            // It has taken part, and holds nothing yet.
+            return self.go_on_after(worker, generation, Step(step.0 + 1), word);
+        }
+        let known = self.workers.get_mut(&worker).expect("known");
         let used = if shared { known.pending.as_ref() } else { Some(&known.moments) };
         moments_of_the_step_before(worker, &needs, used)?;
         known.applying = false;
@@ -335,14 +357,46 @@ impl World {
         }
         self.check_state(worker)?;
         self.tell_worker(worker, Happens::Applied { holds })?;
+        self.reached = self.reached.max(holds);
+        self.go_on_after(worker, generation, holds, word)
+    }
+
+    /// A learner has some more of the state after `step`, by what peers have that did not apply the next one yet, and it may be
+    /// the last of it: then it takes part in applying that.
+    fn learn(&mut self, worker: WorkerId, generation: Generation, step: Step) -> Result<bool, String> {
+        let peers = self.workers.values().filter(|peer| peer.ring == Some(generation));
+        let there = peers.filter_map(|peer| peer.state).find(|(at, _)| *at == step);
+        let Some(state) = there.filter(|_| self.chance(2)) else { return Ok(false) };
+        let blocks = self.blocks;
+        let known = self.workers.get_mut(&worker).expect("known");
+        (known.state, known.moments) = (Some(state), (0..blocks).collect());
+        self.report.learned += 1;
+        self.check_state(worker)?;
+        Ok(true)
+    }
+
+    /// After a step a member leaves, or takes part in the next one.
+    fn go_on_after(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        holds: Step,
+        word: u8,
+    ) -> Result<(), String> {
+        let learns = self.learns(worker, &self.rings[&generation].formation);
+        self.workers.get_mut(&worker).expect("known").applying = false;
         let ended = holds == self.options.total;
         let leave = match word {
             _ if ended => Some(Cause::Ended),
             0 => None,
             _ => Some(Cause::Ordered),
         };
-        self.reached = self.reached.max(holds);
-        if ended || word == 2 {
+        if learns {
+            // It writes nothing.
+            if let Some(cause) = leave {
+                return self.leave_ring(worker, cause);
+            }
+        } else if ended || word == 2 {
             // It leaves once its parts are durable.
             self.save(worker, generation, leave);
             return Ok(());

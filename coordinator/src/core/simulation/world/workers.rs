@@ -82,6 +82,11 @@ impl World {
         self.shared && formation.members.len() > 2
     }
 
+    /// Whether a member gets the state while the others train.
+    pub(super) fn learns(&self, worker: WorkerId, formation: &Formation) -> bool {
+        self.options.learners && formation.rank(worker) >= Some(formation.trainers())
+    }
+
     /// The blocks whose moments a member needs.
     pub(super) fn needs(&self, worker: WorkerId, formation: &Formation) -> BTreeSet<u64> {
         match formation.rank(worker).filter(|_| self.shares(formation)) {
@@ -178,7 +183,7 @@ impl World {
                 Do::Abort { reason } => {
                     let known = self.workers.get(&worker).expect("known");
                     if known.ring.is_some() {
-                        let keeps = known.applying && self.chance(2);
+                        let keeps = known.applying && known.state.is_some() && self.chance(2);
                         let known = self.workers.get_mut(&worker).expect("known");
                         known.applying = false;
                         if keeps {
@@ -218,7 +223,8 @@ impl World {
     pub(super) fn save(&mut self, worker: WorkerId, generation: Generation, leave: Option<Cause>) {
         let Some((step, state)) = self.workers[&worker].state else { return };
         let formation = &self.rings[&generation].formation;
-        let (rank, all) = (formation.rank(worker).expect("a member") as u64, formation.members.len() as u64);
+        let writers = if self.options.learners { formation.trainers() } else { formation.members.len() };
+        let (rank, all) = (formation.rank(worker).expect("a member") as u64, writers as u64);
         let buddy = formation.members[((rank + 1) % all) as usize].worker;
         let copy = Copied { step, generation, state, rank, all, buddy };
         self.write(worker, &copy, false, leave);

@@ -1,0 +1,124 @@
+//! Workers that come while others train: they are sent the state meanwhile, and nothing of the run changes.
+
+use std::sync::OnceLock;
+
+use anello_tests::{Process, free_port, newest_checkpoint, signal, wait_until};
+
+use super::ring::{assert_no_strays, events, start, worker};
+use super::world;
+
+/// Long enough for processes that start while it trains.
+const LONG: [&str; 2] = ["--set", "stage.stable.tokens=128Ki"];
+
+/// The long run of one worker.
+fn undisturbed() -> &'static str {
+    static RUN: OnceLock<&str> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let run = "joiners-undisturbed";
+        let one = ["run", "small.toml", "--out", run, "--sample", "0"];
+        world().anello(&[&one[..], &LONG].concat()).expect(0);
+        run
+    })
+}
+
+/// A coordinator that takes workers from outside, and its address.
+fn coordinator(run: &str, workers: u32, more: &[&str]) -> (Process, String) {
+    let port = free_port().to_string();
+    let process = start(run, workers, &[&["--external", "--port", &port][..], &LONG, more].concat());
+    (process, format!("127.0.0.1:{port}"))
+}
+
+/// What the log says of the rings that were formed: members, first step, and whether some of them learn.
+fn rings(told: &str) -> Vec<(u64, u64, bool)> {
+    let number = |text: &str, after: &str| {
+        let digits = text
+            .split_once(after)?
+            .1
+            .split(|c: char| !c.is_ascii_digit() && c != ' ' && c != '\u{a0}')
+            .next()?;
+        digits.chars().filter(char::is_ascii_digit).collect::<String>().parse::<u64>().ok()
+    };
+    let formed = told.lines().filter(|line| line.contains(" formed with "));
+    let ring = |line: &str| {
+        Some((
+            number(line, "formed with ")?,
+            number(line, "from step ")?,
+            line.contains("while the others train"),
+        ))
+    };
+    formed.map(|line| ring(line).unwrap_or_else(|| panic!("{line}"))).collect()
+}
+
+#[test]
+fn what_a_joiner_lacks_comes_while_the_others_train() {
+    let run = "joiners-slow-state";
+    let place = world().folder.join(run);
+    // The state is 3 MiB, so that it takes two seconds at least.
+    let (mut process, address) = coordinator(run, 3, &["--set", "ring.state_bandwidth=1MiB"]);
+    let mut workers = vec![worker(&address)];
+    wait_until("it is so far", || newest_checkpoint(&place) >= 3 || process.ended());
+    workers.push(worker(&address));
+    wait_until("it is so far", || newest_checkpoint(&place) >= 9 || process.ended());
+    workers.push(worker(&address));
+    process.wait().expect(0);
+    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
+    let told = events(run);
+    let rings = rings(&told);
+    assert_eq!(rings[0], (1, 1, false), "{told}");
+    let learns = rings.iter().position(|(_, _, learns)| *learns).unwrap_or_else(|| panic!("{told}"));
+    // The ring after it begins when the state is there; or the run has ended before.
+    let from = rings[learns].1;
+    let until = rings.get(learns + 1).map_or(500, |(_, from, _)| *from);
+    assert!(until >= from + 3, "the ring has waited for the state: {told}");
+    world().assert_alike(run, undisturbed());
+    assert_no_strays(run);
+}
+
+#[test]
+fn a_joiner_trains_soon() {
+    let run = "joiners-fast";
+    let place = world().folder.join(run);
+    let (mut process, address) = coordinator(run, 2, &[]);
+    let mut workers = vec![worker(&address)];
+    wait_until("it is so far", || newest_checkpoint(&place) >= 3 || process.ended());
+    workers.push(worker(&address));
+    process.wait().expect(0);
+    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
+    let told = events(run);
+    let rings = rings(&told);
+    assert!(rings.iter().any(|(members, _, learns)| *members == 2 && *learns), "{told}");
+    assert!(rings.iter().any(|(members, _, learns)| *members == 2 && !*learns), "{told}");
+    world().assert_alike(run, undisturbed());
+    assert_no_strays(run);
+}
+
+/// Nobody counts on what a joiner has before it has all: it may die, and so may those that it learns from.
+#[test]
+fn deaths_while_a_joiner_is_sent_the_state_change_nothing() {
+    let run = "joiners-deaths";
+    let place = world().folder.join(run);
+    let learning = || events(run).matches("while the others train").count();
+    // The state would take longer than the run.
+    let (mut process, address) = coordinator(run, 2, &["--set", "ring.state_bandwidth=4KiB"]);
+    let first = worker(&address);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 3 || process.ended());
+    let second = worker(&address);
+    wait_until("it learns", || learning() >= 1 || process.ended());
+    let before = newest_checkpoint(&place);
+    wait_until("the other trains meanwhile", || newest_checkpoint(&place) >= before + 6 || process.ended());
+    signal(second.id(), "KILL");
+    drop(second.wait());
+    wait_until("it is missed", || events(run).contains(" lost (") || process.ended());
+    let third = worker(&address);
+    wait_until("another learns", || learning() >= 2 || process.ended());
+    let before = newest_checkpoint(&place);
+    wait_until("the other trains meanwhile", || newest_checkpoint(&place) >= before + 3 || process.ended());
+    signal(first.id(), "KILL");
+    drop(first.wait());
+    process.wait().expect(0);
+    third.wait().expect(0);
+    let told = events(run);
+    assert!(told.contains("state from checkpoint"), "{told}");
+    world().assert_alike(run, undisturbed());
+    assert_no_strays(run);
+}

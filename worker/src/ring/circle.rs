@@ -1,0 +1,504 @@
+//! State of peers, gathered: what each has is asked first ([`Head`]), and then for each block one of those that have it
+//! ([`share_out`]).
+
+use std::ops::Range;
+use std::time::Duration;
+
+use anello_collective::AbortHandle;
+use anello_collective::tree::balanced;
+use anello_proto::ring::{Generation, Step};
+use anello_proto::v1::peers_client::PeersClient;
+use anello_proto::v1::state_chunk::Chunk;
+use anello_proto::v1::{LiveBlocks, LiveRequest, StateBlocks, StateHead, StateRange, StateRequest};
+use anello_store::Cursor;
+use anello_tls::grpc::{ConnectError, To};
+use anello_tls::{Role, Tls};
+use tokio_stream::{Stream, StreamExt};
+use tonic::Status;
+use tonic::transport::Channel;
+
+use super::peers::{BLOCK_BYTES, digest};
+use crate::cover::Cover;
+
+/// Blocks of a state at most: what is said of one that is larger is not believed.
+const BLOCKS_MAX: u64 = 1 << 32;
+/// Pause before a peer is asked again that has not got there yet.
+const AGAIN: Duration = Duration::from_millis(10);
+
+/// What a peer says that it has.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Head {
+    pub updates: u64,
+    pub layers: u32,
+    pub cursors: Vec<Cursor>,
+    pub losses: Vec<f64>,
+    /// The blocks whose weights it hands out.
+    pub weights: Cover,
+    /// Those whose moments it has.
+    pub cover: Cover,
+}
+
+impl Head {
+    fn read(said: &StateHead) -> Result<Self, String> {
+        let all = said.blocks;
+        if all > BLOCKS_MAX {
+            return Err(format!("it has a state of {all} blocks, of at most {BLOCKS_MAX}"));
+        }
+        let cover = |ranges: &[StateRange], what: &str| {
+            let mut from = 0;
+            for &StateRange { first, end } in ranges {
+                if first < from || first >= end || end > all {
+                    return Err(format!("it has {what} of blocks {first} to {end}, of {all}"));
+                }
+                from = end;
+            }
+            let ranges = ranges.iter().map(|range| range.first as usize..range.end as usize);
+            Ok(Cover::of(ranges, all as usize))
+        };
+        let (weights, cover) = (cover(&said.weights, "weights")?, cover(&said.moments, "moments")?);
+        let cursors = serde_json::from_str(&said.cursors)
+            .map_err(|cause| format!("it tells of no cursors: {cause}"))?;
+        let (updates, layers, losses) = (said.updates, said.layers, said.losses.clone());
+        Ok(Self { updates, layers, cursors, losses, weights, cover })
+    }
+}
+
+/// What is asked of one peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Asked {
+    /// Its place among those asked.
+    pub peer: usize,
+    pub blocks: Range<usize>,
+    /// Their moments, and not their weights.
+    pub moments: bool,
+}
+
+/// Of whom to ask which blocks, to have the weights and the moments that are lacked. Each goes once over the wire, and peers
+/// that have the same share what they send. Heads are those of the peers that may be asked, by their place. Absent: nobody has
+/// some of it.
+pub(super) fn share_out(heads: &[(usize, &Head)], weights: &Cover, moments: &Cover) -> Option<Vec<Asked>> {
+    let mut asked = Vec::new();
+    for (lacks, moments) in [(weights, false), (moments, true)] {
+        let has = |head: &Head, block: usize| {
+            let cover = if moments { &head.cover } else { &head.weights };
+            cover.place(block..block + 1).is_some()
+        };
+        let able = |block: usize| -> Vec<usize> {
+            let able = heads.iter().filter(|(_, head)| has(head, block));
+            able.map(|(peer, _)| *peer).collect()
+        };
+        for range in lacks.ranges() {
+            let mut start = range.start;
+            while start < range.end {
+                let peers = able(start);
+                if peers.is_empty() {
+                    return None;
+                }
+                let end = (start + 1..range.end).find(|block| able(*block) != peers).unwrap_or(range.end);
+                for (at, &peer) in peers.iter().enumerate() {
+                    let part = balanced(end - start, peers.len(), at);
+                    asked.push(Asked { peer, blocks: start + part.start..start + part.end, moments });
+                }
+                start = end;
+            }
+        }
+    }
+    asked.retain(|asked| !asked.blocks.is_empty());
+    Some(asked)
+}
+
+/// Weights of some blocks, from the first on.
+pub(super) type Weights = (usize, Vec<u8>);
+
+/// Moments of some blocks, from the first on: first and second.
+pub(super) type Moments = (usize, [Vec<u8>; 2]);
+
+/// What was asked for, gathered.
+#[derive(Debug, Default)]
+pub(super) struct Gathered {
+    pub weights: Vec<Weights>,
+    pub moments: Vec<Moments>,
+}
+
+impl Gathered {
+    /// Bytes of it.
+    pub fn bytes(&self) -> usize {
+        let weights = self.weights.iter().map(|(_, bytes)| bytes);
+        weights.chain(self.moments.iter().flat_map(|(_, both)| both)).map(Vec::len).sum()
+    }
+
+    /// What was gathered that `check` does not accept: it is given the buffer (weights, first, second moments), the block and its
+    /// bytes.
+    pub fn wrong(&self, check: impl Fn(usize, usize, &[u8]) -> bool) -> Option<(usize, usize)> {
+        let weights = self.weights.iter().map(|(first, bytes)| (0, *first, bytes));
+        let moments = self.moments.iter().flat_map(|(first, [m, v])| [(1, *first, m), (2, *first, v)]);
+        weights.chain(moments).find_map(|(buffer, first, bytes)| {
+            let mut blocks = (first..).zip(bytes.chunks(BLOCK_BYTES));
+            blocks.find(|(block, bytes)| !check(buffer, *block, bytes)).map(|(block, _)| (buffer, block))
+        })
+    }
+}
+
+/// Why something could not be had of peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Failed {
+    /// The place of the one that cannot be reached, when that is why.
+    pub unreachable: Option<usize>,
+    /// In words.
+    pub reason: String,
+}
+
+impl From<String> for Failed {
+    fn from(reason: String) -> Self {
+        Self { unreachable: None, reason }
+    }
+}
+
+/// Peers that form the same generation, and the state that is asked of them.
+#[derive(Clone)]
+pub(super) struct Circle {
+    peers: Vec<To>,
+    generation: Generation,
+    step: Step,
+    /// Of one of them, after which it cannot be reached.
+    silence: Duration,
+}
+
+impl Circle {
+    /// Those at `addresses`.
+    pub fn new(
+        addresses: Vec<String>,
+        tls: Option<&Tls>,
+        silence: Duration,
+        generation: Generation,
+        step: Step,
+    ) -> Self {
+        let to = |address| To { address, role: Role::Worker, tls: tls.cloned() };
+        Self { peers: addresses.into_iter().map(to).collect(), generation, step, silence }
+    }
+
+    /// What one of them answers.
+    async fn fetch(self, at: usize, request: StateRequest) -> Result<(Head, Vec<StateBlocks>), Failed> {
+        let failed = |(is_apart, reason)| Failed { unreachable: Some(at).filter(|_| is_apart), reason };
+        fetch(&self.peers[at], request, self.silence).await.map_err(failed)
+    }
+
+    fn request(&self) -> StateRequest {
+        let (generation, step) = (self.generation.0, self.step.0);
+        StateRequest { generation, step, ..StateRequest::default() }
+    }
+
+    /// What each of them has.
+    ///
+    /// # Errors
+    /// In words: a peer that is lost, one whose head makes no sense, the abort.
+    pub async fn heads(&self, abort: &AbortHandle) -> Result<Vec<Head>, Failed> {
+        unless_aborted(abort, async {
+            let mut tasks = tokio::task::JoinSet::new();
+            for at in 0..self.peers.len() {
+                let (circle, request) = (self.clone(), self.request());
+                tasks.spawn(async move { (at, circle.fetch(at, request).await) });
+            }
+            let mut heads: Vec<Option<Head>> = vec![None; self.peers.len()];
+            while let Some(done) = tasks.join_next().await {
+                let (at, fetched) = done.map_err(|cause| Failed::from(cause.to_string()))?;
+                heads[at] = Some(fetched?.0);
+            }
+            Ok(heads.into_iter().flatten().collect())
+        })
+        .await
+    }
+
+    /// Peers that may be asked.
+    pub fn len(&self) -> usize {
+        self.peers.len()
+    }
+
+    /// Some blocks of one of them, as they are while it trains: with each come the steps that were applied when it was read.
+    ///
+    /// # Errors
+    /// In words: a peer that is lost. Items too, and a block with another digest or that was not asked for.
+    pub async fn live(
+        &self,
+        at: usize,
+        blocks: Range<usize>,
+    ) -> Result<impl Stream<Item = Result<(Step, usize, [Vec<u8>; 3]), Failed>> + use<>, Failed> {
+        let peer = &self.peers[at];
+        let told = |what: String| Failed::from(format!("state from {}: {what}", peer.address));
+        let channel = connected(peer, self.silence).await;
+        let mut client =
+            PeersClient::new(channel.map_err(|(is_apart, reason)| Failed {
+                unreachable: Some(at).filter(|_| is_apart),
+                reason,
+            })?);
+        let request = LiveRequest {
+            generation: self.generation.0,
+            first_block: blocks.start as u64,
+            blocks: blocks.len() as u64,
+        };
+        let stream = loop {
+            match client.live(request).await {
+                Ok(stream) => break stream.into_inner(),
+                Err(status) if is_not_there_yet(&status) => tokio::time::sleep(AGAIN).await,
+                Err(status) => return Err(told(status.to_string())),
+            }
+        };
+        let address = peer.address.clone();
+        let mut wanted = blocks;
+        Ok(stream.map(move |message| {
+            let read = message.map_err(|status| status.to_string()).and_then(|message| {
+                let LiveBlocks { step, blocks } = message;
+                let StateBlocks { first_block, weights, exp_avg, exp_avg_sq, blake3 } =
+                    blocks.unwrap_or_default();
+                let buffers = [weights, exp_avg, exp_avg_sq];
+                let block = wanted.next().filter(|block| *block as u64 == first_block);
+                let is_one = buffers.iter().all(|bytes| bytes.len() == BLOCK_BYTES);
+                match block.filter(|_| is_one) {
+                    None => Err("it sends blocks that were not asked for".to_owned()),
+                    Some(block) if digest(buffers.each_ref().map(Vec::as_slice)) != blake3 => {
+                        Err(format!("block {block} has another digest than was sent"))
+                    }
+                    Some(block) => Ok((Step(step), block, buffers)),
+                }
+            });
+            read.map_err(|what| Failed::from(format!("state from {address}: {what}")))
+        }))
+    }
+
+    /// Gathers what is `asked`, all at once.
+    ///
+    /// # Errors
+    /// In words: a peer that is lost, a chunk with another digest or that was not asked for, the abort.
+    pub async fn gather(&self, asked: Vec<Asked>, abort: &AbortHandle) -> Result<Gathered, Failed> {
+        unless_aborted(abort, async {
+            let mut tasks = tokio::task::JoinSet::new();
+            for part in asked {
+                let (circle, at) = (self.clone(), part.peer);
+                let request = StateRequest {
+                    first_block: part.blocks.start as u64,
+                    blocks: part.blocks.len() as u64,
+                    weights: !part.moments,
+                    moments: part.moments,
+                    ..self.request()
+                };
+                tasks.spawn(async move { (part, circle.fetch(at, request).await) });
+            }
+            let mut gathered = Gathered::default();
+            while let Some(done) = tasks.join_next().await {
+                let (part, fetched) = done.map_err(|cause| Failed::from(cause.to_string()))?;
+                let (_, chunks) = fetched?;
+                let mut next = part.blocks.start as u64;
+                let (mut flat, mut both) = (Vec::new(), [Vec::new(), Vec::new()]);
+                for StateBlocks { first_block, weights, exp_avg, exp_avg_sq, .. } in chunks {
+                    let asked = if part.moments { exp_avg.len() } else { weights.len() };
+                    let other = if part.moments { weights.len() } else { exp_avg.len() };
+                    if first_block != next || other != 0 || exp_avg.len() != exp_avg_sq.len() {
+                        return Err("a peer sends blocks that were not asked for".to_owned().into());
+                    }
+                    next += (asked / BLOCK_BYTES) as u64;
+                    if next > part.blocks.end as u64 {
+                        return Err("a peer sends more blocks than were asked for".to_owned().into());
+                    }
+                    if part.moments {
+                        both[0].extend(exp_avg);
+                        both[1].extend(exp_avg_sq);
+                    } else {
+                        flat.extend(weights);
+                    }
+                }
+                if next != part.blocks.end as u64 {
+                    return Err(format!("blocks from {next} to {} did not come", part.blocks.end).into());
+                }
+                match part.moments {
+                    true => gathered.moments.push((part.blocks.start, both)),
+                    false => gathered.weights.push((part.blocks.start, flat)),
+                }
+            }
+            Ok(gathered)
+        })
+        .await
+    }
+}
+
+/// What `work` comes to, or, when that is earlier, the reason of an abort.
+async fn unless_aborted<T>(
+    abort: &AbortHandle,
+    work: impl Future<Output = Result<T, Failed>>,
+) -> Result<T, Failed> {
+    let aborted = async {
+        loop {
+            if let Some(reason) = abort.reason() {
+                return reason.to_owned();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        done = work => done,
+        reason = aborted => Err(reason.into()),
+    }
+}
+
+/// A connection to a peer. With an error comes whether there was no answer at all for `silence`, or the two do not believe one
+/// another.
+async fn connected(peer: &To, silence: Duration) -> Result<Channel, (bool, String)> {
+    peer.connect_watched(silence).await.map_err(|cause| {
+        let is_apart = matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
+        (is_apart, format!("state from {}: {cause}", peer.address))
+    })
+}
+
+/// Whether it is the peer's own word that it has not got there yet; one of the connection has a source.
+fn is_not_there_yet(status: &Status) -> bool {
+    status.code() == tonic::Code::Unavailable && std::error::Error::source(status).is_none()
+}
+
+/// One peer's part. A peer that has not got there yet is asked again. With an error comes whether there was no answer at all
+/// for `silence`, or the two do not believe one another.
+async fn fetch(
+    peer: &To,
+    request: StateRequest,
+    silence: Duration,
+) -> Result<(Head, Vec<StateBlocks>), (bool, String)> {
+    let told = |what: String| format!("state from {}: {what}", peer.address);
+    let failed = |what: String| (false, told(what));
+    let channel = connected(peer, silence).await?;
+    // One that falls silent meanwhile is found by the next generation, which cannot connect to it.
+    let ended = |status: Status| failed(status.to_string());
+    let mut client = PeersClient::new(channel);
+    let mut stream = loop {
+        match client.state(request).await {
+            Ok(stream) => break stream.into_inner(),
+            Err(status) if is_not_there_yet(&status) => tokio::time::sleep(AGAIN).await,
+            Err(status) => return Err(ended(status)),
+        }
+    };
+    let (mut head, mut chunks) = (None, Vec::new());
+    while let Some(message) = stream.next().await {
+        match message.map_err(ended)?.chunk {
+            Some(Chunk::Head(said)) => head = Some(Head::read(&said).map_err(failed)?),
+            Some(Chunk::Blocks(blocks)) => {
+                let StateBlocks { weights, exp_avg, exp_avg_sq, blake3, first_block } = &blocks;
+                if digest([weights, exp_avg, exp_avg_sq]) != *blake3 {
+                    return Err(failed(format!(
+                        "blocks from {first_block} on have another digest than was sent"
+                    )));
+                }
+                if [weights, exp_avg, exp_avg_sq].iter().any(|bytes| bytes.len() % BLOCK_BYTES != 0) {
+                    return Err(failed("a chunk is not of whole blocks".to_owned()));
+                }
+                chunks.push(blocks);
+            }
+            None => return Err(failed("an empty chunk".to_owned())),
+        }
+    }
+    Ok((head.ok_or_else(|| failed("no head".to_owned()))?, chunks))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(cover: Cover, weights: bool) -> Head {
+        let all = cover.of_blocks();
+        let weights = if weights { Cover::all(all) } else { Cover::none(all) };
+        Head { updates: 7, layers: 1, cursors: Vec::new(), losses: Vec::new(), weights, cover }
+    }
+
+    /// Blocks of moments that each survivor asks for when the member of rank `dead` of `members` is gone.
+    fn moved(blocks: usize, members: usize, dead: usize) -> Vec<usize> {
+        let heads: Vec<Head> = (0..members)
+            .filter(|rank| *rank != dead)
+            .map(|rank| head(Cover::of_rank(blocks, members, rank), false))
+            .collect();
+        let survivors = heads.len();
+        (0..survivors)
+            .map(|rank| {
+                let need = Cover::of_rank(blocks, survivors, rank);
+                let lacks = need.without(&heads[rank].cover);
+                let others: Vec<(usize, &Head)> =
+                    heads.iter().enumerate().filter(|(other, _)| *other != rank).collect();
+                let asked =
+                    share_out(&others, &Cover::none(blocks), &lacks).expect("one death loses nothing");
+                let ranges: Vec<Range<usize>> = asked.iter().map(|asked| asked.blocks.clone()).collect();
+                let total: usize = ranges.iter().map(Range::len).sum();
+                assert_eq!(Cover::of(ranges, blocks), lacks, "what is lacked, and nothing else");
+                assert_eq!(total, lacks.len(), "each block once");
+                for Asked { peer, blocks, moments } in &asked {
+                    assert!(*moments && heads[*peer].cover.place(blocks.clone()).is_some());
+                }
+                total
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_death_moves_what_must_move() {
+        // Of four one dies: the others had half of the moments each, and have two thirds then.
+        let blocks = 48;
+        for dead in 0..4 {
+            let moved = moved(blocks, 4, dead);
+            assert_eq!(moved.len(), 3);
+            let least = 3 * (blocks * 2 / 3 - blocks / 2);
+            let sum: usize = moved.iter().sum();
+            assert!((least..blocks).contains(&sum), "rank {dead} dies: {moved:?} of {blocks}");
+        }
+        for members in 3..9 {
+            (0..members).for_each(|dead| drop(moved(61, members, dead)));
+        }
+    }
+
+    #[test]
+    fn who_has_the_same_shares_what_is_sent() {
+        let all: Vec<Head> = (0..3).map(|_| head(Cover::all(30), true)).collect();
+        let heads: Vec<(usize, &Head)> = all.iter().enumerate().collect();
+        let asked = share_out(&heads, &Cover::all(30), &Cover::all(30)).unwrap();
+        assert_eq!(asked.len(), 6, "one request for what one sends: {asked:?}");
+        for moments in [false, true] {
+            let of = |peer| {
+                let parts = asked.iter().filter(|a| (a.peer, a.moments) == (peer, moments));
+                parts.map(|a| a.blocks.len()).sum::<usize>()
+            };
+            assert_eq!((0..3).map(of).sum::<usize>(), 30);
+            assert!((0..3).all(|peer| (8..=12).contains(&of(peer))), "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn what_nobody_has_is_told() {
+        let heads = [head(Cover::of_rank(8, 4, 0), true), head(Cover::of_rank(8, 4, 1), false)];
+        let heads: Vec<(usize, &Head)> = heads.iter().enumerate().collect();
+        let (all, none) = (Cover::all(8), Cover::none(8));
+        assert!(share_out(&heads, &all, &Cover::of([0..3, 3..6], 8)).is_some());
+        assert_eq!(share_out(&heads, &none, &Cover::of([0..3, 3..7], 8)), None);
+        assert_eq!(share_out(&heads[1..], &all, &none), None);
+        assert_eq!(share_out(&heads, &none, &none), Some(Vec::new()));
+    }
+
+    #[test]
+    fn a_head_that_makes_no_sense_is_refused() {
+        let ranges = |ranges: &[(u64, u64)]| -> Vec<StateRange> {
+            ranges.iter().map(|&(first, end)| StateRange { first, end }).collect()
+        };
+        let said = |moments: &[(u64, u64)], blocks, cursors: &str| StateHead {
+            updates: 1,
+            layers: 1,
+            blocks,
+            cursors: cursors.to_owned(),
+            losses: vec![5.25],
+            weights: ranges(&[(0, 1)]),
+            moments: ranges(moments),
+        };
+        assert_eq!(Head::read(&said(&[(0, 2), (3, 5)], 5, "[]")).unwrap().losses, [5.25]);
+        for wrong in [
+            said(&[(0, 2), (1, 5)], 5, "[]"),
+            said(&[(0, 6)], 5, "[]"),
+            said(&[(2, 2)], 5, "[]"),
+            said(&[], 1 << 40, "[]"),
+            said(&[], 5, "{}"),
+            StateHead { weights: ranges(&[(3, 6)]), ..said(&[], 5, "[]") },
+        ] {
+            assert!(Head::read(&wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

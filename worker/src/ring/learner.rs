@@ -1,0 +1,265 @@
+//! A member that is sent the state while the others train (see [`super::live`]).
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anello_collective::AbortHandle;
+use anello_proto::ring::WorkerId;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio_stream::StreamExt;
+
+use super::circle::{Circle, Failed};
+use super::live::{Live, Put};
+
+/// Blocks that are asked for at a time: 48 MiB.
+const PIECE: usize = 64;
+/// Requests to one peer at a time, so that one is answered while another is on its way.
+const AT_ONCE: usize = 2;
+/// Blocks that come too late, one after the other, before this member lets the ring wait for one: of steps that are shorter than
+/// the way of a block it would never have any.
+const LATE_MAX: usize = 16;
+/// Pause of whoever waits for something to come.
+const POLL: Duration = Duration::from_millis(2);
+
+/// A state on its way.
+pub(super) struct Learner {
+    circle: Circle,
+    /// The members that are asked.
+    ids: Vec<WorkerId>,
+    desk: Arc<Desk>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// What is still to be asked for, and what came of it.
+struct Desk {
+    live: Arc<Live>,
+    wanted: Mutex<VecDeque<Range<usize>>>,
+    /// Blocks that came too late since one did not.
+    late: AtomicUsize,
+    failed: Mutex<Option<Failed>>,
+}
+
+impl Learner {
+    /// Of a state that lacks blocks, which the peers of `circle` have, whose names are `ids`; nobody is asked yet.
+    pub fn new(live: Arc<Live>, circle: Circle, ids: Vec<WorkerId>) -> Self {
+        let blocks = live.blocks();
+        let pieces = (0..blocks).step_by(PIECE).map(|from| from..blocks.min(from + PIECE));
+        let wanted = Mutex::new(pieces.collect());
+        let desk = Arc::new(Desk { live, wanted, late: AtomicUsize::new(0), failed: Mutex::new(None) });
+        Self { circle, ids, desk, tasks: Vec::new() }
+    }
+
+    /// The members that are asked.
+    pub fn ids(&self) -> &[WorkerId] {
+        &self.ids
+    }
+
+    /// Asks the peers, all at once, until everything is there.
+    pub fn begin(&mut self, runtime: &tokio::runtime::Handle) {
+        let peers = self.circle.len();
+        for at in (0..peers).cycle().take(AT_ONCE * peers) {
+            let (circle, desk) = (self.circle.clone(), self.desk.clone());
+            self.tasks.push(runtime.spawn(async move {
+                if let Err(failed) = desk.learn_from(&circle, at).await {
+                    desk.failed.lock().expect("no holder panics").get_or_insert(failed);
+                }
+            }));
+        }
+    }
+
+    /// Whether the state is all there.
+    pub fn is_through(&self) -> bool {
+        self.desk.live.missing() == 0
+    }
+
+    /// To be called between two steps: lets the others wait where nothing would ever come in time.
+    ///
+    /// # Errors
+    /// A peer that is lost, the abort.
+    pub fn keep_up(&self, abort: &AbortHandle) -> Result<(), Failed> {
+        loop {
+            if let Some(failed) = self.desk.failed.lock().expect("no holder panics").clone() {
+                return Err(failed);
+            }
+            if let Some(reason) = abort.reason() {
+                return Err(reason.to_owned().into());
+            }
+            if self.is_through() || self.desk.late.load(Ordering::Relaxed) < LATE_MAX {
+                return Ok(());
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Learner {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl Desk {
+    fn next(&self) -> Option<Range<usize>> {
+        self.wanted.lock().expect("no holder panics").pop_front()
+    }
+
+    async fn learn_from(&self, circle: &Circle, at: usize) -> Result<(), Failed> {
+        while self.live.missing() > 0 {
+            let Some(blocks) = self.next() else {
+                tokio::time::sleep(POLL).await;
+                continue;
+            };
+            let mut stream = pin!(circle.live(at, blocks.clone()).await?);
+            let mut came = 0;
+            while let Some(item) = stream.next().await {
+                let (step, block, buffers) = item?;
+                came += 1;
+                let buffers = Arc::new(buffers);
+                let put = loop {
+                    let (live, buffers) = (self.live.clone(), buffers.clone());
+                    let put = spawn_blocking(move || live.put(step, block, &buffers));
+                    match put.await.map_err(|cause| Failed::from(cause.to_string()))? {
+                        Put::Early => tokio::time::sleep(POLL).await,
+                        put => break put,
+                    }
+                };
+                if put == Put::Taken {
+                    self.late.store(0, Ordering::Relaxed);
+                } else {
+                    self.late.fetch_add(1, Ordering::Relaxed);
+                    self.wanted.lock().expect("no holder panics").push_back(block..block + 1);
+                }
+            }
+            if came < blocks.len() {
+                let from = blocks.start + came;
+                return Err(format!("blocks from {from} to {} did not come", blocks.end).into());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use anello_proto::ring::{Generation, Step};
+    use tokio::runtime::Runtime;
+
+    use super::*;
+    use crate::optimizer::State;
+    use crate::ring::live::tests::{advance, bytes, state};
+    use crate::ring::peers::{self, Shelf};
+
+    /// A worker that lends its state after step 7, and one that lacks all of it.
+    struct Pair {
+        runtime: Runtime,
+        shelf: Shelf,
+        states: [State; 2],
+        lives: [Arc<Live>; 2],
+        learner: Learner,
+    }
+
+    impl Pair {
+        fn new() -> Self {
+            let (runtime, shelf) = (Runtime::new().unwrap(), Shelf::default());
+            let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
+            let address = runtime.block_on(peers::start(here, None, shelf.clone())).unwrap();
+            let states = [state(1), state(2)];
+            let blocks = states[0].layout.blocks();
+            let missing = [0..0, 0..blocks].into_iter();
+            let lives: Vec<_> =
+                states.iter().zip(missing).map(|(s, m)| Arc::new(Live::new(Step(7), s, m))).collect();
+            let lives: [Arc<Live>; 2] = lives.try_into().ok().unwrap();
+            let (generation, silence) = (Generation(4), Duration::from_secs(60));
+            let circle = Circle::new(vec![address.to_string()], None, silence, generation, Step(7));
+            let mut learner = Learner::new(lives[1].clone(), circle, vec![WorkerId(1)]);
+            learner.begin(runtime.handle());
+            Self { runtime, shelf, states, lives, learner }
+        }
+
+        fn lend(&self, bytes_per_s: Option<u64>) {
+            self.shelf.lend(Generation(4), self.lives[0].clone(), bytes_per_s);
+        }
+
+        /// Both make the update of a step, one after the other.
+        fn update(&self, step: u64) {
+            for (live, state) in self.lives.iter().zip(&self.states) {
+                live.update(|| advance(state, step));
+            }
+        }
+    }
+
+    #[test]
+    fn all_of_a_state_comes_between_updates_however_fast_they_follow() {
+        for (limit, pause) in [(None, 0), (None, 3), (Some(20 << 20), 1)] {
+            let pair = Pair::new();
+            pair.lend(limit);
+            let mut step = 7;
+            // Of updates that follow at once most blocks come too late: then the learner has the others wait.
+            while !pair.learner.is_through() {
+                pair.learner.keep_up(&AbortHandle::new()).unwrap();
+                pair.update(step);
+                step += 1;
+                std::thread::sleep(Duration::from_millis(pause));
+            }
+            pair.update(step);
+            assert!(bytes(&pair.states[0]) == bytes(&pair.states[1]), "the same bits after {step} steps");
+        }
+    }
+
+    #[test]
+    fn state_lets_gradients_pass_and_comes_for_all_that() {
+        let pair = Pair::new();
+        pair.lives[0].begin_sum();
+        pair.lend(None);
+        while !pair.learner.is_through() {
+            pair.learner.keep_up(&AbortHandle::new()).unwrap();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(bytes(&pair.states[0]) == bytes(&pair.states[1]));
+    }
+
+    #[test]
+    fn a_peer_that_lends_something_else_is_asked_again_and_an_abort_ends_it() {
+        let pair = Pair::new();
+        pair.shelf.lend(Generation(3), pair.lives[0].clone(), None);
+        std::thread::sleep(Duration::from_millis(50));
+        let abort = AbortHandle::new();
+        pair.learner.keep_up(&abort).unwrap();
+        assert!(!pair.learner.is_through());
+        abort.abort("the ring is over");
+        assert_eq!(pair.learner.keep_up(&abort).unwrap_err().reason, "the ring is over");
+    }
+
+    #[test]
+    fn a_peer_that_is_gone_is_told_of() {
+        let pair = Pair::new();
+        pair.lend(Some(1 << 20));
+        let Pair { runtime, learner, shelf: _shelf, .. } = pair;
+        let (live, circle) = (
+            learner.desk.live.clone(),
+            Circle::new(
+                vec!["127.0.0.1:1".to_owned()],
+                None,
+                Duration::from_millis(200),
+                Generation(4),
+                Step(7),
+            ),
+        );
+        let mut other = Learner::new(live, circle, vec![WorkerId(2)]);
+        other.begin(runtime.handle());
+        let abort = AbortHandle::new();
+        let told = loop {
+            match other.keep_up(&abort) {
+                Ok(()) => std::thread::sleep(Duration::from_millis(5)),
+                Err(failed) => break failed,
+            }
+        };
+        assert!(told.reason.starts_with("state from 127.0.0.1:1: "), "{told:?}");
+    }
+}
