@@ -11,11 +11,10 @@ A recovery ends when every survivor has applied a step of a later generation (to
 step after the restart). A joiner's cost is the longest time between two steps of a survivor, from the joiner's start
 until five steps after it has entered, less the median step: in the joiner's whole life it pauses the ring twice.
 
-`--joins`: two workers train, and a third comes. What those that train wait for it is the time between the steps before and
-after each boundary at which it enters (to be sent the state, and to be given lanes), less the median of the steps that follow,
-summed. It is
-measured for two sizes of the state (BENCH_SHAPE=state-24 and state-384), and beside each with `ring.state_copies = 2` and one
-worker that trains, where a joiner is sent all of it at the boundary.
+`--joins`: two workers train, and a third comes. What those that train wait for it is the time from where they leave a ring to
+where the next one has met and all have their state, at each boundary at which it enters (to be sent the state, and to be given
+lanes), summed. It is measured for two sizes of the state (BENCH_SHAPE=state-24 and state-384), and beside each with
+`ring.state_copies = 2` and one worker that trains, where a joiner is sent all of it at the boundary.
 """
 
 import argparse
@@ -79,6 +78,8 @@ beta = 0.1
 mixture = {{ words = 1 }}
 """
 
+LEFT = re.compile(r"^(\S+)Z .*left the ring generation=(\d+)", re.M)
+READY = re.compile(r"^(\S+)Z .*has its share of the state generation=(\d+)", re.M)
 APPLIED = re.compile(r"^(\S+)Z .*applied a step generation=(\d+) step=(\d+)", re.M)
 
 
@@ -111,8 +112,12 @@ class Steps:
         return self.all
 
 
+def at_of(text):
+    return datetime.fromisoformat(text + "+00:00").timestamp()
+
+
 def applied(text):
-    return [(datetime.fromisoformat(at + "+00:00").timestamp(), int(generation), int(step))
+    return [(at_of(at), int(generation), int(step))
             for at, generation, step in APPLIED.findall(text)]
 
 
@@ -199,7 +204,7 @@ def ours(program, folder, kills, dice):
 
 
 def joiners(program, folder, copies, count):
-    """Of a joiner each: seconds that those that train waited at boundaries, and steps that they made while it was sent the state."""
+    """Of each joiner: seconds that those that train waited at boundaries, and steps that they made while it was sent the state."""
     make_data(program, folder)
     running = 2 if copies == "all" else 1
     command = [program, "run", "recovery.toml", "--out", "run", "--workers", str(running + 1), "--external", "--sample", "0",
@@ -217,18 +222,15 @@ def joiners(program, folder, copies, count):
             workers.append(Worker(program, folder, found[1]))
             # Learning is a generation, and training another one.
             entered = before + (2 if copies == "all" else 1)
-            generation = wait("the joiner", lambda: trains(workers, entered - 1, 8))
+            generation = wait("the joiner", lambda: trains(workers, entered - 1, 3))
             for worker in workers[:running]:
                 told = worker.steps.read()
-                pairs = list(zip(told, told[1:]))
-                # One process more on the same cores, and a member more, make every step longer: what a boundary costs is what
-                # its step takes beyond those that follow.
-                step = {of: statistics.median(b[0] - a[0] for a, b in pairs if a[1] == b[1] == of)
-                        for of in {b[1] for a, b in pairs if a[1] == b[1] >= before}}
-                gaps = [b[0] - a[0] - step.get(b[1], step[before]) for a, b in pairs if before <= a[1] < b[1]]
-                waited.append(sum(gaps))
+                quiet = [b[0] - a[0] for a, b in zip(told, told[1:]) if a[1] == b[1] == before]
+                steps.append(statistics.median(quiet[-25:]))
                 meanwhile.append(sum(before < of < generation for _, of, _ in told))
-                steps.append(step[before])
+                text = worker.steps.path.read_text()
+                left, ready = ({int(of): at_of(at) for at, of in pattern.findall(text)} for pattern in (LEFT, READY))
+                waited.append(sum(ready[of + 1] - left[of] for of in range(before, generation)))
             workers.pop().end()
             generation = wait("the others to go on", lambda: trains(workers, generation, 12))
     finally:
