@@ -3,6 +3,7 @@
 use std::ops::Deref;
 
 use tch::{Device, Tensor};
+use zerocopy::IntoBytes;
 
 use crate::ffi;
 use crate::params::BLOCK;
@@ -42,3 +43,15 @@ pub(crate) fn pieces(flat: &Tensor) -> impl Iterator<Item = OnHost> {
         .step_by(piece)
         .map(move |start| OnHost::of(&flat.narrow(0, start as i64, piece.min(len - start) as i64)))
 }
+
+/// What numbers are in files and on the wire: their bytes, little-endian, which is how they lie in memory.
+pub(crate) fn bytes(values: &[f32]) -> &[u8] {
+    values.as_bytes()
+}
+
+/// [`bytes`] to write to.
+pub(crate) fn bytes_mut(values: &mut [f32]) -> &mut [u8] {
+    values.as_mut_bytes()
+}
+
+const _: () = assert!(cfg!(target_endian = "little"), "LibTorch is there for no other machines");
