@@ -330,11 +330,17 @@ impl EventLog {
 /// All records of a run, in order.
 pub fn read(store: &Store) -> Result<Vec<Record>> {
     let mut records = Vec::new();
+    each(store, |record| records.push(record))?;
+    Ok(records)
+}
+
+/// Hands over all records of a run, in order, each as it is read: a long log takes no more memory than its objects' names.
+pub fn each(store: &Store, mut take: impl FnMut(Record)) -> Result<()> {
     for Object { path, .. } in store.list("events")?.iter().filter(|object| number_of(object).is_some()) {
         let Some(bytes) = store.get(path)? else { continue };
-        records.push(parse(store, path, &bytes)?);
+        take(parse(store, path, &bytes)?);
     }
-    Ok(records)
+    Ok(())
 }
 
 /// Records after number `after`, in order, at most `most`: what a reader asks for that follows a log.
@@ -399,6 +405,7 @@ fn number_of(object: &Object) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Operation;
 
     #[test]
     fn the_second_writer_is_fenced_and_nothing_is_overwritten() {
@@ -476,6 +483,21 @@ mod tests {
         };
         assert_eq!((numbers(0, 2), numbers(back.len() as u64 - 1, 9)), (vec![1, 2], vec![back.len() as u64]));
         assert_eq!(numbers(back.len() as u64, 9), [0; 0]);
+    }
+
+    #[test]
+    fn a_record_is_handed_over_before_the_next_is_read() {
+        let store = Store::memory().unwrap();
+        let mut log = EventLog::open(&store).unwrap();
+        (1..=40).for_each(|step| drop(log.append(Event::Stopped { step }).unwrap()));
+        let gets = || store.traffic().of(Operation::Get).requests;
+        let (before, mut numbers) = (gets(), Vec::new());
+        each(&store, |record| {
+            numbers.push(record.number);
+            assert_eq!(gets() - before, record.number, "records that were read");
+        })
+        .unwrap();
+        assert_eq!(numbers, (1..=40).collect::<Vec<u64>>());
     }
 
     fn started(step: u64, data: &[(&str, &str, &str)]) -> Record {
