@@ -49,7 +49,7 @@ pub(crate) fn bytes(values: &[f32]) -> &[u8] {
     values.as_bytes()
 }
 
-/// [`bytes`] to write to.
+/// [`bytes()`] to write to.
 pub(crate) fn bytes_mut(values: &mut [f32]) -> &mut [u8] {
     values.as_mut_bytes()
 }
