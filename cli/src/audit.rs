@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anello_configs::ComputeDevice;
 use anello_worker::audit::{self, Compared, Findings, Options, Progress, Verdict};
 use indicatif::ProgressBar;
 
@@ -26,6 +27,9 @@ pub struct Args {
     /// CPU threads of LibTorch for each of them (default: all cores, shared out). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// What to compute on: cpu, cuda or cuda:N (default: `compute.device` of the run's config; its bits hold for one kind of device).
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<ComputeDevice>,
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
@@ -39,7 +43,8 @@ fn read_steps(text: &str) -> Result<(u64, u64), String> {
 /// `anello audit`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let store = open_run(&args.run)?;
-    let options = Options { steps: args.steps, workers: args.workers, threads: args.threads };
+    let options =
+        Options { steps: args.steps, workers: args.workers, threads: args.threads, device: args.device };
     let mut bar: Option<ProgressBar> = None;
     let findings = audit::audit(&store, &options, &mut |progress| show(progress, &mut bar, screen))?;
     if let Some(bar) = bar {

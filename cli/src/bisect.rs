@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use anello_configs::ComputeDevice;
 use anello_worker::bisect::{
-    self, Difference, Findings, Options, Phase, Progress, Records, Replay, Replayed, Told, Verdict,
+    self, Difference, Findings, Options, Phase, Progress, Records, Replay, Replayed, SourceDifference, Told,
+    Verdict,
 };
 use indicatif::ProgressBar;
 
@@ -28,6 +30,9 @@ pub struct Args {
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
+    /// What to compute on: cpu, cuda or cuda:N (default: `compute.device` of A's config).
+    #[arg(long, value_name = "DEVICE", conflicts_with = "read_only")]
+    device: Option<ComputeDevice>,
     /// CPU threads of LibTorch (default: all cores). The result does not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
@@ -42,7 +47,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     if let Some(threads) = args.threads {
         tch::set_num_threads(threads as i32);
     }
-    let options = Options { read_only: args.read_only };
+    let options = Options { read_only: args.read_only, device: args.device };
     let mut bar: Option<ProgressBar> = None;
     let findings = bisect::bisect(&a, &b, options, &mut |progress| show(progress, &mut bar, screen))?;
     if let Some(bar) = bar {
@@ -149,7 +154,11 @@ fn why(findings: &Findings) -> Vec<String> {
         }
     }
     if !findings.data.is_empty() {
-        let sources: Vec<&str> = findings.data.iter().map(|source| source.source.as_str()).collect();
+        let told = |difference: &SourceDifference| match difference.from {
+            0 => difference.source.clone(),
+            from => format!("{} from step {}", difference.source, grouped(from)),
+        };
+        let sources: Vec<String> = findings.data.iter().map(told).collect();
         lines.push(format!("they were trained on other data: {}", sources.join(", ")));
     }
     match findings.verdict {

@@ -6,12 +6,11 @@ mod plot;
 
 use std::path::{Path, PathBuf};
 
-use anello_configs::Mask;
+use anello_configs::{ComputeDevice, Mask};
 use anello_dataloader::{Dataset, InOrder};
-use anello_worker::Rotary;
 use anello_worker::evaluate::{Evaluation, Sums, continuation};
+use anello_worker::{Rotary, device};
 use serde_json::{Value, json};
-use tch::Device;
 
 use crate::failure::{Exit, Failure, Outcome};
 use crate::interrupt::Interrupt;
@@ -62,6 +61,9 @@ pub struct Args {
     /// CPU threads of LibTorch (default: all cores). The figures do not depend on it.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// What to compute on: cpu, cuda or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: ComputeDevice,
 }
 
 /// Tasks that are known by name.
@@ -76,7 +78,8 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     if let Some(threads) = args.threads {
         tch::set_num_threads(threads as i32);
     }
-    let weights = Weights::load(&args.name)?;
+    let device = device::open(args.device)?;
+    let weights = Weights::load(&args.name, device)?;
     let loops = args.loops.unwrap_or(weights.loops);
     match (&args.data, &args.choices, args.task) {
         (_, Some(file), _) => choices(args, &weights, loops, file, screen),
@@ -106,7 +109,12 @@ fn data(
             Failure::Usage(format!("{fact}; give data that was tokenized with the model's tokenizer"))
         })?;
     }
-    let rotary = Rotary::new(weights.rope_base, weights.model.head_size(), i64::from(sequence), Device::Cpu);
+    let rotary = Rotary::new(
+        weights.rope_base,
+        weights.model.head_size(),
+        i64::from(sequence),
+        weights.model.lm_head.value.device(),
+    );
     let mut found = Evaluation::new(loops, &MASSES);
     let bar = screen.add(args.tokens, "{bar:30.cyan/dim} {pos} of {len} tokens");
     let (mut read, mut operations) = (0, None);

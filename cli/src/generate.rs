@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Instant;
 
-use anello_worker::{Cache, GenerateOptions, Generator, Leave, Sampled};
+use anello_configs::ComputeDevice;
+use anello_worker::{Cache, GenerateOptions, Generator, Leave, Sampled, device};
 use serde_json::json;
 
 use crate::failure::{Exit, Failure, Outcome};
@@ -57,6 +58,9 @@ pub struct Args {
     /// CPU threads of LibTorch (default: all cores).
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     threads: Option<u32>,
+    /// What to compute on: cpu, cuda or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: ComputeDevice,
 }
 
 /// `--exit`.
@@ -95,6 +99,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     if let Some(threads) = args.threads {
         tch::set_num_threads(threads as i32);
     }
+    let device = device::open(args.device)?;
     let prompts = match &args.prompts {
         None => args.prompt.clone(),
         Some(path) => {
@@ -103,7 +108,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         }
     };
     let interrupt = Interrupt::watch()?;
-    let weights = Weights::load(&args.name)?;
+    let weights = Weights::load(&args.name, device)?;
     let loops = args.loops.unwrap_or(weights.loops);
     if let Rule(Leave::Step(step)) = args.exit
         && step > loops

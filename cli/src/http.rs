@@ -104,7 +104,9 @@ pub struct Solo {
 impl Solo {
     /// Takes a run up, for `wanted` workers.
     pub fn new(board: Board, config: &RunConfig, store: &Store, wanted: u32) -> Result<Self, Failure> {
-        board.take_up(&config.name, config, store, &events::read(store)?)?;
+        let mut recalled = board.recall(&config.name, config, store)?;
+        events::each(store, |record| recalled.record(&record))?;
+        recalled.take_up();
         board.with(&config.name, |figures| figures.use_store(Some(store.clone())));
         board.set_phase(&config.name, Phase::Forming, wanted);
         Ok(Self { board, name: config.name.clone(), wanted })

@@ -41,11 +41,11 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// Loads `RUN`, `RUN@STEP` or a folder with `config.json`.
-    pub fn load(name: &str) -> Result<Self, Failure> {
+    /// Loads `RUN`, `RUN@STEP` or a folder with `config.json`, to be computed on `device`.
+    pub fn load(name: &str, device: Device) -> Result<Self, Failure> {
         let published = Store::open(name)?;
         if interchange::is_published_layout(&published)? {
-            return Self::of_folder(name, &published);
+            return Self::of_folder(name, &published, device);
         }
         let Ok(parsed) = CheckpointName::from_str(name);
         let (store, step) = parsed.open()?;
@@ -55,7 +55,7 @@ impl Weights {
         let plan = schedule
             .at(step.saturating_sub(1))
             .ok_or_else(|| Failure::Usage(format!("{name} is no step of its run's plan")))?;
-        let model = Model::new(&config.model, config.compute.dtype, &layout, &flat);
+        let model = Model::new(&config.model, config.compute.dtype, &layout, &flat.to_device(device));
         let tokenizer = tokenizer_of(&config)?;
         Ok(Self {
             name: name.to_owned(),
@@ -71,11 +71,11 @@ impl Weights {
         })
     }
 
-    fn of_folder(name: &str, store: &Store) -> Result<Self, Failure> {
+    fn of_folder(name: &str, store: &Store, device: Device) -> Result<Self, Failure> {
         let sizes = interchange::published_model(store)?;
         let (layout, weights) = interchange::read(store, &sizes)?;
         let used = interchange::published_use(store)?;
-        let flat = Tensor::from_slice(&weights);
+        let flat = Tensor::from_slice(&weights).to_device(device);
         let tokenizer =
             store.folder().map(|folder| folder.join("tokenizer.json")).filter(|path| path.is_file());
         Ok(Self {

@@ -3,6 +3,8 @@
 //! A record is an object `events/N.json` made by put-if-absent: two processes that train the same run cannot both
 //! write N, so the one that comes second learns that it is not alone and leaves.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +22,10 @@ pub enum Event {
         environment: Environment,
         /// Keys of the config that were changed and allowed with `--allow`: (key, before, now).
         changed: Vec<(String, String, String)>,
+        /// Sources whose data is another from here on, allowed with `--allow`: (name, digest of the index before, now); `absent`
+        /// where the config has no such source any more.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        data: Vec<(String, String, String)>,
     },
     /// A checkpoint that could not be used was passed over.
     PassedOver {
@@ -324,11 +330,17 @@ impl EventLog {
 /// All records of a run, in order.
 pub fn read(store: &Store) -> Result<Vec<Record>> {
     let mut records = Vec::new();
+    each(store, |record| records.push(record))?;
+    Ok(records)
+}
+
+/// Hands over all records of a run, in order, each as it is read: a long log takes no more memory than its objects' names.
+pub fn each(store: &Store, mut take: impl FnMut(Record)) -> Result<()> {
     for Object { path, .. } in store.list("events")?.iter().filter(|object| number_of(object).is_some()) {
         let Some(bytes) = store.get(path)? else { continue };
-        records.push(parse(store, path, &bytes)?);
+        take(parse(store, path, &bytes)?);
     }
-    Ok(records)
+    Ok(())
 }
 
 /// Records after number `after`, in order, at most `most`: what a reader asks for that follows a log.
@@ -342,16 +354,38 @@ pub fn read_after(store: &Store, after: u64, most: usize) -> Result<Vec<Record>>
     Ok(records)
 }
 
-/// Steps that were applied when the mathematics of the run last changed (`--allow`): only what comes after them is of the
-/// config that there is now. Absent: it never changed. A run that falls back behind the change trains the steps from there
+/// Steps that were applied when the mathematics or the data of the run last changed (`--allow`): only what comes after them is of
+/// the config and the data that there are now. Absent: it never changed. A run that falls back behind the change trains the steps from there
 /// on anew, and has changed there.
 pub fn changed_at(records: &[Record]) -> Option<u64> {
     records.iter().fold(None, |at: Option<u64>, record| match &record.event {
-        Event::Started { step, changed, .. } if !changed.is_empty() => Some(*step),
+        Event::Started { step, changed, data, .. } if !(changed.is_empty() && data.is_empty()) => Some(*step),
         Event::Started { step, .. } | Event::Formed { start: step, .. } => at.map(|at| at.min(*step)),
         _ => at,
     })
 }
+
+/// The data of a run that goes on from a checkpoint after `step` steps, which says `data` of it (digests of sources by name): what
+/// was allowed since then (`--allow`) need not be allowed again.
+pub fn data_since(
+    records: &[Record],
+    step: u64,
+    mut data: BTreeMap<String, String>,
+) -> BTreeMap<String, String> {
+    for record in records {
+        let Event::Started { step: at, data: changed, .. } = &record.event else { continue };
+        for (source, _, now) in changed.iter().filter(|_| *at >= step) {
+            match now.as_str() {
+                ABSENT => drop(data.remove(source)),
+                now => drop(data.insert(source.clone(), now.to_owned())),
+            }
+        }
+    }
+    data
+}
+
+/// What is said of a value that is not there, before or after a change.
+pub const ABSENT: &str = "absent";
 
 /// Number of the last record; 0: there is none.
 pub fn last_number(store: &Store) -> Result<u64> {
@@ -371,6 +405,7 @@ fn number_of(object: &Object) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Operation;
 
     #[test]
     fn the_second_writer_is_fenced_and_nothing_is_overwritten() {
@@ -448,5 +483,56 @@ mod tests {
         };
         assert_eq!((numbers(0, 2), numbers(back.len() as u64 - 1, 9)), (vec![1, 2], vec![back.len() as u64]));
         assert_eq!(numbers(back.len() as u64, 9), [0; 0]);
+    }
+
+    #[test]
+    fn a_record_is_handed_over_before_the_next_is_read() {
+        let store = Store::memory().unwrap();
+        let mut log = EventLog::open(&store).unwrap();
+        (1..=40).for_each(|step| drop(log.append(Event::Stopped { step }).unwrap()));
+        let gets = || store.traffic().of(Operation::Get).requests;
+        let (before, mut numbers) = (gets(), Vec::new());
+        each(&store, |record| {
+            numbers.push(record.number);
+            assert_eq!(gets() - before, record.number, "records that were read");
+        })
+        .unwrap();
+        assert_eq!(numbers, (1..=40).collect::<Vec<u64>>());
+    }
+
+    fn started(step: u64, data: &[(&str, &str, &str)]) -> Record {
+        let environment = Environment {
+            anello: "0.1.0".to_owned(),
+            revision: None,
+            libtorch: "2".to_owned(),
+            device: "CPU".to_owned(),
+            threads: 1,
+            system: "linux".to_owned(),
+        };
+        let data = data.iter().map(|(a, b, c)| ((*a).to_owned(), (*b).to_owned(), (*c).to_owned())).collect();
+        let event = Event::Started { step, environment, changed: Vec::new(), data };
+        Record { number: 1, unix_ms: 0, event }
+    }
+
+    #[test]
+    fn data_that_was_replaced_is_a_change_and_is_known_from_there_on() {
+        let log = [
+            started(0, &[]),
+            started(4, &[("a", "1", "2"), ("b", "5", ABSENT)]),
+            started(6, &[("a", "2", "3")]),
+        ];
+        assert_eq!([1, 2, 3].map(|records| changed_at(&log[..records])), [None, Some(4), Some(6)]);
+        let of = |step| {
+            let data = [("a", "1"), ("b", "5"), ("c", "7")]
+                .map(|(name, digest)| (name.to_owned(), digest.to_owned()));
+            let data = data_since(&log, step, data.into_iter().collect());
+            data.into_iter().map(|(name, digest)| name + &digest).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!([4, 5, 7].map(of), ["a3 c7", "a3 b5 c7", "a1 b5 c7"]);
+        let json = serde_json::to_string(&log[2]).unwrap();
+        assert!(json.contains(r#""data":[["a","2","3"]]"#), "{json}");
+        let before = serde_json::to_string(&log[0]).unwrap();
+        assert!(!before.contains("data"), "as builds before it wrote it: {before}");
+        assert_eq!(serde_json::from_str::<Record>(&before).unwrap(), log[0]);
     }
 }

@@ -5,6 +5,7 @@
 
 mod eval;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, BooleanArray, Float64Array, RecordBatch, StringArray, UInt64Array};
@@ -320,14 +321,16 @@ pub fn write(store: &Store, records: &[StepRecord]) -> Result<()> {
     Err(Error::Fenced { place: store.place_of(&path) })
 }
 
-/// Hands over the records of steps after `after` (absent: all), object by object in the order of their steps. A step may
-/// come twice: the later one counts.
+/// Hands over the records of steps after `after` (absent: all) in the order of their steps, each step once, as objects are read: no
+/// more of them are in memory than hold the same step.
 pub fn read_after(store: &Store, after: Option<u64>, mut take: impl FnMut(StepRecord)) -> Result<()> {
     let objects = store.list("metrics")?;
     let mut ranges: Vec<((u64, u64), &Object)> =
         objects.iter().filter_map(|object| Some((range_of(&object.path)?, object))).collect();
     ranges.sort_unstable_by_key(|(range, _)| *range);
-    for ((_, last), Object { path, .. }) in ranges {
+    // What a later object may tell otherwise: of a step that two of them hold, the later one counts.
+    let mut held = BTreeMap::new();
+    for ((first, last), Object { path, .. }) in ranges {
         if after.is_some_and(|after| last <= after) {
             continue;
         }
@@ -335,31 +338,25 @@ pub fn read_after(store: &Store, after: Option<u64>, mut take: impl FnMut(StepRe
         let records = decode(bytes).map_err(|cause| {
             Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew")
         })?;
-        records
-            .into_iter()
-            .filter(|record| after.is_none_or(|after| record.step > after))
-            .for_each(&mut take);
+        let untold = held.split_off(&first);
+        std::mem::replace(&mut held, untold).into_values().for_each(&mut take);
+        let wanted = records.into_iter().filter(|record| after.is_none_or(|after| record.step > after));
+        held.extend(wanted.map(|record| (record.step, record)));
     }
+    held.into_values().for_each(take);
     Ok(())
 }
 
 /// All records of a run in order of their steps, each step once.
 pub fn read(store: &Store) -> Result<Vec<StepRecord>> {
-    let mut by_step = std::collections::BTreeMap::new();
-    for Object { path, .. } in store.list("metrics")?.iter().filter(|object| range_of(&object.path).is_some())
-    {
-        let Some(bytes) = store.get(path)? else { continue };
-        let records = decode(bytes).map_err(|cause| {
-            Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew")
-        })?;
-        by_step.extend(records.into_iter().map(|record| (record.step, record)));
-    }
-    Ok(by_step.into_values().collect())
+    let mut records = Vec::new();
+    read_after(store, None, |record| records.push(record))?;
+    Ok(records)
 }
 
 /// The last `count` records of a run in order of their steps: no more objects are read than hold them.
 pub fn read_last(store: &Store, count: usize) -> Result<Vec<StepRecord>> {
-    let mut by_step = std::collections::BTreeMap::new();
+    let mut by_step = BTreeMap::new();
     let objects = store.list("metrics")?;
     let mut ranges: Vec<((u64, u64), &Object)> =
         objects.iter().filter_map(|object| Some((range_of(&object.path)?, object))).collect();

@@ -8,14 +8,17 @@ use anello_configs::text::grouped;
 /// What happened, as one line without the time (changed keys follow on lines of their own).
 pub fn describe(event: &Event) -> String {
     match event {
-        Event::Started { step, environment, changed } => {
+        Event::Started { step, environment, changed, data } => {
             let begun = match step {
                 0 => "begun".to_owned(),
                 step => format!("resumed after step {}", grouped(*step)),
             };
             let changed =
                 changed.iter().map(|(key, before, now)| format!("\n  changed: {key}: {before} -> {now}"));
-            format!("{begun} on {}{}", where_it_runs(environment), changed.collect::<String>())
+            let data = data.iter().map(|(source, before, now)| {
+                format!("\n  changed: data of {source}: {}", other_data(before, now))
+            });
+            format!("{begun} on {}{}", where_it_runs(environment), changed.chain(data).collect::<String>())
         }
         Event::PassedOver { step, reason } => {
             format!(
@@ -183,6 +186,19 @@ pub fn times(factor: f64) -> String {
 /// Enough of a digest to tell two apart.
 pub fn short_digest(digest: &str) -> &str {
     digest.get(..12).unwrap_or(digest)
+}
+
+/// Two digests of data that are not the same, as manifests have them: the order of documents, or else what is in them.
+pub fn other_data(before: &str, now: &str) -> String {
+    let [(order, content), (other_order, other_content)] =
+        [before, now].map(|digest| digest.split_once('+').unwrap_or((digest, "")));
+    let told = |what: &str, before: &str, now: &str| {
+        format!("{what}{} -> {what}{}", short_digest(before), short_digest(now))
+    };
+    match order == other_order {
+        true => told("contents ", content, other_content),
+        false => told("", order, other_order),
+    }
 }
 
 /// ` (lanes 3+1)`, when they are not shared out evenly.
@@ -362,11 +378,20 @@ mod tests {
             threads: 1,
             system: "linux x86_64".into(),
         };
-        let changed = vec![("seed".to_owned(), "1".to_owned(), "2".to_owned())];
+        let three = |key: &str, before: &str, now: &str| (key.to_owned(), before.to_owned(), now.to_owned());
+        let changed = vec![three("seed", "1", "2")];
+        let data = vec![
+            three("docs", "0123456789abcdef+aa", "fedcba9876543210+bb"),
+            three("code", "0123456789abcdef+0123456789abcdef", "0123456789abcdef+fedcba9876543210"),
+            three("gone", "0123456789abcdef", "absent"),
+        ];
         let cases = [
             (
-                Event::Started { step: 1200, environment, changed },
-                "resumed after step 1 200 on A CPU, 1 thread, linux x86_64; anello 0.1.0 (abc), libtorch 2.11.0\n  changed: seed: 1 -> 2",
+                Event::Started { step: 1200, environment, changed, data },
+                "resumed after step 1 200 on A CPU, 1 thread, linux x86_64; anello 0.1.0 (abc), libtorch 2.11.0\n  changed: seed: 1 -> 2\n  \
+                 changed: data of docs: 0123456789ab -> fedcba987654\n  \
+                 changed: data of code: contents 0123456789ab -> contents fedcba987654\n  \
+                 changed: data of gone: 0123456789ab -> absent",
             ),
             (
                 Event::Spike {

@@ -5,11 +5,6 @@ use tch::Device;
 
 use crate::device::kind_of;
 
-/// The environment of this process on its CPU; see [`of`].
-pub fn of_cpu(threads: Option<u32>) -> Environment {
-    of(Device::Cpu, threads)
-}
-
 /// The environment of this process on `device`, whose model thread has `threads` threads of LibTorch, or as many as there
 /// are now.
 pub fn of(device: Device, threads: Option<u32>) -> Environment {

@@ -182,6 +182,11 @@ pub(crate) fn bytes(values: &[f32]) -> &[u8] {
     values.as_bytes()
 }
 
+/// [`bytes()`] to write to.
+pub(crate) fn bytes_mut(values: &mut [f32]) -> &mut [u8] {
+    values.as_mut_bytes()
+}
+
 const _: () = assert!(cfg!(target_endian = "little"), "LibTorch is there for no other machines");
 
 #[cfg(test)]

@@ -90,7 +90,9 @@ pub fn news(notice: &Notice) -> Option<String> {
             grouped(*step)
         )),
         Notice::Logged(record) => match &record.event {
-            Event::Started { step, changed, .. } if *step > 0 || !changed.is_empty() => {
+            Event::Started { step, changed, data, .. }
+                if *step > 0 || !(changed.is_empty() && data.is_empty()) =>
+            {
                 Some(describe(&record.event))
             }
             Event::PassedOver { .. }

@@ -1,5 +1,7 @@
 //! A job before it runs: its run folder made, or taken up where another coordinator left it.
 
+use std::collections::BTreeSet;
+
 use anello_configs::{LaneShares, RunConfig, Schedule, StateCopies};
 use anello_proto::ring::Generation;
 use anello_store::events::{self, EventLog};
@@ -51,19 +53,13 @@ impl Opened {
         let config = read_config(&store)?;
         let mut log = EventLog::open(&store)?;
         let checkpoints = checkpoint::known_steps(&store)?;
-        let records = events::read(&store)?;
-        let quarantined = records.iter().filter_map(|record| match &record.event {
-            Logged::Evicted { machine, .. } => Some(machine.clone()),
-            _ => None,
-        });
-        let quarantined = quarantined.collect();
-        // A ring that ended by agreement has no members any more: nobody is waited for.
-        let formation = records
-            .into_iter()
-            .rev()
-            .map(|record| record.event)
-            .take_while(|event| !matches!(event, Logged::Ended { .. }))
-            .find_map(formation_of);
+        let (mut quarantined, mut formation) = (BTreeSet::new(), None);
+        events::each(&store, |record| match record.event {
+            Logged::Evicted { machine, .. } => drop(quarantined.insert(machine)),
+            // A ring that ended by agreement has no members any more: nobody is waited for.
+            Logged::Ended { .. } => formation = None,
+            event => formation = formation_of(event).or(formation.take()),
+        })?;
         let taken = log.append(Logged::TakenUp { step: checkpoints.last().copied() })?;
         // No row before a checkpoint is still to come.
         let rows = metrics::read_last(&store, 1)?.last().map_or(0, |row| row.step + 1);
@@ -72,7 +68,7 @@ impl Opened {
             formation,
             checkpoints: checkpoints.into_iter().map(Step).collect(),
             floor: Generation(taken.number),
-            quarantined,
+            quarantined: quarantined.into_iter().collect(),
         };
         Ok(Self { options, store, config, log, taken, found, reported })
     }

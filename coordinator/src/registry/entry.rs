@@ -79,29 +79,31 @@ fn keep<T>(recent: &mut VecDeque<T>, item: T) {
     }
 }
 
-fn last_of<T>(all: impl IntoIterator<Item = T>) -> VecDeque<T> {
-    let mut recent = VecDeque::new();
-    all.into_iter().for_each(|item| keep(&mut recent, item));
-    recent
-}
-
-fn is_shown(record: &Record) -> bool {
-    !matches!(record.event, Event::Checkpoint { .. })
+/// Keeps a record among the last ones, if it is one that users are shown.
+fn show(recent: &mut VecDeque<Record>, record: Record) {
+    if !matches!(record.event, Event::Checkpoint { .. }) {
+        keep(recent, record);
+    }
 }
 
 impl<L: Launcher> Entry<L> {
     /// Reads a job's folder.
     pub fn load(spec: Spec, run: String, board: Board) -> std::result::Result<Self, StoreError> {
         let store = Store::open(&run)?;
-        let (config, records) = (read_config(&store)?, events::read(&store)?);
+        let config = read_config(&store)?;
+        let mut recalled = board.recall(&spec.name, &config, &store)?;
+        let (mut standing, mut recent) = (Standing::new(spec.desired), VecDeque::new());
+        events::each(&store, |record| {
+            standing.observe(&record);
+            recalled.record(&record);
+            show(&mut recent, record);
+        })?;
+        recalled.take_up();
         let rows = metrics::read_last(&store, RECENT)?;
-        let mut standing = Standing::new(spec.desired);
-        records.iter().for_each(|record| standing.observe(record));
-        board.take_up(&spec.name, &config, &store, &records)?;
         Ok(Self {
             total_steps: Schedule::new(&config).total_steps(),
             steps: rows.into(),
-            events: last_of(records.into_iter().filter(is_shown)),
+            events: recent,
             spec,
             run,
             config,
@@ -171,9 +173,7 @@ impl<L: Launcher> Entry<L> {
 
     fn note(&mut self, record: Record) {
         self.standing.observe(&record);
-        if is_shown(&record) {
-            keep(&mut self.events, record);
-        }
+        show(&mut self.events, record);
     }
 
     /// Takes the job up and starts its ring.
@@ -247,15 +247,17 @@ impl<L: Launcher> Entry<L> {
         }
         self.board.set_status(&self.spec.name, None);
         self.board.with(&self.spec.name, |figures| figures.use_store(None));
-        let read = |store: Store| Ok((events::read(&store)?, metrics::read_last(&store, RECENT)?));
+        let (mut standing, mut recent) = (Standing::new(self.spec.desired), VecDeque::new());
+        let read = |store: Store| {
+            events::each(&store, |record| {
+                standing.observe(&record);
+                self.board.catch_up(&self.spec.name, &record);
+                show(&mut recent, record);
+            })?;
+            metrics::read_last(&store, RECENT)
+        };
         match Store::open(&self.run).and_then(read) {
-            Ok((records, rows)) => {
-                self.standing = Standing::new(self.spec.desired);
-                records.iter().for_each(|record| self.standing.observe(record));
-                self.board.catch_up(&self.spec.name, &records);
-                self.events = last_of(records.into_iter().filter(is_shown));
-                self.steps = rows.into();
-            }
+            Ok(rows) => (self.standing, self.events, self.steps) = (standing, recent, rows.into()),
             Err(error) => {
                 tracing::warn!(%error, job = self.spec.name, "the log of a job that ended cannot be read now");
                 self.standing.outcome = Some(outcome.clone());

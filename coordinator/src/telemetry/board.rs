@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anello_configs::RunConfig;
 use anello_proto::jobs::Phase;
 use anello_store::events::Record;
-use anello_store::metrics::StepRecord;
 use anello_store::{Notice, Store, checkpoint, metrics};
 use prometheus::{Registry, TextEncoder};
 
 use super::collect::Collected;
 use super::figures::Figures;
+use super::goodput::Times;
 use super::traces::Traces;
 use super::unix_ms;
 use crate::core::{Outcome, Status};
@@ -65,36 +65,45 @@ impl Board {
         store: &Store,
         records: &[Record],
     ) -> anello_store::Result<()> {
-        if self.jobs().contains_key(name) {
-            return Ok(());
-        }
-        let newest = checkpoint::steps(store)?.last().copied();
-        let row = metrics::read_last(store, 1)?.pop();
-        let last = row.as_ref().map(|row| row.step);
-        let mut figures = Figures::new(config, store.place(), newest, row, unix_ms());
-        figures.recall_log(records);
-        self.jobs().entry(name.to_owned()).or_insert(figures);
-        if let Some(last) = last {
-            self.recall_rows(name.to_owned(), store.clone(), last);
-        }
+        let mut recalled = self.recall(name, config, store)?;
+        records.iter().for_each(|record| recalled.record(record));
+        recalled.take_up();
         Ok(())
     }
 
-    /// Reads the rows up to that of step `last`, on a thread of its own: a long run has many, and nobody waits for them.
-    fn recall_rows(&self, name: String, store: Store, last: u64) {
+    /// [`Board::take_up`] of a job whose log is told record by record, so that nobody has all of it.
+    ///
+    /// # Errors
+    /// Those of the store, from which its newest checkpoint and row are read.
+    pub fn recall(&self, name: &str, config: &RunConfig, store: &Store) -> anello_store::Result<Recalled> {
+        let mut recalled = Recalled {
+            board: self.clone(),
+            name: name.to_owned(),
+            store: store.clone(),
+            figures: None,
+            last: None,
+        };
+        if !self.jobs().contains_key(name) {
+            let newest = checkpoint::steps(store)?.last().copied();
+            let row = metrics::read_last(store, 1)?.pop();
+            recalled.last = row.as_ref().map(|row| row.step);
+            recalled.figures = Some(Figures::new(config, store.place(), newest, row, unix_ms()));
+        }
+        Ok(recalled)
+    }
+
+    /// Reads what the steps up to `last` took, on a thread of its own: a long run has many, and nobody waits for them.
+    fn recall_times(&self, name: String, store: Store, last: u64) {
         let board = self.clone();
         let reading = std::thread::Builder::new().name("rows".to_owned()).spawn(move || {
-            // Of a step that comes twice one is counted.
-            let mut rows: BTreeMap<u64, StepRecord> = BTreeMap::new();
+            let mut times = Times::default();
             let read = metrics::read_after(&store, None, |row| {
                 if row.step <= last {
-                    // Its times alone are counted.
-                    let (loop_loss, exit, evals) = (Vec::new(), Vec::new(), Vec::new());
-                    rows.insert(row.step, StepRecord { loop_loss, exit, evals, weights: None, ..row });
+                    times.step(&row);
                 }
             });
             match read {
-                Ok(()) => drop(board.with(&name, |figures| figures.recall_rows(rows.values()))),
+                Ok(()) => drop(board.with(&name, |figures| figures.recall_times(times))),
                 Err(error) => tracing::warn!(name, %error, "what became of a job's time is not told: its rows cannot be read"),
             }
         });
@@ -110,10 +119,10 @@ impl Board {
         self.with(name, |figures| figures.observe(notice, now_ms));
     }
 
-    /// What a job's log has that was not told of: the last records of a ring come when nobody listens to it any more.
-    pub fn catch_up(&self, name: &str, records: &[Record]) {
+    /// A record of a job's log, told unless it was: the last ones of a ring come when nobody listens to it any more.
+    pub fn catch_up(&self, name: &str, record: &Record) {
         let known = self.with(name, |figures| figures.events.back().map(|record| record.number)).flatten();
-        for record in records.iter().filter(|record| Some(record.number) > known) {
+        if Some(record.number) > known {
             self.observe(name, &Notice::Logged(record.clone()));
         }
     }
@@ -151,6 +160,35 @@ impl Board {
 
     pub(crate) fn each(&self, mut act: impl FnMut(&str, &Figures)) {
         self.jobs().iter().for_each(|(name, figures)| act(name, figures));
+    }
+}
+
+/// A job that is about to be taken up, while its log is told.
+#[derive(Debug)]
+pub struct Recalled {
+    board: Board,
+    name: String,
+    store: Store,
+    /// Absent: the job is known already.
+    figures: Option<Figures>,
+    /// The step of its last row.
+    last: Option<u64>,
+}
+
+impl Recalled {
+    /// A record of its log, in its order.
+    pub fn record(&mut self, record: &Record) {
+        self.figures.iter_mut().for_each(|figures| figures.recall(record));
+    }
+
+    /// All of the log was told: the job is on the board.
+    pub fn take_up(self) {
+        let Self { board, name, store, figures, last } = self;
+        let Some(figures) = figures else { return };
+        board.jobs().entry(name.clone()).or_insert(figures);
+        if let Some(last) = last {
+            board.recall_times(name, store, last);
+        }
     }
 }
 

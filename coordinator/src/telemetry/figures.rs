@@ -8,7 +8,7 @@ use anello_store::events::{Event, Record};
 use anello_store::metrics::{Seconds, StepRecord};
 use anello_store::{Notice, Store, Traffic};
 
-use super::goodput::{Goodput, Shares};
+use super::goodput::{Goodput, Shares, Times};
 use super::invariants::{self, Invariant};
 use crate::core::Status;
 
@@ -190,14 +190,9 @@ impl Figures {
         }
     }
 
-    /// The log of before it was taken up.
-    pub fn recall_log(&mut self, records: &[Record]) {
-        self.goodput = Goodput::of_log(records);
-        records.iter().for_each(|record| self.recall(record));
-    }
-
-    /// A record of the log of before it was taken up: it is known, and not counted.
+    /// A record of the log of before it was taken up, in its order: it is known, and not counted.
     pub fn recall(&mut self, record: &Record) {
+        self.goodput.get_or_insert_with(|| Goodput::new(record.unix_ms)).record(record);
         match &record.event {
             Event::Formed { generation, .. } => self.generation = Some(*generation),
             Event::Checkpoint { step, .. } => {
@@ -270,10 +265,10 @@ impl Figures {
         }
     }
 
-    /// The rows of the steps of before it was taken up.
-    pub fn recall_rows<'a>(&mut self, rows: impl IntoIterator<Item = &'a StepRecord>) {
+    /// What the steps of before it was taken up took.
+    pub fn recall_times(&mut self, times: Times) {
         if let Some(goodput) = &mut self.goodput {
-            rows.into_iter().for_each(|row| goodput.step(row));
+            goodput.steps(times);
         }
         self.rows_missing = false;
     }

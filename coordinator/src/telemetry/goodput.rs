@@ -45,14 +45,37 @@ impl Cause {
     }
 }
 
-/// A sum over the life of a job. Seconds, but for the times of the log.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Goodput {
-    began_ms: u64,
+/// What steps took, in all: seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Times {
     steps: u64,
     step_s: f64,
     data_s: f64,
     checkpoint_s: f64,
+}
+
+impl Times {
+    /// One step more.
+    pub fn step(&mut self, row: &StepRecord) {
+        let (step_s, data_s, checkpoint_s) = (row.seconds.step, row.seconds.data, row.seconds.checkpoint);
+        if [step_s, data_s, checkpoint_s].iter().all(|seconds| seconds.is_finite()) {
+            self.add(Self { steps: 1, step_s, data_s, checkpoint_s });
+        }
+    }
+
+    fn add(&mut self, more: Self) {
+        self.steps += more.steps;
+        self.step_s += more.step_s;
+        self.data_s += more.data_s;
+        self.checkpoint_s += more.checkpoint_s;
+    }
+}
+
+/// A sum over the life of a job. Seconds, but for the times of the log.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Goodput {
+    began_ms: u64,
+    times: Times,
     recovery_s: f64,
     /// Steps that were computed again.
     again: u64,
@@ -85,36 +108,17 @@ pub struct Shares {
 impl Goodput {
     /// Counts from `began_ms` on, milliseconds since 1970.
     pub fn new(began_ms: u64) -> Self {
-        Self {
-            began_ms,
-            steps: 0,
-            step_s: 0.0,
-            data_s: 0.0,
-            checkpoint_s: 0.0,
-            recovery_s: 0.0,
-            again: 0,
-            paused_s: 0.0,
-            stands: None,
-        }
+        Self { began_ms, times: Times::default(), recovery_s: 0.0, again: 0, paused_s: 0.0, stands: None }
     }
 
-    /// Of a run whose log has `records`, oldest first; absent when it has none. Its steps are told apart from them, in any
-    /// order.
-    pub fn of_log(records: &[Record]) -> Option<Self> {
-        let mut goodput = Self::new(records.first()?.unix_ms);
-        records.iter().for_each(|record| goodput.record(record));
-        Some(goodput)
-    }
-
-    /// A step that the run keeps. One is told once, however often it was computed.
+    /// A step that the run keeps. One is told once, however often it was computed, and in any order.
     pub fn step(&mut self, row: &StepRecord) {
-        let seconds = row.seconds;
-        if [seconds.step, seconds.data, seconds.checkpoint].iter().all(|s| s.is_finite()) {
-            self.steps += 1;
-            self.step_s += seconds.step;
-            self.data_s += seconds.data;
-            self.checkpoint_s += seconds.checkpoint;
-        }
+        self.times.step(row);
+    }
+
+    /// The steps that `times` are of, as [`Self::step`] of each.
+    pub fn steps(&mut self, times: Times) {
+        self.times.add(times);
     }
 
     /// A record of the log, in its order.
@@ -170,20 +174,20 @@ impl Goodput {
         let paused = self.paused_s + pause;
         let wall_s = seconds_between(self.began_ms, end_ms);
         // A step that is computed again takes as long as one does.
-        let recomputed_s = match self.steps {
+        let recomputed_s = match self.times.steps {
             0 => 0.0,
-            steps => self.again as f64 * self.step_s / steps as f64,
+            steps => self.again as f64 * self.times.step_s / steps as f64,
         };
-        let productive_s = (self.step_s - self.data_s - self.checkpoint_s).max(0.0);
-        let known = self.step_s + self.recovery_s + recomputed_s + paused;
+        let productive_s = (self.times.step_s - self.times.data_s - self.times.checkpoint_s).max(0.0);
+        let known = self.times.step_s + self.recovery_s + recomputed_s + paused;
         let other = (wall_s - known).max(0.0);
         // Clocks of several machines: more may be told of than has passed here.
         let whole = (wall_s - paused).max(known - paused);
         let share = |of: f64| if whole > 0.0 { of / whole } else { 0.0 };
         let lost = Cause::ALL.map(|cause| {
             let seconds = match cause {
-                Cause::Data => self.data_s,
-                Cause::Checkpoint => self.checkpoint_s,
+                Cause::Data => self.times.data_s,
+                Cause::Checkpoint => self.times.checkpoint_s,
                 Cause::Recovery => self.recovery_s,
                 Cause::Recomputed => recomputed_s,
                 Cause::Paused => paused,
@@ -191,7 +195,13 @@ impl Goodput {
             };
             (cause, seconds)
         });
-        Shares { wall_s, productive_s, goodput: share(productive_s), effective: share(self.step_s), lost }
+        Shares {
+            wall_s,
+            productive_s,
+            goodput: share(productive_s),
+            effective: share(self.times.step_s),
+            lost,
+        }
     }
 }
 
@@ -270,11 +280,18 @@ mod tests {
         ];
         let log = log.map(|(at, event)| record(at + 1_000, event));
         let rows: Vec<_> = (0..20).map(|step| second(step, 0.25, 0.125)).collect();
-        let mut all = Goodput::of_log(&log).unwrap();
+        let of_log = |log: &[Record]| {
+            let mut goodput = Goodput::new(log[0].unix_ms);
+            log.iter().for_each(|record| goodput.record(record));
+            goodput
+        };
+        let mut all = of_log(&log);
         rows.iter().for_each(|row| all.step(row));
         for cut in 1..=log.len() {
-            let mut later = Goodput::of_log(&log[..cut]).unwrap();
-            rows[..cut].iter().for_each(|row| later.step(row));
+            let mut later = of_log(&log[..cut]);
+            let mut times = Times::default();
+            rows[..cut].iter().for_each(|row| times.step(row));
+            later.steps(times);
             log[cut..].iter().for_each(|record| later.record(record));
             rows[cut..].iter().for_each(|row| later.step(row));
             assert_eq!(later.at(90_000), all.at(90_000), "taken up after {cut} records");
@@ -282,7 +299,6 @@ mod tests {
         let shares = all.at(90_000);
         assert_eq!((shares.wall_s, shares.effective), (40.0, 20.0 / 32.0));
         assert_eq!(shares.lost[4], (Cause::Paused, 8.0));
-        assert_eq!(Goodput::of_log(&[]), None);
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub mod reference;
 pub mod rules;
 mod traces;
 
-pub use board::{Board, Scrape};
+pub use board::{Board, Recalled, Scrape};
 pub use families::{FAMILIES, Family, Kind};
 pub use figures::Figures;
 pub use goodput::{Cause, Goodput, Shares};

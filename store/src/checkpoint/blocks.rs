@@ -7,6 +7,7 @@
 //! ```
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use bytes::Bytes;
 
@@ -15,9 +16,6 @@ use super::parallel::each;
 use super::part::{Stamp, write_part};
 use super::{BLOCK_BYTES, BUFFERS, Manifest, Part, Written};
 use crate::{Result, Store};
-
-/// Blocks that a thread hashes before it takes the next: 3 MiB.
-const HASHED_AT_ONCE: usize = 4;
 
 /// Writes the blocks from `first_block` on of the state after `step` steps in parts of about `part_bytes`, and returns the
 /// parts in the order of their blocks. `buffers` are the little-endian bytes of weights, first and second moments, whole
@@ -34,51 +32,78 @@ pub fn write_blocks(
     buffers: &[Bytes; 3],
 ) -> Result<Vec<Written>> {
     let stamp = stamp.into();
-    let blocks = first_block..first_block + buffers[0].len() / BLOCK_BYTES;
+    let digests = Digests::new(buffers);
+    let blocks = first_block..first_block + digests.blocks();
     let of_part = (part_bytes as usize / (BLOCK_BYTES * BUFFERS.len())).max(1);
-    let digests = digests(buffers)?;
     let base = base(store, step);
-    let same = |block: usize, base: &Manifest| {
-        let ours = |buffer: usize| &digests[buffer][block - blocks.start];
-        (0..BUFFERS.len()).all(|buffer| base.blocks.of(buffer).get(block) == Some(ours(buffer)))
-    };
     let pieces = match &base {
         Some((base, there)) => {
+            let same = |block: usize| {
+                let is = |buffer: usize| {
+                    let theirs = base.blocks.of(buffer).get(block);
+                    theirs.is_some_and(|theirs| theirs == digests.of(buffer, block - first_block))
+                };
+                (0..BUFFERS.len()).all(is)
+            };
             let parts: Vec<&Part> = base.parts.iter().filter(|part| there.contains(part)).collect();
-            cut(blocks.clone(), of_part, &parts, |block| same(block, base))
+            // What did not change is hashed here, by all threads, and what did as it is written.
+            let within = |part: &&&Part| part.range().start >= blocks.start && part.range().end <= blocks.end;
+            each(usize::MAX, parts.iter().filter(within).collect(), |_, part| {
+                part.range().all(same);
+                Ok(())
+            })?;
+            cut(blocks.clone(), of_part, &parts, same)
         }
         None => cut(blocks.clone(), of_part, &[], |_| false),
     };
     each(usize::MAX, pieces, |_, piece| {
-        let range = match &piece {
-            Piece::New(range) => range.clone(),
-            Piece::Kept(part) => part.range(),
-        };
-        let own = range.start - blocks.start..range.end - blocks.start;
-        let digests = digests.each_ref().map(|digests| digests[own.clone()].to_vec());
+        let own = |range: Range<usize>| range.start - first_block..range.end - first_block;
         match piece {
-            Piece::New(_) => {
-                let bytes = own.start * BLOCK_BYTES..own.end * BLOCK_BYTES;
-                let buffers = buffers.each_ref().map(|buffer| buffer.slice(bytes.clone()));
-                write_part(store, step, stamp, range.start, buffers, digests)
-            }
+            Piece::New(range) => write_part(store, step, stamp, first_block, &digests, own(range)),
             Piece::Kept(part) => {
                 let of = part.step.or(base.as_ref().map(|(base, _)| base.step));
+                let digests = digests.all(own(part.range()));
                 Ok(Written { part: Part { step: of, ..part.clone() }, digests })
             }
         }
     })
 }
 
-/// BLAKE3 of every block of each buffer, hex.
-pub(super) fn digests(buffers: &[Bytes; 3]) -> Result<[Vec<String>; 3]> {
-    let runs = buffers.iter().flat_map(|buffer| buffer.chunks(HASHED_AT_ONCE * BLOCK_BYTES)).collect();
-    let hash = |block: &[u8]| blake3::hash(block).to_hex().to_string();
-    let hashed = each(usize::MAX, runs, |_, run: &[u8]| {
-        Ok(run.chunks(BLOCK_BYTES).map(hash).collect::<Vec<String>>())
-    })?;
-    let mut hashed = hashed.into_iter().flatten();
-    Ok(buffers.each_ref().map(|buffer| hashed.by_ref().take(buffer.len() / BLOCK_BYTES).collect()))
+/// BLAKE3 of each block of three buffers, hex, found when it is first asked for.
+pub(super) struct Digests<'a> {
+    buffers: &'a [Bytes; 3],
+    known: [Vec<OnceLock<String>>; 3],
+}
+
+impl<'a> Digests<'a> {
+    /// Panics when the buffers are not whole blocks, as many of each.
+    pub fn new(buffers: &'a [Bytes; 3]) -> Self {
+        let blocks = buffers[0].len() / BLOCK_BYTES;
+        let whole = buffers.iter().all(|buffer| buffer.len() == blocks * BLOCK_BYTES);
+        assert!(whole, "whole blocks, as many of each buffer");
+        Self { buffers, known: [(); 3].map(|()| vec![OnceLock::new(); blocks]) }
+    }
+
+    /// Blocks of each buffer.
+    pub fn blocks(&self) -> usize {
+        self.known[0].len()
+    }
+
+    /// The bytes of a block.
+    pub fn block(&self, buffer: usize, block: usize) -> Bytes {
+        self.buffers[buffer].slice(block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES)
+    }
+
+    /// The digest of a block.
+    pub fn of(&self, buffer: usize, block: usize) -> &str {
+        let hash = || blake3::hash(&self.block(buffer, block)).to_hex().to_string();
+        self.known[buffer][block].get_or_init(hash)
+    }
+
+    /// Those of some blocks, by buffer.
+    pub fn all(&self, blocks: Range<usize>) -> [Vec<String>; 3] {
+        [0, 1, 2].map(|buffer| blocks.clone().map(|block| self.of(buffer, block).to_owned()).collect())
+    }
 }
 
 /// The newest checkpoint, whose parts one after `step` steps may name, and those of its parts that are there. Only what is

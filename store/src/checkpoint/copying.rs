@@ -85,7 +85,7 @@ fn send_part(from: &Store, manifest: &Manifest, part: &Part, to: &Store) -> Resu
     let wrong = |fact: String| Err(damaged(manifest.step, format!("part {} {fact}", part.name)));
     match from.get_sized(&path, |size| size == part.bytes)? {
         Fetched::Bytes(bytes) if is_it(&bytes) => {
-            to.put_proved(&path, &[bytes])?;
+            to.put_proved(&path, &[bytes], |_| ())?;
             Ok(true)
         }
         Fetched::Bytes(_) => wrong("has changed since it was written".to_owned()),

@@ -8,6 +8,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, View};
 use serde::{Deserialize, Serialize};
 
+use super::blocks::Digests;
 use super::manifest::damaged;
 use super::parallel::each;
 use super::{BLOCK_BYTES, BUFFERS, Facts, Manifest, Part, folder, read_manifest};
@@ -88,40 +89,42 @@ fn header(step: u64, blocks: &Range<usize>) -> Vec<u8> {
         .expect("the header of three F32 buffers always serialises")
 }
 
-/// Writes the part of the checkpoint after `step` steps that holds, from `first_block` on, the blocks that `buffers` (the
-/// little-endian bytes of weights, first and second moments, whole blocks of each) are, reads it back and compares.
-/// `digests` are those of the blocks, by buffer. The part's name says which blocks it holds and who wrote it (`stamp`), so
-/// that two that write the same name write the same bytes. Panics when the sizes do not fit together.
-pub fn write_part(
+/// Writes the part of the checkpoint after `step` steps that holds the blocks `own` of those that `digests` is of, whose first is
+/// `first_block` of the state; reads it back and compares. What is not hashed yet is hashed as it is written. The part's
+/// name says which blocks it holds and who wrote it (`stamp`), so that two that write the same name write the same bytes.
+pub(super) fn write_part(
     store: &Store,
     step: u64,
     stamp: Stamp,
     first_block: usize,
-    buffers: [Bytes; 3],
-    digests: [Vec<String>; 3],
+    digests: &Digests<'_>,
+    own: Range<usize>,
 ) -> Result<Written> {
-    let blocks = first_block..first_block + buffers[0].len() / BLOCK_BYTES;
-    let length = blocks.len() * BLOCK_BYTES;
-    assert!(buffers.iter().all(|buffer| buffer.len() == length), "whole blocks of each buffer");
-    assert!(digests.iter().all(|digests| digests.len() == blocks.len()), "a digest of each block");
+    let blocks = first_block + own.start..first_block + own.end;
     // safetensors puts tensors of one type in the order of their names.
+    let in_order: Vec<(usize, usize)> =
+        in_file_order().flat_map(|buffer| own.clone().map(move |block| (buffer, block))).collect();
     let mut chunks = vec![Bytes::from(header(step, &blocks))];
-    chunks.extend(in_file_order().map(|buffer| buffers[buffer].clone()));
-    let mut hasher = blake3::Hasher::new();
-    chunks.iter().for_each(|chunk| {
-        hasher.update(chunk);
-    });
+    chunks.extend(in_order.iter().map(|(buffer, block)| digests.block(*buffer, *block)));
     let (number, second) = (stamp.number, if stamp.second { SECOND } else { "" });
+    let name = format!("part-{:05}-{:05}-{number:08}{second}.safetensors", blocks.start, blocks.end);
+    let mut hasher = blake3::Hasher::new();
+    let see = |at: usize| {
+        hasher.update(&chunks[at]);
+        if let Some((buffer, block)) = at.checked_sub(1).map(|at| in_order[at]) {
+            digests.of(buffer, block);
+        }
+    };
+    store.put_proved(&format!("{}/{name}", folder(step)), &chunks, see)?;
     let part = Part {
-        name: format!("part-{:05}-{:05}-{number:08}{second}.safetensors", blocks.start, blocks.end),
+        name,
         step: None,
         first_block: blocks.start as u64,
         blocks: blocks.len() as u64,
         bytes: chunks.iter().map(|chunk| chunk.len() as u64).sum(),
         blake3: hasher.finalize().to_hex().to_string(),
     };
-    store.put_proved(&format!("{}/{}", folder(step), part.name), &chunks)?;
-    Ok(Written { part, digests })
+    Ok(Written { part, digests: digests.all(own) })
 }
 
 /// Indices of the buffers in the order of their names.

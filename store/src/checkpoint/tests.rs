@@ -32,8 +32,8 @@ fn buffers(blocks: usize, fill: u8) -> [Bytes; 3] {
 }
 
 fn part_of(store: &Store, step: u64, stamp: impl Into<Stamp>, first: usize, buffers: [Bytes; 3]) -> Written {
-    let digests = blocks::digests(&buffers).unwrap();
-    part::write_part(store, step, stamp.into(), first, buffers, digests).unwrap()
+    let digests = blocks::Digests::new(&buffers);
+    part::write_part(store, step, stamp.into(), first, &digests, 0..digests.blocks()).unwrap()
 }
 
 /// Three blocks in two parts.

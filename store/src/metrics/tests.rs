@@ -1,4 +1,5 @@
 use super::*;
+use crate::Operation;
 
 fn evaluated(set: &str, loops: usize) -> Evaluated {
     let per_loop = |from: f64| (1..=loops).map(|t| from / t as f64).collect::<Vec<f64>>();
@@ -77,6 +78,37 @@ fn a_file_of_an_older_build_reads_without_what_it_does_not_have() {
         ..r
     });
     assert_eq!(decode(bytes.into()).unwrap(), expected);
+}
+
+/// However many there are, a record is handed over as soon as no later object can hold its step.
+#[test]
+fn records_are_handed_over_as_they_are_read_and_each_step_once() {
+    let store = Store::memory().unwrap();
+    let objects: Vec<Vec<StepRecord>> =
+        (0..30).map(|at| (at * 5..at * 5 + 5).map(|s| record(s, 2)).collect()).collect();
+    objects.iter().for_each(|records| write(&store, records).unwrap());
+    let gets = || store.traffic().of(Operation::Get).requests;
+    let (before, mut steps) = (gets(), Vec::new());
+    read_after(&store, Some(6), |record| {
+        steps.push(record.step);
+        // The first is skipped; each record waits for the one object after its own.
+        assert!(gets() - before <= record.step / 5 + 1, "step {}: {} objects", record.step, gets() - before);
+    })
+    .unwrap();
+    assert_eq!(steps, (7..150).collect::<Vec<u64>>());
+
+    // Steps that were trained again, in an object of their own and in one that goes on from it.
+    let again = |steps: std::ops::Range<u64>| -> Vec<StepRecord> {
+        steps.map(|step| StepRecord { loss: -1.0, ..record(step, 2) }).collect()
+    };
+    write(&store, &again(12..14)).unwrap();
+    write(&store, &again(148..153)).unwrap();
+    let mut told = Vec::new();
+    read_after(&store, None, |record| told.push(record)).unwrap();
+    assert_eq!(told.iter().map(|record| record.step).collect::<Vec<_>>(), (0..153).collect::<Vec<u64>>());
+    let later: Vec<u64> = told.iter().filter(|record| record.loss < 0.0).map(|record| record.step).collect();
+    assert_eq!(later, [12, 13, 148, 149, 150, 151, 152]);
+    assert_eq!(shown(&told), shown(&read(&store).unwrap()));
 }
 
 #[test]

@@ -17,8 +17,10 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 /// What places, sizes and memory are multiples of: the largest block that disks in use have.
 const ALIGNMENT: usize = 4096;
-/// Bytes of one read or write, with room for what stands before and after what is asked for.
-const STAGED: usize = (4 << 20) + 2 * ALIGNMENT;
+/// Bytes of one write, and the most of one read.
+const PIECE: usize = 4 << 20;
+/// With room for what stands before and after what is asked for.
+const STAGED: usize = PIECE + 2 * ALIGNMENT;
 
 /// Memory that a disk can be asked to fill.
 struct Staging {
@@ -61,20 +63,37 @@ fn transfer<T>(file: &File, mut transfer: impl FnMut() -> io::Result<T>) -> io::
     }
 }
 
-/// Writes `chunks`, one after the other, as the file at `path`, which appears whole and is on the disk then: its bytes and
-/// its name, and the folders that had to be made. A file that was there is replaced.
-pub(super) fn write(path: &Path, chunks: &[Bytes]) -> io::Result<()> {
-    let folder = path.parent().ok_or(ErrorKind::InvalidInput)?;
-    make_folders(folder)?;
-    let (staged, file) = stage(path)?;
-    let written =
-        fill(&file, chunks).and_then(|()| file.sync_all()).and_then(|()| std::fs::rename(&staged, path));
+/// Why a file is not there as it was to be written.
+#[derive(Debug)]
+pub(super) enum Unwritten {
+    /// It could not be written.
+    Writing(io::Error),
+    /// It could not be read back.
+    Reading(io::Error),
+    /// What was read back is not what was written.
+    Differs(Range<u64>),
+}
+
+/// Writes `chunks`, one after the other, as the file at `path`, and reads back and compares each piece once the next is
+/// written: while the disk serves one thread, another has something to compute. The file appears whole and proved and is on the
+/// disk then: its bytes and its name, and the folders that had to be made. A file that was there is replaced.
+///
+/// `see` gets the place of each chunk, right before it is written: whoever needs its bytes too has them in the processor's cache.
+pub(super) fn write(path: &Path, chunks: &[Bytes], see: impl FnMut(usize)) -> Result<(), Unwritten> {
+    let writing = Unwritten::Writing;
+    let folder = path.parent().ok_or(writing(ErrorKind::InvalidInput.into()))?;
+    make_folders(folder).map_err(writing)?;
+    let (staged, file) = stage(path).map_err(writing)?;
+    let written = Reader::open(&staged).map_err(Unwritten::Reading).and_then(|reader| {
+        fill(&file, reader, chunks, see)?;
+        file.sync_all().and_then(|()| std::fs::rename(&staged, path)).map_err(writing)
+    });
     if let Err(cause) = written {
         // What could not be written whole is of no use.
         let _ = std::fs::remove_file(&staged);
         return Err(cause);
     }
-    File::open(folder)?.sync_all()
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(writing)
 }
 
 /// A new file beside `path`, named as the other writer of a folder names what is not whole: `NAME#N`.
@@ -91,23 +110,33 @@ fn stage(path: &Path) -> io::Result<(PathBuf, File)> {
     unreachable!("there are not so many files")
 }
 
-fn fill(file: &File, chunks: &[Bytes]) -> io::Result<()> {
+fn fill(
+    file: &File,
+    mut reader: Reader,
+    chunks: &[Bytes],
+    mut see: impl FnMut(usize),
+) -> Result<(), Unwritten> {
     let mut staging = Staging::new();
     let (mut filled, mut at) = (0, 0);
-    let put = |staging: &mut Staging, filled: usize, at: &mut u64| {
+    // What was written and not read back yet begins here, and lies here among the chunks.
+    let (mut proved, mut expected) = (0, Place::default());
+    let mut put = |staging: &mut Staging, filled: usize, at: &mut u64| {
         let whole = up(filled as u64) as usize;
         staging.bytes()[filled..whole].fill(0);
-        transfer(file, || file.write_all_at(&staging.bytes()[..whole], *at))?;
+        transfer(file, || file.write_all_at(&staging.bytes()[..whole], *at)).map_err(Unwritten::Writing)?;
+        prove(&mut reader, proved..*at, chunks, &mut expected)?;
+        proved = *at;
         *at += filled as u64;
-        Ok::<(), io::Error>(())
+        Ok(())
     };
-    for chunk in chunks {
+    for (number, chunk) in chunks.iter().enumerate() {
+        see(number);
         let mut rest = &chunk[..];
         while !rest.is_empty() {
-            let (now, later) = rest.split_at(rest.len().min(STAGED - filled));
+            let (now, later) = rest.split_at(rest.len().min(PIECE - filled));
             staging.bytes()[filled..filled + now.len()].copy_from_slice(now);
             (filled, rest) = (filled + now.len(), later);
-            if filled == STAGED {
+            if filled == PIECE {
                 put(&mut staging, filled, &mut at)?;
                 filled = 0;
             }
@@ -115,7 +144,39 @@ fn fill(file: &File, chunks: &[Bytes]) -> io::Result<()> {
     }
     put(&mut staging, filled, &mut at)?;
     // The last write may have reached further.
-    file.set_len(at)
+    file.set_len(at).map_err(Unwritten::Writing)?;
+    prove(&mut reader, proved..at, chunks, &mut expected)
+}
+
+/// A place in the bytes of several chunks.
+#[derive(Default)]
+struct Place {
+    chunk: usize,
+    byte: usize,
+}
+
+/// An error unless these bytes of the file are those of the chunks from `expected` on, which moves on behind them.
+fn prove(
+    reader: &mut Reader,
+    range: Range<u64>,
+    chunks: &[Bytes],
+    expected: &mut Place,
+) -> Result<(), Unwritten> {
+    let mut read = reader.read(range.clone()).map_err(Unwritten::Reading)?;
+    while !read.is_empty() {
+        let rest = &chunks[expected.chunk][expected.byte..];
+        let (now, later) = read.split_at(read.len().min(rest.len()));
+        if now != &rest[..now.len()] {
+            return Err(Unwritten::Differs(range));
+        }
+        read = later;
+        if now.len() == rest.len() {
+            *expected = Place { chunk: expected.chunk + 1, byte: 0 };
+        } else {
+            expected.byte += now.len();
+        }
+    }
+    Ok(())
 }
 
 /// Makes what is missing of `folder`, so that it is there after a power cut.
@@ -146,7 +207,7 @@ impl std::fmt::Debug for Reader {
 
 impl Reader {
     /// Most bytes that may be asked for at a time.
-    pub const MOST: u64 = (STAGED - 2 * ALIGNMENT) as u64;
+    pub const MOST: u64 = PIECE as u64;
 
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let file = open(OpenOptions::new().read(true), path)?;
@@ -193,11 +254,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("deep/er/file");
         for length in
-            [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, STAGED - 1, STAGED, STAGED + 1, 2 * STAGED + 777]
+            [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 777]
         {
             let bytes = numbers(length);
             let chunks: Vec<Bytes> = bytes.chunks(100_003).map(Bytes::copy_from_slice).collect();
-            write(&path, &chunks).unwrap();
+            let mut seen = Vec::new();
+            write(&path, &chunks, |chunk| seen.push(chunk)).unwrap();
+            assert_eq!(seen, (0..chunks.len()).collect::<Vec<_>>());
             assert!(std::fs::read(&path).unwrap() == bytes, "{length} bytes");
             let mut reader = Reader::open(&path).unwrap();
             assert_eq!(reader.size(), length as u64);
@@ -213,14 +276,40 @@ mod tests {
         assert_eq!(names, ["file"], "nothing is left beside it");
     }
 
+    /// What is compared is every byte of the file with every chunk, wherever pieces and chunks end.
+    #[test]
+    fn a_byte_that_is_not_as_it_was_written_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, length) = (folder.path().join("file"), 3 * ALIGNMENT + 50);
+        let chunks: Vec<Bytes> = numbers(length).chunks(777).map(Bytes::copy_from_slice).collect();
+        write(&path, &chunks, |_| ()).unwrap();
+        let found = || {
+            let (mut reader, mut place, mut at) = (Reader::open(&path).unwrap(), Place::default(), 0);
+            let mut ends = [100, ALIGNMENT, length].into_iter().map(|end| end as u64);
+            ends.try_for_each(|end| {
+                prove(&mut reader, std::mem::replace(&mut at, end)..end, &chunks, &mut place)
+            })
+        };
+        found().unwrap();
+        for (at, range) in [(0, 0..100), (776, 100..4096), (4096, 4096..12_338), (length - 1, 4096..12_338)] {
+            let mut bytes = numbers(length);
+            bytes[at] ^= 1;
+            std::fs::write(&path, bytes).unwrap();
+            let told = found().unwrap_err();
+            assert!(matches!(&told, Unwritten::Differs(there) if *there == range), "byte {at}: {told:?}");
+        }
+        std::fs::write(&path, &numbers(length)[1..]).unwrap();
+        assert!(found().is_err(), "it is shorter, and all is elsewhere");
+    }
+
     /// In memory there is no disk to write to past a cache.
     #[test]
     fn a_file_system_without_it_serves_as_well() {
         let Ok(folder) = tempfile::tempdir_in("/dev/shm") else {
             return println!("SKIPPED: there is no /dev/shm");
         };
-        let (path, bytes) = (folder.path().join("file"), numbers(STAGED + 5));
-        write(&path, &[bytes.clone().into()]).unwrap();
+        let (path, bytes) = (folder.path().join("file"), numbers(PIECE + 5));
+        write(&path, &[bytes.clone().into()], |_| ()).unwrap();
         let mut reader = Reader::open(&path).unwrap();
         assert!(reader.read(3..2_000_000).unwrap() == &bytes[3..2_000_000]);
     }
@@ -230,7 +319,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         std::fs::create_dir_all(path.join("in the way")).unwrap();
-        write(&path, &[numbers(10).into()]).unwrap_err();
+        let refused = write(&path, &[numbers(10).into()], |_| ()).unwrap_err();
+        assert!(matches!(refused, Unwritten::Writing(_)), "{refused:?}");
         let names: Vec<_> =
             std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names, ["file"]);

@@ -1,11 +1,14 @@
 //! Large objects go in pieces, several at a time, and without a copy of all of them.
 
+use std::ops::Range;
+
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStoreExt, PutPayload};
 
-use super::{Reader, Store, direct};
+use super::Store;
+use super::direct::{self, Unwritten};
 use crate::traffic::Operation;
 
 /// Bytes that one request for a part of a large object carries. Larger objects are read and written in pieces of it, so
@@ -28,25 +31,29 @@ impl Store {
         self.meter.count(Operation::Put, written).map_err(|e| self.failed("writing", path, e))
     }
 
-    /// [`Store::put_chunks`], then reads the object back, a few pieces at a time, and compares: an error where it is not
-    /// there as it was written.
-    pub fn put_proved(&self, path: &str, chunks: &[Bytes]) -> crate::Result<()> {
+    /// [`Store::put_chunks`], and reads the object back, a few pieces at a time, and compares: an error where it is not
+    /// there as it was written. `see` gets the place of each chunk in turn, as late as possible before it is written.
+    pub fn put_proved(&self, path: &str, chunks: &[Bytes], see: impl FnMut(usize)) -> crate::Result<()> {
         let length = chunks.iter().map(Bytes::len).sum::<usize>();
         if let Some(files) = self.files.as_ref().filter(|_| self.durable && length >= PIECE) {
             let failed = |action, cause| self.failed(action, path, cause);
             let file = files.path_to_filesystem(&self.at(path)).map_err(|e| failed("writing", e))?;
             self.meter.written(length);
-            self.runtime.block_on(self.may_write(length));
-            let written = direct::write(&file, chunks).map_err(of_file);
+            self.runtime.block_on(async { tokio::join!(self.may_write(length), self.may_read(length)) });
+            let (written, proved) = match direct::write(&file, chunks, see) {
+                Ok(()) => (Ok(()), Ok(())),
+                Err(Unwritten::Writing(cause)) => (Err(of_file(cause)), Ok(())),
+                Err(Unwritten::Reading(cause)) => (Ok(()), Err(of_file(cause))),
+                Err(Unwritten::Differs(bytes)) => (Ok(()), Err(differs(&bytes))),
+            };
             self.meter.count(Operation::Put, written).map_err(|e| failed("writing", e))?;
-            self.runtime.block_on(self.may_read(length));
-            let proved = self.meter.count(Operation::Get, prove_file(&file, chunks));
             self.meter.read(length);
-            return proved.map_err(|e| failed("reading back", e));
+            return self.meter.count(Operation::Get, proved).map_err(|e| failed("reading back", e));
         }
+        (0..chunks.len()).for_each(see);
         self.put_chunks(path, chunks)?;
         self.meter.count(Operation::Get, self.prove_patiently(path, chunks))?;
-        self.meter.read(chunks.iter().map(Bytes::len).sum());
+        self.meter.read(length);
         Ok(())
     }
 
@@ -156,34 +163,19 @@ impl Store {
             self.may_read(written.content_length()).await;
             let read = whole(self.inner.get_range(at, range.clone()).await?, range.end - range.start)?;
             let same = are(&read, written.as_ref());
-            same.then_some(())
-                .ok_or_else(|| unproved(format!("bytes {range:?} are not those that were written")))
+            same.then_some(()).ok_or_else(|| differs(&range))
         });
         let at_a_time = if self.folder.is_some() { 1 } else { PIECES };
         stream::iter(pieces).buffer_unordered(at_a_time).try_collect().await
     }
 }
 
-/// An error unless the file is the chunks, one after the other.
-fn prove_file(file: &std::path::Path, chunks: &[Bytes]) -> object_store::Result<()> {
-    let mut reader = Reader::open(file).map_err(of_file)?;
-    let length = chunks.iter().map(|chunk| chunk.len() as u64).sum::<u64>();
-    if reader.size() != length {
-        return Err(unproved(format!("it has {} bytes of {length} that were written", reader.size())));
-    }
-    let mut start = 0;
-    for piece in chunks.iter().flat_map(|chunk| chunk.chunks(Reader::MOST as usize)) {
-        let range = start..start + piece.len() as u64;
-        if reader.read(range.clone()).map_err(of_file)? != piece {
-            return Err(unproved(format!("bytes {range:?} are not those that were written")));
-        }
-        start = range.end;
-    }
-    Ok(())
-}
-
 pub(super) fn of_file(source: std::io::Error) -> object_store::Error {
     object_store::Error::Generic { store: "LocalFileSystem", source: Box::new(source) }
+}
+
+fn differs(range: &Range<u64>) -> object_store::Error {
+    unproved(format!("bytes {range:?} are not those that were written"))
 }
 
 fn unproved(fact: String) -> object_store::Error {

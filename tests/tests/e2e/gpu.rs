@@ -3,7 +3,10 @@
 use std::path::Path;
 use std::process::Command;
 
-use anello_tests::binary;
+use anello_tests::{Process, binary};
+use serde_json::Value;
+
+use super::world;
 
 #[test]
 fn the_script_for_gpus_works_without_one() {
@@ -39,4 +42,45 @@ fn the_script_for_gpus_works_without_one() {
     for check in ["tokens/s", "MFU", "memory", "cost of fixed bits", "checkpoint stall", "bus bandwidth"] {
         assert!(["ok", "-"].contains(&verdict(check).as_str()), "{check}: {said}");
     }
+}
+
+/// What computes takes the device as `run` does: on the CPU it says the same as without, and where there is no GPU all say so
+/// in the same words.
+#[test]
+fn whatever_computes_takes_a_device() {
+    let commands: [&[&str]; 4] = [
+        &["audit", "undisturbed", "--steps", "3..5", "--json"],
+        &["bisect", "undisturbed", "undisturbed", "--json"],
+        &["eval", "undisturbed", "--data", "data/tales", "--tokens", "512", "--json"],
+        &["generate", "undisturbed", "--prompt", "the", "--tokens", "2", "--json"],
+    ];
+    let without_gpus = [("ANELLO_TORCH_CUDA", "/nowhere".to_owned())];
+    let refused = |arguments: &[&str]| {
+        let arguments = [arguments, &["--device", "cuda:1"]].concat();
+        let done = Process::start_with(&world().folder, &arguments, &without_gpus).wait();
+        let told = done.log.lines().find(|line| line.starts_with("error: ")).unwrap_or_default().to_owned();
+        // Of what compares, 1 is the answer no.
+        done.expect(if ["audit", "bisect"].contains(&arguments[0]) { 2 } else { 1 });
+        told
+    };
+    let expected = refused(&["run", "small.toml", "--out", "no-gpu"]);
+    for words in ["the device cuda:1 cannot be had", "not in /nowhere (ANELLO_TORCH_CUDA)", "make cuda"] {
+        assert!(expected.contains(words), "{expected}");
+    }
+    let figures = |told: String| {
+        let mut told: Value = serde_json::from_str(&told).unwrap_or_else(|cause| panic!("{cause}: {told}"));
+        // The only figure of a clock.
+        told.as_object_mut().unwrap().retain(|key, _| key != "seconds" && key != "tokens_per_second");
+        told
+    };
+    for command in commands {
+        assert_eq!(refused(command), expected, "{command:?}");
+        let on_cpu = world().anello(&[command, &["--device", "cpu"]].concat()).expect(0);
+        assert_eq!(figures(on_cpu), figures(world().anello(command).expect(0)), "{command:?}");
+        let done = world().anello(&[command, &["--device", "gpu"]].concat());
+        assert!(done.log.contains("\"cpu\", \"cuda\" or \"cuda:N\""), "{done:?}");
+        done.expect(2);
+    }
+    let read_only = ["bisect", "undisturbed", "undisturbed", "--read-only", "--device", "cpu"];
+    world().anello(&read_only).expect(2);
 }

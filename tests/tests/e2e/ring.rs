@@ -148,39 +148,43 @@ fn stages_that_freeze_parameters_are_the_same_in_a_ring() {
     assert!(formed >= 3, "{formed} rings over two changes of what is trained");
 }
 
+/// What makes the small run one of forty steps of one stage, whose learning rate is so high that it goes back after spikes.
+pub(super) const WILD: [&str; 8] = [
+    "--set",
+    "stages=[\"stable\"]",
+    "--set",
+    "stage.stable={tokens=5120,sequence=16,batch=128,lr=1.0,loops=2,mixture={tales=3,lists=1}}",
+    "--set",
+    "guard={on_spike=\"rollback\",window=6,factor=1.0,floor=0.01,rollback_steps=2}",
+    "--set",
+    "checkpoint.every_steps=5",
+];
+
+/// What the log tells of spikes, each once: a ring that died before it told may tell again.
+pub(super) fn spikes(run: &str) -> BTreeSet<String> {
+    let told = events(run);
+    let spikes = told.lines().filter_map(|line| line.split_once("the loss of step "));
+    spikes
+        .map(|(_, told)| {
+            assert!(told.contains("the run goes on from its state after"), "{told}");
+            told.to_owned()
+        })
+        .collect()
+}
+
 /// After a loss spike the state is that of some steps before: one process and any ring come to it, whoever dies meanwhile.
 #[test]
 fn a_ring_goes_back_after_a_spike_as_one_worker_does() {
-    let sets = [
-        "stages=[\"stable\"]",
-        "stage.stable={tokens=5120,sequence=16,batch=128,lr=1.0,loops=2,mixture={tales=3,lists=1}}",
-        "guard={on_spike=\"rollback\",window=6,factor=1.0,floor=0.01,rollback_steps=2}",
-        "checkpoint.every_steps=5",
-    ];
-    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
-    let one = [&["run", "small.toml", "--out", "wild-one", "--sample", "0"], &sets[..]].concat();
+    let one = [&["run", "small.toml", "--out", "wild-one", "--sample", "0"], &WILD[..]].concat();
     world().anello(&one).expect(0);
-    let told = |run| {
-        let spikes: Vec<String> = events(run)
-            .lines()
-            .filter_map(|line| line.split_once("the loss of step "))
-            .map(|(_, told)| told.to_owned())
-            .collect();
-        assert!(
-            spikes.iter().all(|told| told.contains("the run goes on from its state after")),
-            "{spikes:?}"
-        );
-        // A ring that died before it told may tell again.
-        spikes.into_iter().collect::<BTreeSet<_>>()
-    };
-    let expected = told("wild-one");
+    let expected = spikes("wild-one");
     assert!(expected.len() >= 2, "the run is wild: {expected:?}");
     let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
     let shared: &[&str] = &["--set", "ring.state_copies=2"];
     for (run, workers, kills, more) in
         [("wild-two", 2, 0, &[][..]), ("wild-killed", 3, 3, &[]), ("wild-shared", 3, 2, shared)]
     {
-        let mut ring = start(run, workers, &[&sets[..], more].concat());
+        let mut ring = start(run, workers, &[&WILD[..], more].concat());
         for kill in 1..=kills {
             wait_until("it is so far", || {
                 newest_checkpoint(&world().folder.join(run)) >= 8 * kill || ring.ended()
@@ -192,10 +196,49 @@ fn a_ring_goes_back_after_a_spike_as_one_worker_does() {
         ring.wait().expect(0);
         world().anello(&["checkpoint", "diff", "wild-one", run]).expect(0);
         assert_eq!(figures(run), figures("wild-one"), "{run}");
-        assert_eq!(told(run), expected, "{run}");
+        assert_eq!(spikes(run), expected, "{run}");
     }
     let audited = world().anello(&["audit", "wild-killed", "--workers", "2"]).expect(0);
     assert!(audited.contains("is what its record says"), "{audited}");
+}
+
+/// Where the mathematics changes losses are measured anew, so that no spike leads back behind it: one process and a ring that
+/// begins right there come to the same.
+#[test]
+fn a_ring_goes_back_behind_no_change_of_the_mathematics() {
+    let begin = ["run", "small.toml", "--sample", "0"];
+    world().anello(&[&begin[..], &["--out", "changed-not"], &WILD].concat()).expect(0);
+    let numbers = |run: &str| -> Vec<[u64; 2]> {
+        let of = |told: &String| {
+            let number = |text: &str| text.split(' ').next().and_then(|text| text.parse::<u64>().ok());
+            let back_to = told.split_once("its state after ").and_then(|(_, rest)| number(rest));
+            [number(told), back_to].map(|number| number.unwrap_or_else(|| panic!("{told}")))
+        };
+        let mut numbers: Vec<[u64; 2]> = spikes(run).iter().map(of).collect();
+        numbers.sort_unstable();
+        numbers
+    };
+    // By the losses before it, the step after the change would be a spike.
+    let change = numbers("changed-not")[0][0];
+    let until = change.to_string();
+    let change_it = ["--allow", "--sample", "0", "--set", "optimizer.weight_decay=0.2"];
+    for run in ["changed-one", "changed-ring"] {
+        world().anello(&[&begin[..], &["--out", run, "--until", &until], &WILD].concat()).expect(0);
+        let resume = [&["run", "--resume", run, "--until", &until], &change_it[..]].concat();
+        world().anello(&resume).expect(0);
+    }
+    world().anello(&["run", "--resume", "changed-one", "--sample", "0"]).expect(0);
+    world().anello(&["run", "--resume", "changed-ring", "--workers", "2", "--sample", "0"]).expect(0);
+    let spikes_of_one = numbers("changed-one");
+    // Losses are measured again once half a window of six is full.
+    let behind = |[spike, back_to]: &[u64; 2]| *spike >= change && (*back_to < change || *spike < change + 3);
+    assert!(!spikes_of_one.iter().any(behind), "changed at {change}: {spikes_of_one:?}");
+    assert!(spikes_of_one.iter().any(|[spike, _]| *spike >= change), "the run is wild: {spikes_of_one:?}");
+    assert_eq!(numbers("changed-ring"), spikes_of_one);
+    assert_eq!(spikes("changed-ring"), spikes("changed-one"));
+    world().anello(&["checkpoint", "diff", "changed-one", "changed-ring"]).expect(0);
+    let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
+    assert_eq!(figures("changed-ring"), figures("changed-one"));
 }
 
 fn disturbed(seed: u64) {

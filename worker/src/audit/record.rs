@@ -1,14 +1,16 @@
 //! A record against itself and against the data that is there: what can be seen without computing a step.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
 
-use anello_dataloader::LoaderOptions;
+use anello_dataloader::{Dataset, LoaderOptions};
 use anello_store::Error as StoreError;
 use anello_store::checkpoint::{Manifest, same_data};
 use anello_store::events::Event;
 
 use super::findings::{Contradiction, Subject};
-use crate::bisect::recorded::Recorded;
+use crate::bisect::recorded::{Epoch, Recorded};
 use crate::checkpoint::check;
 use crate::error::{Error, Result};
 use crate::validate::HeldOut;
@@ -19,6 +21,8 @@ pub(super) struct Read {
     pub contradictions: Vec<Contradiction>,
     /// Checkpoints, by steps applied, that are whole and that nothing contradicts.
     pub sound: BTreeSet<u64>,
+    /// Steps that cannot be computed again, for the data that is there is that of other steps of the run; rising, and apart.
+    pub lost: Vec<Range<u64>>,
     /// What could not be looked at.
     pub unchecked: Vec<String>,
     /// What is to be known of it.
@@ -31,11 +35,11 @@ impl Read {
     }
 }
 
-/// Reads all checkpoints of `run` that a step below `to` could begin from or end with, part by part.
-pub(super) fn read(run: &Recorded, to: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<Read> {
+/// Reads all checkpoints of `run` that one of the steps `asked` could begin from or end with, part by part.
+pub(super) fn read(run: &Recorded, asked: Range<u64>, progress: &mut dyn FnMut(u64, u64)) -> Result<Read> {
     let mut read = Read::default();
     config(run, &mut read);
-    data(run, &mut read);
+    data(run, &asked, &mut read);
     if run.records.values().any(|record| !record.evals.is_empty()) {
         let last = run.records.keys().next_back().copied().unwrap_or(0);
         if let Err(cause) = HeldOut::open(run.config_at(last)) {
@@ -43,7 +47,8 @@ pub(super) fn read(run: &Recorded, to: u64, progress: &mut dyn FnMut(u64, u64)) 
         }
     }
     let told = told_weights(run);
-    let manifests: Vec<&Manifest> = run.manifests.values().filter(|manifest| manifest.step <= to).collect();
+    let manifests: Vec<&Manifest> =
+        run.manifests.values().filter(|manifest| manifest.step <= asked.end).collect();
     for (done, manifest) in manifests.iter().enumerate() {
         progress(done as u64, manifests.len() as u64);
         let before = read.contradictions.len();
@@ -94,16 +99,23 @@ fn config(run: &Recorded, read: &mut Read) {
     }
 }
 
-/// The sources of the last config, against what the newest checkpoint says of each.
-fn data(run: &Recorded, read: &mut Read) {
+/// The sources of the last config, against what the run was trained on in the steps `asked`.
+fn data(run: &Recorded, asked: &Range<u64>, read: &mut Read) {
+    read.notes.extend(run.data_changes());
     let last = run.records.keys().next_back().copied().unwrap_or(0);
     match LoaderOptions::of(run.config_at(last)) {
         Ok(options) => {
-            let trained_on = run.data();
+            let here = |(name, dataset): (&String, &Arc<Dataset>)| (name.clone(), dataset.index().digest());
+            let here: BTreeMap<String, String> = options.sources.iter().map(here).collect();
+            lost(run, asked, &here, read);
+            let trained_on = run.data_at(asked.end - 1);
             for (name, dataset) in &options.sources {
-                let ours = dataset.index().digest();
-                let place = dataset.store().place();
-                if let Some(theirs) = trained_on.get(name).filter(|theirs| !same_data(theirs, &ours)) {
+                let (ours, place) = (&here[name], dataset.store().place());
+                let is_ours =
+                    |epoch: &Epoch| epoch.data.get(name).is_some_and(|theirs| same_data(theirs, ours));
+                if let Some(theirs) = trained_on.get(name).filter(|theirs| !same_data(theirs, ours))
+                    && !run.epochs.iter().any(is_ours)
+                {
                     let fact = format!(
                         "source {name} at {place} is the data {ours}, the run was trained on {theirs}"
                     );
@@ -120,6 +132,42 @@ fn data(run: &Recorded, read: &mut Read) {
         }
         Err(anello_dataloader::Error::Store(cause)) => read.unchecked.push(cause.to_string()),
         Err(cause) => read.contradiction(Subject::Data, None, cause.to_string()),
+    }
+}
+
+/// Steps whose data was replaced before or after them (`--allow`), and is not the one that is `here`.
+fn lost(run: &Recorded, asked: &Range<u64>, here: &BTreeMap<String, String>, read: &mut Read) {
+    let ends = run.epochs.iter().skip(1).map(|epoch| epoch.from).chain([u64::MAX]);
+    let spans = run.epochs.iter().zip(ends).map(|(epoch, end)| (epoch, epoch.from..end));
+    // What was never replaced is the whole run's: that it is not here is a contradiction.
+    let replaced = |name: &str| {
+        let mut known = run.epochs.iter().map(|epoch| epoch.data.get(name));
+        let first = known.next().flatten();
+        known.any(|other| other != first)
+    };
+    for (epoch, steps) in spans {
+        let is_other = |(name, theirs): &(&String, &String)| {
+            replaced(name) && here.get(*name).is_none_or(|ours| !same_data(theirs, ours))
+        };
+        let others: Vec<(&String, &String)> = epoch.data.iter().filter(is_other).collect();
+        if others.is_empty() {
+            continue;
+        }
+        let (first, end) = (steps.start.max(asked.start), steps.end.min(asked.end));
+        if first < end {
+            let told: Vec<String> =
+                others.iter().map(|(name, theirs)| format!("{name} was {theirs}")).collect();
+            read.unchecked.push(format!(
+                "the steps {first} to {}: their data was replaced (--allow), {}; put it in its place again, and audit them \
+                 with --steps {first}..{end}",
+                end - 1,
+                told.join(", ")
+            ));
+        }
+        match read.lost.last_mut() {
+            Some(before) if before.end == steps.start => before.end = steps.end,
+            _ => read.lost.push(steps),
+        }
     }
 }
 

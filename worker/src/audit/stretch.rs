@@ -5,6 +5,7 @@ use std::sync::mpsc::Sender;
 
 use anello_dataloader::Error as DataError;
 use anello_store::events::Event;
+use tch::Device;
 
 use super::findings::{Compared, Contradiction, Subject};
 use crate::bisect::Difference;
@@ -32,16 +33,17 @@ pub(super) enum Found {
     Stopped(String),
 }
 
-/// Computes the steps of `run` from `start` on until `end` are applied, or to `limit` if another thread lowers it, and
+/// Computes, on `device`, the steps of `run` from `start` on until `end` are applied, or to `limit` if another thread lowers it, and
 /// tells of each. Errors are those that no other run would be spared: no thread, no memory.
 pub(super) fn compute(
     run: &Recorded,
     (start, end): (Start, u64),
+    device: Device,
     limit: &AtomicU64,
     tell: &Sender<()>,
 ) -> Result<Stretch> {
     let mut stretch = Stretch::default();
-    let mut side = match Side::open(run, start, None, &mut stretch.notes) {
+    let mut side = match Side::open(run, start, device, None, &mut stretch.notes) {
         Ok(side) => side,
         Err(cause) => {
             stretch.found = Some(stopped(cause, start.step)?);

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::findings::{Blocks, Difference, Element, Figure, KeyDifference, Phase, Records, SourceDifference};
 use super::recorded::Recorded;
 use crate::checkpoint::{block_digest, load};
-use crate::ffi;
+use crate::host::OnHost;
 use crate::objective::LossSums;
 use crate::optimizer::State;
 use crate::params::{BLOCK, Layout};
@@ -196,10 +196,10 @@ pub(super) fn states(a: &State, b: &State) -> Option<Blocks> {
 /// Where two flat buffers of `layout` differ, bit for bit.
 pub(super) fn blocks(buffer: &'static str, layout: &Layout, a: &Tensor, b: &Tensor) -> Option<Blocks> {
     // As integers: two zeros of other signs are other bits, and a NaN equals itself.
-    if a.view_dtype(Kind::Int).equal(&b.view_dtype(Kind::Int)) {
+    if a.device() == b.device() && a.view_dtype(Kind::Int).equal(&b.view_dtype(Kind::Int)) {
         return None;
     }
-    let (of_a, of_b) = (ffi::as_slice(a), ffi::as_slice(b));
+    let (of_a, of_b) = (OnHost::of(a), OnHost::of(b));
     let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits();
     let pairs = of_a.chunks(BLOCK).zip(of_b.chunks(BLOCK));
     let differ: Vec<usize> =
@@ -227,7 +227,7 @@ pub(super) fn blocks(buffer: &'static str, layout: &Layout, a: &Tensor, b: &Tens
 
 /// Keys of the mathematics in which the configs of two runs differ, for each step at which that changes.
 pub(super) fn configs(a: &Recorded, b: &Recorded) -> Vec<KeyDifference> {
-    let starts: BTreeSet<u64> = a.configs.iter().chain(&b.configs).map(|epoch| epoch.from).collect();
+    let starts: BTreeSet<u64> = a.epochs.iter().chain(&b.epochs).map(|epoch| epoch.from).collect();
     let mut found: Vec<KeyDifference> = Vec::new();
     for from in starts {
         for difference in a.config_at(from).diff_mathematics(b.config_at(from)) {
@@ -271,14 +271,23 @@ fn same_plan(a: Option<StepPlan<'_>>, b: Option<StepPlan<'_>>) -> bool {
         && (a.stage.mask, a.stage.trains, a.stage.loss) == (b.stage.mask, b.stage.trains, b.stage.loss)
 }
 
-/// Sources that both know and whose index differs.
+/// Sources that both know and whose index differs, for each step at which that changes.
 pub(super) fn data(a: &Recorded, b: &Recorded) -> Vec<SourceDifference> {
-    let of_b = b.data();
-    let both = a.data().into_iter().filter_map(|(source, of_a)| {
-        let of_b = of_b.get(&source)?.clone();
-        (!same_data(&of_a, &of_b)).then_some(SourceDifference { source, values: [of_a, of_b] })
-    });
-    both.collect()
+    let starts: BTreeSet<u64> = a.epochs.iter().chain(&b.epochs).map(|epoch| epoch.from).collect();
+    let mut found: Vec<SourceDifference> = Vec::new();
+    for from in starts {
+        for (source, of_a) in a.data_at(from) {
+            let Some(of_b) = b.data_at(from).get(source).filter(|of_b| !same_data(of_a, of_b)) else {
+                continue;
+            };
+            let values = [of_a.clone(), of_b.clone()];
+            let known = found.iter().rev().find(|known| known.source == *source);
+            if known.is_none_or(|known| known.values != values) {
+                found.push(SourceDifference { from, source: source.clone(), values });
+            }
+        }
+    }
+    found
 }
 
 /// Where a state that was computed here differs from the checkpoint that `run` has of it.
@@ -306,7 +315,8 @@ fn off_digests(run: &Recorded, manifest: &Manifest, state: &State) -> Option<Blo
     let mut found = None;
     for (buffer, flat) in ours.into_iter().enumerate() {
         let theirs = manifest.blocks.of(buffer);
-        let pairs = ffi::as_slice(flat).chunks(BLOCK).zip(theirs).enumerate();
+        let flat = OnHost::of(flat);
+        let pairs = flat.chunks(BLOCK).zip(theirs).enumerate();
         let differ: Vec<usize> = pairs
             .filter(|(_, (values, theirs))| block_digest(values) != **theirs)
             .map(|(block, _)| block)

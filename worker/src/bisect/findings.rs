@@ -107,9 +107,11 @@ pub struct KeyDifference {
     pub values: [Option<String>; 2],
 }
 
-/// A source whose index is another one in the other run, by what their checkpoints say.
+/// A source whose index is another one in the other run, by what their checkpoints and logs say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SourceDifference {
+    /// The first step of those for which they say so.
+    pub from: u64,
     /// Its name.
     pub source: String,
     /// Both digests.

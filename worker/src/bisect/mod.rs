@@ -15,19 +15,23 @@ pub(crate) mod recorded;
 mod replay;
 pub(crate) mod side;
 
+use anello_configs::ComputeDevice;
 use anello_store::Store;
 
 pub use findings::*;
 use recorded::Recorded;
 use side::Start;
 
+use crate::device;
 use crate::error::{Error, Result};
 
 /// What a bisection may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Options {
     /// Only read what is there; compute nothing again.
     pub read_only: bool,
+    /// What is computed on; absent: what the config of the first run says.
+    pub device: Option<ComputeDevice>,
 }
 
 /// How far it is.
@@ -46,18 +50,25 @@ pub enum Progress {
 
 /// Finds the first difference between the runs in `a` and `b`, which may be going on. Nothing in their folders is changed.
 ///
-/// Errors: a folder without a run, a store that does not answer. What is damaged in a folder, and that a run cannot be
-/// computed again, is among the findings.
+/// Errors: a folder without a run, a device that was asked for and cannot be had, a store that does not answer. What is damaged
+/// in a folder, and that a run cannot be computed again, is among the findings.
 pub fn bisect(
     a: &Store,
     b: &Store,
     options: Options,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Findings> {
+    if let Some(device) = options.device.filter(|_| !options.read_only) {
+        device::open(device)?;
+    }
     progress(Progress::Reading);
     let (a, b) = (Recorded::read(a)?, Recorded::read(b)?);
-    let mut notes: Vec<String> =
-        [&a.unread, &b.unread, &a.notes, &b.notes].into_iter().flatten().cloned().collect();
+    let changes = [a.data_changes(), b.data_changes()];
+    let mut notes: Vec<String> = [&a.unread, &b.unread, &a.notes, &b.notes, &changes[0], &changes[1]]
+        .into_iter()
+        .flatten()
+        .cloned()
+        .collect();
     let config = compare::configs(&a, &b);
     let configs_part_at = compare::configs_part_at(&a, &b, &config);
     let data = compare::data(&a, &b);
@@ -69,12 +80,13 @@ pub fn bisect(
             let (starts, until) = (starts_of(&records, first), first.step + 1);
             let mut told =
                 |from: u64, to: u64| progress(Progress::Replaying { done: to - from, steps: until - from });
-            match replay::replay((&a, &b), &starts, until, &mut notes, &mut told) {
+            let device = options.device.unwrap_or(a.device());
+            match replay::replay((&a, &b), device, &starts, until, &mut notes, &mut told) {
                 Ok(replayed) => Replay::Done(Box::new(replayed)),
                 // What a run needs beside its folder may be gone: what is on record stands.
-                Err(cause @ (Error::Config { .. } | Error::Store(_) | Error::Data(_))) => {
-                    Replay::Impossible { reason: crate::error::with_causes(&cause) }
-                }
+                Err(
+                    cause @ (Error::Config { .. } | Error::Device { .. } | Error::Store(_) | Error::Data(_)),
+                ) => Replay::Impossible { reason: crate::error::with_causes(&cause) },
                 Err(other) => return Err(other),
             }
         }

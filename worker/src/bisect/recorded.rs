@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anello_configs::{RunConfig, Schedule, StepPlan};
+use anello_configs::{ComputeDevice, RunConfig, Schedule, StepPlan};
 use anello_store::checkpoint::{self, Manifest};
-use anello_store::events::{self, Event, Record};
+use anello_store::events::{self, ABSENT, Event, Record};
 use anello_store::metrics::{self, StepRecord};
+use anello_store::words::other_data;
 use anello_store::{ENVIRONMENT, Environment, Error as StoreError, Store, read_config};
 
 use super::findings::Told;
@@ -15,8 +16,8 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub(crate) struct Recorded {
     pub store: Store,
-    /// Its configs in order, each with the first step that it holds for; the first is of step 0.
-    pub configs: Vec<Epoch>,
+    /// Its configs and data in order, each with the first step that it holds for; the first is of step 0.
+    pub epochs: Vec<Epoch>,
     /// What its log tells, in order.
     pub events: Vec<Event>,
     /// What was logged, by step.
@@ -30,11 +31,13 @@ pub(crate) struct Recorded {
     pub notes: Vec<String>,
 }
 
-/// A config from a step on.
+/// Config and data from a step on.
 #[derive(Clone, Debug)]
 pub(crate) struct Epoch {
     pub from: u64,
     pub config: RunConfig,
+    /// Digest of the index of each source, by name.
+    pub data: BTreeMap<String, String>,
     schedule: Schedule,
 }
 
@@ -55,13 +58,15 @@ impl Recorded {
                 None => {}
             }
         }
-        let configs = configs(config, &told)?;
+        let newest = manifests.values().next_back();
+        let data = newest.map(|manifest: &Manifest| manifest.data.clone()).unwrap_or_default();
+        let epochs = epochs(config, data, &told)?;
         let environments = environments(store, &told, &manifests)?;
         let events = told.into_iter().map(|record| record.event).collect();
         let records = records.into_iter().map(|record| (record.step, record)).collect();
         let notes = Vec::new();
         let store = store.clone();
-        let mut run = Self { store, configs, events, records, manifests, environments, unread, notes };
+        let mut run = Self { store, epochs, events, records, manifests, environments, unread, notes };
         run.note_gaps();
         run.note_changed_config();
         Ok(run)
@@ -96,8 +101,8 @@ impl Recorded {
     }
 
     fn epoch(&self, step: u64) -> &Epoch {
-        let after = self.configs.partition_point(|epoch| epoch.from <= step);
-        &self.configs[after - 1]
+        let after = self.epochs.partition_point(|epoch| epoch.from <= step);
+        &self.epochs[after - 1]
     }
 
     /// The config that `step` was trained with.
@@ -105,8 +110,8 @@ impl Recorded {
         &self.epoch(step).config
     }
 
-    /// The first step of the config that `step` was trained with.
-    pub fn config_from(&self, step: u64) -> u64 {
+    /// The first step of the config and the data that `step` was trained with.
+    pub fn unchanged_from(&self, step: u64) -> u64 {
         self.epoch(step).from
     }
 
@@ -115,14 +120,37 @@ impl Recorded {
         self.epoch(step).schedule.at(step)
     }
 
-    /// Steps of the whole run.
-    pub fn total_steps(&self) -> u64 {
-        self.configs.last().map_or(0, |epoch| epoch.schedule.total_steps())
+    /// What its config says that it is computed on.
+    pub fn device(&self) -> ComputeDevice {
+        self.epochs.last().expect("there is always one of step 0").config.compute.device
     }
 
-    /// Digest of the index of each source, by name, as the newest checkpoint has it.
-    pub fn data(&self) -> BTreeMap<String, String> {
-        self.manifests.values().next_back().map(|manifest| manifest.data.clone()).unwrap_or_default()
+    /// Steps of the whole run.
+    pub fn total_steps(&self) -> u64 {
+        self.epochs.last().map_or(0, |epoch| epoch.schedule.total_steps())
+    }
+
+    /// Digest of the index of each source, by name, as `step` was trained on it; as far as checkpoints and log tell.
+    pub fn data_at(&self, step: u64) -> &BTreeMap<String, String> {
+        &self.epoch(step).data
+    }
+
+    /// What of the data was changed on the way, in words.
+    pub fn data_changes(&self) -> Vec<String> {
+        let changes = self.epochs.windows(2).flat_map(|two| {
+            let [before, now] = two else { unreachable!("windows of two") };
+            before.data.iter().filter_map(|(source, was)| {
+                let is = now.data.get(source).map_or(ABSENT, String::as_str);
+                (is != was).then(|| {
+                    let (place, from) = (self.store.place(), now.from);
+                    format!(
+                        "from step {from} on {place} was trained on other data, as its log tells: source {source}, {}",
+                        other_data(was, is)
+                    )
+                })
+            })
+        });
+        changes.collect()
     }
 
     pub fn told(&self) -> Told {
@@ -151,18 +179,25 @@ fn readable<T>(read: anello_store::Result<T>, unread: &mut Vec<String>) -> Resul
     }
 }
 
-/// The configs of a run that ends with `config`, from what its log says was changed on the way.
-fn configs(config: RunConfig, told: &[Record]) -> Result<Vec<Epoch>> {
-    let starts = told.iter().filter_map(|record| match &record.event {
-        Event::Started { step, changed, .. } => Some((*step, changed)),
-        _ => None,
-    });
+/// The configs and the data of a run that ends with `config` and has `data` in its newest checkpoint, from what its log says was
+/// changed on the way.
+fn epochs(config: RunConfig, mut data: BTreeMap<String, String>, told: &[Record]) -> Result<Vec<Epoch>> {
+    type Changes = [(String, String, String)];
+    let starts: Vec<(u64, &Changes, &Changes)> = told
+        .iter()
+        .filter_map(|record| match &record.event {
+            Event::Started { step, changed, data, .. } => Some((*step, &changed[..], &data[..])),
+            // A ring may fall back behind a change: the steps from there on are trained anew.
+            Event::Formed { start, .. } => Some((*start, &[][..], &[][..])),
+            _ => None,
+        })
+        .collect();
     let (mut current, mut rising) = (config, Vec::new());
-    for (step, changed) in starts.rev() {
-        rising.push((step, current.clone()));
+    for (step, changed, other_data) in starts.iter().rev() {
+        rising.push(current.clone());
         let back: Vec<(&str, Option<&str>)> = changed
             .iter()
-            .map(|(key, before, _)| (key.as_str(), Some(before.as_str()).filter(|value| *value != "absent")))
+            .map(|(key, before, _)| (key.as_str(), Some(before.as_str()).filter(|value| *value != ABSENT)))
             .collect();
         if !back.is_empty() {
             current = current.with(&back).map_err(|cause| {
@@ -172,19 +207,34 @@ fn configs(config: RunConfig, told: &[Record]) -> Result<Vec<Epoch>> {
                 )
             })?;
         }
+        // What stays is what the run began with.
+        data.extend(other_data.iter().map(|(source, before, _)| (source.clone(), before.clone())));
     }
-    let epoch = |from, config: RunConfig| Epoch { from, schedule: Schedule::new(&config), config };
-    let mut configs = vec![epoch(0, current)];
-    for (from, config) in rising.into_iter().rev() {
+    let epoch = |from, config: RunConfig, data: &BTreeMap<String, String>| Epoch {
+        from,
+        schedule: Schedule::new(&config),
+        config,
+        data: data.clone(),
+    };
+    let mut epochs = vec![epoch(0, current, &data)];
+    for ((from, _, other_data), config) in starts.into_iter().zip(rising.into_iter().rev()) {
+        for (source, _, now) in other_data {
+            match now.as_str() {
+                ABSENT => drop(data.remove(source)),
+                now => drop(data.insert(source.clone(), now.to_owned())),
+            }
+        }
         // A run that fell back trains the steps from there on anew.
-        configs.retain(|known| known.from < from || known.from == 0);
-        match configs.last_mut() {
-            Some(last) if last.from == from => *last = epoch(from, config),
-            Some(last) if last.config.digest() == config.digest() => last.config = config,
-            _ => configs.push(epoch(from, config)),
+        epochs.retain(|known| known.from < from || known.from == 0);
+        match epochs.last_mut() {
+            Some(last) if last.from == from => *last = epoch(from, config, &data),
+            Some(last) if last.config.digest() == config.digest() && last.data == data => {
+                last.config = config;
+            }
+            _ => epochs.push(epoch(from, config, &data)),
         }
     }
-    Ok(configs)
+    Ok(epochs)
 }
 
 /// Where a run was trained, as far as its folder tells.

@@ -1,32 +1,36 @@
 //! Both runs computed again, step by step and side by side.
 
+use anello_configs::ComputeDevice;
 use anello_dataloader::{Dataset, MicroBatch, RowGroupEntry};
 use anello_store::Error as StoreError;
 use anello_store::metrics::StepRecord;
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::compare;
 use super::findings::{Difference, Figure, Phase, Replayed};
 use super::recorded::Recorded;
 use super::side::{Ran, Side, Start};
+use crate::device;
 use crate::engine::{Engine, Outcome};
 use crate::environment;
 use crate::error::{Error, Result};
 use crate::objective::LossSums;
 use crate::params::Layout;
 
-/// Computes both again from the first of `starts` that can be had, until something differs, at most until `until` steps are
+/// Computes both again, on `device`, from the first of `starts` that can be had, until something differs, at most until `until` steps are
 /// applied. `progress` hears (steps applied at the start, steps applied).
 pub(super) fn replay(
     (a, b): (&Recorded, &Recorded),
+    device: ComputeDevice,
     starts: &[Start],
     until: u64,
     notes: &mut Vec<String>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Replayed> {
-    let (start, mut sides) = open((a, b), starts, notes)?;
+    let device = device::open(device)?;
+    let (start, mut sides) = open((a, b), device, starts, notes)?;
     note_other_sources(&sides, notes);
-    let here = environment::of_cpu(None);
+    let here = environment::of(device, None);
     let mut found = Replayed {
         from: start.step,
         checkpoint: start.checkpoint,
@@ -50,20 +54,23 @@ pub(super) fn replay(
 /// Both runs at the first start whose state can be read.
 fn open<'a>(
     (a, b): (&'a Recorded, &'a Recorded),
+    device: Device,
     starts: &[Start],
     notes: &mut Vec<String>,
 ) -> Result<(Start, [Side<'a>; 2])> {
     let (last, others) = starts.split_last().expect("there is always the seed");
+    let both = |start: Start, notes: &mut Vec<String>| {
+        let of_a = Side::open(a, start, device, Some(b), notes)?;
+        Ok([of_a, Side::open(b, start, device, Some(a), notes)?])
+    };
     for &start in others {
-        match Side::open(a, start, Some(b), notes)
-            .and_then(|of_a| Ok([of_a, Side::open(b, start, Some(a), notes)?]))
-        {
+        match both(start, notes) {
             Ok(sides) => return Ok((start, sides)),
             Err(damaged @ Error::Store(StoreError::Checkpoint { .. })) => notes.push(damaged.to_string()),
             Err(other) => return Err(other),
         }
     }
-    Ok((*last, [Side::open(a, *last, Some(b), notes)?, Side::open(b, *last, Some(a), notes)?]))
+    Ok((*last, both(*last, notes)?))
 }
 
 /// Sources of one name that are not the same, by their indexes: which tokens they hold is told by checksums, where both

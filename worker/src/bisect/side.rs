@@ -40,11 +40,11 @@ pub(crate) struct Side<'a> {
     pub cursors: Vec<Cursor>,
     loader: Loader,
     held_out: Option<HeldOut>,
-    /// The first step of the config that engine and loader are for.
-    config_from: u64,
+    /// The first step of the config and the data that engine and loader are for.
+    unchanged_from: u64,
     /// What the run's data is, for steps that are computed once more.
     data: LoaderOptions,
-    /// The state after the last spike that was undone, or a change of the config: no step before it is needed again.
+    /// The state after the last spike that was undone, or a change of config or data: no step before it is needed again.
     undone: Option<Known>,
 }
 
@@ -64,46 +64,47 @@ pub(crate) struct Stepped {
 }
 
 impl<'a> Side<'a> {
-    /// `run` at `start`; when its own checkpoint cannot be read and `other` has an equal one, that is taken.
+    /// `run` at `start`, computed on `device`; when its own checkpoint cannot be read and `other` has an equal one, that is taken.
     pub fn open(
         run: &'a Recorded,
         start: Start,
+        device: Device,
         other: Option<&Recorded>,
         notes: &mut Vec<String>,
     ) -> Result<Self> {
         let (step, config) = (start.step, run.config_at(start.step));
         let (engine, cursors) = if start.checkpoint {
             let model = &config.model;
-            let loaded = load(&run.store, step, model, Device::Cpu).or_else(|cause| {
+            let loaded = load(&run.store, step, model, device).or_else(|cause| {
                 let Some(other) = other else { return Err(cause) };
-                let loaded = load(&other.store, step, model, Device::Cpu)?;
+                let loaded = load(&other.store, step, model, device)?;
                 let place = other.store.place();
                 notes.push(format!("{cause}: that of {place}, which is equal, was taken"));
                 Ok::<_, Error>(loaded)
             })?;
             let mut engine = Engine::with_state(config, loaded.state);
-            if step > 0 && run.config_from(step) == step {
+            if step > 0 && run.unchanged_from(step) == step {
                 engine.forget_losses();
             }
             (engine, loaded.manifest.cursors)
         } else {
-            let state = initial_state(config, Device::Cpu)?;
+            let state = initial_state(config, device)?;
             (Engine::with_state(config, state), vec![Cursor::default(); config.lanes as usize])
         };
         let data = LoaderOptions::of(config)?;
-        note_other_data(run, &data, notes);
+        note_other_data(run, step, &data, notes);
         let sources = data.sources.clone();
         let loader =
             Loader::open(LoaderOptions { start_step: step, cursors: Some(cursors.clone()), ..data.clone() })?;
         let held_out = held_out(run, config, notes);
-        let config_from = run.config_from(step);
-        Ok(Self { run, engine, sources, cursors, loader, held_out, config_from, data, undone: None })
+        let unchanged_from = run.unchanged_from(step);
+        Ok(Self { run, engine, sources, cursors, loader, held_out, unchanged_from, data, undone: None })
     }
 
-    /// Goes over to the config of `step`, when the run was given another one there.
+    /// Goes over to the config and the data of `step`, when the run was given others there.
     pub fn follow_config(&mut self, step: u64) -> Result<()> {
-        let from = self.run.config_from(step);
-        if from == self.config_from {
+        let from = self.run.unchanged_from(step);
+        if from == self.unchanged_from {
             return Ok(());
         }
         let config = self.run.config_at(step);
@@ -119,7 +120,7 @@ impl<'a> Side<'a> {
             self.undone = Some(Known { step, state, cursors });
         }
         self.held_out = held_out(self.run, config, &mut Vec::new());
-        self.config_from = from;
+        self.unchanged_from = from;
         Ok(())
     }
 
@@ -246,13 +247,15 @@ fn held_out(run: &Recorded, config: &RunConfig, notes: &mut Vec<String>) -> Opti
     })
 }
 
-/// The data that is there now may not be that of the run: then nothing that is computed tells of the run.
-fn note_other_data(run: &Recorded, data: &LoaderOptions, notes: &mut Vec<String>) {
-    let trained_on = run.data();
+/// The data that is there now may not be that which `step` was trained on: then nothing that is computed tells of the run.
+fn note_other_data(run: &Recorded, step: u64, data: &LoaderOptions, notes: &mut Vec<String>) {
+    let trained_on = run.data_at(step);
     for (source, dataset) in &data.sources {
         if trained_on.get(source).is_some_and(|digest| !same_data(digest, &dataset.index().digest())) {
             let place = run.store.place();
-            notes.push(format!("source {source} is not the data any more that {place} was trained on"));
+            notes.push(format!(
+                "source {source} is not the data any more that {place} was trained on at step {step}"
+            ));
         }
     }
 }

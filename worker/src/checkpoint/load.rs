@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use crate::cover::Cover;
 use crate::error::Result;
 use crate::ffi;
+use crate::host;
 use crate::optimizer::State;
 use crate::params::Layout;
 
@@ -59,7 +60,8 @@ pub fn load_shard(
         // Where it lies among those of its part that are covered.
         if let Some(piece) = covers[buffer].pieces(block..block + 1).first() {
             let first = covers[buffer].pieces(target.blocks.clone())[0].at;
-            fill(&mut target.buffers[buffer][(piece.at - first) * BLOCK..][..BLOCK], bytes);
+            let to = &mut target.buffers[buffer][(piece.at - first) * BLOCK..][..BLOCK];
+            host::bytes_mut(to).copy_from_slice(bytes);
         }
     };
     read_parts(store, &manifest, &manifest.parts, targets, holds(&layout), take)?;
@@ -146,7 +148,7 @@ pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest
     let mut weights = vec![0f32; layout.len()];
     let take = |target: &mut (&mut [f32], usize), buffer: usize, block: usize, bytes: &[u8]| {
         if buffer == 0 {
-            fill(&mut target.0[(block - target.1) * BLOCK..][..BLOCK], bytes);
+            host::bytes_mut(&mut target.0[(block - target.1) * BLOCK..][..BLOCK]).copy_from_slice(bytes);
         }
     };
     let targets = by_part(&manifest, &Cover::all(layout.blocks()), &mut weights);
@@ -183,17 +185,9 @@ fn by_part<'a>(manifest: &Manifest, cover: &Cover, mut flat: &'a mut [f32]) -> V
     cut.collect()
 }
 
-fn fill(target: &mut [f32], bytes: &[u8]) {
-    for (value, four) in target.iter_mut().zip(floats(bytes)) {
-        *value = four;
-    }
-}
-
-fn floats(bytes: &[u8]) -> impl Iterator<Item = f32> {
-    bytes.as_chunks().0.iter().map(|four| f32::from_le_bytes(*four))
-}
-
 /// The numbers of these bytes, little-endian.
 pub(crate) fn flat(bytes: &[u8], device: Device) -> Tensor {
-    Tensor::from_slice(&floats(bytes).collect::<Vec<f32>>()).to_device(device)
+    let mut flat = Tensor::empty([(bytes.len() / 4) as i64], (Kind::Float, Device::Cpu));
+    host::bytes_mut(ffi::as_mut_slice(&mut flat)).copy_from_slice(bytes);
+    flat.to_device(device)
 }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use anello_store::checkpoint::{Facts, Stamp, Written, write_blocks};
 use anello_store::{Result, Store};
+use tch::{Device, Tensor};
 
-use crate::host::Reading;
+use crate::host::{self, OnHost, Reading};
 use crate::optimizer::State;
 
 /// A copy on the host of what one writer adds to a checkpoint, of the state between two steps.
@@ -32,7 +33,10 @@ impl Snapshot {
 }
 
 /// The bytes of a buffer, little-endian.
-pub(crate) fn host(flat: &tch::Tensor) -> Vec<u8> {
+pub(crate) fn host(flat: &Tensor) -> Vec<u8> {
+    if flat.device() == Device::Cpu {
+        return host::bytes(&OnHost::of(flat)).to_vec();
+    }
     let mut bytes = vec![0u8; flat.numel() * 4];
     flat.copy_data_u8(&mut bytes, flat.numel());
     bytes
@@ -47,14 +51,7 @@ impl Snapshot {
 
 /// Digest of a block of numbers, as a manifest has it.
 pub(crate) fn block_digest(values: &[f32]) -> String {
-    const PIECE: usize = 1 << 12;
-    let (mut hasher, mut bytes) = (blake3::Hasher::new(), [0; PIECE * 4]);
-    for piece in values.chunks(PIECE) {
-        let to = &mut bytes[..piece.len() * 4];
-        to.as_chunks_mut().0.iter_mut().zip(piece).for_each(|(four, value)| *four = value.to_le_bytes());
-        hasher.update(to);
-    }
-    hasher.finalize().to_hex().to_string()
+    blake3::hash(host::bytes(values)).to_hex().to_string()
 }
 
 /// Writes `snapshot` by [`write_blocks`], whose words these are.

@@ -1,11 +1,12 @@
 //! The model thread: gets state, meets the peers, and trains until the ring ends.
 //!
 //! Here are the thread and its loop over steps; `state` takes state where a generation says, offers and copies it,
-//! `learning` is a state that is sent while the others train, `step` is one step of the ring, `rollback` undoes a loss
-//! spike, `faults` does the harm that tests ask for.
+//! `loading` reads a checkpoint together with the others, `learning` is a state that is sent while the others train, `step` is
+//! one step of the ring, `rollback` undoes a loss spike, `faults` does the harm that tests ask for.
 
 mod faults;
 mod learning;
+mod loading;
 mod rollback;
 mod state;
 mod step;

@@ -61,7 +61,7 @@ pub(super) fn compare(
 
 /// Takes in numbers as little-endian bytes.
 pub(super) fn hash_floats(hasher: &mut blake3::Hasher, values: &[f32]) {
-    hasher.update(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>());
+    hasher.update(host::bytes(values));
 }
 
 /// Compares the moments of each member's blocks with the second copy that the one before it has.

@@ -94,7 +94,7 @@ impl Run {
     pub fn resume(store: Store, resume: Resume) -> Result<Self> {
         let begun_with = read_config(&store)?;
         let config = resume.config.unwrap_or_else(|| begun_with.clone());
-        let shown = |value: Option<String>| value.unwrap_or_else(|| "absent".to_owned());
+        let shown = |value: Option<String>| value.unwrap_or_else(|| events::ABSENT.to_owned());
         let changed: Vec<(String, String, String)> = begun_with
             .diff_mathematics(&config)
             .into_iter()
@@ -135,8 +135,11 @@ impl Run {
         let mut passed_over = Vec::new();
         let loaded = if self.resumed { self.newest_usable(device, &mut passed_over)? } else { None };
         let step = loaded.as_ref().map_or(0, |loaded| loaded.manifest.step);
+        let mut other_data = Vec::new();
         if let Some(loaded) = &loaded {
-            self.check_data(&loaded.manifest.data, &stamp.data)?;
+            let known = events::read(&self.store)?;
+            let before = events::data_since(&known, step, loaded.manifest.data.clone());
+            other_data = self.check_data(&before, &stamp.data)?;
             let there = &loaded.manifest.environment;
             for (what, before, now) in there.differences(&stamp.environment) {
                 tracing::warn!(
@@ -153,7 +156,7 @@ impl Run {
             records.push(log.append(Event::PassedOver { step: *step, reason: reason.clone() })?);
         }
         let (here, changed) = (stamp.environment.clone(), self.changed.clone());
-        records.push(log.append(Event::Started { step, environment: here, changed })?);
+        records.push(log.append(Event::Started { step, environment: here, changed, data: other_data })?);
         passed_over.iter().try_for_each(|(step, _)| set_aside(&self.store, *step))?;
         if self.new_config {
             self.store.put(CONFIG, self.config.to_toml())?;
@@ -202,14 +205,23 @@ impl Run {
         Err(Error::config(fact, "`anello checkpoint verify` says what is wrong with each; begin a new run"))
     }
 
-    fn check_data(&self, before: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> Result<()> {
-        let differs = |name: &&String| {
-            before.get(*name).is_some_and(|digest| now.get(*name).is_none_or(|now| !same_data(digest, now)))
+    /// Sources whose data is not what the run was trained on (name, digest before, now): an error unless that is allowed.
+    fn check_data(
+        &self,
+        before: &BTreeMap<String, String>,
+        now: &BTreeMap<String, String>,
+    ) -> Result<Vec<(String, String, String)>> {
+        let other = |(name, digest): (&String, &String)| match now.get(name) {
+            Some(now) if same_data(digest, now) => None,
+            now => {
+                Some((name.clone(), digest.clone(), now.map_or(events::ABSENT, String::as_str).to_owned()))
+            }
         };
-        let names: Vec<&str> = before.keys().filter(differs).map(String::as_str).collect();
-        if names.is_empty() || self.allow {
-            return Ok(());
+        let other: Vec<(String, String, String)> = before.iter().filter_map(other).collect();
+        if other.is_empty() || self.allow {
+            return Ok(other);
         }
+        let names: Vec<&str> = other.iter().map(|(name, ..)| name.as_str()).collect();
         let fact = format!("the data of {} has changed since the run began", names.join(", "));
         Err(Error::config(fact, "bring the old data back, or accept that the run changes with --allow"))
     }

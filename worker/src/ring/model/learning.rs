@@ -28,7 +28,7 @@ impl Thread {
         holders: &[WorkerId],
         abort: &AbortHandle,
     ) -> Served<()> {
-        let (circle, ids) = self.circle(serving, |worker| holders.contains(&worker));
+        let (circle, ids) = self.circle(serving, serving.formation.start, |worker| holders.contains(&worker));
         let heads = self.runtime.block_on(circle.heads(abort));
         let mut heads = heads.map_err(|failed| cause_of_failure(failed, &ids))?;
         let Some(head) = heads.pop() else {

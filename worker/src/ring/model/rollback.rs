@@ -1,7 +1,9 @@
 //! Going back after a loss spike, all members together (see [`crate::rollback`] for what it comes to).
 //!
 //! ```text
-//! all agree on a checkpoint ▸ each loads it ▸ all have it? ▸ the steps from there on, once more, by this very ring
+//! all agree on a checkpoint ▸ each reads some of it ▸ all could? ▸ each has the rest of the others ▸ all have it
+//!                         ▲                              │ no
+//!                         └────────── an older one ◀─────┘        ▸ the steps from there on, once more, by this very ring
 //! ```
 //! Nothing is reported of these steps: they are on record. A ring that breaks meanwhile has no state worth holding, so the
 //! next one begins from the newest checkpoint and comes to the same spike.
@@ -24,6 +26,8 @@ impl Thread {
         gpus: Option<&mut Gpus>,
     ) -> Served<()> {
         let _span = tracing::trace_span!("roll back", to).entered();
+        // Then there are the newest checkpoints, and nothing else is asked of the store.
+        self.writer.wait();
         let cursors = self.held.as_ref().expect("state was taken").cursors.clone();
         // All that comes is of another state. Who learns has this one from the store, as all have.
         (self.live, self.learner) = (None, None);
@@ -113,20 +117,35 @@ impl Thread {
             }
             // Nothing of what was held is needed any more.
             self.held = None;
-            let loaded = if from == 0 {
+            let mut read = None;
+            let damaged = if from == 0 {
                 self.hold_seed()?;
-                true
-            } else {
+                None
+            } else if serving.formation.members.len() == 1 {
                 match self.load(serving, Step(from), serving.abort) {
-                    Err(Cause::NoState { reason }) => {
-                        tracing::warn!(step = from, reason, "trying the checkpoint before it");
-                        false
+                    Err(Cause::NoState { reason }) => Some(reason),
+                    result => result.map(|()| None)?,
+                }
+            } else {
+                match self.read_share(serving, Step(from), serving.abort)? {
+                    Ok(share) => {
+                        read = Some(share);
+                        None
                     }
-                    result => result.map(|()| true)?,
+                    Err(damaged) => Some(damaged.to_string()),
                 }
             };
-            let all = exchange(ring, spike, &[u8::from(loaded)], serving)?;
+            if let Some(reason) = &damaged {
+                tracing::warn!(step = from, reason, "trying the checkpoint before it");
+            }
+            // Whoever found its part damaged gives the others none: so nobody asks before all have theirs.
+            let all = exchange(ring, spike, &[u8::from(damaged.is_none())], serving)?;
             if all.iter().all(|word| word == &[1]) {
+                if let Some(share) = read {
+                    self.gather_rest(serving, share, serving.abort)?;
+                    exchange(ring, spike, &[1], serving)?;
+                    self.shelf.clear();
+                }
                 return Ok(from);
             }
             newest = from.saturating_sub(1);

@@ -5,12 +5,11 @@
 
 use anello_collective::tree::balanced;
 use anello_configs::StateCopies;
-use anello_store::checkpoint::BUFFERS;
-use anello_store::{Error as StoreError, events};
+use anello_store::Error as StoreError;
 
 use super::*;
 use crate::account::position_after;
-use crate::checkpoint::{self, Snapshot, flat, host};
+use crate::checkpoint::{Snapshot, flat, host};
 use crate::cover::Cover;
 use crate::init::initial_state;
 use crate::optimizer::State;
@@ -23,7 +22,7 @@ const RETRY: Duration = Duration::from_secs(2);
 
 /// What a worker has of the state that a generation starts from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
+pub(super) enum Standing {
     /// The weights, and moments.
     Here,
     /// What it takes to bring its moments there; the weights are with others.
@@ -32,15 +31,15 @@ enum Standing {
 }
 
 /// What is to be gathered, of a state of so many layers.
-struct Gathering {
-    layout: Layout,
-    asked: Vec<Asked>,
+pub(super) struct Gathering {
+    pub layout: Layout,
+    pub asked: Vec<Asked>,
     /// Updates, where the lanes are, and the window of losses, as those say that are asked.
-    updates: u64,
-    cursors: Vec<Cursor>,
-    losses: Vec<f64>,
+    pub updates: u64,
+    pub cursors: Vec<Cursor>,
+    pub losses: Vec<f64>,
     /// Moments to have then.
-    cover: Cover,
+    pub cover: Cover,
 }
 
 impl Held {
@@ -94,7 +93,7 @@ impl Serving<'_> {
     }
 
     /// The moments that this member needs, of a state of so many blocks.
-    fn needs(&self, blocks: usize) -> Cover {
+    pub(super) fn needs(&self, blocks: usize) -> Cover {
         match self.shared {
             true => Cover::of_rank(blocks, self.formation.members.len(), self.rank),
             false => Cover::all(blocks),
@@ -177,7 +176,7 @@ impl Thread {
         if standing == Standing::Here && self.held.as_ref().is_some_and(is_whole) {
             return Ok(());
         }
-        let (circle, ids) = self.circle(serving, |worker| may_share || holders.contains(&worker));
+        let (circle, ids) = self.circle(serving, *start, |worker| may_share || holders.contains(&worker));
         let cause = |failed: Failed| cause_of_failure(failed, &ids);
         let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
         let gathering = self.gathering(standing, needs, &heads)?;
@@ -187,20 +186,21 @@ impl Thread {
         Ok(())
     }
 
-    /// The other members that may be asked for state.
+    /// The other members that may be asked for the state after `step`.
     pub(super) fn circle(
         &self,
         serving: &Serving<'_>,
+        step: Step,
         may: impl Fn(WorkerId) -> bool,
     ) -> (Circle, Vec<WorkerId>) {
-        let Formation { generation, start, members, .. } = serving.formation;
+        let Formation { generation, members, .. } = serving.formation;
         let own = members[serving.rank].worker;
         let asked = members
             .iter()
             .filter(|member| member.worker != own && may(member.worker))
             .map(|member| (member.worker, member.endpoints.peers.clone()));
         let (ids, addresses): (Vec<WorkerId>, Vec<String>) = asked.unzip();
-        (Circle::new(addresses, self.tls.as_ref(), self.silence, *generation, *start), ids)
+        (Circle::new(addresses, self.tls.as_ref(), self.silence, *generation, step), ids)
     }
 
     /// What to ask of whom, to have the moments that are needed of a state of so many blocks.
@@ -244,7 +244,13 @@ impl Thread {
     }
 
     /// Puts what was gathered together with what is here.
-    fn hold(&mut self, start: Step, standing: Standing, gathering: Gathering, gathered: &Gathered) {
+    pub(super) fn hold(
+        &mut self,
+        start: Step,
+        standing: Standing,
+        gathering: Gathering,
+        gathered: &Gathered,
+    ) {
         let Gathering { layout, asked: _, updates, cursors, losses, cover } = gathering;
         let moments = gathered.moments.iter();
         let others: Vec<(usize, [Tensor; 2])> = moments
@@ -331,91 +337,6 @@ impl Thread {
         let cursors = vec![Cursor::default(); self.config.lanes as usize];
         self.held = Some(Held::new(engine, Step(0), cursors));
         Ok(())
-    }
-
-    /// Makes this worker hold what it needs of the state of a checkpoint.
-    pub(super) fn load(&mut self, serving: &Serving<'_>, step: Step, abort: &AbortHandle) -> Served<()> {
-        let grows = self.schedule.at(step.0).is_some_and(|plan| plan.upcycle.is_some());
-        let cover = |layout: &Layout| match grows {
-            true => Cover::all(layout.blocks()),
-            false => serving.needs(layout.blocks()),
-        };
-        let loaded = patiently(abort, "a checkpoint cannot be read now", || {
-            checkpoint::load_shard(&self.store, step.0, &self.config.model, self.device, cover)
-        })?;
-        let loaded = loaded.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
-        let mut engine = Engine::with_state(&self.config, loaded.state);
-        if self.changed_at(abort)? == Some(step.0) {
-            // As the process did that made the change.
-            engine.forget_losses();
-        }
-        self.held = Some(Held::new(engine, step, loaded.manifest.cursors));
-        Ok(())
-    }
-
-    /// [`Thread::load`] of a generation's start: each member reads some parts, and has the other blocks of those that read them.
-    /// So a byte of a checkpoint leaves the store once, however many begin with it. Blocks from others are checked against the
-    /// manifest too.
-    fn load_together(&mut self, serving: &Serving<'_>, step: Step, abort: &AbortHandle) -> Served<()> {
-        let Formation { generation, start, members, .. } = serving.formation;
-        let grows = self.schedule.at(step.0).is_some_and(|plan| plan.upcycle.is_some());
-        let before = self.store.traffic().read_bytes;
-        let share = patiently(abort, "a checkpoint cannot be read now", || {
-            let (model, of) = (&self.config.model, members.len());
-            checkpoint::load_share(&self.store, step.0, model, serving.rank, of)
-        })?;
-        let share = share.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
-        let read_bytes = self.store.traffic().read_bytes - before;
-        let checkpoint::Share { manifest, layout, blocks, buffers: [weights, exp_avg, exp_avg_sq] } = share;
-        let all = layout.blocks();
-        let own = Cover::of([blocks.clone()], all);
-        let offered = Arc::new(HostState {
-            generation: *generation,
-            step: *start,
-            updates: manifest.updates,
-            layers: manifest.layers,
-            cursors: manifest.cursors.clone(),
-            losses: manifest.losses.clone(),
-            weights_cover: own.clone(),
-            weights,
-            cover: own.clone(),
-            moments: [exp_avg, exp_avg_sq],
-        });
-        self.shelf.lay(Arc::clone(&offered));
-        let (circle, ids) = self.circle(serving, |_| true);
-        let cause = |failed: Failed| cause_of_failure(failed, &ids);
-        let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
-        let fits = |head: &Head| head.layers == manifest.layers && head.cover.of_blocks() == all;
-        let able: Vec<(usize, &Head)> = heads.iter().enumerate().filter(|(_, head)| fits(head)).collect();
-        let needs = if grows { Cover::all(all) } else { serving.needs(all) };
-        let (lacks, lacks_moments) = (Cover::all(all).without(&own), needs.without(&own));
-        let asked = share_out(&able, &lacks, &lacks_moments)
-            .ok_or_else(|| fault("some blocks of the checkpoint were read by nobody"))?;
-        let mut gathered = self.runtime.block_on(circle.gather(asked.clone(), abort)).map_err(cause)?;
-        if let Some((buffer, block)) =
-            gathered.wrong(|buffer, block, bytes| manifest.has(buffer, block, bytes))
-        {
-            let name = BUFFERS[buffer];
-            return Err(fault(format!(
-                "block {block} of {name} came from a peer and is not that of checkpoint {step}"
-            )));
-        }
-        let peers_bytes = gathered.bytes();
-        tracing::info!(%generation, %step, read_bytes, peers_bytes, "took state from a checkpoint");
-        if !blocks.is_empty() {
-            gathered.weights.push((blocks.start, offered.weights.clone()));
-            gathered.moments.push((blocks.start, offered.moments.clone()));
-        }
-        let (updates, losses, cursors) = (manifest.updates, manifest.losses, manifest.cursors);
-        let gathering = Gathering { layout, asked, updates, cursors, losses, cover: own.and(&needs) };
-        self.hold(step, Standing::Nothing, gathering, &gathered);
-        Ok(())
-    }
-
-    /// Steps that were applied when the mathematics of the run last changed.
-    pub(super) fn changed_at(&self, abort: &AbortHandle) -> Served<Option<u64>> {
-        let records = patiently(abort, "the log cannot be read now", || Ok(events::read(&self.store)?))?;
-        Ok(events::changed_at(&records.map_err(|error| fault(error.to_string()))?))
     }
 
     /// Makes the state that is held that which the step of `plan` begins with, and lets go of moments that this member does

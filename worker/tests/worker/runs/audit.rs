@@ -21,7 +21,7 @@ fn trained(config: &RunConfig) -> Store {
 
 fn audited(store: &Store, steps: Option<(u64, u64)>, workers: u32) -> Findings {
     let before = store.list("").unwrap();
-    let options = Options { steps, workers, threads: Some(1) };
+    let options = Options { steps, workers, threads: Some(1), ..Options::default() };
     let findings = audit(store, &options, &mut |_| {}).unwrap();
     assert_eq!(before, store.list("").unwrap(), "the run folder was changed");
     findings
@@ -212,6 +212,55 @@ fn a_config_that_was_changed_is_named() {
     let other = data.config().with(&[("compute.recompute", Some("\"loop\""))]).unwrap();
     store.put(CONFIG, other.to_toml()).unwrap();
     assert_eq!(audited(&store, None, 1).verdict, Verdict::Confirmed);
+}
+
+/// The steps of a run whose data was replaced on the way are checked piece by piece, each while its data is there.
+#[test]
+fn a_run_whose_data_was_replaced_is_confirmed_in_two_pieces() {
+    let (data, store) = (with_checksums(), Store::memory().unwrap());
+    begin(&store, &data.config(), Some(5));
+    let replace = |documents: u64| {
+        data.write("code", documents);
+        index(&data, "code");
+    };
+    replace(25);
+    resume_with(&store, Resume { config: None, allow: true }, None);
+
+    let findings = audited(&store, None, 2);
+    assert_eq!((findings.verdict, subjects(&findings)), (Verdict::Incomplete, vec![]), "{findings:#?}");
+    assert_eq!((findings.from, findings.checkpoint, findings.compared.steps), (5, true, 10));
+    let [lost] = &findings.unchecked[..] else { panic!("{findings:#?}") };
+    assert!(lost.starts_with("the steps 0 to 4: their data was replaced (--allow), code was "), "{lost}");
+    assert!(lost.ends_with("put it in its place again, and audit them with --steps 0..5"), "{lost}");
+    let told = "from step 5 on memory was trained on other data, as its log tells: source code, ";
+    assert!(findings.notes[0].starts_with(told), "{findings:#?}");
+    assert_eq!(audited(&store, Some((7, 12)), 1).verdict, Verdict::Confirmed);
+    // A run with the same change of data is equal to it, one without parts from it there.
+    let (same, without) = (Store::memory().unwrap(), Store::memory().unwrap());
+    let allowed = || Resume { config: None, allow: true };
+    replace(24);
+    begin(&same, &data.config(), Some(5));
+    begin(&without, &data.config(), None);
+
+    // With the old data in its place the other piece.
+    let findings = audited(&store, Some((0, 5)), 1);
+    assert_eq!((findings.verdict, findings.compared.steps), (Verdict::Confirmed, 5), "{findings:#?}");
+    let findings = audited(&store, None, 1);
+    assert_eq!((findings.verdict, findings.compared.steps), (Verdict::Incomplete, 5), "{findings:#?}");
+    assert!(findings.unchecked[0].starts_with("the steps 5 to 14: "), "{findings:#?}");
+    let read_only = super::bisect::read_only;
+    let found = read_only(&store, &without);
+    assert_eq!(found.data.iter().map(|other| other.from).collect::<Vec<_>>(), [5], "{found:#?}");
+
+    replace(25);
+    resume_with(&same, allowed(), None);
+    let found = read_only(&store, &same);
+    assert_eq!((found.verdict, found.data.len()), (anello_worker::bisect::Verdict::Equal, 0), "{found:#?}");
+
+    // Data that is neither is no data of this run.
+    replace(26);
+    let findings = audited(&store, None, 1);
+    assert_eq!((findings.verdict, subjects(&findings)[0]), (Verdict::Refuted, (Subject::Data, None)));
 }
 
 #[test]

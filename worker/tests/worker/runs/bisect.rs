@@ -26,9 +26,14 @@ pub fn with(config: &RunConfig, key: &str, value: &str) -> RunConfig {
 
 fn found(a: &Store, b: &Store) -> Findings {
     let before = [a, b].map(|store| store.list("").unwrap());
-    let findings = bisect(a, b, Options { read_only: false }, &mut |_| {}).unwrap();
+    let findings = bisect(a, b, Options::default(), &mut |_| {}).unwrap();
     assert_eq!(before, [a, b].map(|store| store.list("").unwrap()), "a run folder was changed");
     findings
+}
+
+/// What the records of two runs tell.
+pub fn read_only(a: &Store, b: &Store) -> Findings {
+    bisect(a, b, Options { read_only: true, ..Options::default() }, &mut |_| {}).unwrap()
 }
 
 fn replayed(findings: &Findings) -> &Replayed {
@@ -331,11 +336,14 @@ fn what_is_only_read_is_told_without_phase_and_lane() {
     let a = trained(&data.config());
     let b = trained(&with(&data.config(), "stage.mid-training.lr", "0.002"));
     let mut told = Vec::new();
-    let findings = bisect(&a, &b, Options { read_only: true }, &mut |progress| told.push(progress)).unwrap();
+    let findings = bisect(&a, &b, Options { read_only: true, ..Options::default() }, &mut |progress| {
+        told.push(progress)
+    })
+    .unwrap();
     assert_eq!((findings.verdict, &findings.replay), (Verdict::Recorded, &Replay::NotWanted));
     assert_eq!(place(findings.first().unwrap()), (12, Phase::Update, None, None));
     assert_eq!(told, [Progress::Reading]);
-    bisect(&a, &b, Options { read_only: false }, &mut |progress| told.push(progress)).unwrap();
+    bisect(&a, &b, Options::default(), &mut |progress| told.push(progress)).unwrap();
     let replaying = |done| Progress::Replaying { done, steps: 1 };
     assert_eq!(told[1..], [Progress::Reading, replaying(0), replaying(1)]);
 }

@@ -1,6 +1,7 @@
 //! What a resume refuses, and what `allow` lets through.
 
 use anello_store::Store;
+use anello_store::checkpoint::Manifest;
 use anello_store::events::Event;
 use anello_worker::Resume;
 
@@ -109,8 +110,24 @@ fn changed_data_is_refused_by_the_name_of_its_source() {
     assert!(text.contains("the data of code has changed since the run began"), "{text}");
     assert!(text.contains("--allow"), "{text}");
     assert!(store.objects() == before, "a refusal leaves the folder as it was");
-    let ended = resume_with(&store.run(), Resume { config: None, allow: true }, None);
+    let digest = |manifest: &Manifest| manifest.data["code"].clone();
+    let old = digest(&checkpoint::read_manifest(&store.run(), 5).unwrap());
+    // Killed before there is a checkpoint of it, it need not be allowed again.
+    let allow = Resume { config: None, allow: true };
+    resume_with(&store.run(), allow, Some(5));
+    let ended = resume(&store.run(), None);
     assert!(ended.finished && ended.weights != reference().ended.weights);
+    let new = digest(&checkpoint::read_manifest(&store.run(), 15).unwrap());
+    let replaced = events_of(&store.run()).into_iter().filter_map(|event| match event {
+        Event::Started { step, data, .. } => Some((step, data)),
+        _ => None,
+    });
+    let change = (5, vec![("code".to_owned(), old, new)]);
+    assert_eq!(
+        replaced.collect::<Vec<_>>(),
+        [(0, vec![]), change, (5, vec![])],
+        "the log names it and its step"
+    );
 
     data.write("words", 200);
     let text = refused(&store.run(), Resume::default());
