@@ -1,11 +1,10 @@
 //! Servers on loopback that speak as other clouds' object stores do: Google's and Azure's.
 
-use std::fs::File;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
-use crate::s3::UNTIL_EOF;
+use crate::server::{End, Server};
 use crate::{Process, free_port, wait_until};
 
 /// The bucket, or container, that there is from the start.
@@ -44,7 +43,7 @@ pub enum Kind {
 /// A server under way, with an empty bucket. It ends when it is dropped or this process ends, and keeps nothing.
 #[derive(Debug)]
 pub struct Cloud {
-    child: Child,
+    _server: Server,
     kind: Kind,
     port: u16,
 }
@@ -83,18 +82,9 @@ impl Cloud {
                 (installed(program, "Node with npm"), arguments.into_iter().map(str::to_owned).collect())
             }
         };
-        let log =
-            File::create(logs.join(format!("cloud-{port}.log"))).expect("the test's folder can be written");
-        let child = Command::new("sh")
-            .args(["-c", UNTIL_EOF])
-            .arg(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .expect("there is a shell");
-        let cloud = Self { child, kind, port };
+        let log = logs.join(format!("cloud-{port}.log"));
+        let _server = Server::start(&program, &arguments, &log, End::Politely);
+        let cloud = Self { _server, kind, port };
         wait_until("the server listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
         if kind == Kind::Azure {
             let made = Command::new("node")
@@ -134,12 +124,5 @@ impl Cloud {
         let listed = Process::start_with(folder, &list, &self.variables()).wait();
         let step = |line: &str| line.split("  ").find(|word| !word.is_empty())?.trim().parse::<u64>().ok();
         listed.out.lines().filter_map(step).max().unwrap_or(0)
-    }
-}
-
-impl Drop for Cloud {
-    fn drop(&mut self) {
-        drop(self.child.stdin.take());
-        let _ = self.child.wait();
     }
 }

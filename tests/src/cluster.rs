@@ -1,21 +1,16 @@
 //! A real control plane of Kubernetes on loopback: etcd, the API server and the controller manager.
 
-use std::fs::File;
 use std::io::Write;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use k8s_openapi::ByteString;
 use serde_json::{Value, json};
 
 use crate::kubelet::{DEDICATED, Kubelet};
+use crate::server::{End, Server};
 use crate::{anello, free_port, wait_until};
-
-/// Runs a part until standard input ends: with this process, whatever becomes of it. At once, since nothing is to be kept,
-/// and an API server whose etcd is gone takes its time.
-const UNTIL_EOF: &str =
-    r#""$0" "$@" < /dev/null & part=$!; read -r _; kill -9 "$part"; wait "$part" 2> /dev/null"#;
 
 /// Controllers that these tests need, and the kubelet's part of the API server's work does not replace.
 const CONTROLLERS: &str = "deployment-controller,replicaset-controller,job-controller,garbage-collector-controller,\
@@ -35,30 +30,9 @@ pub fn kube_definition(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-kube/definitions").join(name)
 }
 
-/// A process that ends with this one, and when it is dropped.
-#[derive(Debug)]
-pub struct Part(Child);
-
-impl Part {
-    fn start(program: &Path, arguments: &[String], log: &Path) -> Self {
-        let file = || File::create(log).expect("the test's folder can be written");
-        let child = Command::new("sh")
-            .args(["-c", UNTIL_EOF])
-            .arg(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(file())
-            .spawn();
-        Self(child.expect("there is a shell"))
-    }
-}
-
-impl Drop for Part {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
+/// A part of a control plane: nothing of it is to be kept, and an API server whose etcd is gone takes its time.
+fn part(flags: &[String], log: &Path) -> Server {
+    Server::start(&kube_tool("controlplane"), flags, log, End::AtOnce)
 }
 
 /// A cluster under way. It ends when it is dropped or this process ends.
@@ -66,7 +40,7 @@ impl Drop for Part {
 pub struct Cluster {
     // Pods first, then what they speak with.
     kubelet: Option<Kubelet>,
-    _parts: Vec<Part>,
+    _parts: Vec<Server>,
     folder: PathBuf,
 }
 
@@ -91,7 +65,7 @@ impl Cluster {
             format!("--listen-peer-urls=http://127.0.0.1:{peers}"),
             "--unsafe-no-fsync".to_owned(),
         ];
-        let mut parts = vec![Part::start(&program, &words("etcd", flags), &folder.join("etcd.log"))];
+        let mut parts = vec![part(&words("etcd", flags), &folder.join("etcd.log"))];
         wait_until("etcd listens", || TcpStream::connect(("127.0.0.1", etcd)).is_ok());
 
         // Any pair of keys will do for the tokens of service accounts.
@@ -114,7 +88,7 @@ impl Cluster {
             // So that services are on this machine.
             "--service-cluster-ip-range=127.96.0.0/16".to_owned(),
         ];
-        parts.push(Part::start(&program, &words("apiserver", flags), &folder.join("apiserver.log")));
+        parts.push(part(&words("apiserver", flags), &folder.join("apiserver.log")));
         let config = kubeconfig(api, ADMIN);
         std::fs::write(at("admin.kubeconfig"), &config).expect("the test's folder can be written");
         let mut cluster = Self { kubelet: None, _parts: parts, folder: folder.to_owned() };
@@ -128,9 +102,7 @@ impl Cluster {
             format!("--service-account-private-key-file={key}"),
             format!("--controllers={CONTROLLERS}"),
         ];
-        let part =
-            Part::start(&program, &words("controller-manager", flags), &folder.join("controllers.log"));
-        cluster._parts.push(part);
+        cluster._parts.push(part(&words("controller-manager", flags), &folder.join("controllers.log")));
         let pods = folder.join("pods");
         cluster.kubelet = Some(Kubelet::start(&cluster.kubeconfig(), &pods));
         Some(cluster)
@@ -194,7 +166,7 @@ impl Cluster {
     ///
     /// # Panics
     /// When any of it is refused.
-    pub fn start_job_sets(&self) -> Part {
+    pub fn start_job_sets(&self) -> Server {
         let text = |path: PathBuf| std::fs::read_to_string(path).expect("scripts/kube-tools fetched it");
         self.apply(&text(kube_definition("jobset/jobset.x-k8s.io_jobsets.yaml")));
         let known = || self.kubectl(&["get", "jobsets", "-A"]).is_ok();
@@ -206,7 +178,7 @@ impl Cluster {
             format!("--webhook-port={port}"),
             format!("--cert-dir={}", keys.display()),
         ];
-        let part = Part::start(&kube_tool("controlplane"), &flags, &self.folder.join("jobset.log"));
+        let controller = part(&flags, &self.folder.join("jobset.log"));
         wait_until("JobSet's webhooks listen", || TcpStream::connect(("127.0.0.1", port)).is_ok());
         // As they are published, but for where they are. Those of pods are for JobSets that want nodes of their own.
         let hooks = kube_definition("jobset/manifests.yaml").display().to_string();
@@ -234,7 +206,7 @@ impl Cluster {
             }
         }
         assert_eq!(count, 2, "one changes and one refuses");
-        part
+        controller
     }
 
     /// Applies a manifest.

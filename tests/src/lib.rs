@@ -10,17 +10,19 @@ mod network;
 mod proxy;
 mod run;
 mod s3;
+mod server;
 mod tool;
 
 pub use browser::Browser;
 pub use cloud::{Cloud, Kind};
-pub use cluster::{Cluster, Part, kube_definition, kube_tool};
+pub use cluster::{Cluster, kube_definition, kube_tool};
 pub use collector::Collector;
 pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
 pub use network::Network;
 pub use proxy::{Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
 pub use s3::S3;
+pub use server::Server;
 pub use tool::{Prometheus, http, http_at, page};
 
 /// A counter-based generator for the moments at which a test strikes (SplitMix64).

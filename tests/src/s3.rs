@@ -1,24 +1,19 @@
 //! A real S3 server on loopback, for the tests that want a bucket.
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 
+use crate::server::{End, Server};
 use crate::{free_port, wait_until};
 
 /// The bucket that there is from the start.
 const BUCKET: &str = "anello";
 
-/// Runs the server until standard input ends: with this process, whatever becomes of it.
-pub(crate) const UNTIL_EOF: &str =
-    r#""$0" "$@" < /dev/null & server=$!; read -r _; kill "$server"; wait "$server""#;
-
 /// moto's server under way, with an empty bucket. It ends when it is dropped or this process ends, and keeps nothing.
 #[derive(Debug)]
 pub struct S3 {
-    child: Child,
+    _server: Server,
     port: u16,
 }
 
@@ -32,18 +27,10 @@ impl S3 {
         assert!(server.exists(), "{} is missing; run scripts/s3-venv", server.display());
         std::fs::create_dir_all(logs).expect("the test's folder can be written");
         let port = free_port();
-        let log =
-            || File::create(logs.join(format!("s3-{port}.log"))).expect("the test's folder can be written");
-        let child = Command::new("sh")
-            .args(["-c", UNTIL_EOF])
-            .arg(server)
-            .args(["-H", "127.0.0.1", "-p", &port.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(log())
-            .spawn()
-            .expect("there is a shell");
-        let s3 = Self { child, port };
+        let arguments = ["-H", "127.0.0.1", "-p", &port.to_string()];
+        let log = logs.join(format!("s3-{port}.log"));
+        let _server = Server::start(&server, &arguments, &log, End::Politely);
+        let s3 = Self { _server, port };
         wait_until("the S3 server listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
         let made = s3.request("PUT", &format!("/{BUCKET}"));
         assert!(made.starts_with("HTTP/1.1 200"), "the bucket cannot be made: {made}");
@@ -101,12 +88,5 @@ impl S3 {
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).expect("the S3 server answers");
         String::from_utf8_lossy(&answer).into_owned()
-    }
-}
-
-impl Drop for S3 {
-    fn drop(&mut self) {
-        drop(self.child.stdin.take());
-        let _ = self.child.wait();
     }
 }

@@ -31,6 +31,12 @@ pub struct At {
     tls: TlsArgs,
 }
 
+/// How many jobs the coordinator at `address` has.
+pub fn count(address: &str, tls: &TlsArgs) -> Result<usize, Failure> {
+    let at = At { coordinator: address.to_owned(), tls: tls.clone() };
+    Ok(Client::connect(&at)?.list(v1::ListRequest {})?.jobs.len())
+}
+
 /// Arguments of the commands about one job.
 #[derive(Clone, Debug, clap::Args)]
 pub struct JobArgs {

@@ -282,7 +282,16 @@ fn what_is_not_there_is_said() {
     let text = "there is no coordinator at 127.0.0.1:9; start one with `anello coordinator --jobs DIR`";
     assert!(done.log.contains(text), "{done:?}");
     done.expect(1);
+    let doctor = |address: &str| world().anello(&["doctor", "--coordinator", address]);
+    let done = doctor("127.0.0.1:9");
+    assert!(done.out.contains("not reached") && done.out.contains("nobody listens at this port"), "{done:?}");
+    done.expect(1);
+    let done = doctor("127.0.0.1");
+    assert!(done.out.contains("give it as host:port"), "{done:?}");
+    done.expect(1);
     let coordinator = Coordinator::start("jobs-none", 1, 1);
+    let told = doctor(&coordinator.address).expect(0);
+    assert!(told.contains("is reached from here") && told.contains("it has 0 jobs"), "{told}");
     assert!(coordinator.ask(&["list"]).expect(0).contains("there are no jobs"));
     let done = coordinator.ask(&["watch", "a"]);
     assert!(done.log.contains("there is no job a; there are none"), "{done:?}");

@@ -1,9 +1,13 @@
-//! `anello doctor`: is a store fit for runs, and what is there of GPUs?
+//! `anello doctor`: is a store fit for runs, is a coordinator reached from here, and what is there of this machine and its GPUs?
+
+mod machine;
+mod way;
 
 use anello_store::Store;
 use anello_store::doctor::{self, Checkup, Latency, Raced};
 use anello_worker::device;
 
+use crate::certs::TlsArgs;
 use crate::failure::{Exit, Outcome};
 use crate::screen::Screen;
 use crate::text::short;
@@ -12,17 +16,40 @@ use crate::text::short;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A folder, or a URL: s3://BUCKET/PREFIX, gs://…, az://…. Small objects are written there, and removed.
-    /// Without one: the GPUs of this machine, and what is needed to compute on them.
+    /// Without one: this machine, its GPUs, and what is needed to compute on them.
     #[arg(value_name = "PLACE")]
     place: Option<String>,
+    /// Try out whether a coordinator is reached from here instead: host:port. Its name, the way there, certificates, and
+    /// whether it answers.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "place")]
+    coordinator: Option<String>,
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    tls: TlsArgs,
 }
 
 /// `anello doctor`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
-    let Some(place) = &args.place else { return gpus(args.json, screen) };
+    if let Some(coordinator) = &args.coordinator {
+        let (reached, lines) = way::checkup(coordinator, &args.tls);
+        let answer = if reached { "is reached from here" } else { "is not reached from here" };
+        return found(
+            &format!("the coordinator at {coordinator} {answer}"),
+            "reached",
+            reached,
+            &lines,
+            args,
+            screen,
+        );
+    }
+    let Some(place) = &args.place else {
+        let (fit, gpus) = device::checkup();
+        let whose = if fit { "the GPUs" } else { "the CPU" };
+        let lines = [gpus, machine::checkup()].concat();
+        return found(&format!("runs compute on {whose} of this machine"), "gpus", fit, &lines, args, screen);
+    };
     let checkup = doctor::check(&Store::durable(place)?)?;
     screen.print(&match args.json {
         true => serde_json::to_string_pretty(&checkup).expect("a check-up has string keys") + "\n",
@@ -31,16 +58,13 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     Ok(if checkup.is_fit() { Exit::Done } else { Exit::No })
 }
 
-/// What there is of GPUs.
-fn gpus(json: bool, screen: &Screen) -> Outcome {
-    let (fit, lines) = device::checkup();
-    let answer =
-        if fit { "runs may use the GPUs of this machine" } else { "runs compute on the CPU of this machine" };
-    screen.print(&match json {
-        true => serde_json::json!({ "gpus": fit, "found": lines }).to_string() + "\n",
+/// An answer, and what it follows from.
+fn found(answer: &str, key: &str, yes: bool, lines: &[String], args: &Args, screen: &Screen) -> Outcome {
+    screen.print(&match args.json {
+        true => serde_json::json!({ key: yes, "found": lines }).to_string() + "\n",
         false => format!("{answer}\n  {}\n", lines.join("\n  ")),
     })?;
-    Ok(if fit { Exit::Done } else { Exit::No })
+    Ok(if yes { Exit::Done } else { Exit::No })
 }
 
 /// The answer first.
