@@ -238,7 +238,9 @@ impl State {
         let weights = part(&self.weights, blocks.start * BLOCK..blocks.end * BLOCK);
         let [exp_avg, exp_avg_sq] = self.moments(blocks);
         let reading = Arc::new(Reading::start([weights, exp_avg, exp_avg_sq]));
-        self.reading.borrow_mut().push(Arc::clone(&reading));
+        if let Reading::Beside(_) = *reading {
+            self.reading.borrow_mut().push(Arc::clone(&reading));
+        }
         reading
     }
 
