@@ -321,23 +321,33 @@ pub fn write(store: &Store, records: &[StepRecord]) -> Result<()> {
     Err(Error::Fenced { place: store.place_of(&path) })
 }
 
+/// The objects of records, in the order of their steps: first and last step, and path.
+fn objects(store: &Store) -> Result<Vec<((u64, u64), String)>> {
+    let listed = store.list("metrics")?.into_iter();
+    let mut objects: Vec<_> =
+        listed.filter_map(|object| Some((range_of(&object.path)?, object.path))).collect();
+    objects.sort_unstable_by_key(|(range, _)| *range);
+    Ok(objects)
+}
+
+/// The records of an object; absent: it is gone.
+fn records_of(store: &Store, path: &str) -> Result<Option<Vec<StepRecord>>> {
+    let Some(bytes) = store.get(path)? else { return Ok(None) };
+    let malformed =
+        |cause| Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew");
+    decode(bytes).map(Some).map_err(malformed)
+}
+
 /// Hands over the records of steps after `after` (absent: all) in the order of their steps, each step once, as objects are read: no
 /// more of them are in memory than hold the same step.
 pub fn read_after(store: &Store, after: Option<u64>, mut take: impl FnMut(StepRecord)) -> Result<()> {
-    let objects = store.list("metrics")?;
-    let mut ranges: Vec<((u64, u64), &Object)> =
-        objects.iter().filter_map(|object| Some((range_of(&object.path)?, object))).collect();
-    ranges.sort_unstable_by_key(|(range, _)| *range);
     // What a later object may tell otherwise: of a step that two of them hold, the later one counts.
     let mut held = BTreeMap::new();
-    for ((first, last), Object { path, .. }) in ranges {
+    for ((first, last), path) in objects(store)? {
         if after.is_some_and(|after| last <= after) {
             continue;
         }
-        let Some(bytes) = store.get(path)? else { continue };
-        let records = decode(bytes).map_err(|cause| {
-            Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew")
-        })?;
+        let Some(records) = records_of(store, &path)? else { continue };
         let untold = held.split_off(&first);
         std::mem::replace(&mut held, untold).into_values().for_each(&mut take);
         let wanted = records.into_iter().filter(|record| after.is_none_or(|after| record.step > after));
@@ -357,20 +367,14 @@ pub fn read(store: &Store) -> Result<Vec<StepRecord>> {
 /// The last `count` records of a run in order of their steps: no more objects are read than hold them.
 pub fn read_last(store: &Store, count: usize) -> Result<Vec<StepRecord>> {
     let mut by_step = BTreeMap::new();
-    let objects = store.list("metrics")?;
-    let mut ranges: Vec<((u64, u64), &Object)> =
-        objects.iter().filter_map(|object| Some((range_of(&object.path)?, object))).collect();
-    ranges.sort_unstable_by_key(|(range, _)| *range);
-    for (at, (_, Object { path, .. })) in ranges.iter().enumerate().rev() {
-        let Some(bytes) = store.get(path)? else { continue };
-        let records = decode(bytes).map_err(|cause| {
-            Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew")
-        })?;
+    let objects = objects(store)?;
+    for (at, (_, path)) in objects.iter().enumerate().rev() {
+        let Some(records) = records_of(store, path)? else { continue };
         // Of two that hold a step the later one counts.
         for record in records {
             by_step.entry(record.step).or_insert(record);
         }
-        let before = ranges[..at].iter().map(|((_, last), _)| *last).max();
+        let before = objects[..at].iter().map(|((_, last), _)| *last).max();
         let enough = by_step.keys().rev().take(count).filter(|step| Some(**step) > before).count();
         if enough == count {
             break;

@@ -15,7 +15,7 @@ use crate::ffi::torch::{self, Event, Stream};
 use crate::params::BLOCK;
 
 /// A GPU that fails is the end of the thread that uses it, as it is in every tensor operation.
-const FAILED: &str = "the GPU and its pinned memory work";
+pub(crate) const FAILED: &str = "the GPU and its pinned memory work";
 
 /// Blocks of a GPU's buffer that are on the host at a time: 256 MiB.
 const PIECE: usize = 256 << 20 >> 2;
@@ -51,6 +51,11 @@ pub(crate) fn pieces(flat: &Tensor) -> impl Iterator<Item = OnHost> {
     (0..len)
         .step_by(piece)
         .map(move |start| OnHost::of(&flat.narrow(0, start as i64, piece.min(len - start) as i64)))
+}
+
+/// The bytes of a buffer, little-endian, in memory of their own, which nobody has cleared first: half the time of a tensor's copy.
+pub(crate) fn copied(flat: &Tensor) -> Vec<u8> {
+    bytes(&OnHost::of(flat)).to_vec()
 }
 
 /// Room for a copy of `tensor` on the host, whatever is in it: memory that its GPU copies from and to without a detour.
@@ -97,13 +102,18 @@ impl Beside {
 
     /// Starts copies of `from` into `to`, after what this thread computes so far. Until they are made nobody may free or use
     /// either, but who has made the stream in question wait for the event.
-    pub fn start<'a>(self, copies: impl IntoIterator<Item = (&'a Tensor, &'a Tensor)>) -> Event {
+    pub fn start(self, copies: impl IntoIterator<Item = (Tensor, Tensor)>) -> Event {
         let computed = Stream::current(self.device).and_then(Stream::record).expect(FAILED);
         self.copies.wait(&computed).expect(FAILED);
         let copied =
-            self.copies.scope(|| copies.into_iter().try_for_each(|(from, to)| torch::copy_async(to, from)));
+            self.copies.scope(|| copies.into_iter().try_for_each(|(from, to)| torch::copy_async(&to, &from)));
         copied.and_then(|copied| copied).expect(FAILED);
         self.copies.record().expect(FAILED)
+    }
+
+    /// Waits until all copies that were started are made, or have failed.
+    pub fn finish(self) {
+        let _ = self.copies.synchronize();
     }
 
     /// Has what this thread computes from now on wait for `event`.
@@ -127,7 +137,6 @@ pub(crate) enum Reading {
 pub(crate) struct Copies {
     beside: Beside,
     under_way: Mutex<UnderWay>,
-    lens: Vec<usize>,
     to: Arc<ffi::Shared>,
 }
 
@@ -146,10 +155,7 @@ impl Reading {
     /// [`Reading::compute_after`] first.
     pub fn start<const N: usize>(from: [Tensor; N]) -> Self {
         match from[0].device() {
-            // One copy, into memory that nobody has cleared: half the time of a tensor's.
-            Device::Cpu => {
-                Self::Made(from.iter().map(|flat| bytes(ffi::as_slice(flat)).to_vec().into()).collect())
-            }
+            Device::Cpu => Self::Made(from.iter().map(|flat| copied(flat).into()).collect()),
             _ => Self::Beside(Copies::start(from)),
         }
     }
@@ -175,10 +181,10 @@ impl Copies {
     fn start<const N: usize>(from: [Tensor; N]) -> Self {
         let beside = Beside::of(from[0].device());
         let to = from.each_ref().map(room);
-        let done = beside.start(from.iter().zip(&to));
-        let lens = to.iter().map(Tensor::numel).collect();
+        let pairs = from.iter().zip(&to);
+        let done = beside.start(pairs.map(|(from, to)| (from.shallow_clone(), to.shallow_clone())));
         let under_way = Mutex::new(UnderWay { done, from: from.into() });
-        Self { beside, under_way, lens, to: Arc::new(ffi::Shared::new(to.into())) }
+        Self { beside, under_way, to: Arc::new(ffi::Shared::new(to.into())) }
     }
 
     fn wait(&self) {
@@ -194,15 +200,15 @@ impl Copies {
     }
 
     fn bytes(&self, index: usize) -> Bytes {
-        struct Copied(Arc<ffi::Shared>, usize, usize);
+        struct Copied(Arc<ffi::Shared>, usize);
         impl AsRef<[u8]> for Copied {
             fn as_ref(&self) -> &[u8] {
-                let Self(all, index, len) = self;
-                bytes(all.elements(*index, 0..*len))
+                let Self(all, index) = self;
+                bytes(all.elements(*index, 0..all.lens()[*index]))
             }
         }
         self.wait();
-        Bytes::from_owner(Copied(Arc::clone(&self.to), index, self.lens[index]))
+        Bytes::from_owner(Copied(Arc::clone(&self.to), index))
     }
 }
 

@@ -71,7 +71,7 @@ impl Shelf {
     }
 
     fn start(&self, to: Tensor, from: Tensor) -> Moving {
-        let done = self.copies.start([(&from, &to)]);
+        let done = self.copies.start([(from.shallow_clone(), to.shallow_clone())]);
         Moving { to, _from: from, done, copies: self.copies }
     }
 }

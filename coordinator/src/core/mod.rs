@@ -74,6 +74,13 @@ pub struct Options {
     pub learners: bool,
 }
 
+impl Options {
+    /// Members of a ring that have the state when it begins: those of later ranks are sent it while these train.
+    pub fn trainers(&self, formation: &Formation) -> usize {
+        if self.learners { formation.trainers() } else { formation.members.len() }
+    }
+}
+
 /// What the job's user wants of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Goal {

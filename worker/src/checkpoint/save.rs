@@ -5,9 +5,8 @@ use std::sync::Arc;
 
 use anello_store::checkpoint::{Facts, Stamp, Written, write_blocks};
 use anello_store::{Result, Store};
-use tch::{Device, Tensor};
 
-use crate::host::{self, OnHost, Reading};
+use crate::host::{self, Reading};
 use crate::optimizer::State;
 
 /// A copy on the host of what one writer adds to a checkpoint, of the state between two steps.
@@ -30,19 +29,7 @@ impl Snapshot {
         let reading = state.read(blocks.clone());
         Self { facts, blocks, reading }
     }
-}
 
-/// The bytes of a buffer, little-endian.
-pub(crate) fn host(flat: &Tensor) -> Vec<u8> {
-    if flat.device() == Device::Cpu {
-        return host::bytes(&OnHost::of(flat)).to_vec();
-    }
-    let mut bytes = vec![0u8; flat.numel() * 4];
-    flat.copy_data_u8(&mut bytes, flat.numel());
-    bytes
-}
-
-impl Snapshot {
     /// The blocks that it holds.
     pub fn blocks(&self) -> Range<usize> {
         self.blocks.clone()

@@ -177,10 +177,56 @@ impl Circle {
         Self { peers: addresses.into_iter().map(to).collect(), generation, step, silence }
     }
 
-    /// What one of them answers.
+    /// A connection to one of them: it cannot be reached when there was no answer at all for `silence`, or the two do not believe
+    /// one another. With it comes how to say what fails later.
+    async fn client(
+        &self,
+        at: usize,
+    ) -> Result<(PeersClient<Channel>, impl Fn(String) -> Failed + use<>), Failed> {
+        let peer = &self.peers[at];
+        let address = peer.address.clone();
+        let failed = move |what: String| Failed::from(format!("state from {address}: {what}"));
+        match peer.connect_watched(self.silence).await {
+            Ok(channel) => Ok((PeersClient::new(channel), failed)),
+            Err(cause) => {
+                let is_apart = matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
+                Err(Failed { unreachable: Some(at).filter(|_| is_apart), ..failed(cause.to_string()) })
+            }
+        }
+    }
+
+    /// One peer's part. A peer that has not got there yet is asked again.
     async fn fetch(self, at: usize, request: StateRequest) -> Result<(Head, Vec<StateBlocks>), Failed> {
-        let failed = |(is_apart, reason)| Failed { unreachable: Some(at).filter(|_| is_apart), reason };
-        fetch(&self.peers[at], request, self.silence).await.map_err(failed)
+        let (mut client, failed) = self.client(at).await?;
+        // One that falls silent meanwhile is found by the next generation, which cannot connect to it.
+        let ended = |status: Status| failed(status.to_string());
+        let mut stream = loop {
+            match client.state(request).await {
+                Ok(stream) => break stream.into_inner(),
+                Err(status) if is_not_there_yet(&status) => tokio::time::sleep(AGAIN).await,
+                Err(status) => return Err(ended(status)),
+            }
+        };
+        let (mut head, mut chunks) = (None, Vec::new());
+        while let Some(message) = stream.next().await {
+            match message.map_err(ended)?.chunk {
+                Some(Chunk::Head(said)) => head = Some(Head::read(&said).map_err(&failed)?),
+                Some(Chunk::Blocks(blocks)) => {
+                    let StateBlocks { weights, exp_avg, exp_avg_sq, blake3, first_block } = &blocks;
+                    if digest([weights, exp_avg, exp_avg_sq]) != *blake3 {
+                        return Err(failed(format!(
+                            "blocks from {first_block} on have another digest than was sent"
+                        )));
+                    }
+                    if [weights, exp_avg, exp_avg_sq].iter().any(|bytes| bytes.len() % BLOCK_BYTES != 0) {
+                        return Err(failed("a chunk is not of whole blocks".to_owned()));
+                    }
+                    chunks.push(blocks);
+                }
+                None => return Err(failed("an empty chunk".to_owned())),
+            }
+        }
+        Ok((head.ok_or_else(|| failed("no head".to_owned()))?, chunks))
     }
 
     fn request(&self) -> StateRequest {
@@ -223,14 +269,7 @@ impl Circle {
         at: usize,
         blocks: Range<usize>,
     ) -> Result<impl Stream<Item = Result<(Step, usize, [Vec<u8>; 3]), Failed>> + use<>, Failed> {
-        let peer = &self.peers[at];
-        let told = |what: String| Failed::from(format!("state from {}: {what}", peer.address));
-        let channel = connected(peer, self.silence).await;
-        let mut client =
-            PeersClient::new(channel.map_err(|(is_apart, reason)| Failed {
-                unreachable: Some(at).filter(|_| is_apart),
-                reason,
-            })?);
+        let (mut client, failed) = self.client(at).await?;
         let request = LiveRequest {
             generation: self.generation.0,
             first_block: blocks.start as u64,
@@ -240,10 +279,9 @@ impl Circle {
             match client.live(request).await {
                 Ok(stream) => break stream.into_inner(),
                 Err(status) if is_not_there_yet(&status) => tokio::time::sleep(AGAIN).await,
-                Err(status) => return Err(told(status.to_string())),
+                Err(status) => return Err(failed(status.to_string())),
             }
         };
-        let address = peer.address.clone();
         let mut wanted = blocks;
         Ok(stream.map(move |message| {
             let read = message.map_err(|status| status.to_string()).and_then(|message| {
@@ -261,7 +299,7 @@ impl Circle {
                     Some(block) => Ok((Step(step), block, buffers)),
                 }
             });
-            read.map_err(|what| Failed::from(format!("state from {address}: {what}")))
+            read.map_err(&failed)
         }))
     }
 
@@ -339,60 +377,9 @@ async fn unless_aborted<T>(
     }
 }
 
-/// A connection to a peer. With an error comes whether there was no answer at all for `silence`, or the two do not believe one
-/// another.
-async fn connected(peer: &To, silence: Duration) -> Result<Channel, (bool, String)> {
-    peer.connect_watched(silence).await.map_err(|cause| {
-        let is_apart = matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
-        (is_apart, format!("state from {}: {cause}", peer.address))
-    })
-}
-
 /// Whether it is the peer's own word that it has not got there yet; one of the connection has a source.
 fn is_not_there_yet(status: &Status) -> bool {
     status.code() == tonic::Code::Unavailable && std::error::Error::source(status).is_none()
-}
-
-/// One peer's part. A peer that has not got there yet is asked again. With an error comes whether there was no answer at all
-/// for `silence`, or the two do not believe one another.
-async fn fetch(
-    peer: &To,
-    request: StateRequest,
-    silence: Duration,
-) -> Result<(Head, Vec<StateBlocks>), (bool, String)> {
-    let told = |what: String| format!("state from {}: {what}", peer.address);
-    let failed = |what: String| (false, told(what));
-    let channel = connected(peer, silence).await?;
-    // One that falls silent meanwhile is found by the next generation, which cannot connect to it.
-    let ended = |status: Status| failed(status.to_string());
-    let mut client = PeersClient::new(channel);
-    let mut stream = loop {
-        match client.state(request).await {
-            Ok(stream) => break stream.into_inner(),
-            Err(status) if is_not_there_yet(&status) => tokio::time::sleep(AGAIN).await,
-            Err(status) => return Err(ended(status)),
-        }
-    };
-    let (mut head, mut chunks) = (None, Vec::new());
-    while let Some(message) = stream.next().await {
-        match message.map_err(ended)?.chunk {
-            Some(Chunk::Head(said)) => head = Some(Head::read(&said).map_err(failed)?),
-            Some(Chunk::Blocks(blocks)) => {
-                let StateBlocks { weights, exp_avg, exp_avg_sq, blake3, first_block } = &blocks;
-                if digest([weights, exp_avg, exp_avg_sq]) != *blake3 {
-                    return Err(failed(format!(
-                        "blocks from {first_block} on have another digest than was sent"
-                    )));
-                }
-                if [weights, exp_avg, exp_avg_sq].iter().any(|bytes| bytes.len() % BLOCK_BYTES != 0) {
-                    return Err(failed("a chunk is not of whole blocks".to_owned()));
-                }
-                chunks.push(blocks);
-            }
-            None => return Err(failed("an empty chunk".to_owned())),
-        }
-    }
-    Ok((head.ok_or_else(|| failed("no head".to_owned()))?, chunks))
 }
 
 #[cfg(test)]

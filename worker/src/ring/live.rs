@@ -21,7 +21,8 @@ use std::time::Duration;
 use anello_proto::ring::Step;
 use tch::Tensor;
 
-use crate::checkpoint::{flat, host};
+use crate::checkpoint::flat;
+use crate::host;
 use crate::optimizer::State;
 use crate::params::BLOCK;
 
@@ -108,7 +109,8 @@ impl Live {
         let now = self.now();
         let is_there = blocks.start < blocks.end && blocks.end <= self.blocks;
         let is_whole = is_there && now.missing.range(blocks.clone()).next().is_none();
-        is_whole.then(|| (now.step, now.buffers.each_ref().map(|buffer| host(&part(buffer, &blocks)))))
+        is_whole
+            .then(|| (now.step, now.buffers.each_ref().map(|buffer| host::copied(&part(buffer, &blocks)))))
     }
 
     /// Fills in blocks, from `first` on, that were read after `step`, if they are wanted.
@@ -181,7 +183,7 @@ pub(super) mod tests {
     }
 
     pub(in crate::ring) fn bytes(state: &State) -> [Vec<u8>; 3] {
-        [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(host)
+        [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(host::copied)
     }
 
     #[test]

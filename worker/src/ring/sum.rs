@@ -14,8 +14,9 @@ use anello_collective::{Collective, Error as RingError, Partials, Step};
 use tch::{Device, Kind, Tensor};
 
 use crate::engine::Growing;
-use crate::ffi::torch::{self, Event, Stream};
+use crate::ffi::torch::{self, Event};
 use crate::ffi::{self, Shared};
+use crate::host::{Beside, FAILED};
 use crate::objective::LossSums;
 use crate::params::BLOCK;
 
@@ -81,21 +82,17 @@ impl Total {
 /// Copies on the host of a GPU's partial sums, made on a stream of their own beside the backward.
 #[derive(Debug)]
 struct Staging {
-    device: Device,
-    copies: Stream,
+    copies: Beside,
     /// Pinned: one for each partial sum, as many as a step has needed.
     parts: Vec<Tensor>,
     /// Pinned: the sum.
     total: Tensor,
 }
 
-/// A GPU that fails is the end of the thread that uses it, as it is in every tensor operation.
-const FAILED: &str = "the GPU and its pinned memory work";
-
 impl Staging {
     fn new(len: usize, device: Device) -> Self {
-        let copies = Stream::new(device).expect(FAILED);
-        Self { device, copies, parts: Vec::new(), total: torch::pinned(len).expect(FAILED).zero_() }
+        let total = torch::pinned(len).expect(FAILED).zero_();
+        Self { copies: Beside::of(device), parts: Vec::new(), total }
     }
 
     /// Memory for copies of `buffers`.
@@ -108,23 +105,17 @@ impl Staging {
 
     /// Copies these blocks of `buffers` once the current stream is through with them; the event is that they are here.
     fn copy(&self, buffers: &[Tensor], blocks: &Range<usize>) -> Event {
-        let computed = Stream::current(self.device).and_then(Stream::record).expect(FAILED);
-        self.copies.wait(&computed).expect(FAILED);
         let (start, len) = ((blocks.start * BLOCK) as i64, (blocks.len() * BLOCK) as i64);
-        let copied = self.copies.scope(|| {
-            buffers.iter().zip(&self.parts).try_for_each(|(from, to)| {
-                torch::copy_async(&to.narrow(0, start, len), &from.narrow(0, start, len))
-            })
-        });
-        copied.and_then(|copied| copied).expect(FAILED);
-        self.copies.record().expect(FAILED)
+        let pairs = buffers.iter().zip(&self.parts);
+        let cut = pairs.map(|(from, to)| [from, to].map(|flat| flat.narrow(0, start, len)));
+        self.copies.start(cut.map(|[from, to]| (from, to)))
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
         // A ring that broke may have left copies under way into memory that goes now.
-        let _ = self.copies.synchronize();
+        self.copies.finish();
     }
 }
 

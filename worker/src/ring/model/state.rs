@@ -9,8 +9,9 @@ use anello_store::Error as StoreError;
 
 use super::*;
 use crate::account::position_after;
-use crate::checkpoint::{Snapshot, flat, host};
+use crate::checkpoint::{Snapshot, flat};
 use crate::cover::Cover;
+use crate::host;
 use crate::init::initial_state;
 use crate::optimizer::State;
 use crate::ring::circle::{Asked, Circle, Failed, Gathered, Head, share_out};
@@ -308,7 +309,7 @@ impl Thread {
             offered.updates = state.updates;
             if with_moments {
                 offered.cover = state.cover.clone();
-                offered.moments = [&state.exp_avg, &state.exp_avg_sq].map(host);
+                offered.moments = [&state.exp_avg, &state.exp_avg_sq].map(host::copied);
             }
             match &held.pending {
                 Some(pending) if standing == Standing::Next => {
@@ -316,12 +317,12 @@ impl Thread {
                     ahead.complete(&pending.prepared, None);
                     offered.cover = ahead.cover.clone();
                     offered.updates = ahead.updates;
-                    offered.moments = [&ahead.exp_avg, &ahead.exp_avg_sq].map(host);
+                    offered.moments = [&ahead.exp_avg, &ahead.exp_avg_sq].map(host::copied);
                 }
                 _ => {
                     (offered.cursors, offered.losses) = (held.cursors.clone(), state.losses.clone());
                     if with_weights {
-                        offered.weights = host(&state.weights);
+                        offered.weights = host::copied(&state.weights);
                         offered.weights_cover = Cover::all(state.layout.blocks());
                     }
                 }

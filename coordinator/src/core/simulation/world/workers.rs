@@ -84,7 +84,7 @@ impl World {
 
     /// Whether a member gets the state while the others train.
     pub(super) fn learns(&self, worker: WorkerId, formation: &Formation) -> bool {
-        self.options.learners && formation.rank(worker) >= Some(formation.trainers())
+        formation.rank(worker) >= Some(self.options.trainers(formation))
     }
 
     /// The blocks whose moments a member needs.
@@ -223,7 +223,7 @@ impl World {
     pub(super) fn save(&mut self, worker: WorkerId, generation: Generation, leave: Option<Cause>) {
         let Some((step, state)) = self.workers[&worker].state else { return };
         let formation = &self.rings[&generation].formation;
-        let writers = if self.options.learners { formation.trainers() } else { formation.members.len() };
+        let writers = self.options.trainers(formation);
         let (rank, all) = (formation.rank(worker).expect("a member") as u64, writers as u64);
         let buddy = formation.members[((rank + 1) % all) as usize].worker;
         let copy = Copied { step, generation, state, rank, all, buddy };
