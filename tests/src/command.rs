@@ -55,9 +55,20 @@ pub fn signal(process: u32, signal: &str) {
     let _ = sent.expect("there is a shell");
 }
 
-/// A port of loopback that nobody has now.
+/// A port of loopback that nobody has now, and that the system gives nobody who asks for any: whoever was promised it may
+/// be killed and come back to it.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a free port").port()
+    // Below those of Linux's net.ipv4.ip_local_port_range, from a place of the process's own.
+    const FIRST: u32 = 15_000;
+    const COUNT: u32 = 17_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let start = std::process::id().wrapping_mul(101);
+    let any =
+        std::iter::repeat_with(|| NEXT.fetch_add(1, Ordering::Relaxed).wrapping_add(start) % COUNT + FIRST);
+    any.take(COUNT as usize)
+        .map(|port| port as u16)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a free port")
 }
 
 /// Waits until `condition` holds.

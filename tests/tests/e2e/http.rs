@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anello_coordinator::telemetry::rules::{Limits, render};
-use anello_tests::{Process, Prometheus, http, newest_checkpoint, page, signal, wait_until};
+use anello_tests::{Process, Prometheus, free_port, http, newest_checkpoint, page, signal, wait_until};
 
 use super::world;
 
@@ -200,7 +200,7 @@ fn a_worker_tells_its_own_metrics() {
     let run = ["run", "small.toml", "--out", "http-worker", "--workers", "2", "--external", "--sample", "0"];
     let long = ["--set", "stage.stable.tokens=300000"];
     let serving = Serving::start(&[&run[..], &long].concat());
-    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).unwrap().port();
+    let port = free_port();
     let address = format!("127.0.0.1:{port}");
     let worker = ["worker", "--coordinator", &serving.coordinator, "--job", "small", "--http", &address];
     let _worker = Process::start(&world().folder, &worker);
