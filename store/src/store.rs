@@ -6,14 +6,15 @@ mod pieces;
 use std::ops::Range;
 use std::path::{Path as FilePath, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
+use object_store::client::{HttpError, HttpErrorKind};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::{Path, PathPart};
-use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 use tokio::runtime::Runtime;
 
 pub use self::direct::Reader;
@@ -25,6 +26,8 @@ use crate::{Error, Result};
 
 /// Attempts at a put-if-absent, and the pause after the first: 6.3 s of pauses in all.
 const CREATE: Attempts = Attempts { most: 7, pause: Duration::from_millis(100) };
+/// Time after which an answer that broke off is not asked for again: the client may have spent as long on each.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A folder or bucket prefix, read and written from plain threads. Clones are the same store.
 ///
@@ -200,7 +203,7 @@ impl Store {
     pub fn list(&self, folder: &str) -> Result<Vec<Object>> {
         let at = self.at(folder);
         let list = || self.runtime.block_on(self.inner.list(Some(&at)).try_collect::<Vec<_>>());
-        let found = self.list_patiently(folder, list)?;
+        let found = self.patiently(Operation::List, list).map_err(|e| self.failed("listing", folder, e))?;
         let mut objects: Vec<Object> = found
             .into_iter()
             .filter_map(|meta| {
@@ -217,28 +220,31 @@ impl Store {
     pub fn folders(&self, folder: &str) -> Result<Vec<String>> {
         let at = self.at(folder);
         let list = || self.runtime.block_on(self.inner.list_with_delimiter(Some(&at)));
-        let found = self.list_patiently(folder, list)?;
+        let found = self.patiently(Operation::List, list).map_err(|e| self.failed("listing", folder, e))?;
         let name = |path: Path| path.parts().next_back().map(|part| part.as_ref().to_owned());
         let mut names: Vec<String> = found.common_prefixes.into_iter().filter_map(name).collect();
         names.sort_unstable();
         Ok(names)
     }
 
-    /// What `list` gives. An answer that broke off is asked for again: the client repeats requests, and not the reading of
-    /// their answers.
-    fn list_patiently<T>(&self, folder: &str, list: impl Fn() -> object_store::Result<T>) -> Result<T> {
-        let mut pause = self.attempts.pause;
-        let mut attempt = 1;
-        let found = loop {
-            match list() {
-                Err(error) if attempt < self.attempts.most && broke_off(&error) => {}
-                found => break found,
+    /// What `attempt` gives. One whose answer broke off is made again: the clients repeat requests, and not always the
+    /// reading of their answers.
+    fn patiently<T>(
+        &self,
+        operation: Operation,
+        attempt: impl Fn() -> object_store::Result<T>,
+    ) -> object_store::Result<T> {
+        let (began, mut pause) = (Instant::now(), self.attempts.pause);
+        for _ in 1..self.attempts.most {
+            match attempt() {
+                Err(cause) if broke_off(&cause) && began.elapsed() < PATIENCE => {}
+                done => return self.meter.count(operation, done),
             }
-            self.meter.retry(Operation::List);
+            self.meter.retry(operation);
             std::thread::sleep(pause);
-            (pause, attempt) = (pause * 2, attempt + 1);
-        };
-        self.meter.count(Operation::List, found).map_err(|e| self.failed("listing", folder, e))
+            pause *= 2;
+        }
+        self.meter.count(operation, attempt())
     }
 
     /// The place of the prefix `folder` of this one: [`Store::durable`] takes it.
@@ -258,7 +264,12 @@ impl Store {
     /// The object's bytes, when `fits` says so of how many they are. Nothing is read of others: what an object claims to be
     /// bounds what is held in memory for it.
     pub fn get_sized(&self, path: &str, fits: impl Fn(u64) -> bool) -> Result<Fetched> {
-        let found = self.meter.count(Operation::Get, self.get_patiently(path, fits))?;
+        let at = self.at(path);
+        let read = || match self.runtime.block_on(self.read(&at, &fits)) {
+            Err(object_store::Error::NotFound { .. }) => Ok(Fetched::Absent),
+            read => Ok(read?.map_or_else(Fetched::Other, Fetched::Bytes)),
+        };
+        let found = self.patiently(Operation::Get, read).map_err(|e| self.failed("reading", path, e))?;
         if let Fetched::Bytes(bytes) = &found {
             self.meter.read(bytes.len());
         }
@@ -287,34 +298,12 @@ impl Store {
         read.map_err(|e| self.failed("reading", path, e))
     }
 
-    fn get_patiently(&self, path: &str, fits: impl Fn(u64) -> bool) -> Result<Fetched> {
-        let at = self.at(path);
-        let mut pause = self.attempts.pause;
-        for attempt in 1.. {
-            match self.runtime.block_on(self.read(&at, &fits)) {
-                Ok(Ok(bytes)) => return Ok(Fetched::Bytes(bytes)),
-                Ok(Err(size)) => return Ok(Fetched::Other(size)),
-                Err(object_store::Error::NotFound { .. }) => return Ok(Fetched::Absent),
-                // It was written anew while it was read, or came short.
-                Err(
-                    object_store::Error::Precondition { .. }
-                    | object_store::Error::Generic { store: SHORT, .. },
-                ) if attempt < self.attempts.most => {}
-                Err(e) => return Err(self.failed("reading", path, e)),
-            }
-            self.meter.retry(Operation::Get);
-            std::thread::sleep(pause);
-            pause *= 2;
-        }
-        unreachable!("the last attempt returns")
-    }
-
     /// The last `length` bytes of the object, or all of it if it is shorter.
     pub fn tail(&self, path: &str, length: u64) -> Result<Bytes> {
         let at = self.at(path);
         let options = GetOptions { range: Some(GetRange::Suffix(length)), ..Default::default() };
-        let read = async {
-            match self.inner.get_opts(&at, options).await {
+        let read = async || {
+            match self.inner.get_opts(&at, options.clone()).await {
                 // Azure has no ranges that count from the end.
                 Err(object_store::Error::NotSupported { .. }) => {
                     let size = self.inner.head(&at).await?.size;
@@ -323,19 +312,21 @@ impl Store {
                 got => got?.bytes().await,
             }
         };
-        let read = self.meter.count(Operation::Get, self.runtime.block_on(read));
+        let read = self.patiently(Operation::Get, || self.runtime.block_on(read()));
         read.inspect(|bytes| self.meter.read(bytes.len())).map_err(|e| self.failed("reading", path, e))
     }
 
     /// The bytes of each range of the object.
     pub fn ranges(&self, path: &str, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let at = self.at(path);
-        let read =
-            self.meter.count(Operation::Get, self.runtime.block_on(self.inner.get_ranges(&at, ranges)));
-        let read = read.inspect(|pieces| self.meter.read(pieces.iter().map(Bytes::len).sum()));
-        let pieces = read.map_err(|e| self.failed("reading", path, e))?.into_iter().zip(ranges);
-        let pieces = pieces.map(|(bytes, range)| whole(bytes, range.end - range.start));
-        pieces.collect::<object_store::Result<_>>().map_err(|e| self.failed("reading", path, e))
+        let read = || {
+            let pieces = self.runtime.block_on(self.inner.get_ranges(&at, ranges))?;
+            let lengths = ranges.iter().map(|range| range.end - range.start);
+            pieces.into_iter().zip(lengths).map(|(bytes, length)| whole(bytes, length)).collect()
+        };
+        let read = self.patiently(Operation::Get, read);
+        let read = read.inspect(|pieces: &Vec<Bytes>| self.meter.read(pieces.iter().map(Bytes::len).sum()));
+        read.map_err(|e| self.failed("reading", path, e))
     }
 
     /// Writes the object, over an old one if there is one.
@@ -379,31 +370,25 @@ impl Store {
 
     /// Size of the object, bytes; `None` where there is none.
     pub fn size(&self, path: &str) -> Result<Option<u64>> {
-        let size = match self.runtime.block_on(self.inner.head(&self.at(path))) {
-            Ok(meta) => Ok(Some(meta.size)),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.failed("reading", path, e)),
-        };
-        self.meter.count(Operation::Head, size)
+        Ok(self.head(path)?.map(|meta| meta.size))
     }
 
     /// When the object was written by the store's clock, milliseconds since 1970; `None` where there is none.
     pub fn written_ms(&self, path: &str) -> Result<Option<i64>> {
-        let written = match self.runtime.block_on(self.inner.head(&self.at(path))) {
-            Ok(meta) => Ok(Some(meta.last_modified.timestamp_millis())),
-            Err(object_store::Error::NotFound { .. }) => Ok(None),
-            Err(e) => Err(self.failed("reading", path, e)),
-        };
-        self.meter.count(Operation::Head, written)
+        Ok(self.head(path)?.map(|meta| meta.last_modified.timestamp_millis()))
+    }
+
+    fn head(&self, path: &str) -> Result<Option<ObjectMeta>> {
+        let at = self.at(path);
+        let head = || none_if_absent(self.runtime.block_on(self.inner.head(&at)));
+        self.patiently(Operation::Head, head).map_err(|e| self.failed("reading", path, e))
     }
 
     /// Deletes the object; one that is not there is fine.
     pub fn delete(&self, path: &str) -> Result<()> {
-        let deleted = match self.runtime.block_on(self.inner.delete(&self.at(path))) {
-            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-            Err(e) => Err(self.failed("deleting", path, e)),
-        };
-        self.meter.count(Operation::Delete, deleted)
+        let at = self.at(path);
+        let delete = || none_if_absent(self.runtime.block_on(self.inner.delete(&at)));
+        self.patiently(Operation::Delete, delete).map(drop).map_err(|e| self.failed("deleting", path, e))
     }
 
     /// Removes what a killed process had not finished to write. In a folder an object is written as `NAME#N` and then
@@ -444,13 +429,35 @@ impl Store {
     }
 }
 
-/// Whether the answer to a listing came and was not whole, by the words of `object_store`, which has no kind for it.
+/// Whether an answer came and was not all of one, so that it may be asked for again.
 fn broke_off(error: &object_store::Error) -> bool {
-    let object_store::Error::Generic { source, .. } = error else { return false };
+    let (store, source) = match error {
+        object_store::Error::Generic { store, source } => (*store, source),
+        // The object was written anew while it was read.
+        other => return matches!(other, object_store::Error::Precondition { .. }),
+    };
+    // The client repeats requests that could not be sent or had no answer. It does not repeat these, when they are met while
+    // the answer is read.
+    let unrepeated = |error: &HttpError| {
+        use HttpErrorKind::{Decode, Interrupted, Unknown};
+        matches!(error.kind(), Decode | Interrupted | Unknown)
+    };
+    let source: &(dyn std::error::Error + 'static) = source.as_ref();
+    let causes = std::iter::successors(Some(source), |error| error.source());
     let told = source.to_string();
-    ["Error getting list response body", "Got invalid list response"]
-        .iter()
-        .any(|words| told.starts_with(words))
+    // For listings object_store has words only.
+    let of_listing = ["Error getting list response body", "Got invalid list response"];
+    store == SHORT
+        || source.is::<HttpError>()
+        || causes.filter_map(|error| error.downcast_ref()).any(unrepeated)
+        || of_listing.iter().any(|words| told.starts_with(words))
+}
+
+fn none_if_absent<T>(found: object_store::Result<T>) -> object_store::Result<Option<T>> {
+    match found {
+        Err(object_store::Error::NotFound { .. }) => Ok(None),
+        found => found.map(Some),
+    }
 }
 
 fn wrong_place(place: &str, detail: &dyn std::fmt::Display) -> Error {

@@ -27,8 +27,9 @@ impl Store {
     /// Writes `chunks`, one after the other, as one object.
     pub fn put_chunks(&self, path: &str, chunks: &[Bytes]) -> crate::Result<()> {
         self.meter.written(chunks.iter().map(Bytes::len).sum());
-        let written = self.runtime.block_on(self.write(&self.at(path), chunks));
-        self.meter.count(Operation::Put, written).map_err(|e| self.failed("writing", path, e))
+        let at = self.at(path);
+        let written = self.patiently(Operation::Put, || self.runtime.block_on(self.write(&at, chunks)));
+        written.map_err(|e| self.failed("writing", path, e))
     }
 
     /// [`Store::put_chunks`], and reads the object back, a few pieces at a time, and compares: an error where it is not

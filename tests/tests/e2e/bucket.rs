@@ -23,7 +23,8 @@ fn anello(arguments: &[&str]) -> Done {
 fn assert_undisturbed(url: &str) {
     anello(&["checkpoint", "verify", url]).expect(0);
     let told = anello(&["bisect", "undisturbed", url]).expect(0);
-    assert!(told.contains("are equal in all that both have: 31 steps and 7 checkpoints"), "{told}");
+    let whole = told.contains("are equal in all that both have: 31 steps and 7 checkpoints");
+    assert!(whole, "{told}\n{}", anello(&["events", url]).expect(0));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A network between us and the objects: answers that are lost, late, cut short or refused.
 
 use std::fmt;
+use std::io::{Read, Write};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -268,8 +269,11 @@ fn what_came_short_is_read_again_and_never_taken_for_whole() {
     network.next(&[Fate::Short; 3]);
     let error = network.store().get("a").unwrap_err();
     assert!(error.to_string().contains("5 bytes came of 10"), "{error}");
-    network.next(&[Fate::Short]);
-    let error = network.store().ranges("a", std::slice::from_ref(&(2..6))).unwrap_err();
+    let range = || network.store().ranges("a", std::slice::from_ref(&(2..6)));
+    network.next(&[Fate::Short, Fate::Short]);
+    assert_eq!(range().unwrap(), ["2345"]);
+    network.next(&[Fate::Short; 3]);
+    let error = range().unwrap_err();
     assert!(error.to_string().contains("2 bytes came of 4"), "{error}");
 }
 
@@ -283,6 +287,51 @@ fn a_listing_that_breaks_off_is_asked_for_again() {
     network.next(&[Fate::BrokenOff; 3]);
     let told = store.list("a").unwrap_err().to_string();
     assert!(told.contains("listing") && told.contains("response body"), "{told}");
+}
+
+/// A server of one bucket that gives `answers` in turn, one a connection, and says which requests came.
+fn server(answers: Vec<&'static str>) -> (Store, std::thread::JoinHandle<Vec<String>>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let serve = move || {
+        let one = |answer: &str| {
+            let (mut client, _) = listener.accept().unwrap();
+            let mut request = vec![0; 4096];
+            let read = client.read(&mut request).unwrap();
+            client.write_all(answer.as_bytes()).unwrap();
+            let line = String::from_utf8_lossy(&request[..read]);
+            line.split(" HTTP").next().unwrap().to_owned()
+        };
+        answers.into_iter().map(one).collect()
+    };
+    let client = object_store::aws::AmazonS3Builder::new()
+        .with_bucket_name("bucket")
+        .with_endpoint(endpoint)
+        .with_client_options(object_store::ClientOptions::new().with_allow_http(true))
+        .with_access_key_id("key")
+        .with_secret_access_key("secret")
+        .build();
+    let store = Store::new(Arc::new(client.unwrap()), "s3://bucket").unwrap();
+    let attempts = Attempts { most: 3, pause: Duration::from_millis(1) };
+    (store.trying(attempts), std::thread::spawn(serve))
+}
+
+/// The client repeats a request whose answer does not come, and none whose answer is an error that breaks off.
+#[test]
+fn an_answer_that_breaks_off_in_an_error_is_asked_for_again() {
+    const BROKEN: &str =
+        "HTTP/1.1 404 Not Found\r\nContent-Length: 90\r\nConnection: close\r\n\r\n<Error><Code>";
+    const NONE: &str = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (store, served) = server(vec![BROKEN, BROKEN, NONE]);
+    assert_eq!(store.get("events/1.json").unwrap(), None);
+    assert_eq!(served.join().unwrap(), ["GET /bucket/events/1.json"; 3]);
+    assert_eq!(store.traffic().of(Operation::Get).retries, 2);
+
+    let (store, served) = server(vec![BROKEN; 3]);
+    let told = store.get("events/1.json").unwrap_err().to_string();
+    assert!(told.starts_with("reading s3://bucket/events/1.json: "), "{told}");
+    served.join().unwrap();
 }
 
 fn large() -> Bytes {
