@@ -12,6 +12,8 @@ use anello_tls::{Files, Role, Tls, authority};
 
 /// Long enough for a loaded machine; a test that waits for it fails.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Time in which what is no time-out has come, on a machine that does much else: a fraction of [`PATIENCE`].
+pub const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// An implementation.
 pub trait Fabric {
