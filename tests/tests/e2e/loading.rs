@@ -77,7 +77,8 @@ fn a_ring_reads_each_byte_of_a_checkpoint_once() {
 fn a_ring_that_goes_back_reads_each_byte_of_a_checkpoint_once() {
     for (run, copies) in [("back-all", "all"), ("back-shared", "2")] {
         let (copies, port) = (format!("ring.state_copies={copies}"), free_port().to_string());
-        let kept = ["--set", "checkpoint.keep_every_steps=5", "--set", &copies];
+        // Whichever it is that they go back to is there to be looked at afterwards.
+        let kept = ["--set", "checkpoint.keep_every_steps=1", "--set", &copies];
         let begin = ["run", "small.toml", "--out", run, "--workers", "3", "--external", "--port", &port];
         let arguments = [&begin[..], &["--sample", "0"], &WILD, &kept].concat();
         let coordinator = Process::start(&world().folder, &arguments);
