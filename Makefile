@@ -19,6 +19,7 @@ test: setup
 	@scripts/s3-venv
 	@scripts/bucket-servers
 	@scripts/test-tools
+	@scripts/nvrtc-library
 	@scripts/tensorboard-venv
 	@scripts/kube-tools
 	$(CARGO) build --quiet -p anello

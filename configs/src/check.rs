@@ -33,6 +33,7 @@ pub(crate) fn check(config: &RunConfig) -> Vec<Finding> {
         let remedy = "set compute.recompute to \"layer\", or leave compute.offload out";
         findings.add("compute.offload", &["compute.recompute"], fact, remedy);
     }
+    fused(config, &mut findings);
     if config.eval.every_steps > 0 && config.eval.sets.is_empty() {
         let fact = "eval.every_steps is above 0, and there is no held-out set".to_owned();
         findings.add("eval.every_steps", &[], fact, "add an [eval.sets.NAME] table with its url");
@@ -55,6 +56,26 @@ impl Findings {
     fn add(&mut self, key: impl Into<String>, uses: &[&str], fact: String, remedy: impl Into<String>) {
         let uses = uses.iter().map(|key| (*key).to_owned()).collect();
         self.0.push(Finding { key: key.into(), uses, fact, remedy: remedy.into() });
+    }
+}
+
+/// Widest hidden state that a block of a fused kernel takes: one fp32 sum a channel, and little else, in 48 KiB of a GPU's
+/// shared memory.
+const FUSED_HIDDEN_MAX: u32 = 12_000;
+
+fn fused(config: &RunConfig, findings: &mut Findings) {
+    let Compute { fused, device, .. } = config.compute;
+    if fused && device == ComputeDevice::Cpu {
+        let fact =
+            "compute.fused is true, and compute.device is \"cpu\", which has no fused kernels".to_owned();
+        let remedy = "set compute.device to \"cuda\", or leave compute.fused out";
+        findings.add("compute.fused", &["compute.device"], fact, remedy);
+    }
+    let hidden = config.model.hidden;
+    if fused && hidden > FUSED_HIDDEN_MAX {
+        let fact = format!("compute.fused is true, and model.hidden is {hidden}");
+        let remedy = format!("leave compute.fused out: its kernels take up to {FUSED_HIDDEN_MAX}");
+        findings.add("compute.fused", &["model.hidden"], fact, remedy);
     }
 }
 

@@ -70,6 +70,8 @@ impl RunConfig {
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
     /// the data's own digest to say. Of weights to begin with, `init.weights` counts, and not where they lie.
     ///
+    /// `compute.fused` counts where it is true: without it a run has the bits that it always had.
+    ///
     /// Kept, though it often makes no difference: `data.on_corrupt`, since it decides which tokens are trained on.
     pub fn mathematics(&self) -> BTreeMap<String, String> {
         let entries = entries(self).into_iter().filter(|entry| entry.changes_bits);
@@ -182,10 +184,12 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         s.bits("weight_decay", *weight_decay).bits("clip", *clip);
     });
     section("compute", &|s| {
-        let Compute { device, dtype, recompute, offload, loss_chunk_tokens, threads } = compute;
+        let Compute { device, dtype, recompute, offload, fused, loss_chunk_tokens, threads } = compute;
         s.rest("device", device.to_string().as_str());
         s.bits("dtype", dtype.name()).rest("recompute", recompute.name());
         s.rest("offload", *offload);
+        // Runs from before there was a choice have the mathematics of its absence.
+        s.put("fused", fused.toml(), *fused);
         s.bits("loss_chunk_tokens", *loss_chunk_tokens);
         if let Some(threads) = threads {
             s.rest("threads", *threads);

@@ -19,6 +19,7 @@ use tch::{Cuda, Device};
 use crate::environment::LIBTORCH;
 use crate::error::{Error, Result};
 use crate::ffi::{library, torch};
+use crate::kernels;
 
 /// Names a folder with the CUDA half of LibTorch.
 pub const TORCH_CUDA: &str = "ANELLO_TORCH_CUDA";
@@ -248,6 +249,9 @@ pub fn checkup() -> (bool, Vec<String>) {
         }
         Err(fact) => lines.push(format!("LibTorch for CUDA: {fact}")),
     }
+    if halves.is_ok() {
+        lines.push(kernels::checkup());
+    }
     let driver = library::driver();
     match &driver {
         Ok((version, gpus)) => {
@@ -278,12 +282,24 @@ pub(crate) fn nccl() -> std::result::Result<PathBuf, String> {
 
 /// The NCCL that belongs to the LibTorch in `folder`, and its version.
 pub(crate) fn nccl_of(folder: &Path) -> std::result::Result<(PathBuf, i32), String> {
-    let near = [folder.to_owned(), folder.join("../../nvidia/nccl/lib")];
-    let path = near.iter().map(|folder| folder.join("libnccl.so.2")).find(|path| path.is_file());
-    let path = path.ok_or_else(|| {
-        format!("there is no libnccl.so.2 in {}", near.map(|f| f.display().to_string()).join(" or "))
-    })?;
+    let path = near(folder, "libnccl.so.2", &["../../nvidia/nccl/lib"])?;
     library::nccl_version(&path).map(|version| (path, version))
+}
+
+/// A library of NVIDIA's that belongs to the LibTorch in use: beside its CUDA half, or in `others` from there. In words where it was
+/// looked for.
+pub(crate) fn beside_torch(file: &str, others: &[&str]) -> std::result::Result<PathBuf, String> {
+    Found::look().and_then(|found| near(&found.folder, file, others))
+}
+
+fn near(folder: &Path, file: &str, others: &[&str]) -> std::result::Result<PathBuf, String> {
+    let folders: Vec<PathBuf> =
+        [folder.to_owned()].into_iter().chain(others.iter().map(|other| folder.join(other))).collect();
+    let path = folders.iter().map(|folder| folder.join(file)).find(|path| path.is_file());
+    path.ok_or_else(|| {
+        let looked: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
+        format!("there is no {file} in {}", looked.join(" or "))
+    })
 }
 
 #[cfg(test)]
@@ -318,6 +334,21 @@ mod tests {
         assert_eq!(Found::among(None, cpu_half, nowhere).unwrap().folder, lib(&b));
         let of_python = Found::among(None, None, || Ok(a.path().join("torch"))).unwrap();
         assert_eq!(of_python.folder, lib(&a));
+    }
+
+    #[test]
+    fn a_library_of_nvidia_is_looked_for_beside_the_cuda_half_and_in_its_package() {
+        let dir = package("2.11.0+cu130", 3);
+        let lib = dir.path().join("torch/lib");
+        let others = lib.join("../../nvidia/cu13/lib");
+        let look = || near(&lib, "libnvrtc.so.13", &["../../nvidia/cu13/lib"]);
+        let expected = format!("there is no libnvrtc.so.13 in {} or {}", lib.display(), others.display());
+        assert_eq!(look(), Err(expected));
+        for folder in [others, lib.clone()] {
+            std::fs::create_dir_all(dir.path().join("nvidia/cu13/lib")).unwrap();
+            std::fs::write(folder.join("libnvrtc.so.13"), "").unwrap();
+            assert_eq!(look(), Ok(folder.join("libnvrtc.so.13")));
+        }
     }
 
     #[test]

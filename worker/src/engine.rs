@@ -21,6 +21,7 @@ use crate::evaluate::Evaluation;
 use crate::fold::Fold;
 use crate::guard::{self, Spike};
 use crate::host;
+use crate::kernels::{self, Kernels};
 use crate::model::{Context, Model, Rotary, Tokens};
 use crate::objective::{self, Goal, LossSums};
 use crate::optimizer::{Prepared, State, Summed, Update};
@@ -34,6 +35,8 @@ pub struct Engine {
     device: Device,
     state: State,
     model: Model,
+    /// Those of `compute.fused`.
+    kernels: Option<Kernels>,
     /// The table and what it was made from: (RoPE base, sequence length).
     rotary: Option<((f64, u32), Rotary)>,
     /// Gradient buffers that are free, zeroed when taken.
@@ -241,13 +244,25 @@ impl Engine {
         Self::with_state(config, State::of_seed(config, device))
     }
 
-    /// An engine that goes on from `state`.
+    /// An engine that goes on from `state`. Panics where the config asks for kernels that cannot be had, which
+    /// [`crate::kernels::ready`] finds out before.
     pub fn with_state(config: &RunConfig, state: State) -> Self {
+        let kernels = kernels::of(&config.compute, state.weights.device());
+        Self::with_kernels(config, state, kernels.unwrap_or_else(|cause| panic!("{cause}")))
+    }
+
+    /// The same with these kernels, or with LibTorch's.
+    pub(crate) fn with_kernels(config: &RunConfig, state: State, kernels: Option<Kernels>) -> Self {
         crate::ffi::keep_freed_memory();
         let device = state.weights.device();
-        let model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
+        let model = Self::model_of(config, &state, kernels.as_ref());
         let (config, rotary, spare, fold) = (config.clone(), None, Vec::new(), Fold::default());
-        Self { config, device, state, model, rotary, spare, fold }
+        Self { config, device, state, model, kernels, rotary, spare, fold }
+    }
+
+    fn model_of(config: &RunConfig, state: &State, kernels: Option<&Kernels>) -> Model {
+        let model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
+        model.with_kernels(kernels.cloned())
     }
 
     /// Weights and moments.
@@ -264,8 +279,8 @@ impl Engine {
     pub fn load_state(&mut self, state: State) -> State {
         assert_eq!(state.weights.device(), self.device, "the state is on another device");
         self.abandon();
-        let Self { config, model, spare, .. } = self;
-        *model = Model::new(&config.model, config.compute.dtype, &state.layout, &state.weights);
+        let Self { config, model, kernels, spare, .. } = self;
+        *model = Self::model_of(config, &state, kernels.as_ref());
         spare.retain(|buffer| buffer.numel() == state.layout.len());
         std::mem::replace(&mut self.state, state)
     }
@@ -445,7 +460,8 @@ impl Engine {
         }
         let (spike, wanted) = self.judge(&self.state.losses, &sums);
         let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
-        let sum = Summed { gradient, counted: sums.counted, wanted, fresh: plan.reset_optimizer };
+        let (counted, fresh, kernels) = (sums.counted, plan.reset_optimizer, self.kernels.as_ref());
+        let sum = Summed { gradient, counted, wanted, fresh, kernels };
         let update = self.state.update(&self.config.optimizer, plan.lr, sum, moved);
         guard::remember(guard, &mut self.state.losses, loss);
         let back_to = guard::back_to(guard, spike, plan.step);
@@ -476,7 +492,8 @@ impl Engine {
         let losses: &[f64] = if plan.first_of_stage { &[] } else { &self.state.losses };
         let (spike, wanted) = self.judge(losses, sums);
         let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
-        let sum = Summed { gradient, counted: sums.counted, wanted, fresh: plan.reset_optimizer };
+        let (counted, fresh, kernels) = (sums.counted, plan.reset_optimizer, self.kernels.as_ref());
+        let sum = Summed { gradient, counted, wanted, fresh, kernels };
         let room = self.spare.pop();
         let mut prepared = self.state.prepare(&self.config.optimizer, plan.lr, sum, moved, own, room);
         if plan.first_of_stage {

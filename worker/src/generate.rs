@@ -100,8 +100,8 @@ struct Pass<'a> {
 }
 
 impl Tokens for Pass<'_> {
-    fn rotate(&self, x: &Tensor) -> Tensor {
-        self.angles.rotate(x)
+    fn angles(&self) -> &Angles {
+        &self.angles
     }
 
     fn attend(&self, index: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor {

@@ -6,6 +6,7 @@
 //!                   tape       forward and backward by segments   fold       the fixed tree over lanes
 //!                   shelf      inputs of layers on the host meanwhile
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
+//!                   kernels    fused ones for GPUs, for norms, SwiGLU, RoPE and AdamW
 //!                   guard      what a loss spike is         cover      which blocks' moments are here
 //!                   rollback   the state before a spike, made again
 //!                   generate   texts, with early exit         evaluate   figures of each loop step
@@ -35,6 +36,7 @@ mod guard;
 mod host;
 mod init;
 pub mod interchange;
+pub mod kernels;
 mod model;
 mod objective;
 mod optimizer;
@@ -54,7 +56,7 @@ pub use ffi::{as_mut_slice, as_slice};
 pub use fold::{Fold, combine, fold_sums};
 pub use generate::{Cache, Generator, Leave, Options as GenerateOptions, Sampled};
 pub use init::{initial_state, pin_init};
-pub use model::{Context, Model, Rotary, Tokens};
+pub use model::{Angles, Context, Model, Rotary, Tokens};
 pub use objective::{Goal, LossSums, TokenLosses, log_exit, token_losses};
 pub use optimizer::{Prepared, State, Summed, Update, block_square_sums};
 pub use params::{BLOCK, Entry, Layout};

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::ffi::torch;
 use crate::host;
+use crate::kernels::Kernels;
 use crate::params::{Layout, NORMS};
 
 /// A weight: a leaf of the graph over a range of the flat buffer.
@@ -89,6 +90,8 @@ pub struct Model {
     sizes: Sizes,
     kind: Kind,
     wide: Kind,
+    /// What norms, SwiGLU and RoPE are computed with, where it is not LibTorch.
+    kernels: Option<Kernels>,
     /// The matrices in fp32 and in `kind`, flat, where that is another format: what [`Model::refresh`] copies.
     narrow: Option<(Tensor, Tensor)>,
     /// `embed_tokens`, `[v, d]`.
@@ -139,6 +142,7 @@ impl Model {
             sizes: sizes.clone(),
             kind,
             wide: flat.kind(),
+            kernels: None,
             embed: one("model.embed_tokens.weight", &[v, d]),
             layers,
             final_norm: one("model.norm.weight", &[d]),
@@ -147,6 +151,11 @@ impl Model {
             lm_head: one("lm_head.weight", &[v, d]).matrix(of_kind),
             narrow,
         }
+    }
+
+    /// The same, computed with `kernels` where there are such: see `compute.fused`.
+    pub(crate) fn with_kernels(self, kernels: Option<Kernels>) -> Self {
+        Self { kernels, ..self }
     }
 
     /// Takes up the weights as they are now in the flat buffer: to be called after every change of them.
@@ -181,17 +190,25 @@ impl Model {
         let layer = &self.layers[index];
         let [norm1, norm2, norm3, norm4] = &layer.norms;
         let attended_nd = self.attention_nd(index, &self.norm(h_nd, norm1), tokens);
-        let h_nd = h_nd + self.norm(&attended_nd, norm2);
+        let h_nd = self.add_norm(h_nd, &attended_nd, norm2);
         let fed_nd = self.mlp_nd(layer, &self.norm(&h_nd, norm3));
-        let h_nd = h_nd + self.norm(&fed_nd, norm4);
+        let h_nd = self.add_norm(&h_nd, &fed_nd, norm4);
         if index + 1 == self.layers.len() { self.norm(&h_nd, &self.final_norm) } else { h_nd }
     }
 
-    /// RMSNorm with fp32 statistics, from primitives: the native backward sums per thread.
     fn norm(&self, x: &Tensor, weight: &Leaf) -> Tensor {
-        let x_wide = x.to_kind(self.wide);
-        let mean_square = x_wide.square().mean_dim(-1i64, true, self.wide);
-        (x_wide * (mean_square + self.sizes.rms_eps).rsqrt() * &weight.value).to_kind(self.kind)
+        if let Some(kernels) = &self.kernels {
+            return kernels.rms_norm(x, &weight.value, None, self.sizes.rms_eps);
+        }
+        rms_norm(x, &weight.value, self.sizes.rms_eps, self.wide)
+    }
+
+    /// The norm of `x`, added to the residual stream.
+    fn add_norm(&self, h_nd: &Tensor, x_nd: &Tensor, weight: &Leaf) -> Tensor {
+        match &self.kernels {
+            Some(kernels) => kernels.rms_norm(x_nd, &weight.value, Some(h_nd), self.sizes.rms_eps),
+            None => h_nd + self.norm(x_nd, weight),
+        }
     }
 
     fn attention_nd(&self, index: usize, x_nd: &Tensor, tokens: &dyn Tokens) -> Tensor {
@@ -202,14 +219,19 @@ impl Model {
         // [n, d] x [d, (h + 2g)·k] -> [n, h + 2g, k]
         let qkv = x_nd.matmul(&layer.qkv.used().tr()).view([n, heads + 2 * kv_heads, k]);
         let parts = qkv.split_with_sizes([heads + kv_heads, kv_heads], 1);
-        let rotated = tokens.rotate(&parts[0]).split_with_sizes([heads, kv_heads], 1);
+        let rotated = tokens.angles().rotate_by(self.kernels.as_ref(), &parts[0]);
+        let rotated = rotated.split_with_sizes([heads, kv_heads], 1);
         let mixed_nd = tokens.attend(index, &rotated[0], &rotated[1], &parts[1]).reshape([n, heads * k]);
         mixed_nd.matmul(&layer.out.used().tr())
     }
 
     fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor) -> Tensor {
-        let gate_up = x_nd.matmul(&layer.gate_up.used().tr()).chunk(2, -1);
-        (silu(&gate_up[0]) * &gate_up[1]).matmul(&layer.down.used().tr())
+        let gate_up = x_nd.matmul(&layer.gate_up.used().tr());
+        let gated_nf = match &self.kernels {
+            Some(kernels) => kernels.swiglu(&gate_up),
+            None => swiglu(&gate_up),
+        };
+        gated_nf.matmul(&layer.down.used().tr())
     }
 
     /// Logits of hidden states, `[.., d] -> [.., v]`, fp32.
@@ -221,6 +243,19 @@ impl Model {
     pub fn gate_logits(&self, h: &Tensor) -> Tensor {
         h.to_kind(self.wide).matmul(&self.gate_weight.value.tr()).squeeze_dim(-1) + &self.gate_bias.value
     }
+}
+
+/// RMSNorm with statistics in the format `wide`, from primitives: the native backward sums per thread.
+pub(crate) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, wide: Kind) -> Tensor {
+    let x_wide = x.to_kind(wide);
+    let mean_square = x_wide.square().mean_dim(-1i64, true, wide);
+    (x_wide * (mean_square + eps).rsqrt() * weight).to_kind(x.kind())
+}
+
+/// SwiGLU of rows [gate | up], `[n, 2f] -> [n, f]`.
+pub(crate) fn swiglu(gate_up: &Tensor) -> Tensor {
+    let parts = gate_up.chunk(2, -1);
+    silu(&parts[0]) * &parts[1]
 }
 
 /// SiLU whose bits do not depend on the number of CPU threads, `[n, f] -> [n, f]`.
@@ -284,8 +319,8 @@ enum Apart {
 
 /// The tokens of a pass: where each is, and what it attends to.
 pub trait Tokens {
-    /// RoPE in the rotate-half form: `[n, heads, k] -> [n, heads, k]`.
-    fn rotate(&self, x: &Tensor) -> Tensor;
+    /// By how much RoPE rotates each.
+    fn angles(&self) -> &Angles;
 
     /// Attention in layer `index`: queries `[n, h, k]`, keys and values `[n, g, k]`, to `[n, h, k]`.
     fn attend(&self, index: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor;
@@ -301,18 +336,28 @@ pub(crate) fn spread(x_ngk: &Tensor, heads: i64) -> Tensor {
 
 /// The angles of some positions, `[n, 1, k/2]` each.
 #[derive(Debug)]
-pub(crate) struct Angles {
+pub struct Angles {
     cos_n1k: Tensor,
     sin_n1k: Tensor,
 }
 
 impl Angles {
-    pub fn at(rotary: &Rotary, positions_n: &Tensor, kind: Kind) -> Self {
+    /// Those of `positions_n` in the format of the matrices.
+    pub(crate) fn at(rotary: &Rotary, positions_n: &Tensor, kind: Kind) -> Self {
         let pick = |table: &Tensor| table.index_select(0, positions_n).unsqueeze(1).to_kind(kind);
         Self { cos_n1k: pick(&rotary.cos), sin_n1k: pick(&rotary.sin) }
     }
 
-    pub fn rotate(&self, x: &Tensor) -> Tensor {
+    /// The same angles in another format.
+    pub(crate) fn to_kind(&self, kind: Kind) -> Self {
+        Self { cos_n1k: self.cos_n1k.to_kind(kind), sin_n1k: self.sin_n1k.to_kind(kind) }
+    }
+
+    /// RoPE in the rotate-half form: `[n, heads, k] -> [n, heads, k]`.
+    pub(crate) fn rotate_by(&self, kernels: Option<&Kernels>, x: &Tensor) -> Tensor {
+        if let Some(kernels) = kernels {
+            return kernels.rope(x, &self.cos_n1k, &self.sin_n1k);
+        }
         let halves = x.chunk(2, -1);
         let (x1, x2) = (&halves[0], &halves[1]);
         let (cos, sin) = (&self.cos_n1k, &self.sin_n1k);
@@ -360,8 +405,8 @@ impl Context {
 }
 
 impl Tokens for Context {
-    fn rotate(&self, x: &Tensor) -> Tensor {
-        self.angles.rotate(x)
+    fn angles(&self) -> &Angles {
+        &self.angles
     }
 
     /// Causal attention within segments.

@@ -24,6 +24,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cover::{Cover, Piece};
 use crate::host::Reading;
+use crate::kernels::Kernels;
 use crate::params::{BLOCK, Layout};
 
 /// Elements updated at a time, which no bit depends on: on a CPU the six operands stay in a core's cache, on a GPU a kernel is
@@ -81,6 +82,8 @@ pub struct Summed<'a> {
     pub wanted: bool,
     /// Whether it finds all moments at zero, whatever they were: a stage begins with it that resets them.
     pub fresh: bool,
+    /// What the update is computed with, where it is not LibTorch's.
+    pub kernels: Option<&'a Kernels>,
 }
 
 /// What an update did.
@@ -94,29 +97,46 @@ pub struct Update {
 
 /// What the update of a step has in common for all elements.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Scale {
+pub(crate) struct Scale {
     /// Of the gradient's sum: the mean over tokens, and the clip.
-    gradient: f64,
-    beta1: f64,
-    beta2: f64,
-    eps: f64,
+    pub gradient: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
     /// 1 − β2^u.
-    correction2: f64,
+    pub correction2: f64,
     /// 1 − lr·decay.
-    decay: f64,
+    pub decay: f64,
     /// lr / (1 − β1^u).
-    rate: f64,
+    pub rate: f64,
 }
 
 impl Scale {
-    fn moments(&self, m: &mut Tensor, v: &mut Tensor, g: &Tensor) {
+    /// β1, 1 − β1, β2 and 1 − β2 as fp32.
+    pub fn betas(&self) -> [f32; 4] {
+        [self.beta1, 1.0 - self.beta1, self.beta2, 1.0 - self.beta2].map(|value| value as f32)
+    }
+
+    /// 1 − β2^u, ε, 1 − lr·decay and lr / (1 − β1^u) as fp32.
+    pub fn of_weights(&self) -> [f32; 4] {
+        [self.correction2, self.eps, self.decay, self.rate].map(|value| value as f32)
+    }
+
+    pub fn moments(&self, kernels: Option<&Kernels>, m: &mut Tensor, v: &mut Tensor, g: &Tensor) {
+        if let Some(kernels) = kernels {
+            return kernels.adamw_moments(self, [m, v], g);
+        }
         *m *= self.beta1;
         *m += g * (1.0 - self.beta1);
         *v *= self.beta2;
         *v += g.square() * (1.0 - self.beta2);
     }
 
-    fn weights(&self, w: &mut Tensor, m: &Tensor, v: &Tensor, decayed: bool) {
+    pub fn weights(&self, kernels: Option<&Kernels>, w: &mut Tensor, m: &Tensor, v: &Tensor, decayed: bool) {
+        if let Some(kernels) = kernels {
+            let len = if decayed { w.numel() } else { 0 };
+            return kernels.adamw_weights(self, w, [m, v], len);
+        }
         let root = (v / self.correction2).sqrt() + self.eps;
         if decayed {
             *w *= self.decay;
@@ -144,6 +164,7 @@ pub struct Prepared {
     gradient: Tensor,
     /// The buffer that it lies in, when one was given for it.
     pub room: Option<Tensor>,
+    kernels: Option<Kernels>,
 }
 
 /// The whole blocks that elements lie in.
@@ -161,9 +182,15 @@ fn part(flat: &Tensor, elements: Range<usize>) -> Tensor {
 /// On a CPU a row's sum is LibTorch's. On a GPU, where its reduction is cut by the number of rows too, a row is halved ten
 /// times, its second half added to the first: the order is then written here, and no shape has a part in it.
 pub fn block_square_sums(gradient: &Tensor) -> Vec<f64> {
-    let rows = match gradient.device() {
-        Device::Cpu => gradient.view([-1, ROW]).square().sum_dim_intlist(1i64, false, Kind::Float),
-        device => {
+    square_sums(gradient, None)
+}
+
+/// The same by a kernel where there are such, whose order is that of GPUs.
+fn square_sums(gradient: &Tensor, kernels: Option<&Kernels>) -> Vec<f64> {
+    let rows = match (kernels, gradient.device()) {
+        (Some(kernels), _) => kernels.square_rows(gradient),
+        (None, Device::Cpu) => gradient.view([-1, ROW]).square().sum_dim_intlist(1i64, false, Kind::Float),
+        (None, device) => {
             let parts = gradient.split(slice_len(device) as i64, 0);
             Tensor::cat(
                 &parts.iter().map(|part| halved(&part.view([-1, ROW]).square())).collect::<Vec<_>>(),
@@ -176,7 +203,7 @@ pub fn block_square_sums(gradient: &Tensor) -> Vec<f64> {
 }
 
 /// The sum of each row, `[rows, 2^k] -> [rows]`: its halves are added until one element is left.
-fn halved(rows: &Tensor) -> Tensor {
+pub(crate) fn halved(rows: &Tensor) -> Tensor {
     let width = rows.size()[1];
     if width == 1 {
         return rows.squeeze_dim(1);
@@ -287,13 +314,20 @@ impl State {
         self.settle();
         self.updates += 1;
         let decayed = self.layout.decayed_len();
+        if let Some(kernels) = sum.kernels {
+            let flats = [&self.weights, &self.exp_avg, &self.exp_avg_sq, sum.gradient];
+            let [w, m, v, g] = flats.map(|flat| part(flat, moved.clone()));
+            let decayed = decayed.clamp(moved.start, moved.end) - moved.start;
+            kernels.adamw_update(&scale, [&w, &m, &v], &g, decayed);
+            return update;
+        }
         for slice in slices(&moved, decayed, slice_len(self.weights.device())) {
             let here = |flat: &Tensor| part(flat, slice.clone());
             let (mut w, mut m, mut v) = (here(&self.weights), here(&self.exp_avg), here(&self.exp_avg_sq));
             let mut g = here(sum.gradient);
             g *= scale.gradient;
-            scale.moments(&mut m, &mut v, &g);
-            scale.weights(&mut w, &m, &v, slice.start < decayed);
+            scale.moments(None, &mut m, &mut v, &g);
+            scale.weights(None, &mut w, &m, &v, slice.start < decayed);
         }
         update
     }
@@ -306,10 +340,10 @@ impl State {
         sum: Summed<'_>,
         moved: &Range<usize>,
     ) -> (Update, Option<Scale>) {
-        let Summed { gradient, counted, wanted, fresh } = sum;
+        let Summed { gradient, counted, wanted, fresh, kernels } = sum;
         let blocks = blocks_of(moved);
         let squares: f64 =
-            block_square_sums(&part(gradient, blocks.start * BLOCK..blocks.end * BLOCK)).iter().sum();
+            square_sums(&part(gradient, blocks.start * BLOCK..blocks.end * BLOCK), kernels).iter().sum();
         let grad_norm = squares.sqrt() / counted.max(1) as f64;
         if !(grad_norm.is_finite() && wanted) {
             return (Update { grad_norm, applied: false }, None);
@@ -341,7 +375,7 @@ impl State {
         own: Range<usize>,
         room: Option<Tensor>,
     ) -> Prepared {
-        let Summed { gradient, fresh, .. } = sum;
+        let Summed { gradient, fresh, kernels, .. } = sum;
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let blocks = blocks_of(&moved);
         let len = if scale.is_some() { self.cover.elements() } else { 0 };
@@ -372,18 +406,19 @@ impl State {
             });
             let there = self.cover.place(block..block + 1).expect("own moments are here").start * BLOCK;
             let g = part(&kept, there + within.start..there + within.end);
-            scale.moments(&mut m, &mut v, &g);
+            scale.moments(kernels, &mut m, &mut v, &g);
             let mut w = part(gradient, slice);
-            scale.weights(&mut w, &m, &v, block * BLOCK < self.layout.decayed_len());
+            scale.weights(kernels, &mut w, &m, &v, block * BLOCK < self.layout.decayed_len());
         }
         let (cover, losses) = (self.cover.clone(), self.losses.clone());
-        Prepared { update, scale, moved, cover, losses, fresh, gradient: kept, room }
+        let kernels = kernels.cloned();
+        Prepared { update, scale, moved, cover, losses, fresh, gradient: kept, room, kernels }
     }
 
     /// The second half of [`State::update`]: the moments that were here in the first, and, from a buffer in which every moved
     /// block has its new weights, the weights. Moments that have come since are let go.
     pub fn complete(&mut self, prepared: &Prepared, weights: Option<&Tensor>) {
-        let Prepared { update: _, scale, moved, cover, losses, fresh, gradient, room: _ } = prepared;
+        let Prepared { update: _, scale, moved, cover, losses, fresh, gradient, room: _, kernels } = prepared;
         if self.cover != *cover {
             *self = self.share().with_cover(cover.clone(), &[]);
         }
@@ -400,7 +435,7 @@ impl State {
                 let end = ((block + 1) * BLOCK).min(moved.end) - block * BLOCK;
                 let here = |flat: &Tensor| part(flat, there * BLOCK + start..there * BLOCK + end);
                 let (mut m, mut v) = (here(&self.exp_avg), here(&self.exp_avg_sq));
-                scale.moments(&mut m, &mut v, &here(gradient));
+                scale.moments(kernels.as_ref(), &mut m, &mut v, &here(gradient));
             }
         }
         if let Some(weights) = weights {
@@ -485,7 +520,7 @@ mod tests {
     }
 
     fn summed(gradient: &Tensor, wanted: bool) -> Summed<'_> {
-        Summed { gradient, counted: 10, wanted, fresh: false }
+        Summed { gradient, counted: 10, wanted, fresh: false, kernels: None }
     }
 
     /// Against the formula of the module, in f64, element by element.
@@ -547,9 +582,14 @@ mod tests {
         let all = state().layout.len();
         let blocks = all / BLOCK;
         assert!(blocks >= 2, "a state of more than a block");
-        for (members, moved) in
-            [(3, 0..all), (2, 0..all), (3, 0..all - BLOCK / 3), (3, all - BLOCK..all - 40)]
-        {
+        let fused = Kernels::emulated();
+        for (members, moved, kernels) in [
+            (3, 0..all, None),
+            (2, 0..all, None),
+            (3, 0..all - BLOCK / 3, None),
+            (3, all - BLOCK..all - 40, None),
+            (3, 100..all - BLOCK / 3, Some(&fused)),
+        ] {
             let mut whole = state();
             let part_of = |rank| state().with_cover(Cover::of_rank(blocks, members, rank), &[]);
             let mut shards: Vec<State> = (0..members).map(part_of).collect();
@@ -561,7 +601,7 @@ mod tests {
                 if fresh {
                     whole.reset_moments();
                 }
-                whole.update(&options(), lr, summed(&sum, finite), moved.clone());
+                whole.update(&options(), lr, Summed { kernels, ..summed(&sum, finite) }, moved.clone());
                 let gathered = gradient(&whole, 0.5, step);
                 let prepared: Vec<Prepared> = (0..members)
                     .map(|rank| {
@@ -572,7 +612,7 @@ mod tests {
                         let (moved, own_blocks) = (moved.clone(), own.clone());
                         // Some have a buffer to spare, in which anything may be.
                         let room = (rank % 2 == 0).then(|| gradient(&whole, 7.0, step));
-                        let sum_of = Summed { fresh, ..summed(&sum, finite) };
+                        let sum_of = Summed { fresh, kernels, ..summed(&sum, finite) };
                         let prepared = shard.prepare(&options(), lr, sum_of, moved, own_blocks, room);
                         assert!(shard.weights.equal(&weights) && shard.cover == cover);
                         let own = own.start * BLOCK..own.end * BLOCK;
@@ -628,8 +668,14 @@ mod tests {
                 let here = |flat: &Tensor| part(flat, slice.clone());
                 let mut gradient = here(&g);
                 gradient *= scale.unwrap().gradient;
-                scale.unwrap().moments(&mut here(&state.exp_avg), &mut here(&state.exp_avg_sq), &gradient);
+                scale.unwrap().moments(
+                    None,
+                    &mut here(&state.exp_avg),
+                    &mut here(&state.exp_avg_sq),
+                    &gradient,
+                );
                 scale.unwrap().weights(
+                    None,
                     &mut here(&state.weights),
                     &here(&state.exp_avg),
                     &here(&state.exp_avg_sq),

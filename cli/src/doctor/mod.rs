@@ -1,11 +1,14 @@
-//! `anello doctor`: is a store fit for runs, is a coordinator reached from here, and what is there of this machine and its GPUs?
+//! `anello doctor`: is a store fit for runs, is a coordinator reached from here, what is there of this machine and its
+//! GPUs, and are the fused kernels right on them?
 
 mod machine;
 mod way;
 
+use anello_configs::ComputeDevice;
 use anello_store::Store;
 use anello_store::doctor::{self, Checkup, Latency, Raced};
 use anello_worker::device;
+use anello_worker::kernels::{self, Checked, Kernels, Sizes};
 
 use crate::certs::TlsArgs;
 use crate::failure::{Exit, Outcome};
@@ -23,6 +26,10 @@ pub struct Args {
     /// whether it answers.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "place")]
     coordinator: Option<String>,
+    /// Try out the fused kernels of `compute.fused` on a GPU instead, or on the one that is named (cuda:1): each against
+    /// LibTorch, its results and its time. It takes some 10 GB of the GPU's memory, and less than a minute.
+    #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = "cuda", conflicts_with_all = ["place", "coordinator"])]
+    kernels: Option<ComputeDevice>,
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
@@ -43,6 +50,18 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
             args,
             screen,
         );
+    }
+    if let Some(device) = args.kernels {
+        let device = device::open(device)?;
+        let found = kernels::check(&Kernels::open(device)?, device, Sizes::OURO);
+        let right = found.iter().all(Checked::is_right);
+        let answer = if right {
+            "are right on this GPU"
+        } else {
+            "are NOT right on this GPU: leave compute.fused out"
+        };
+        let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
+        return self::found(&format!("the fused kernels {answer}"), "right", right, &lines, args, screen);
     }
     let Some(place) = &args.place else {
         let (fit, gpus) = device::checkup();

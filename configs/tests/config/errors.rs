@@ -2,7 +2,7 @@
 
 use anello_configs::RunConfig;
 
-use crate::{SMALL, folder, load, path};
+use crate::{SMALL, folder, load, path, small};
 
 fn shown(result: Result<RunConfig, anello_configs::ConfigError>) -> String {
     match result {
@@ -185,4 +185,15 @@ fn files_that_are_not_there() {
     ];
     let text: String = names.map(|name| shown(load(name, &[]).map(|loaded| loaded.config)) + "\n").concat();
     insta::assert_snapshot!(text.replace(folder.path().to_str().unwrap(), ""));
+}
+
+#[test]
+fn fused_kernels_are_a_gpus_and_of_a_width() {
+    let text = small(&["compute.fused=true"]).unwrap_err().to_string();
+    assert!(text.contains("compute.device is \"cpu\", which has no fused kernels"), "{text}");
+    assert!(text.contains("set compute.device to \"cuda\", or leave compute.fused out"), "{text}");
+    let on = ["compute.device=cuda", "compute.fused=true"];
+    small(&on).unwrap();
+    let text = small(&[on[0], on[1], "model.hidden=12296"]).unwrap_err().to_string();
+    assert!(text.contains("compute.fused is true, and model.hidden is 12296"), "{text}");
 }

@@ -18,6 +18,7 @@ use crate::checkpoint::load;
 use crate::engine::{Engine, Outcome};
 use crate::error::{Error, Result};
 use crate::init::initial_state;
+use crate::kernels;
 use crate::objective::LossSums;
 use crate::rollback::{Known, Rollback};
 use crate::validate::HeldOut;
@@ -73,6 +74,7 @@ impl<'a> Side<'a> {
         notes: &mut Vec<String>,
     ) -> Result<Self> {
         let (step, config) = (start.step, run.config_at(start.step));
+        kernels::of(&config.compute, device)?;
         let (engine, cursors) = if start.checkpoint {
             let model = &config.model;
             let loaded = load(&run.store, step, model, device).or_else(|cause| {
@@ -108,6 +110,7 @@ impl<'a> Side<'a> {
             return Ok(());
         }
         let config = self.run.config_at(step);
+        kernels::of(&config.compute, self.engine.state().weights.device())?;
         let data = LoaderOptions::of(config)?;
         let cursors = Some(self.cursors.clone());
         self.loader = Loader::open(LoaderOptions { start_step: step, cursors, ..data.clone() })?;

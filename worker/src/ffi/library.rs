@@ -6,7 +6,7 @@ use std::path::Path;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY, RTLD_NOW};
 
 /// What the loader says, which libloading has as the source of its own words.
-fn words(cause: &libloading::Error) -> String {
+pub(crate) fn words(cause: &libloading::Error) -> String {
     std::error::Error::source(cause).map_or_else(|| cause.to_string(), ToString::to_string)
 }
 

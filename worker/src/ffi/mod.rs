@@ -2,7 +2,12 @@
 //! LibTorch offers in C++ alone (`torch`, over `shim.cpp`) or only once its CUDA half is loaded (`library`).
 #![allow(unsafe_code)]
 
+#[cfg(test)]
+pub(crate) mod emulated;
+pub(crate) mod gpu;
 pub(crate) mod library;
+pub(crate) mod node;
+pub(crate) mod nvrtc;
 pub(crate) mod torch;
 
 use std::ops::Range;

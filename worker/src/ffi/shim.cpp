@@ -6,7 +6,10 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
@@ -15,6 +18,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 namespace {
 
@@ -44,6 +48,59 @@ c10::Stream stream_of(int32_t device, int64_t id) {
 c10::impl::VirtualGuardImpl guard() {
     return c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA);
 }
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A backward of Rust's. It takes over the tensors that it is given, and gives as many gradients as there are inputs, null where
+// there is none; it returns 0, or -1 and nothing.
+using Backward = int (*)(
+    void* closure, at::Tensor* of_output, at::Tensor** saved, int64_t n_saved, at::Tensor** of_inputs, int64_t n_inputs);
+
+struct Closure final : torch::CustomClassHolder {
+    Closure(void* data, Backward backward, void (*release)(void*)) : data(data), backward(backward), release(release) {}
+    ~Closure() override { release(data); }
+    void* data;
+    Backward backward;
+    void (*release)(void*);
+};
+
+struct Computed {
+    at::Tensor output;
+    variable_list saved;
+    c10::intrusive_ptr<Closure> closure;
+};
+
+// What was computed already, as a node of the graph.
+struct WithBackward : torch::autograd::Function<WithBackward> {
+    static at::Tensor forward(AutogradContext* ctx, at::TensorList inputs, const Computed* computed) {
+        ctx->save_for_backward(computed->saved);
+        ctx->saved_data["closure"] = c10::IValue::make_capsule(computed->closure);
+        ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
+        return computed->output;
+    }
+
+    static variable_list backward(AutogradContext* ctx, variable_list of_outputs) {
+        auto holder = ctx->saved_data["closure"].toCapsule();
+        const auto& closure = static_cast<const Closure&>(*holder);
+        std::vector<at::Tensor*> saved;
+        for (const auto& tensor : ctx->get_saved_variables()) {
+            saved.push_back(new at::Tensor(tensor));
+        }
+        std::vector<at::Tensor*> found(ctx->saved_data["inputs"].toInt(), nullptr);
+        auto* of_output = new at::Tensor(of_outputs[0]);
+        if (closure.backward(closure.data, of_output, saved.data(), saved.size(), found.data(), found.size()) != 0) {
+            throw std::runtime_error("the backward of a fused kernel failed");
+        }
+        variable_list of_inputs;
+        for (auto* gradient : found) {
+            of_inputs.push_back(gradient ? *std::unique_ptr<at::Tensor>(gradient) : at::Tensor());
+        }
+        // That of `computed`.
+        of_inputs.emplace_back();
+        return of_inputs;
+    }
+};
 
 }  // namespace
 
@@ -103,6 +160,26 @@ int anello_flash_packed(
         auto parts = at::_flash_attention_forward(
             *q, *k, *v, *ends, *ends, longest, longest, /*dropout_p=*/0.0, /*is_causal=*/true, /*return_debug_mask=*/false);
         *out = new at::Tensor(std::get<0>(parts));
+    });
+}
+
+// `output`, which was computed from `inputs` without a graph, with `backward` as its node where a graph is recorded. The closure
+// is released once the graph is gone, or right away when this fails.
+int anello_with_backward(
+    const at::Tensor* output, at::Tensor* const* inputs, int64_t n_inputs, at::Tensor* const* saved, int64_t n_saved,
+    void* closure, Backward backward, void (*release)(void*), at::Tensor** out) {
+    auto held = c10::make_intrusive<Closure>(closure, backward, release);
+    return guarded([&] {
+        variable_list of, kept;
+        for (int64_t i = 0; i < n_inputs; ++i) {
+            of.push_back(*inputs[i]);
+        }
+        for (int64_t i = 0; i < n_saved; ++i) {
+            kept.push_back(*saved[i]);
+        }
+        Computed computed{*output, std::move(kept), std::move(held)};
+        const Computed* pointer = &computed;
+        *out = new at::Tensor(WithBackward::apply(at::TensorList(of), pointer));
     });
 }
 

@@ -6,7 +6,7 @@ use std::ptr::{NonNull, null_mut};
 use tch::{Device, Tensor};
 
 /// A tensor as C++ has it: what `Tensor::as_ptr` points to.
-type Raw = c_void;
+pub(super) type Raw = c_void;
 
 unsafe extern "C" {
     fn anello_error() -> *const c_char;
@@ -39,7 +39,7 @@ unsafe extern "C" {
 #[error("LibTorch: {0}")]
 pub(crate) struct Thrown(String);
 
-fn checked(status: c_int) -> Result<(), Thrown> {
+pub(super) fn checked(status: c_int) -> Result<(), Thrown> {
     if status == 0 {
         return Ok(());
     }

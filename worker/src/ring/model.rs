@@ -43,6 +43,7 @@ use crate::account::{Epochs, Stamp};
 use crate::device;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::kernels;
 use crate::optimizer::{Prepared, State};
 use crate::params::{BLOCK, Layout};
 use crate::validate::HeldOut;
@@ -223,7 +224,7 @@ impl Thread {
         }
         let data = LoaderOptions::of(&config)?;
         let held_out = HeldOut::open(&config)?;
-        let device = device::open(config.compute.device)?;
+        let device = kernels::ready(&config.compute)?;
         let nccl = match config.ring.transport {
             Transport::Tcp => None,
             Transport::Nccl => Some(load_nccl(device)?),

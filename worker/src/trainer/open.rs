@@ -12,11 +12,11 @@ use tch::Device;
 
 use crate::account::{Epochs, Stamp};
 use crate::checkpoint::{self, Loaded};
-use crate::device;
 use crate::engine::Engine;
 use crate::environment;
 use crate::error::{Error, Result};
 use crate::init::initial_state;
+use crate::kernels;
 use crate::validate::HeldOut;
 
 /// A run that is ready to be trained.
@@ -65,7 +65,7 @@ impl Run {
     /// A new run of `config` in `store`, which must hold none yet; a folder is to be a [`Store::durable`] one.
     pub fn create(store: Store, config: RunConfig) -> Result<Self> {
         // Before there is a folder: a device that is not there is no run.
-        let device = device::open(config.compute.device)?;
+        let device = kernels::ready(&config.compute)?;
         if store.get(CONFIG)?.is_some() {
             let fact = format!("{} holds a run already", store.place());
             return Err(Error::config(fact, "resume it, or give another folder"));
@@ -130,7 +130,7 @@ impl Run {
     /// Builds engine and loader at the first step to train, and claims the run: of two processes one gets through
     /// the first record here, the other is fenced. Before that nothing in the run folder is changed.
     pub(super) fn start(&self, log: &mut EventLog) -> Result<Started> {
-        let device = device::open(self.config.compute.device)?;
+        let device = kernels::ready(&self.config.compute)?;
         let stamp = Stamp::new(&self.config, &self.data, device);
         let mut passed_over = Vec::new();
         let loaded = if self.resumed { self.newest_usable(device, &mut passed_over)? } else { None };

@@ -24,7 +24,15 @@ pub fn sizes() -> Sizes {
 
 pub fn compute(recompute: Recompute, loss_chunk_tokens: u32) -> Compute {
     let device = ComputeDevice::Cpu;
-    Compute { device, dtype: Dtype::Fp32, recompute, offload: false, loss_chunk_tokens, threads: None }
+    Compute {
+        device,
+        dtype: Dtype::Fp32,
+        recompute,
+        offload: false,
+        fused: false,
+        loss_chunk_tokens,
+        threads: None,
+    }
 }
 
 /// Documents of these lengths, one after the other, in rows of `length` tokens. `ignored(token)` has no target.

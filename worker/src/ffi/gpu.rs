@@ -1,0 +1,160 @@
+//! Kernels on a GPU, by the driver's own library.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::ptr::null_mut;
+use std::sync::{Mutex, PoisonError};
+
+use libloading::os::unix::{Library, RTLD_LAZY};
+use tch::{Device, Tensor};
+
+use super::library::words;
+use super::torch::Stream;
+
+/// A value that a kernel is given.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Argument<'a> {
+    /// Where the elements of a contiguous tensor lie, or those of one whose kernel is told of its gaps.
+    Elements(&'a Tensor),
+    /// No tensor.
+    Null,
+    /// `float`
+    F32(f32),
+    /// `int`
+    I32(i32),
+    /// `long long`
+    I64(i64),
+}
+
+impl Argument<'_> {
+    /// As it lies in memory, in the first bytes of eight.
+    pub fn bits(self) -> u64 {
+        match self {
+            Self::Elements(tensor) => tensor.data_ptr() as u64,
+            Self::Null => 0,
+            Self::F32(value) => u64::from(value.to_bits()),
+            Self::I32(value) => u64::from(value.cast_unsigned()),
+            Self::I64(value) => value.cast_unsigned(),
+        }
+    }
+}
+
+const _: () = assert!(cfg!(target_endian = "little"), "the first bytes of eight are the low ones");
+
+/// Kernels that a GPU has loaded.
+#[derive(Debug)]
+pub(crate) struct Module {
+    driver: Library,
+    device: Device,
+    context: usize,
+    module: usize,
+    functions: Mutex<BTreeMap<&'static str, usize>>,
+}
+
+/// Calls a function of the driver by its declaration in cuda.h; in words what failed.
+macro_rules! call {
+    ($library:expr, $name:literal, ($($kind:ty),*), ($($argument:expr),*)) => {{
+        // SAFETY: declared as in cuda.h; outputs are places of ours that live for the call, and what else it is given is the
+        // part of the bargain of who calls it here.
+        let status = unsafe {
+            let symbol = concat!($name, "\0").as_bytes();
+            let function = $library.get::<unsafe extern "C" fn($($kind),*) -> c_int>(symbol);
+            function.map_err(|cause| words(&cause))?($($argument),*)
+        };
+        if status != 0 {
+            return Err(format!("the driver of NVIDIA: {} returns {status}", $name));
+        }
+    }};
+}
+
+impl Module {
+    /// Loads `code`, compiled for the GPU `device`, for the rest of the process's life.
+    ///
+    /// # Errors
+    /// In words: no driver, or what it says of the code.
+    pub fn load(device: Device, code: &[u8]) -> Result<Self, String> {
+        let Device::Cuda(number) = device else { return Err(format!("{device:?} is no GPU")) };
+        // SAFETY: the driver's own library, of which nothing is registered here.
+        let driver = unsafe { Library::open(Some("libcuda.so.1"), RTLD_LAZY) }
+            .map_err(|cause| format!("there is no driver of NVIDIA ({})", words(&cause)))?;
+        let (mut handle, mut context, mut module) = (0, null_mut(), null_mut());
+        call!(driver, "cuInit", (c_uint), (0));
+        call!(driver, "cuDeviceGet", (*mut c_int, c_int), (&raw mut handle, number as c_int));
+        // The context that LibTorch computes in.
+        call!(driver, "cuDevicePrimaryCtxRetain", (*mut *mut c_void, c_int), (&raw mut context, handle));
+        call!(driver, "cuCtxSetCurrent", (*mut c_void), (context));
+        call!(driver, "cuModuleLoadData", (*mut *mut c_void, *const u8), (&raw mut module, code.as_ptr()));
+        let (context, module) = (context as usize, module as usize);
+        Ok(Self { driver, device, context, module, functions: Mutex::default() })
+    }
+
+    /// Puts a kernel onto the stream that tensor operations of this thread go to. That its arguments are those of the kernel, and
+    /// their memory as large as it takes them to be, is the caller's part of the bargain.
+    ///
+    /// # Errors
+    /// In words: there is no such kernel, or what the driver says.
+    pub fn launch(
+        &self,
+        name: &'static str,
+        grid: u32,
+        block: u32,
+        shared_bytes: u32,
+        arguments: &[Argument<'_>],
+    ) -> Result<(), String> {
+        // LibTorch's threads may not have met this GPU yet.
+        call!(self.driver, "cuCtxSetCurrent", (*mut c_void), (self.context as *mut c_void));
+        let function = self.function(name)?;
+        let stream =
+            Stream::current(self.device).and_then(Stream::native).map_err(|cause| cause.to_string())?;
+        let mut values: Vec<u64> = arguments.iter().map(|argument| argument.bits()).collect();
+        let mut pointers: Vec<*mut u64> = values.iter_mut().map(|value| &raw mut *value).collect();
+        call!(
+            self.driver,
+            "cuLaunchKernel",
+            (
+                *mut c_void,
+                c_uint,
+                c_uint,
+                c_uint,
+                c_uint,
+                c_uint,
+                c_uint,
+                c_uint,
+                *mut c_void,
+                *mut *mut u64,
+                *mut *mut c_void
+            ),
+            (
+                function as *mut c_void,
+                grid,
+                1,
+                1,
+                block,
+                1,
+                1,
+                shared_bytes,
+                stream as *mut c_void,
+                pointers.as_mut_ptr(),
+                null_mut()
+            )
+        );
+        Ok(())
+    }
+
+    fn function(&self, name: &'static str) -> Result<usize, String> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&function) = functions.get(name) {
+            return Ok(function);
+        }
+        let symbol = CString::new(name).expect("names of kernels have no NUL");
+        let mut function = null_mut();
+        call!(
+            self.driver,
+            "cuModuleGetFunction",
+            (*mut *mut c_void, *mut c_void, *const c_char),
+            (&raw mut function, self.module as *mut c_void, symbol.as_ptr())
+        );
+        functions.insert(name, function as usize);
+        Ok(function as usize)
+    }
+}
