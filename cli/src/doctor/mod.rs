@@ -1,5 +1,7 @@
-//! `anello doctor`: is a store fit for runs, is a coordinator reached from here, and what is there of this machine and its GPUs?
+//! `anello doctor`: is a store fit for runs, is a coordinator reached from here, are PretrainJobs looked after in a cluster, and
+//! what is there of this machine and its GPUs?
 
+mod cluster;
 mod machine;
 mod way;
 
@@ -23,6 +25,13 @@ pub struct Args {
     /// whether it answers.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "place")]
     coordinator: Option<String>,
+    /// Ask a Kubernetes cluster instead, that of the current kubeconfig or of the pod that this is in: is the definition of
+    /// PretrainJobs served, may the controller do what it must, and does one do it? With --tls: are its certificates good?
+    #[arg(long, conflicts_with_all = ["place", "coordinator"])]
+    kube: bool,
+    /// Namespace of the controller (default: that of the kubeconfig's context).
+    #[arg(long, value_name = "NAME", requires = "kube")]
+    namespace: Option<String>,
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
@@ -43,6 +52,12 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
             args,
             screen,
         );
+    }
+    if args.kube {
+        let checkup = cluster::checkup(args.namespace.as_deref(), &args.tls)?;
+        let answer = if checkup.fit { "are looked after" } else { "are not looked after as they must be" };
+        let answer = format!("PretrainJobs {answer} in this cluster");
+        return found(&answer, "fit", checkup.fit, &checkup.found, args, screen);
     }
     let Some(place) = &args.place else {
         let (fit, gpus) = device::checkup();
