@@ -127,6 +127,24 @@ fn a_release_for_all_namespaces_is_found_in_order() {
     }
 }
 
+/// Those of the docs, as somebody copies them.
+#[test]
+fn manifests_of_the_docs_are_taken() {
+    let Some(site) = Site::start("docs", 1) else { return };
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs");
+    for page in ["kubernetes.md", "tutorial-kubernetes.md"] {
+        let text = std::fs::read_to_string(format!("{docs}/{page}")).expect("the page is there");
+        let blocks = text.split("```yaml\n").skip(1).filter_map(|rest| Some(rest.split_once("```")?.0));
+        let jobs: Vec<&str> = blocks.filter(|block| block.contains("kind: PretrainJob\n")).collect();
+        assert!(!jobs.is_empty(), "{page} shows how a job is written");
+        for job in jobs {
+            let apply = ["apply", "--server-side", "--dry-run=server", "-n", "docs", "-f", "-"];
+            let taken = site.cluster().kubectl_with(&apply, job);
+            assert!(taken.is_ok(), "{page}: {taken:?}\n{job}");
+        }
+    }
+}
+
 /// By a pod of the release that has the controller's rights, and by a person.
 fn is_found_in_order(site: &Site, release: &Release) {
     let test = ["test", release.name, "--namespace", release.namespace, "--timeout", "300s"];
