@@ -32,6 +32,13 @@ fn doctor(cluster: &Cluster, namespace: &str) -> Done {
     Process::start_with(&world().folder, &arguments, &variables).wait()
 }
 
+/// Waits until a controller has begun: Kubernetes calls it ready before that, and a doctor has no patience without end.
+fn wait_for_lease(cluster: &Cluster, namespace: &str) {
+    let holder =
+        ["-n", namespace, "get", "lease", "anello-controller", "-o", "jsonpath={.spec.holderIdentity}"];
+    wait_until("it has the Lease", || cluster.kubectl(&holder).is_ok_and(|holder| !holder.is_empty()));
+}
+
 /// Until all of it is ready.
 const WAIT: [&str; 3] = ["--wait", "--timeout", "300s"];
 
@@ -109,6 +116,7 @@ fn it_is_installed_upgraded_removed_and_installed_again() {
 #[test]
 fn a_release_for_all_namespaces_is_found_in_order() {
     let Some(cluster) = super::cluster() else { return };
+    wait_for_lease(&cluster, SYSTEM);
     let test = ["test", "anello", "--namespace", SYSTEM, "--timeout", "300s"];
     cluster.helm(&test).unwrap_or_else(|refused| panic!("{refused}"));
     let variables = [("KUBECONFIG", cluster.kubeconfig().display().to_string())];
@@ -147,6 +155,7 @@ fn manifests_of_the_docs_are_taken() {
 
 /// By a pod of the release that has the controller's rights, and by a person.
 fn is_found_in_order(site: &Site, release: &Release) {
+    wait_for_lease(site.cluster(), release.namespace);
     let test = ["test", release.name, "--namespace", release.namespace, "--timeout", "300s"];
     site.cluster().helm(&test).unwrap_or_else(|refused| panic!("{refused}\n{}", doctors_word(site)));
     let told = doctor(site.cluster(), release.namespace).expect(0);
