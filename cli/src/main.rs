@@ -134,8 +134,8 @@ enum Command {
     /// Compute a run's steps again and compare them with its record, bit for bit. Exit code 0: it is what it says; 1: it
     /// is not.
     Audit(audit::Args),
-    /// Try out whether runs may live at a place; without one, whether they may use this machine's GPUs. Exit code 0: they
-    /// may; 1: they may not.
+    /// Try out whether runs may live at a place; without one, whether they may use this machine's GPUs; with --kube, whether
+    /// a cluster looks after PretrainJobs. Exit code 0: they may, or it does; 1: not.
     Doctor(doctor::Args),
     /// Tell what happened in a run.
     Events(log::EventsArgs),

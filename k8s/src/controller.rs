@@ -250,7 +250,7 @@ async fn observe(
 }
 
 /// Why the coordinator's container does not run.
-fn look_at(container: &ContainerStatus, seen: &mut CoordinatorSeen) {
+pub(crate) fn look_at(container: &ContainerStatus, seen: &mut CoordinatorSeen) {
     let states = [container.state.as_ref(), container.last_state.as_ref()];
     let ended = states.into_iter().flatten().find_map(|state| state.terminated.as_ref());
     if let Some(ended) = ended {

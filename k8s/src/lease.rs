@@ -14,9 +14,9 @@ use kube::api::PostParams;
 use crate::controller::{Error, kube};
 
 /// Its name.
-const NAME: &str = "anello-controller";
+pub const NAME: &str = "anello-controller";
 /// How long it is good after it was renewed.
-const GOOD: Duration = Duration::from_secs(15);
+pub const GOOD: Duration = Duration::from_secs(15);
 /// How often it is renewed, or looked at.
 pub const RENEW: Duration = Duration::from_secs(5);
 

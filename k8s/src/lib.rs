@@ -3,10 +3,12 @@
 //! `resource` is what users write; `objects` (what a job is made of), `plan` (what is to be done) and `status` (what is
 //! said of it) are pure; `controller` is the shell that observes, applies and looks again, and `coordinator` its way to a
 //! job's coordinator, `crew` to its workers' Job or JobSet. `lease` says which of several controllers acts.
+//! `doctor` asks a cluster whether all of that is in order.
 
 mod controller;
 mod coordinator;
 mod crew;
+mod doctor;
 mod lease;
 mod objects;
 mod plan;
@@ -16,6 +18,7 @@ mod status;
 use k8s_openapi::api::core::v1::{EnvFromSource, SecretEnvSource};
 
 pub use controller::{ControllerOptions, Error, apply, run};
+pub use doctor::{Checkup, checkup};
 pub use resource::{
     ConfigMapKey, ConfigSource, Gpu, HttpSource, PretrainJob, PretrainJobSpec, PretrainJobStatus, TlsSource,
     Workers, WorkersKind, reference,

@@ -125,7 +125,7 @@ impl Cluster {
     }
 
     /// How to reach it as one who may do everything.
-    fn kubeconfig(&self) -> PathBuf {
+    pub fn kubeconfig(&self) -> PathBuf {
         self.folder.join("admin.kubeconfig")
     }
 

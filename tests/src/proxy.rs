@@ -79,6 +79,11 @@ impl Proxy {
         Self { port, shared }
     }
 
+    /// From now on so many of a hundred requests come to harm.
+    pub fn harm(&self, percent: u64) {
+        self.shared.percent.store(percent, Ordering::Relaxed);
+    }
+
     /// Heads of the requests so far that write an object or a piece of one.
     pub fn writes(&self) -> Vec<String> {
         self.shared.writes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()

@@ -1,6 +1,7 @@
-//! `anello doctor`: is a store fit for runs, is a coordinator reached from here, what is there of this machine and its
-//! GPUs, and are the fused kernels right on them?
+//! `anello doctor`: is a store fit for runs, is a coordinator reached from here, are PretrainJobs looked after in a cluster, what
+//! is there of this machine and its GPUs, and are the fused kernels right on them?
 
+mod cluster;
 mod machine;
 mod way;
 
@@ -28,8 +29,15 @@ pub struct Args {
     coordinator: Option<String>,
     /// Try out the fused kernels of `compute.fused` on a GPU instead, or on the one that is named (cuda:1): each against
     /// LibTorch, its results and its time. It takes some 10 GB of the GPU's memory, and less than a minute.
-    #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = "cuda", conflicts_with_all = ["place", "coordinator"])]
+    #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = "cuda", conflicts_with_all = ["place", "coordinator", "kube"])]
     kernels: Option<ComputeDevice>,
+    /// Ask a Kubernetes cluster instead, that of the current kubeconfig or of the pod that this is in: is the definition of
+    /// PretrainJobs served, may the controller do what it must, and does one do it? With --tls: are its certificates good?
+    #[arg(long, conflicts_with_all = ["place", "coordinator"])]
+    kube: bool,
+    /// Namespace of the controller (default: that of the kubeconfig's context).
+    #[arg(long, value_name = "NAME", requires = "kube")]
+    namespace: Option<String>,
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
@@ -62,6 +70,12 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         };
         let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
         return self::found(&format!("the fused kernels {answer}"), "right", right, &lines, args, screen);
+    }
+    if args.kube {
+        let checkup = cluster::checkup(args.namespace.as_deref(), &args.tls)?;
+        let answer = if checkup.fit { "are looked after" } else { "are not looked after as they must be" };
+        let answer = format!("PretrainJobs {answer} in this cluster");
+        return found(&answer, "fit", checkup.fit, &checkup.found, args, screen);
     }
     let Some(place) = &args.place else {
         let (fit, gpus) = device::checkup();

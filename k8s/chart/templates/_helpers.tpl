@@ -18,6 +18,47 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
+{{/* What the restricted pod security standard wants of a pod, and of its container. */}}
+{{- define "anello.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "anello.security" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
+
+{{/* The controller's certificate, under the names that --tls looks for. */}}
+{{- define "anello.tlsMounts" -}}
+- name: tls
+  mountPath: /etc/anello/tls
+  readOnly: true
+{{- end }}
+
+{{- define "anello.tlsVolumes" -}}
+- name: tls
+  secret:
+    secretName: {{ .Values.tls.secretName }}
+    defaultMode: 0440
+    items:
+    {{- if .Values.certManager.enabled }}
+    - { key: ca.crt, path: ca.pem }
+    - { key: tls.crt, path: user.pem }
+    - { key: tls.key, path: user.key }
+    {{- else }}
+    - { key: ca.pem, path: ca.pem }
+    - { key: user.pem, path: user.pem }
+    - { key: user.key, path: user.key }
+    {{- end }}
+{{- end }}
+
 {{/* What the controller does, and nothing else. */}}
 {{- define "anello.rules" -}}
 - apiGroups: [anello.dev]

@@ -26,7 +26,13 @@ pub fn make_tokens(name: &str) {
 
 impl Serving {
     fn start(arguments: &[&str]) -> Self {
-        let mut process = Process::start(&world().folder, &[arguments, &["--http", "127.0.0.1:0"]].concat());
+        Self::start_with(arguments, &[])
+    }
+
+    /// With these variables besides those of the test.
+    pub fn start_with(arguments: &[&str], variables: &[(&str, String)]) -> Self {
+        let arguments = [arguments, &["--http", "127.0.0.1:0"]].concat();
+        let mut process = Process::start_with(&world().folder, &arguments, variables);
         let port = |out: &str| out.split_once("page at http://127.0.0.1:")?.1.split_once('/')?.0.parse().ok();
         wait_until("the page is there", || port(&process.out()).is_some() || process.ended());
         let port = port(&process.out()).unwrap_or_else(|| panic!("{}\n{}", process.out(), process.log()));

@@ -3,6 +3,7 @@
 //! acts on the page, and as a collector of traces does.
 
 mod acts;
+mod alerts;
 mod bisect;
 mod bucket;
 mod clouds;
