@@ -175,6 +175,8 @@ struct Thread {
     /// The state is on its way: what is held of it is not to be counted on.
     learner: Option<Learner>,
     /// What is to be learned, until all have met.
+    /// Steps that were applied when the mathematics of the run last changed, as the log said in this generation.
+    changed: Option<(Generation, Option<u64>)>,
     to_learn: Option<ToLearn>,
     held_out: Option<HeldOut>,
     /// The buffer that gradients are gathered in.
@@ -258,6 +260,7 @@ impl Thread {
             learner: None,
             to_learn: None,
             held_out,
+            changed: None,
             total: None,
             writer,
         })

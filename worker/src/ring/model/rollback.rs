@@ -112,7 +112,7 @@ impl Thread {
             let known = there.map_or(0, |steps| steps.into_iter().rfind(|step| *step <= newest).unwrap_or(0));
             let all = exchange(ring, spike, &known.to_le_bytes(), serving)?;
             let from = all.iter().map(|known| number(known)).min().unwrap_or(0);
-            if self.changed_at(serving.abort)?.is_some_and(|changed| from < changed) {
+            if self.changed_at(serving)?.is_some_and(|changed| from < changed) {
                 return Err(broken(None, Rollback::behind_a_change(from, newest)));
             }
             // Nothing of what was held is needed any more.
