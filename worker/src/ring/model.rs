@@ -31,9 +31,8 @@ use anello_tls::Tls;
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
-use self::learning::ToLearn;
+use self::learning::{Learning, ToLearn};
 use super::gpus::{Gpus, Nccl};
-use super::learner::Learner;
 use super::live::Live;
 use super::parts::{self, PartsWriter};
 use super::peers::Shelf;
@@ -173,11 +172,11 @@ struct Thread {
     /// What is held, for others to read from or to fill in between two updates, while the ring has learners.
     live: Option<Arc<Live>>,
     /// The state is on its way: what is held of it is not to be counted on.
-    learner: Option<Learner>,
+    learning: Option<Learning>,
     /// What is to be learned, until all have met.
+    to_learn: Option<ToLearn>,
     /// Steps that were applied when the mathematics of the run last changed, as the log said in this generation.
     changed: Option<(Generation, Option<u64>)>,
-    to_learn: Option<ToLearn>,
     held_out: Option<HeldOut>,
     /// The buffer that gradients are gathered in.
     total: Option<Total>,
@@ -200,10 +199,12 @@ struct Serving<'a> {
     rank: usize,
     lanes: Range<u32>,
     hold: &'a AtomicU8,
-    /// The moments are shared out over the members.
+    /// The moments are shared out over those that train, and every step spreads its weights.
     shared: bool,
     /// Members that have the state; those of later ranks are learners.
     trainers: usize,
+    /// Learners get the state while the others train.
+    meanwhile: bool,
     abort: &'a AbortHandle,
 }
 
@@ -257,10 +258,10 @@ impl Thread {
             nccl,
             held: None,
             live: None,
-            learner: None,
+            learning: None,
             to_learn: None,
-            held_out,
             changed: None,
+            held_out,
             total: None,
             writer,
         })
@@ -301,13 +302,14 @@ impl Thread {
         let rank =
             formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
         let lanes = formation.members[rank].lanes.clone();
-        // Of two, each has what it owns and what the other does: all.
-        let shared = self.config.ring.state_copies == StateCopies::Two && formation.members.len() > 2;
-        let trainers = match self.config.ring.state_copies {
-            StateCopies::All => formation.trainers(),
-            StateCopies::Two => formation.members.len(),
+        let (trainers, members) = (formation.trainers(), formation.members.len());
+        // Of two that train, each has what it owns and what the other does: all.
+        let shared = match self.config.ring.state_copies {
+            StateCopies::All => false,
+            StateCopies::Two => trainers > 2 || trainers < members,
         };
-        let serving = Serving { formation, rank, lanes, hold, shared, trainers, abort };
+        let meanwhile = self.can_learn_from(formation.start, shared);
+        let serving = Serving { formation, rank, lanes, hold, shared, trainers, meanwhile, abort };
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
@@ -401,6 +403,8 @@ impl Thread {
                 blocks: layout.blocks() as u32,
                 block_len: BLOCK,
                 order: order.into_iter().flatten().map(|block| block as u32).collect(),
+                // New weights are made where the moments are.
+                owners: if serving.shared { serving.trainers as u32 } else { 0 },
             },
             generation: RingGeneration(generation.0),
             job: self.job.clone(),

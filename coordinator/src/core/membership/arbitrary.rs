@@ -135,18 +135,7 @@ impl Watched {
         let (lease, gather) = (Millis(1000), Millis(500));
         let straggling = Straggling { factor_permille: 1500, window_steps: 1 };
         let (total, faults_max, by_speed) = (TOTAL, 2, true);
-        let options = Options {
-            lanes,
-            total,
-            min,
-            desired,
-            lease,
-            gather,
-            faults_max,
-            straggling,
-            by_speed,
-            learners: true,
-        };
+        let options = Options { lanes, total, min, desired, lease, gather, faults_max, straggling, by_speed };
         let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
         let (said, told) = Default::default();
         Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }

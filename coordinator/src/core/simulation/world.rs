@@ -107,7 +107,6 @@ impl World {
             faults_max: 5,
             straggling: Straggling { factor_permille: 1500, window_steps: 1 },
             by_speed: false,
-            learners: false,
         };
         let mut world = Self {
             stream,
@@ -150,7 +149,6 @@ impl World {
         world.every = 2 + world.below(6);
         world.blocks = 1 + world.below(8);
         world.shared = world.chance(2);
-        world.options.learners = !world.shared;
         world.chaos_until = 500 + world.below(2500);
         let mut state = mix(seed, 7);
         world.reference.push(state);

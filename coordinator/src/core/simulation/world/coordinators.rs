@@ -150,11 +150,9 @@ impl World {
 
     pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
         lanes_are_covered_once(formation, self.options.lanes)?;
-        if self.options.learners {
-            let attendants = self.coordinators[coordinator].core.status().attendants;
-            let told = |id| attendants.iter().find(|known| known.worker == id)?.stance.holds;
-            nobody_counts_on_learners(formation, told)?;
-        }
+        let attendants = self.coordinators[coordinator].core.status().attendants;
+        let told = |id| attendants.iter().find(|known| known.worker == id)?.stance.holds;
+        nobody_counts_on_learners(formation, told)?;
         members_reach_one_another(formation, &self.left_out(coordinator))?;
         if let Source::Peers { .. } = formation.source {
             // One that has died meanwhile may have had it.
