@@ -166,11 +166,11 @@ pub enum Cause {
         /// What happened, for people.
         reason: String,
     },
-    /// Nothing gets through between this worker and a peer, though neither may be dead: a route, a cable, a firewall, or
+    /// Nothing gets through between this worker and some peers, though none may be dead: a route, a cable, a firewall, or
     /// certificates that they do not believe.
     Unreachable {
-        /// The peer.
-        peer: WorkerId,
+        /// The peers: all of which it is known when the ring is left.
+        peers: Vec<WorkerId>,
         /// What was tried, for people.
         reason: String,
     },

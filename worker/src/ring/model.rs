@@ -498,6 +498,12 @@ fn broken(lost: Option<WorkerId>, reason: String) -> Cause {
     Cause::Broken { lost, reason }
 }
 
+fn unreachable(ranks: &[Rank], reason: String, formation: &Formation) -> Cause {
+    let members = ranks.iter().filter_map(|rank| formation.members.get(rank.index()));
+    let peers: Vec<WorkerId> = members.map(|member| member.worker).collect();
+    if peers.is_empty() { broken(None, reason) } else { Cause::Unreachable { peers, reason } }
+}
+
 /// Why the ring is left, by what ended the collective.
 fn cause_of(error: &RingError, formation: &Formation) -> Cause {
     let reason = error.to_string();
@@ -505,13 +511,9 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         RingError::Lost { rank, .. } => {
             broken(formation.members.get(rank.index()).map(|member| member.worker), reason)
         }
+        RingError::Unreachable { ranks, .. } => unreachable(ranks, reason, formation),
         // Certificates are exchanged on one machine after the other: until all have theirs, some do not believe others.
-        RingError::Unreachable { rank, .. } | RingError::Untrusted { rank, .. } => {
-            match formation.members.get(rank.index()) {
-                Some(member) => Cause::Unreachable { peer: member.worker, reason },
-                None => broken(None, reason),
-            }
-        }
+        RingError::Untrusted { rank, .. } => unreachable(&[*rank], reason, formation),
         RingError::Aborted { .. }
         | RingError::Deadline { .. }
         | RingError::Dead { .. }

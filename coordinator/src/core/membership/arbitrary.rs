@@ -26,7 +26,7 @@ fn cause() -> impl Strategy<Value = Cause> {
         Just(Cause::Ordered),
         Just(Cause::Ended),
         option::of(worker()).prop_map(move |lost| Cause::Broken { lost, reason: reason() }),
-        worker().prop_map(move |peer| Cause::Unreachable { peer, reason: reason() }),
+        vec(worker(), 1..4).prop_map(move |peers| Cause::Unreachable { peers, reason: reason() }),
         Just(Cause::NoState { reason: reason() }),
         Just(Cause::Fault { reason: reason() }),
     ]

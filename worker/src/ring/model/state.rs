@@ -378,10 +378,8 @@ impl Thread {
 
 /// Why a ring is left when something could not be had of the members `ids`.
 pub(super) fn cause_of_failure(Failed { unreachable, reason }: Failed, ids: &[WorkerId]) -> Cause {
-    match unreachable {
-        Some(at) => Cause::Unreachable { peer: ids[at], reason },
-        None => broken(None, reason),
-    }
+    let peers: Vec<WorkerId> = unreachable.into_iter().map(|at| ids[at]).collect();
+    if peers.is_empty() { broken(None, reason) } else { Cause::Unreachable { peers, reason } }
 }
 
 /// Tries until the store answers, or the ring is given up. The error within is that of a checkpoint that is damaged.

@@ -22,6 +22,7 @@ impl World {
                     frozen_until: 0,
                     mute_until: 0,
                     ring: None,
+                    ring_since: 0,
                     hold: 0,
                     applying: false,
                     kept: Vec::new(),

@@ -31,6 +31,8 @@ pub struct Report {
     pub sleeps: u64,
     pub wanted: u64,
     pub learned: u64,
+    /// Rings that a cut broke, and the next one was whole: where nothing else happens.
+    pub healed: u64,
     pub spread: u64,
 }
 

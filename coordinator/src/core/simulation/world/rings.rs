@@ -26,7 +26,7 @@ impl World {
             if self.workers.get(&worker).is_some_and(|known| known.ring == Some(generation)) {
                 let delay = 1 + self.below(6);
                 // What is closed is not heard across a rift before that is over.
-                let rift = self.rifts.get(&(worker.min(lost), worker.max(lost))).copied().unwrap_or(0);
+                let rift = self.rifts.get(&(worker.min(lost), worker.max(lost))).map_or(0, |rift| rift.until);
                 if rift < u64::MAX {
                     self.at(rift.max(self.now) + delay, Happening::PeerLost { worker, generation, lost });
                 }
@@ -35,6 +35,7 @@ impl World {
     }
 
     pub(super) fn leave_ring(&mut self, worker: WorkerId, cause: Cause) -> Result<(), String> {
+        let cause = self.with_unheard(worker, cause);
         let known = self.workers.get_mut(&worker).expect("known");
         let Some(generation) = known.ring.take() else { return Ok(()) };
         known.applying = false;
@@ -50,6 +51,22 @@ impl World {
         self.tell_worker(worker, Happens::Left { generation, holds, shard, cause })
     }
 
+    /// Whoever leaves a ring that breaks names all members that it does not reach.
+    fn with_unheard(&self, worker: WorkerId, cause: Cause) -> Cause {
+        let (known, reason) = match &cause {
+            Cause::Unreachable { peers, reason } => (peers.clone(), reason.clone()),
+            Cause::Broken { reason, .. } => (Vec::new(), reason.clone()),
+            _ => return cause,
+        };
+        let Some(generation) = self.workers[&worker].ring else { return cause };
+        let unheard = self.unheard(worker, &self.rings[&generation].formation);
+        let peers: BTreeSet<WorkerId> = known.into_iter().chain(unheard).collect();
+        match peers.is_empty() {
+            true => cause,
+            false => Cause::Unreachable { peers: peers.into_iter().collect(), reason },
+        }
+    }
+
     pub(super) fn form(&mut self, worker: WorkerId, formation: Arc<Formation>) -> Result<(), String> {
         let generation = formation.generation;
         let known = self.workers.get_mut(&worker).expect("known");
@@ -57,6 +74,7 @@ impl World {
             return Err(format!("worker {worker} is told to form while it is in a ring"));
         }
         (known.ring, known.hold, known.applying) = (Some(generation), 0, false);
+        known.ring_since = self.now;
         self.rings.entry(generation).or_insert_with(|| Ring {
             formation,
             ready: BTreeSet::new(),

@@ -17,6 +17,8 @@ pub(super) struct Worker {
     /// Nothing gets through its link, and nobody notices yet.
     pub(super) mute_until: u64,
     pub(super) ring: Option<Generation>,
+    /// When it began to form the ring that it was in last.
+    pub(super) ring_since: u64,
     pub(super) hold: u8,
     /// All data of this step are here; it will be applied.
     pub(super) applying: bool,
