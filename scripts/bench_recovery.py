@@ -14,7 +14,7 @@ until five steps after it has entered, less the median step: in the joiner's who
 `--joins`: two workers train, and a third comes. What those that train wait for it is the time from where they leave a ring to
 where the next one has met and all have their state, at each boundary at which it enters (to be sent the state, and to be given
 lanes), summed. It is measured for two sizes of the state (BENCH_SHAPE=state-24 and state-384), and beside each with
-`ring.state_copies = 2` and one worker that trains, where a joiner is sent all of it at the boundary.
+`ring.state_copies = 2`, where a joiner has the weights with a step of the others, and moments at the second boundary.
 """
 
 import argparse
@@ -206,7 +206,7 @@ def ours(program, folder, kills, dice):
 def joiners(program, folder, copies, count):
     """Of each joiner: seconds that those that train waited at boundaries, and steps that they made while it was sent the state."""
     make_data(program, folder)
-    running = 2 if copies == "all" else 1
+    running = 2
     command = [program, "run", "recovery.toml", "--out", "run", "--workers", str(running + 1), "--external", "--sample", "0",
                "--set", f"ring.state_copies={copies}", "--set", "checkpoint.every_steps=1000000", "--set", "ring.digest_every_steps=0"]
     out = folder / "coordinator.out"
@@ -221,7 +221,7 @@ def joiners(program, folder, copies, count):
             before = generation
             workers.append(Worker(program, folder, found[1]))
             # Learning is a generation, and training another one.
-            entered = before + (2 if copies == "all" else 1)
+            entered = before + 2
             generation = wait("the joiner", lambda: trains(workers, entered - 1, 3))
             for worker in workers[:running]:
                 told = worker.steps.read()

@@ -140,9 +140,10 @@ impl From<&Cause> for v1::holding::Cause {
             Cause::Broken { lost, reason } => {
                 Self::Broken(v1::Broken { lost: lost.map(|worker| worker.0), reason: cut(reason) })
             }
-            Cause::Unreachable { peer, reason } => {
-                Self::Unreachable(v1::Unreachable { peer: peer.0, reason: cut(reason) })
-            }
+            Cause::Unreachable { peers, reason } => Self::Unreachable(v1::Unreachable {
+                peers: peers.iter().map(|peer| peer.0).collect(),
+                reason: cut(reason),
+            }),
             Cause::NoState { reason } => Self::NoState(cut(reason)),
             Cause::Fault { reason } => Self::Fault(cut(reason)),
             Cause::Diverged { workers, reason } => Self::Diverged(v1::Diverged {
@@ -163,8 +164,13 @@ impl TryFrom<v1::holding::Cause> for Cause {
             Word::Broken(v1::Broken { lost, reason: text }) => {
                 Self::Broken { lost: lost.map(WorkerId), reason: reason(text)? }
             }
-            Word::Unreachable(v1::Unreachable { peer, reason: text }) => {
-                Self::Unreachable { peer: WorkerId(peer), reason: reason(text)? }
+            Word::Unreachable(v1::Unreachable { peers, reason: text }) => {
+                if peers.is_empty() || peers.len() > MEMBERS_MAX {
+                    let count = peers.len();
+                    return Err(malformed(format!("{count} peers are not reached, of 1 to {MEMBERS_MAX}")));
+                }
+                let peers = peers.into_iter().map(WorkerId).collect();
+                Self::Unreachable { peers, reason: reason(text)? }
             }
             Word::NoState(text) => Self::NoState { reason: reason(text)? },
             Word::Fault(text) => Self::Fault { reason: reason(text)? },

@@ -166,11 +166,11 @@ pub enum Cause {
         /// What happened, for people.
         reason: String,
     },
-    /// Nothing gets through between this worker and a peer, though neither may be dead: a route, a cable, a firewall, or
+    /// Nothing gets through between this worker and some peers, though none may be dead: a route, a cable, a firewall, or
     /// certificates that they do not believe.
     Unreachable {
-        /// The peer.
-        peer: WorkerId,
+        /// The peers: all of which it is known when the ring is left.
+        peers: Vec<WorkerId>,
         /// What was tried, for people.
         reason: String,
     },
@@ -247,10 +247,9 @@ impl Formation {
         self.members.iter().find(|member| member.worker == worker)
     }
 
-    /// Members that hold the state from the start: those of the first ranks. The others are learners. They serve no lanes and
-    /// are sent the state while the first train; until one says that it holds it, nobody counts on what it has.
-    ///
-    /// Only where every member has all of the state: one that brings shared-out moments, and no lanes, is no learner.
+    /// Members that hold the state from the start, or bring moments of it: those of the first ranks, of which the last serves
+    /// lanes. The others are learners. They serve none and are sent the state while the first train; until one says that it holds
+    /// it, nobody counts on what it has.
     pub fn trainers(&self) -> usize {
         let Source::Peers { holders } = &self.source else { return self.members.len() };
         let learns = |member: &Member| member.lanes.is_empty() && !holders.contains(&member.worker);

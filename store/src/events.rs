@@ -357,12 +357,19 @@ pub fn read_after(store: &Store, after: u64, most: usize) -> Result<Vec<Record>>
 /// Steps that were applied when the mathematics or the data of the run last changed (`--allow`): only what comes after them is of
 /// the config and the data that there are now. Absent: it never changed. A run that falls back behind the change trains the steps from there
 /// on anew, and has changed there.
-pub fn changed_at(records: &[Record]) -> Option<u64> {
-    records.iter().fold(None, |at: Option<u64>, record| match &record.event {
+pub fn changed_at(store: &Store) -> Result<Option<u64>> {
+    let mut at = None;
+    each(store, |record| at = changed_after(at, &record.event))?;
+    Ok(at)
+}
+
+/// The same after one record more.
+fn changed_after(at: Option<u64>, event: &Event) -> Option<u64> {
+    match event {
         Event::Started { step, changed, data, .. } if !(changed.is_empty() && data.is_empty()) => Some(*step),
         Event::Started { step, .. } | Event::Formed { start: step, .. } => at.map(|at| at.min(*step)),
         _ => at,
-    })
+    }
 }
 
 /// The data of a run that goes on from a checkpoint after `step` steps, which says `data` of it (digests of sources by name): what
@@ -521,7 +528,11 @@ mod tests {
             started(4, &[("a", "1", "2"), ("b", "5", ABSENT)]),
             started(6, &[("a", "2", "3")]),
         ];
-        assert_eq!([1, 2, 3].map(|records| changed_at(&log[..records])), [None, Some(4), Some(6)]);
+        let changed = log.iter().scan(None, |at, record| {
+            *at = changed_after(*at, &record.event);
+            Some(*at)
+        });
+        assert_eq!(changed.collect::<Vec<_>>(), [None, Some(4), Some(6)]);
         let of = |step| {
             let data = [("a", "1"), ("b", "5"), ("c", "7")]
                 .map(|(name, digest)| (name.to_owned(), digest.to_owned()));

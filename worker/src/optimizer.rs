@@ -221,6 +221,15 @@ impl State {
         Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: 0, losses: Vec::new(), reading }
     }
 
+    /// Weights alone: all moments are elsewhere.
+    pub fn without_moments(layout: Layout, weights: Tensor) -> Self {
+        let nothing = || Tensor::zeros([0], (Kind::Float, weights.device()));
+        let (exp_avg, exp_avg_sq) = (nothing(), nothing());
+        let cover = Cover::none(layout.blocks());
+        let reading = RefCell::default();
+        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: 0, losses: Vec::new(), reading }
+    }
+
     /// The initial weights of the seed of `config`.
     pub fn of_seed(config: &RunConfig, device: Device) -> Self {
         let layout = Layout::new(&config.model, config.model.layers);

@@ -81,8 +81,7 @@ impl Rollback<'_> {
     fn begin(&self, engine: &mut Engine, to: u64) -> Result<(u64, Option<Vec<Cursor>>)> {
         let known = self.known.filter(|known| known.step <= to);
         let device = engine.state().weights.device();
-        let changed =
-            events::changed_at(&events::read(self.store)?).filter(|changed| *changed <= to).unwrap_or(0);
+        let changed = events::changed_at(self.store)?.filter(|changed| *changed <= to).unwrap_or(0);
         for step in known_steps(self.store)?.into_iter().rev().filter(|step| *step <= to) {
             if step < changed || known.is_some_and(|known| known.step >= step) {
                 break;

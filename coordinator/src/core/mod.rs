@@ -70,15 +70,6 @@ pub struct Options {
     pub straggling: Straggling,
     /// Lanes are shared out by how fast members were, not evenly.
     pub by_speed: bool,
-    /// Whoever comes with no state is sent it while the others train, and serves no lanes before it holds it.
-    pub learners: bool,
-}
-
-impl Options {
-    /// Members of a ring that have the state when it begins: those of later ranks are sent it while these train.
-    pub fn trainers(&self, formation: &Formation) -> usize {
-        if self.learners { formation.trainers() } else { formation.members.len() }
-    }
 }
 
 /// What the job's user wants of it.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use anello_configs::{LaneShares, RunConfig, Schedule, StateCopies};
+use anello_configs::{LaneShares, RunConfig, Schedule};
 use anello_proto::ring::Generation;
 use anello_store::events::{self, EventLog};
 use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
@@ -116,8 +116,6 @@ impl Opened {
                 window_steps: config.ring.straggler_window_steps,
             },
             by_speed: config.ring.lanes == LaneShares::BySpeed,
-            // Where moments are shared out, all members' shares are other ones with one member more.
-            learners: config.ring.state_copies == StateCopies::All,
         };
         let job = Job { name: options.name.clone(), inputs };
         let core = Membership::new(core, epoch, found, Millis(0));

@@ -55,7 +55,8 @@ fn stance() -> impl Strategy<Value = v1::Stance> {
         Just(C::Ended(v1::Ended {})),
         (option::of(number()), text()).prop_map(|(lost, reason)| C::Broken(v1::Broken { lost, reason })),
         text().prop_map(C::NoState),
-        (number(), text()).prop_map(|(peer, reason)| C::Unreachable(v1::Unreachable { peer, reason })),
+        (vec(number(), 1..4), text())
+            .prop_map(|(peers, reason)| C::Unreachable(v1::Unreachable { peers, reason })),
         text().prop_map(C::Fault),
     ];
     let activity = prop_oneof![

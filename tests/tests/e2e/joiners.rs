@@ -10,6 +10,9 @@ use super::world;
 /// Long enough for processes that start while it trains.
 const LONG: [&str; 2] = ["--set", "stage.stable.tokens=128Ki"];
 
+/// Moments are shared out.
+const SHARED: [&str; 2] = ["--set", "ring.state_copies=2"];
+
 /// The long run of one worker.
 fn undisturbed() -> &'static str {
     static RUN: OnceLock<&str> = OnceLock::new();
@@ -120,5 +123,59 @@ fn deaths_while_a_joiner_is_sent_the_state_change_nothing() {
     let told = events(run);
     assert!(told.contains("state from checkpoint"), "{told}");
     world().assert_alike(run, undisturbed());
+    assert_no_strays(run);
+}
+
+/// Where moments are shared out a joiner has the weights with a step of those that train, and moments when it is given lanes.
+#[test]
+fn where_moments_are_shared_out_the_others_train_while_a_joiner_has_none() {
+    let run = "joiners-shared";
+    let place = world().folder.join(run);
+    let (mut process, address) = coordinator(run, 4, &SHARED);
+    let mut workers = vec![worker(&address)];
+    // Rings of one, two, three and four: the first two have all moments everywhere.
+    for step in [3, 9, 15] {
+        wait_until("it is so far", || newest_checkpoint(&place) >= step || process.ended());
+        workers.push(worker(&address));
+    }
+    process.wait().expect(0);
+    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
+    let told = events(run);
+    let rings = rings(&told);
+    assert!(rings.iter().any(|(_, _, learns)| *learns), "{told}");
+    // After the ring in which it learns comes one in which it trains, some steps later.
+    let entered = |pair: &[(u64, u64, bool)]| {
+        let [(before, from, true), (members, entered, false)] = pair else { return false };
+        members >= before && entered > from
+    };
+    assert!(rings.windows(2).any(entered), "{told}");
+    assert!(!told.contains("given up") && !told.contains("state from checkpoint"), "{told}");
+    world().assert_alike(run, undisturbed());
+    assert_no_strays(run);
+}
+
+/// Steps that move some of the weights alone spread no others: a joiner has those at the boundary.
+#[test]
+fn where_moments_are_shared_out_a_joiner_comes_while_the_language_model_is_frozen() {
+    let gate =
+        "stage.gate={loss=\"gate\",tokens=8192,sequence=16,batch=128,lr=1e-2,loops=2,mixture={tales=1}}";
+    let stages = ["--set", "stages=[\"warmup\",\"gate\",\"stable\"]", "--set", gate];
+    let alone = ["run", "small.toml", "--out", "joiners-frozen-one", "--sample", "0"];
+    world().anello(&[&alone[..], &stages].concat()).expect(0);
+    let run = "joiners-frozen";
+    let (place, port) = (world().folder.join(run), free_port().to_string());
+    let outside = ["--external", "--port", &port];
+    let mut process = start(run, 3, &[&outside[..], &stages, &SHARED].concat());
+    let mut workers = vec![worker(&format!("127.0.0.1:{port}"))];
+    for step in [8, 20] {
+        wait_until("it is so far", || newest_checkpoint(&place) >= step || process.ended());
+        workers.push(worker(&format!("127.0.0.1:{port}")));
+    }
+    process.wait().expect(0);
+    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
+    let told = events(run);
+    assert!(told.contains("formed with 2 workers"), "{told}");
+    assert!(!told.contains("given up") && !told.contains("state from checkpoint"), "{told}");
+    world().assert_alike(run, "joiners-frozen-one");
     assert_no_strays(run);
 }

@@ -1,5 +1,7 @@
 //! What can go wrong in a ring, by what the caller can do about it.
 
+use std::collections::BTreeSet;
+
 use crate::{Generation, Rank, Step};
 
 /// An error of the collective. After any of them but [`Error::Shape`] the collective is dead: survivors form a new
@@ -15,12 +17,16 @@ pub enum Error {
         /// What was seen, or what another rank told.
         reason: String,
     },
-    /// Nothing was heard of a worker for as long as [`Options::silence`](crate::tcp::Options::silence) allows: it, or what lies
-    /// between us, is cut off. It may be well, and so may we.
-    #[error("{rank} cannot be reached: {reason}; form a new generation without one of us")]
+    /// Nothing was heard of workers for as long as [`Options::silence`](crate::tcp::Options::silence) allows, or, when the ring
+    /// has ended for another reason, for half of that: they, or what lies between us, are cut off. They may be well, and so may
+    /// we.
+    #[error(
+        "{} cannot be reached: {reason}; form a new generation without them, or without us",
+        names(ranks)
+    )]
     Unreachable {
-        /// Who.
-        rank: Rank,
+        /// All of whom that is known, ascending.
+        ranks: Vec<Rank>,
         /// What was tried.
         reason: String,
     },
@@ -106,6 +112,15 @@ pub enum Error {
     },
 }
 
+fn names(ranks: &[Rank]) -> String {
+    let names: Vec<String> = ranks.iter().take(NAMED).map(Rank::to_string).collect();
+    let more = ranks.len().saturating_sub(NAMED);
+    if more > 0 { format!("{} and {more} more", names.join(", ")) } else { names.join(", ") }
+}
+
+/// Ranks that are named to people.
+const NAMED: usize = 8;
+
 fn what(block: Option<u32>) -> String {
     block.map_or("a message".to_owned(), |block| format!("block {block}"))
 }
@@ -113,6 +128,21 @@ fn what(block: Option<u32>) -> String {
 impl Error {
     pub(crate) fn shape(fact: impl Into<String>) -> Self {
         Self::Shape { fact: fact.into() }
+    }
+
+    /// The same with `apart`, of whom nothing is heard either: whoever leaves for another's sake says so too, so that a network
+    /// that is cut in two is known at once. What is wrong with a member's bytes is told as it is.
+    pub(crate) fn with_unreachable(self, apart: impl IntoIterator<Item = Rank>) -> Self {
+        let (known, reason) = match &self {
+            Self::Unreachable { ranks, reason } => (ranks.clone(), reason.clone()),
+            Self::Lost { .. } | Self::Aborted { .. } => (Vec::new(), format!("nothing comes back ({self})")),
+            _ => return self,
+        };
+        let ranks: BTreeSet<Rank> = known.into_iter().chain(apart).collect();
+        match ranks.is_empty() {
+            true => self,
+            false => Self::Unreachable { ranks: ranks.into_iter().collect(), reason },
+        }
     }
 
     pub(crate) fn system(action: &'static str) -> impl Fn(std::io::Error) -> Self {

@@ -24,6 +24,8 @@ pub struct Shape {
     /// The blocks that are summed and gathered, in the order in which they become final in a step, in which they are sent;
     /// empty: all, in ascending order.
     pub order: Vec<u32>,
+    /// Members that own blocks: those of the first ranks, up to as many as there are; 0: all.
+    pub owners: u32,
 }
 
 impl Shape {
@@ -36,7 +38,14 @@ impl Shape {
             let range = balanced(lanes as usize, members, rank);
             range.start as u32..range.end as u32
         };
-        Self { ranges: (0..members).map(range).collect(), blocks, block_len, order: Vec::new() }
+        Self { ranges: (0..members).map(range).collect(), blocks, block_len, order: Vec::new(), owners: 0 }
+    }
+
+    /// The blocks that the member of `rank` owns: none, or its share among those that own some.
+    fn owned(&self, rank: usize) -> Range<usize> {
+        let owners = if self.owners == 0 { self.ranges.len() } else { self.owners as usize };
+        let blocks = self.blocks as usize;
+        if rank < owners { balanced(blocks, owners, rank) } else { blocks..blocks }
     }
 }
 
@@ -63,8 +72,8 @@ impl Ring {
     /// The ring of `shape` as `rank` sees it.
     ///
     /// # Errors
-    /// [`Error::Shape`] when the ranges do not tile a power of two of lanes, the order is none of blocks, or a size is out of
-    /// range.
+    /// [`Error::Shape`] when the ranges do not tile a power of two of lanes, the order is none of blocks, there are more owners
+    /// than members, or a size is out of range.
     pub fn new(rank: Rank, shape: Shape) -> Result<Self> {
         let members = shape.ranges.len();
         if members > MEMBERS_MAX || rank.index() >= members {
@@ -76,6 +85,12 @@ impl Ring {
             return Err(Error::shape(format!(
                 "blocks of {} elements; allowed are 1..={BLOCK_LEN_MAX}",
                 shape.block_len
+            )));
+        }
+        if shape.owners as usize > members {
+            return Err(Error::shape(format!(
+                "{} owners of blocks; there are {members} members",
+                shape.owners
             )));
         }
         let lanes = shape.ranges.iter().map(|range| range.end).max().unwrap_or(0);
@@ -137,9 +152,9 @@ impl Ring {
         &self.parts[rank.index()]
     }
 
-    /// The blocks that `rank` owns: balanced over all ranks, whatever lanes they serve.
+    /// The blocks that `rank` owns: balanced over all ranks that own some, whatever lanes they serve.
     pub fn blocks(&self, rank: Rank) -> Range<usize> {
-        balanced(self.shape.blocks as usize, self.members(), rank.index())
+        self.shape.owned(rank.index())
     }
 
     /// The blocks that `rank` owns, in the order in which they are sent to it.
@@ -238,7 +253,7 @@ impl Ring {
 /// By owner: its blocks in the order of `shape`.
 fn turns(shape: &Shape) -> Result<Vec<Vec<usize>>> {
     let (blocks, members) = (shape.blocks as usize, shape.ranges.len());
-    let owned = |rank| balanced(blocks, members, rank);
+    let owned = |rank| shape.owned(rank);
     if shape.order.is_empty() {
         return Ok((0..members).map(|rank| owned(rank).collect()).collect());
     }
@@ -291,7 +306,10 @@ mod tests {
     use super::*;
 
     fn ring(ranges: &[Range<u32>]) -> Result<Ring> {
-        Ring::new(Rank(0), Shape { ranges: ranges.to_vec(), blocks: 5, block_len: 4, order: Vec::new() })
+        Ring::new(
+            Rank(0),
+            Shape { ranges: ranges.to_vec(), blocks: 5, block_len: 4, order: Vec::new(), owners: 0 },
+        )
     }
 
     fn fact(ranges: &[Range<u32>]) -> String {
@@ -305,6 +323,21 @@ mod tests {
         assert_eq!(owned, [0..1, 1..3, 3..5]);
         assert_eq!(ring.elements(Rank(1)), 4..12);
         assert_eq!((ring.parts(Rank(1)).len(), ring.parts(Rank(2)).len()), (2, 0));
+    }
+
+    #[test]
+    fn a_member_that_owns_nothing_is_one_of_the_last() {
+        let ring = |owners| {
+            let shape = Shape { owners, ..Shape::balanced(2, 3, 5, 4) };
+            Ring::new(Rank(2), shape).map_err(|error| error.to_string())
+        };
+        let owned =
+            |ring: &Ring| (0..3).map(|rank| ring.turns(Rank(rank)).to_vec()).collect::<Vec<Vec<usize>>>();
+        let two = ring(2).unwrap();
+        assert_eq!(owned(&two), [vec![0, 1], vec![2, 3, 4], vec![]]);
+        assert_eq!((two.elements(Rank(2)), two.summed()), (20..20, 5));
+        assert_eq!(owned(&ring(3).unwrap()), owned(&ring(0).unwrap()));
+        assert_eq!(ring(4).unwrap_err(), "4 owners of blocks; there are 3 members");
     }
 
     #[test]

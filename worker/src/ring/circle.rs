@@ -142,15 +142,15 @@ impl Gathered {
 /// Why something could not be had of peers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Failed {
-    /// The place of the one that cannot be reached, when that is why.
-    pub unreachable: Option<usize>,
+    /// The places of those that cannot be reached, when that is why.
+    pub unreachable: Vec<usize>,
     /// In words.
     pub reason: String,
 }
 
 impl From<String> for Failed {
     fn from(reason: String) -> Self {
-        Self { unreachable: None, reason }
+        Self { unreachable: Vec::new(), reason }
     }
 }
 
@@ -190,7 +190,8 @@ impl Circle {
             Ok(channel) => Ok((PeersClient::new(channel), failed)),
             Err(cause) => {
                 let is_apart = matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
-                Err(Failed { unreachable: Some(at).filter(|_| is_apart), ..failed(cause.to_string()) })
+                let unreachable = Vec::from_iter(is_apart.then_some(at));
+                Err(Failed { unreachable, ..failed(cause.to_string()) })
             }
         }
     }
@@ -237,22 +238,38 @@ impl Circle {
     /// What each of them has.
     ///
     /// # Errors
-    /// In words: a peer that is lost, one whose head makes no sense, the abort.
+    /// In words: a peer that is lost, one whose head makes no sense, the abort. Where some cannot be reached, all are told of that
+    /// turn out not to be soon after the first.
     pub async fn heads(&self, abort: &AbortHandle) -> Result<Vec<Head>, Failed> {
-        unless_aborted(abort, async {
-            let mut tasks = tokio::task::JoinSet::new();
-            for at in 0..self.peers.len() {
-                let (circle, request) = (self.clone(), self.request());
-                tasks.spawn(async move { (at, circle.fetch(at, request).await) });
-            }
+        let mut tasks = tokio::task::JoinSet::new();
+        for at in 0..self.peers.len() {
+            let (circle, request) = (self.clone(), self.request());
+            tasks.spawn(async move { (at, circle.fetch(at, request).await) });
+        }
+        let asked = unless_aborted(abort, async {
             let mut heads: Vec<Option<Head>> = vec![None; self.peers.len()];
             while let Some(done) = tasks.join_next().await {
                 let (at, fetched) = done.map_err(|cause| Failed::from(cause.to_string()))?;
                 heads[at] = Some(fetched?.0);
             }
             Ok(heads.into_iter().flatten().collect())
-        })
-        .await
+        });
+        let mut failed = match asked.await {
+            Err(failed) if !failed.unreachable.is_empty() => failed,
+            heads => return heads,
+        };
+        let others = unless_aborted(abort, async {
+            // All were tried at once, and are given up at once.
+            let soon = tokio::time::Instant::now() + self.silence / 4;
+            while let Ok(Some(done)) = tokio::time::timeout_at(soon, tasks.join_next()).await {
+                let fetched = done.ok().and_then(|(_, fetched)| fetched.err());
+                failed.unreachable.extend(fetched.into_iter().flat_map(|failed| failed.unreachable));
+            }
+            Ok(())
+        });
+        // That the ring has ended meanwhile changes nothing in who was not reached.
+        let _ = others.await;
+        Err(failed)
     }
 
     /// Peers that may be asked.

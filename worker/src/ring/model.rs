@@ -31,9 +31,8 @@ use anello_tls::Tls;
 use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
-use self::learning::ToLearn;
+use self::learning::{Learning, ToLearn};
 use super::gpus::{Gpus, Nccl};
-use super::learner::Learner;
 use super::live::Live;
 use super::parts::{self, PartsWriter};
 use super::peers::Shelf;
@@ -174,9 +173,11 @@ struct Thread {
     /// What is held, for others to read from or to fill in between two updates, while the ring has learners.
     live: Option<Arc<Live>>,
     /// The state is on its way: what is held of it is not to be counted on.
-    learner: Option<Learner>,
+    learning: Option<Learning>,
     /// What is to be learned, until all have met.
     to_learn: Option<ToLearn>,
+    /// Steps that were applied when the mathematics of the run last changed, as the log said in this generation.
+    changed: Option<(Generation, Option<u64>)>,
     held_out: Option<HeldOut>,
     /// The buffer that gradients are gathered in.
     total: Option<Total>,
@@ -199,10 +200,12 @@ struct Serving<'a> {
     rank: usize,
     lanes: Range<u32>,
     hold: &'a AtomicU8,
-    /// The moments are shared out over the members.
+    /// The moments are shared out over those that train, and every step spreads its weights.
     shared: bool,
     /// Members that have the state; those of later ranks are learners.
     trainers: usize,
+    /// Learners get the state while the others train.
+    meanwhile: bool,
     abort: &'a AbortHandle,
 }
 
@@ -256,8 +259,9 @@ impl Thread {
             nccl,
             held: None,
             live: None,
-            learner: None,
+            learning: None,
             to_learn: None,
+            changed: None,
             held_out,
             total: None,
             writer,
@@ -299,13 +303,14 @@ impl Thread {
         let rank =
             formation.rank(worker).ok_or_else(|| fault("this worker is no member of the generation"))?;
         let lanes = formation.members[rank].lanes.clone();
-        // Of two, each has what it owns and what the other does: all.
-        let shared = self.config.ring.state_copies == StateCopies::Two && formation.members.len() > 2;
-        let trainers = match self.config.ring.state_copies {
-            StateCopies::All => formation.trainers(),
-            StateCopies::Two => formation.members.len(),
+        let (trainers, members) = (formation.trainers(), formation.members.len());
+        // Of two that train, each has what it owns and what the other does: all.
+        let shared = match self.config.ring.state_copies {
+            StateCopies::All => false,
+            StateCopies::Two => trainers > 2 || trainers < members,
         };
-        let serving = Serving { formation, rank, lanes, hold, shared, trainers, abort };
+        let meanwhile = self.can_learn_from(formation.start, shared);
+        let serving = Serving { formation, rank, lanes, hold, shared, trainers, meanwhile, abort };
         if self.told.is_none() {
             self.told = Some(Epochs::told_before(&self.store, formation.start.0));
         }
@@ -399,6 +404,8 @@ impl Thread {
                 blocks: layout.blocks() as u32,
                 block_len: BLOCK,
                 order: order.into_iter().flatten().map(|block| block as u32).collect(),
+                // New weights are made where the moments are.
+                owners: if serving.shared { serving.trainers as u32 } else { 0 },
             },
             generation: RingGeneration(generation.0),
             job: self.job.clone(),
@@ -492,6 +499,12 @@ fn broken(lost: Option<WorkerId>, reason: String) -> Cause {
     Cause::Broken { lost, reason }
 }
 
+fn unreachable(ranks: &[Rank], reason: String, formation: &Formation) -> Cause {
+    let members = ranks.iter().filter_map(|rank| formation.members.get(rank.index()));
+    let peers: Vec<WorkerId> = members.map(|member| member.worker).collect();
+    if peers.is_empty() { broken(None, reason) } else { Cause::Unreachable { peers, reason } }
+}
+
 /// Why the ring is left, by what ended the collective.
 fn cause_of(error: &RingError, formation: &Formation) -> Cause {
     let reason = error.to_string();
@@ -499,13 +512,9 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         RingError::Lost { rank, .. } => {
             broken(formation.members.get(rank.index()).map(|member| member.worker), reason)
         }
+        RingError::Unreachable { ranks, .. } => unreachable(ranks, reason, formation),
         // Certificates are exchanged on one machine after the other: until all have theirs, some do not believe others.
-        RingError::Unreachable { rank, .. } | RingError::Untrusted { rank, .. } => {
-            match formation.members.get(rank.index()) {
-                Some(member) => Cause::Unreachable { peer: member.worker, reason },
-                None => broken(None, reason),
-            }
-        }
+        RingError::Untrusted { rank, .. } => unreachable(&[*rank], reason, formation),
         RingError::Aborted { .. }
         | RingError::Deadline { .. }
         | RingError::Dead { .. }

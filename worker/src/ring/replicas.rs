@@ -34,7 +34,7 @@ pub(super) fn compare(
     formation: &Formation,
 ) -> Result<Option<Cause>, RingError> {
     let learns = ring.ring().rank().index() >= trainers;
-    if shared && let Some(cause) = compare_pairs(ring, step, state, formation)? {
+    if shared && let Some(cause) = compare_pairs(ring, step, state, trainers, formation)? {
         return Ok(Some(cause));
     }
     let blocks = if learns { Vec::new() } else { hashes(state, shared) };
@@ -69,9 +69,10 @@ fn compare_pairs(
     ring: &mut tcp::Tcp,
     step: u64,
     state: &State,
+    trainers: usize,
     formation: &Formation,
 ) -> Result<Option<Cause>, RingError> {
-    let (members, rank) = (formation.members.len(), ring.ring().rank().index());
+    let rank = ring.ring().rank().index();
     let of = |rank: usize| {
         let mut hasher = blake3::Hasher::new();
         for block in ring.ring().blocks(Rank(rank as u32)) {
@@ -80,8 +81,12 @@ fn compare_pairs(
         }
         hasher.finalize()
     };
-    let said = [of(rank), of((rank + 1) % members)].map(|hash| *hash.as_bytes()).concat();
-    let all = ring.exchange(RingStep(step), &said)?;
+    let said = match rank < trainers {
+        true => [of(rank), of((rank + 1) % trainers)].map(|hash| *hash.as_bytes()).concat(),
+        false => Vec::new(),
+    };
+    let mut all = ring.exchange(RingStep(step), &said)?;
+    all.truncate(trainers);
     Ok(differing_pair(&all).map(|(second, owner)| {
         let name = |rank: usize| formation.members[rank].worker;
         let (second, owner) = (name(second), name(owner));

@@ -169,7 +169,7 @@ impl Run {
         let (engine, cursors) = match loaded {
             Some(Loaded { manifest, state }) => {
                 let mut engine = Engine::with_state(&self.config, state);
-                if events::changed_at(&events::read(&self.store)?) == Some(step) {
+                if events::changed_at(&self.store)? == Some(step) {
                     // Losses of another config are no measure, and a spike must not lead back behind the change.
                     engine.forget_losses();
                 }

@@ -172,7 +172,7 @@ impl Membership {
             .iter()
             .find(|member| self.workers.get(&member.worker).is_some_and(|worker| worker.stance.leaving));
         let room = self.options.desired.min(self.options.lanes) as usize;
-        let trainers = self.options.trainers(formation);
+        let trainers = formation.trainers();
         let (learners, holds) = (&formation.members[trainers..], |member: &Member| {
             self.workers.get(&member.worker).is_some_and(|worker| worker.stance.holds.is_some())
         });

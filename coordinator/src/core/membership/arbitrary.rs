@@ -26,7 +26,7 @@ fn cause() -> impl Strategy<Value = Cause> {
         Just(Cause::Ordered),
         Just(Cause::Ended),
         option::of(worker()).prop_map(move |lost| Cause::Broken { lost, reason: reason() }),
-        worker().prop_map(move |peer| Cause::Unreachable { peer, reason: reason() }),
+        vec(worker(), 1..4).prop_map(move |peers| Cause::Unreachable { peers, reason: reason() }),
         Just(Cause::NoState { reason: reason() }),
         Just(Cause::Fault { reason: reason() }),
     ]
@@ -135,18 +135,7 @@ impl Watched {
         let (lease, gather) = (Millis(1000), Millis(500));
         let straggling = Straggling { factor_permille: 1500, window_steps: 1 };
         let (total, faults_max, by_speed) = (TOTAL, 2, true);
-        let options = Options {
-            lanes,
-            total,
-            min,
-            desired,
-            lease,
-            gather,
-            faults_max,
-            straggling,
-            by_speed,
-            learners: true,
-        };
+        let options = Options { lanes, total, min, desired, lease, gather, faults_max, straggling, by_speed };
         let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
         let (said, told) = Default::default();
         Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }

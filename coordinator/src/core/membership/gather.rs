@@ -91,11 +91,8 @@ impl Membership {
             }
         };
         // Whoever holds nothing comes last, and learns the state before it serves lanes.
-        let learns = |id: &WorkerId| {
-            self.options.learners
-                && matches!(source, Source::Peers { .. })
-                && self.workers[id].stance.holds.is_none()
-        };
+        let learns =
+            |id: &WorkerId| matches!(source, Source::Peers { .. }) && self.workers[id].stance.holds.is_none();
         candidates.sort_by_key(learns);
         let trainers = candidates.iter().position(learns).unwrap_or(candidates.len());
         let mut lanes = self.cut(&candidates[..trainers]);

@@ -2,6 +2,9 @@
 //!
 //! No time-out of theirs is a death: both are well, and a ring that has both cannot train. One of the two is left out for a
 //! while, then tried again; each time that they turn out to be apart still, the while is twice as long.
+//!
+//! Whoever leaves a ring names all members that it does not reach, and what all say of a generation is decided at once: where a
+//! network is cut in two, the smaller half is left out of the next generation, and of no later one.
 
 use super::*;
 
@@ -32,18 +35,22 @@ pub(super) struct LeftOut {
 impl Membership {
     /// After a generation's end: which members did not reach which. Who is left out for it is told.
     pub(super) fn note_rifts(&mut self, formation: &Formation, out: &mut Vec<Effect>) {
+        let members: BTreeSet<WorkerId> = formation.members.iter().map(|member| member.worker).collect();
         let mut apart: BTreeMap<Pair, String> = BTreeMap::new();
         for (&id, worker) in &self.workers {
-            if let Activity::Holding { generation, cause: Cause::Unreachable { peer, reason } } =
+            let Activity::Holding { generation, cause: Cause::Unreachable { peers, reason } } =
                 &worker.stance.activity
-                && *generation == formation.generation
-                && *peer != id
-                // One that is gone is dead, not apart.
-                && self.workers.contains_key(peer)
-                && formation.member(id).is_some()
-                && formation.member(*peer).is_some()
-            {
-                apart.entry((id.min(*peer), id.max(*peer))).or_insert_with(|| reason.clone());
+            else {
+                continue;
+            };
+            if *generation != formation.generation || !members.contains(&id) {
+                continue;
+            }
+            // One that is gone is dead, not apart.
+            for peer in peers.iter().filter(|peer| **peer != id && members.contains(peer)) {
+                if self.workers.contains_key(peer) {
+                    apart.entry((id.min(*peer), id.max(*peer))).or_insert_with(|| reason.clone());
+                }
             }
         }
         if apart.is_empty() {
@@ -77,7 +84,8 @@ impl Membership {
     }
 
     /// Who is left out now, so that of the others any two reach one another as far as is known. Who is apart from most goes
-    /// first; of two that are apart from as many, the one that holds less, then the one that came later.
+    /// first; of two that are apart from as many, the one that holds less, then the one that came later. Of two halves that is
+    /// the smaller one, and of two alike that of those who came later.
     pub(super) fn left_out(&self) -> BTreeMap<WorkerId, LeftOut> {
         let mut apart: BTreeMap<Pair, Millis> = self
             .rifts

@@ -21,7 +21,6 @@ fn options(desired: u32) -> Options {
         faults_max: 3,
         straggling: Straggling { factor_permille: 1500, window_steps: 20 },
         by_speed: false,
-        learners: true,
     }
 }
 

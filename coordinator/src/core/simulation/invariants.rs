@@ -57,6 +57,30 @@ pub fn members_reach_one_another(formation: &Formation, left_out: &BTreeSet<Work
     }
 }
 
+/// **A cut heals in one generation**: where members of a ring have said whom they do not reach, no two of them that are in the next
+/// one are apart, and at least half of them are in it.
+pub fn a_cut_heals_in_one_generation(
+    before: &Formation,
+    now: &Formation,
+    apart: impl Fn(WorkerId, WorkerId) -> bool,
+) -> Result<(), String> {
+    let generation = now.generation;
+    let now = now.members.iter().map(|member| member.worker);
+    let ids: Vec<WorkerId> = now.filter(|id| before.member(*id).is_some()).collect();
+    if let Some((one, other)) = ids
+        .iter()
+        .flat_map(|one| ids.iter().map(move |other| (one, other)))
+        .find(|(one, other)| apart(**one, **other))
+    {
+        return Err(format!("generation {generation} has workers {one} and {other}, which are still apart"));
+    }
+    let (stay, members) = (ids.len(), before.members.len());
+    match 2 * stay >= members {
+        true => Ok(()),
+        false => Err(format!("generation {generation} has {stay} of the {members} members before it")),
+    }
+}
+
 /// **Same bits**: the state after a step is one value, whoever holds it and whatever happened on the way.
 pub fn state_is_the_reference(step: Step, state: u64, reference: &[u64]) -> Result<(), String> {
     match reference.get(step.0 as usize) == Some(&state) {

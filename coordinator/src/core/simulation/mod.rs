@@ -67,6 +67,19 @@ fn the_same_seed_is_the_same_history() {
     assert!(hashes.len() > 45, "histories are alike: {}", hashes.len());
 }
 
+/// Where nothing else happens, a network that is cut in two costs one ring each time that both halves are tried together.
+#[test]
+fn a_network_that_is_cut_in_two_costs_one_ring() {
+    let mut healed = 0;
+    for seed in 0..3000 {
+        match World::halved(seed, false).run() {
+            Ok(report) => healed += report.healed,
+            Err(failure) => panic!("seed {seed}: {failure}"),
+        }
+    }
+    assert!(healed > 2000, "{healed} rings were broken by a cut");
+}
+
 /// Each classic mistake, put in by hand, is found.
 #[test]
 fn planted_bugs_are_found() {
@@ -85,8 +98,10 @@ fn one_seed() {
     let seed =
         std::env::var("ANELLO_SEED").ok().map(|seed| seed.parse::<u64>().expect("ANELLO_SEED is a number"));
     for at in seed.map_or(0..3, |seed| seed..seed + 1) {
-        let outcome = World::new(at, None, seed.is_some()).run();
-        assert!(outcome.is_ok(), "seed {at}: {outcome:?}");
+        for world in [World::new(at, None, seed.is_some()), World::halved(at, seed.is_some())] {
+            let outcome = world.run();
+            assert!(outcome.is_ok(), "seed {at}: {outcome:?}");
+        }
     }
 }
 

@@ -23,6 +23,7 @@ use super::invariants::*;
 use coordinators::Coordinator;
 use happening::{Happening, addressee, kind, target};
 pub use report::Report;
+use rifts::Rift;
 use rings::Ring;
 use workers::Worker;
 
@@ -82,7 +83,9 @@ pub struct World {
     workers: BTreeMap<WorkerId, Worker>,
     rings: BTreeMap<Generation, Ring>,
     /// Between these two nothing gets through, until then.
-    rifts: BTreeMap<(WorkerId, WorkerId), u64>,
+    rifts: BTreeMap<(WorkerId, WorkerId), Rift>,
+    /// Nothing happens but that the network is cut in two.
+    calm: bool,
     reached: Step,
     completed: bool,
     report: Report,
@@ -107,7 +110,6 @@ impl World {
             faults_max: 5,
             straggling: Straggling { factor_permille: 1500, window_steps: 1 },
             by_speed: false,
-            learners: false,
         };
         let mut world = Self {
             stream,
@@ -137,6 +139,7 @@ impl World {
             workers: BTreeMap::new(),
             rings: BTreeMap::new(),
             rifts: BTreeMap::new(),
+            calm: false,
             reached: Step(0),
             completed: false,
             report: Report::default(),
@@ -150,18 +153,38 @@ impl World {
         world.every = 2 + world.below(6);
         world.blocks = 1 + world.below(8);
         world.shared = world.chance(2);
-        world.options.learners = !world.shared;
         world.chaos_until = 500 + world.below(2500);
-        let mut state = mix(seed, 7);
-        world.reference.push(state);
-        for step in 0..total {
-            state = advance_state(state, Step(step), 0..world.options.lanes);
-            world.reference.push(state);
-        }
-        world.after(0, Happening::StartCoordinator);
-        world.after(0, Happening::Launch);
+        world.begin(seed);
         world.after(50, Happening::Chaos);
         world
+    }
+
+    /// A long run to which nothing happens but that the network is cut in two, once in the midst of it.
+    pub fn halved(seed: u64, verbose: bool) -> Self {
+        let mut world = Self::new(seed, None, verbose);
+        world.queue.clear();
+        (world.calm, world.chaos_until) = (true, 0);
+        world.options.desired = 2 + world.below(7) as u32;
+        world.options.min = 1;
+        world.options.lanes = 8;
+        world.options.total = Step(300);
+        world.reference.clear();
+        world.begin(seed);
+        let at = 200 + world.below(1500);
+        world.at(at, Happening::Halve);
+        world
+    }
+
+    /// What an undisturbed run comes to, and the first processes.
+    fn begin(&mut self, seed: u64) {
+        let mut state = mix(seed, 7);
+        self.reference.push(state);
+        for step in 0..self.options.total.0 {
+            state = advance_state(state, Step(step), 0..self.options.lanes);
+            self.reference.push(state);
+        }
+        self.after(0, Happening::StartCoordinator);
+        self.after(0, Happening::Launch);
     }
 
     fn below(&mut self, bound: u64) -> u64 {
@@ -346,6 +369,7 @@ impl World {
             Happening::Terminate { worker } => return self.tell_worker(worker, Happens::Terminate),
             Happening::Launch => self.launch(),
             Happening::Chaos => return self.wreak(),
+            Happening::Halve => self.halve(),
         }
         Ok(())
     }

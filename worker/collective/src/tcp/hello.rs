@@ -60,10 +60,10 @@ pub(crate) enum Greeting {
     Refused(String),
 }
 
-/// CRC-32 of the ranges of lanes, so that a hello has a bounded size.
+/// CRC-32 of the ranges of lanes and of who owns blocks, so that a hello has a bounded size.
 pub(crate) fn lanes_checksum(shape: &Shape) -> u32 {
-    let bytes: Vec<u8> =
-        shape.ranges.iter().flat_map(|range| [range.start, range.end]).flat_map(u32::to_le_bytes).collect();
+    let ranges = shape.ranges.iter().flat_map(|range| [range.start, range.end]);
+    let bytes: Vec<u8> = ranges.chain([shape.owners]).flat_map(u32::to_le_bytes).collect();
     crc32fast::hash(&bytes)
 }
 

@@ -98,7 +98,8 @@ pub struct Tcp {
 /// # Errors
 /// [`Error::Refused`] on both sides when a worker of this generation differs in config, build, lanes, blocks or
 /// rank; [`Error::Untrusted`] when one that we dial and we do not accept one another's certificates;
-/// [`Error::Deadline`] with who is missing; [`Error::Unreachable`] when one does not answer; [`Error::Lost`] when a member closes meanwhile; [`Error::Aborted`];
+/// [`Error::Deadline`] with who is missing; [`Error::Unreachable`] when some do not answer;
+/// [`Error::Lost`] when a member closes meanwhile; [`Error::Aborted`];
 /// [`Error::Shape`] for options that do not fit together; [`Error::System`].
 pub fn connect(listener: &mut Listener, options: &Options) -> Result<Tcp> {
     let ring = Ring::new(options.rank, options.shape.clone())?;
@@ -138,10 +139,11 @@ impl Tcp {
     }
 
     fn ended_by<T>(&mut self, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result {
-            self.end(&Farewell::of(error), error.to_string());
-        }
-        result
+        result.map_err(|error| {
+            let error = error.with_unreachable(self.net.unheard());
+            self.end(&Farewell::of(&error), error.to_string());
+            error
+        })
     }
 
     /// All messages of an operation that is through, in the order of ranks.

@@ -17,7 +17,7 @@ use super::frame::{
 use super::socket::{Poll, Wake, is_silence};
 use super::stream::Stream;
 use super::traffic::Traffic;
-use super::unheard::Unheard;
+use super::unheard::{Unheard, is_unheard};
 use crate::farewell::Farewell;
 use crate::{AbortHandle, Error, Generation, Rank, Result, Step};
 
@@ -243,6 +243,12 @@ impl Net {
         }
     }
 
+    /// The ranks of which nothing was heard for half of the time that it takes to give up one: most of those that another one is
+    /// given up with, when a network is cut in two.
+    pub fn unheard(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.links.iter().filter(|link| link.is_unheard(self.silence / 2)).map(|link| link.rank)
+    }
+
     fn poll(&self, traffic: &impl Traffic) -> Poll<'_, Mark> {
         let mut poll = Poll::new();
         poll.push(self.wake.fd(), PollFlags::IN, Mark::Wake);
@@ -311,6 +317,14 @@ impl Link {
         }
     }
 
+    fn is_unheard(&self, time: Duration) -> bool {
+        match (&self.gone, &self.broken) {
+            (Some(Gone::Silent(_)), _) | (None, Some(Broken { silent: true, .. })) => true,
+            (Some(_), _) => false,
+            (None, _) => is_unheard(&self.control, time) || is_unheard(&self.data, time),
+        }
+    }
+
     /// Whether the next message is one of this operation.
     fn check_message(&self, generation: Generation, step: Step, wanted: Option<Kind>) -> Result<()> {
         let (Some(wanted), Some(message)) = (wanted, self.inbox.front()) else { return Ok(()) };
@@ -341,7 +355,7 @@ impl Link {
         let lost =
             |reason: &str| Error::Lost { rank: self.rank, reason: format!("{reason}, with {owed} due") };
         let unreachable = |reason: &str| Error::Unreachable {
-            rank: self.rank,
+            ranks: Vec::from([self.rank]),
             reason: format!("{reason}, with {owed} due"),
         };
         match (&self.gone, &self.broken) {

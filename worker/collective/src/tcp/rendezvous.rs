@@ -13,6 +13,7 @@
 //! With TLS a connection begins with its handshake, which reading and writing greetings makes on the way: whoever does
 //! not show a worker's certificate gets no further than that, within the same 5 s, and is counted.
 
+use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -26,6 +27,7 @@ use super::hello::{
 };
 use super::socket::{Poll, Wake, dial, has_no_way, is_silence, set_buffers, watch};
 use super::stream::{Security, Stream, tls_error};
+use super::unheard::is_unheard;
 use super::{Options, farewell_frame};
 use crate::farewell::Farewell;
 use crate::{Error, Generation, Rank, Result, Ring};
@@ -219,6 +221,7 @@ pub(crate) fn meet(
     };
     // Bounded, since no clock goes on for ever.
     let met = meeting.run(wake, start + options.deadline.min(Duration::from_secs(1 << 30)));
+    let met = met.map_err(|error| error.with_unreachable(meeting.unanswered(Instant::now())));
     let Rendezvous { pairs, .. } = meeting;
     if let Err(error) = &met {
         // Those who are connected would wait for us.
@@ -514,9 +517,22 @@ impl Rendezvous<'_> {
         // Nothing is to come over the other yet, but for its end.
         let mut of_data = || data.as_mut().and_then(|data| data.read(&mut [0]).err());
         if let Some(error) = silence.or_else(|| of_data().filter(is_silence)) {
-            return Error::Unreachable { rank, reason: format!("nothing comes back from it ({error})") };
+            let reason = format!("nothing comes back from it ({error})");
+            return Error::Unreachable { ranks: Vec::from([rank]), reason };
         }
         Error::Lost { rank, reason: "it closed its connection during the rendezvous".into() }
+    }
+
+    /// The ranks of which nothing was heard for half of the time that it takes to give up one.
+    fn unanswered(&self, now: Instant) -> BTreeSet<Rank> {
+        let time = self.options.silence / 2;
+        let dialed = self.dials.iter().filter(|dial| dial.is_unanswered(now, time)).map(|dial| dial.rank);
+        let is_cut = |pair: &Pair| {
+            let streams = [&pair.control, &pair.data].into_iter().flatten();
+            streams.into_iter().any(|stream| is_unheard(stream, time))
+        };
+        let pairs = (0..).map(Rank).zip(&self.pairs);
+        dialed.chain(pairs.filter(|(_, pair)| is_cut(pair)).map(|(rank, _)| rank)).collect()
     }
 
     /// Who is missing, a few of them by name.
@@ -559,13 +575,16 @@ impl Dial {
         }
     }
 
+    /// Whether there was no answer for so long.
+    fn is_unanswered(&self, now: Instant, time: Duration) -> bool {
+        let over = |since: Instant| now.saturating_duration_since(since) >= time;
+        self.unanswered.is_some_and(over) && !matches!(self.state, Dialing::Done | Dialing::Greeting(..))
+    }
+
     /// Whether there was no answer for too long.
     fn check(&self, now: Instant, silence: Duration) -> Result<()> {
-        let over = |since: Instant| now.saturating_duration_since(since) >= silence;
-        match self.unanswered.is_some_and(over)
-            && !matches!(self.state, Dialing::Done | Dialing::Greeting(..))
-        {
-            true => Err(Error::Unreachable { rank: self.rank, reason: self.seen.clone() }),
+        match self.is_unanswered(now, silence) {
+            true => Err(Error::Unreachable { ranks: Vec::from([self.rank]), reason: self.seen.clone() }),
             false => Ok(()),
         }
     }

@@ -18,7 +18,7 @@ impl Unheard {
     /// Looks at the connection: for how long its kernel has been seen asking in vain, with looks at most `pause` apart. What is
     /// seen once may be a question whose answer is on its way.
     pub fn look(&mut self, socket: &impl AsFd, now: Instant, pause: Duration) -> Duration {
-        let Some(Info { asks: true, last_heard }) = info(socket) else {
+        let Some(Info { asked: 1.., last_heard }) = info(socket) else {
             self.looks = None;
             return Duration::ZERO;
         };
@@ -29,9 +29,14 @@ impl Unheard {
     }
 }
 
+/// Whether a connection's kernel has asked in vain more than once, and nothing was acknowledged for `time`: what one look tells.
+pub(crate) fn is_unheard(socket: &impl AsFd, time: Duration) -> bool {
+    info(socket).is_some_and(|Info { asked, last_heard }| asked > 1 && last_heard >= time)
+}
+
 struct Info {
-    /// Bytes or questions were sent anew since the last acknowledgement.
-    asks: bool,
+    /// Times that bytes or questions were sent anew since the last acknowledgement.
+    asked: u32,
     last_heard: Duration,
 }
 
@@ -50,7 +55,7 @@ fn info(socket: &impl AsFd) -> Option<Info> {
     // SAFETY: integers alone, for which what the kernel left out, being zero, is a value too.
     let info = unsafe { info.assume_init() };
     Some(Info {
-        asks: info.tcpi_retransmits > 0 || info.tcpi_probes > 0,
+        asked: u32::from(info.tcpi_retransmits) + u32::from(info.tcpi_probes),
         last_heard: Duration::from_millis(info.tcpi_last_ack_recv.into()),
     })
 }

@@ -229,6 +229,7 @@ pub fn any_deaths_leave_right_sums_and_right_names<F: Fabric>() {
             blocks: 13,
             block_len: 1 << (seed % 12),
             order: vec![],
+            owners: 0,
         };
         let steps = [0, 1, 2].map(|at| whole(&shape, Step(at)));
         let victims = [seed % 5, if seed % 3 == 0 { seed / 5 % 5 } else { seed % 5 }];

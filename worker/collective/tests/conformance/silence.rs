@@ -37,12 +37,36 @@ fn a_member_that_does_not_answer_is_named_and_one_that_refuses_is_waited_for() {
     };
     let address = full.local_addr().unwrap();
     let error = meet_at(address, Duration::from_secs(60));
-    let Error::Unreachable { rank: Rank(0), reason } = &error else { panic!("{error:?}") };
-    assert_eq!(*reason, format!("no answer from {address}"));
+    let Error::Unreachable { ranks, reason } = &error else { panic!("{error:?}") };
+    assert_eq!((&ranks[..], reason), (&[Rank(0)][..], &format!("no answer from {address}")));
     // Where nobody listens, the machine is there: who is to come may yet come.
     let nobody = TcpListener::bind(localhost()).unwrap().local_addr().unwrap();
     let error = meet_at(nobody, Duration::from_secs(3));
     assert!(matches!(error, Error::Deadline { .. }), "{error:?}");
+}
+
+/// Whoever gives up names all that do not answer, and so does whoever is told to leave before it would.
+#[test]
+fn all_that_do_not_answer_are_named() {
+    let (full, _inside) = silent();
+    let (away, shape) = (full.local_addr().unwrap(), Shape::balanced(4, 4, 1, 4));
+    let mut own = listeners(2);
+    let here = own.iter().map(|listener| listener.address().unwrap());
+    let addresses: Vec<SocketAddr> = [away, away].into_iter().chain(here).collect();
+    let errors: Vec<Error> = std::thread::scope(|scope| {
+        let meeting = own.iter_mut().zip(2..).map(|(listener, rank)| {
+            let mut options = options(rank, &addresses, &shape, Generation(3));
+            (options.silence, options.deadline) = (Duration::from_secs(4), Duration::from_secs(60));
+            scope.spawn(move || connect(listener, &options).unwrap_err())
+        });
+        let meeting: Vec<_> = meeting.collect();
+        meeting.into_iter().map(|met| met.join().unwrap()).collect()
+    });
+    // The first to give up ends the wait of the other.
+    for error in errors {
+        let Error::Unreachable { ranks, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(ranks[..], [Rank(0), Rank(1)], "{error}");
+    }
 }
 
 #[test]

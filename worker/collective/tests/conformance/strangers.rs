@@ -46,7 +46,7 @@ fn another_config_is_refused_on_both_sides() {
 fn another_build_and_shape_are_refused_with_all_that_differs() {
     for text in differ(|options| {
         options.build = "0.2.0".into();
-        options.shape = Shape { ranges: vec![0..1, 1..4], blocks: 3, block_len: 9, order: vec![] };
+        options.shape = Shape { ranges: vec![0..1, 1..4], blocks: 3, block_len: 9, order: vec![], owners: 0 };
     }) {
         for what in ["build \"0.", "checksum of lane ranges", "blocks ", "block length "] {
             assert!(text.contains(what), "{what} is not in: {text}");

@@ -52,7 +52,8 @@ fn flipping(to: SocketAddr, channel: &'static str, at: usize) -> SocketAddr {
 
 /// What rank 0 and rank 1 get from a step when a byte from 1 to 0 flips.
 fn flipped(channel: &'static str, at: usize) -> [Error; 2] {
-    let shape = Shape { ranges: vec![0..1, 1..4], blocks: 12, block_len: BLOCK_LEN, order: vec![] };
+    let shape =
+        Shape { ranges: vec![0..1, 1..4], blocks: 12, block_len: BLOCK_LEN, order: vec![], owners: 0 };
     let mut listeners = listeners(2);
     let mut addresses = addresses(&listeners);
     addresses[0] = flipping(addresses[0], channel, at);
@@ -135,7 +136,7 @@ fn child() {
 }
 
 fn killed_shape() -> Shape {
-    Shape { ranges: vec![0..2, 2..4, 4..8], blocks: 64, block_len: 1 << 12, order: vec![] }
+    Shape { ranges: vec![0..2, 2..4, 4..8], blocks: 64, block_len: 1 << 12, order: vec![], owners: 0 }
 }
 
 #[test]

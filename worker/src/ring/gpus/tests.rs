@@ -220,7 +220,7 @@ fn sums_and_words_are_those_of_the_ring_on_the_host() {
     for (ranges, order) in shapes {
         let blocks = order.iter().map(|blocks| blocks.end).max().unwrap() + usize::from(ranges.len() == 3);
         let listed = order.iter().cloned().flatten().map(|block| block as u32).collect();
-        let shape = Shape { ranges, blocks: blocks as u32, block_len: BLOCK, order: listed };
+        let shape = Shape { ranges, blocks: blocks as u32, block_len: BLOCK, order: listed, owners: 0 };
         let summed = |by_nccl: bool| {
             let fake = Arc::new(Fake::default());
             together(&fake, &shape, &order, |rank, ring, gpus| {

@@ -35,7 +35,7 @@ impl Thread {
         let loaded = loaded.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
         let engine = Engine::with_state(&self.config, loaded.state);
         self.held = Some(Held::new(engine, step, loaded.manifest.cursors));
-        self.measure_anew(step, abort)
+        self.measure_anew(step, serving)
     }
 
     /// [`Thread::load`] of a generation's start: each member reads some parts, and has the other blocks of those that read them.
@@ -122,7 +122,7 @@ impl Thread {
         let (updates, losses, cursors) = (manifest.updates, manifest.losses, manifest.cursors);
         let gathering = Gathering { layout, asked, updates, cursors, losses, cover: own.and(&needs) };
         self.hold(step, Standing::Nothing, gathering, &gathered);
-        self.measure_anew(step, abort)
+        self.measure_anew(step, serving)
     }
 
     /// The moments that this member needs of the state after `step`: all, where the stack grows.
@@ -133,16 +133,26 @@ impl Thread {
 
     /// Forgets the losses of the state that is held where the mathematics changed with the step after it, as the process did
     /// that made the change.
-    fn measure_anew(&mut self, step: Step, abort: &AbortHandle) -> Served<()> {
-        if self.changed_at(abort)? == Some(step.0) {
+    fn measure_anew(&mut self, step: Step, serving: &Serving<'_>) -> Served<()> {
+        if self.changed_at(serving)? == Some(step.0) {
             self.held.as_mut().expect("state was loaded").engine.forget_losses();
         }
         Ok(())
     }
 
-    /// Steps that were applied when the mathematics of the run last changed.
-    pub(super) fn changed_at(&self, abort: &AbortHandle) -> Served<Option<u64>> {
-        let records = patiently(abort, "the log cannot be read now", || Ok(events::read(&self.store)?))?;
-        Ok(events::changed_at(&records.map_err(|error| fault(error.to_string()))?))
+    /// Steps that were applied when the mathematics of the run last changed. Nothing of that is logged while a generation lives,
+    /// so that each reads the log once.
+    pub(super) fn changed_at(&mut self, serving: &Serving<'_>) -> Served<Option<u64>> {
+        let generation = serving.formation.generation;
+        if let Some((of, changed)) = self.changed
+            && of == generation
+        {
+            return Ok(changed);
+        }
+        let read = || Ok(events::changed_at(&self.store)?);
+        let changed = patiently(serving.abort, "the log cannot be read now", read)?;
+        let changed = changed.map_err(|error| fault(error.to_string()))?;
+        self.changed = Some((generation, changed));
+        Ok(changed)
     }
 }

@@ -30,7 +30,7 @@ impl Thread {
         self.writer.wait();
         let cursors = self.held.as_ref().expect("state was taken").cursors.clone();
         // All that comes is of another state. Who learns has this one from the store, as all have.
-        (self.live, self.learner) = (None, None);
+        (self.live, self.learning) = (None, None);
         self.shelf.clear();
         if let Err(cause) = self.compute_again(plan.step, to, serving, ring, gpus) {
             self.held = None;
@@ -112,7 +112,7 @@ impl Thread {
             let known = there.map_or(0, |steps| steps.into_iter().rfind(|step| *step <= newest).unwrap_or(0));
             let all = exchange(ring, spike, &known.to_le_bytes(), serving)?;
             let from = all.iter().map(|known| number(known)).min().unwrap_or(0);
-            if self.changed_at(serving.abort)?.is_some_and(|changed| from < changed) {
+            if self.changed_at(serving)?.is_some_and(|changed| from < changed) {
                 return Err(broken(None, Rollback::behind_a_change(from, newest)));
             }
             // Nothing of what was held is needed any more.

@@ -88,7 +88,7 @@ impl Held {
 }
 
 impl Serving<'_> {
-    /// Whether this member is sent the state while the others train.
+    /// Whether this member has no lanes before it has the state.
     pub(super) fn learns(&self) -> bool {
         self.rank >= self.trainers
     }
@@ -96,7 +96,8 @@ impl Serving<'_> {
     /// The moments that this member needs, of a state of so many blocks.
     pub(super) fn needs(&self, blocks: usize) -> Cover {
         match self.shared {
-            true => Cover::of_rank(blocks, self.formation.members.len(), self.rank),
+            true if self.learns() => Cover::none(blocks),
+            true => Cover::of_rank(blocks, self.trainers, self.rank),
             false => Cover::all(blocks),
         }
     }
@@ -158,8 +159,7 @@ impl Thread {
         if all_hold && !may_share {
             return Ok(());
         }
-        // A stack grows in the first step, so that nobody can be sent its state meanwhile.
-        let learns = |rank: usize| rank >= serving.trainers && !grows;
+        let learns = |rank: usize| rank >= serving.trainers && serving.meanwhile;
         let takes = |(rank, member): (usize, &Member)| !learns(rank) && !holders.contains(&member.worker);
         let is_taken = members.iter().enumerate().any(takes);
         if standing == Standing::Here || may_share {
@@ -276,10 +276,9 @@ impl Thread {
             }
             (None, weights) => {
                 let weights = weights.expect("who has no state asks for weights");
-                let mut state = State::new(layout, weights);
+                let mut state = State::without_moments(layout, weights);
                 (state.updates, state.losses) = (updates, losses);
-                let none = Cover::none(state.layout.blocks());
-                let state = state.with_cover(none, &[]).with_cover(cover, &others);
+                let state = state.with_cover(cover, &others);
                 let engine = Engine::with_state(&self.config, state);
                 self.held = Some(Held::new(engine, start, cursors));
             }
@@ -379,10 +378,8 @@ impl Thread {
 
 /// Why a ring is left when something could not be had of the members `ids`.
 pub(super) fn cause_of_failure(Failed { unreachable, reason }: Failed, ids: &[WorkerId]) -> Cause {
-    match unreachable {
-        Some(at) => Cause::Unreachable { peer: ids[at], reason },
-        None => broken(None, reason),
-    }
+    let peers: Vec<WorkerId> = unreachable.into_iter().map(|at| ids[at]).collect();
+    if peers.is_empty() { broken(None, reason) } else { Cause::Unreachable { peers, reason } }
 }
 
 /// Tries until the store answers, or the ring is given up. The error within is that of a checkpoint that is damaged.

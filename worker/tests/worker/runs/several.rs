@@ -52,7 +52,8 @@ fn ring_step(engines: &mut [Engine], plan: &StepPlan<'_>, lanes: &[LaneStep]) ->
     let layout = engines[0].state().layout.clone();
     let order =
         layout.backward_blocks(plan.stage.trains).into_iter().flatten().map(|block| block as u32).collect();
-    let shape = Shape { ranges: CUTS.to_vec(), blocks: layout.blocks() as u32, block_len: BLOCK, order };
+    let shape =
+        Shape { ranges: CUTS.to_vec(), blocks: layout.blocks() as u32, block_len: BLOCK, order, owners: 0 };
     let sums = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         let members = InProcess::ring_of(&shape).unwrap().into_iter().zip(engines).zip(CUTS);

@@ -3,7 +3,12 @@
 use super::*;
 
 fn unreachable(peer: u64) -> Cause {
-    Cause::Unreachable { peer: WorkerId(peer), reason: "no answer".to_owned() }
+    all_unreachable(&[peer])
+}
+
+fn all_unreachable(peers: &[u64]) -> Cause {
+    let peers = peers.iter().copied().map(WorkerId).collect();
+    Cause::Unreachable { peers, reason: "no answer".to_owned() }
 }
 
 fn left_out(worker: u64, from: u64, rest: u64) -> Effect {
@@ -101,6 +106,54 @@ fn who_reaches_nobody_goes_first_though_it_is_the_first_of_all() {
     let next = formation(2, 12, peers(&[2, 3]), &[(2, 0..4), (3, 4..8)]);
     let out = hold(&mut story, 1, &[(2, unreachable(1)), (3, unreachable(1)), (1, aborted())]);
     assert_eq!(out, [left_out(1, 3, 4000), formed(&next)]);
+}
+
+/// Of a ring that is cut in two, who of one half or the other says whom it does not reach, and who is left.
+fn cut_in_two(members: u64, smaller: &[u64], speakers: &[u64]) -> Vec<u64> {
+    let mut story = Story::running(members);
+    let larger: Vec<u64> = (1..=members).filter(|id| !smaller.contains(id)).collect();
+    let causes: Vec<(u64, Cause)> = (1..=members)
+        .map(|id| match (speakers.contains(&id), smaller.contains(&id)) {
+            (false, _) => (id, aborted()),
+            (true, true) => (id, all_unreachable(&larger)),
+            (true, false) => (id, all_unreachable(smaller)),
+        })
+        .collect();
+    let out = hold(&mut story, 1, &causes);
+    let formed = out.into_iter().find_map(|effect| match effect {
+        Effect::Record(Entry::Formed(formation)) => Some(formation),
+        _ => None,
+    });
+    let formed = formed.expect("a half goes on");
+    formed.members.iter().map(|member| member.worker.0).collect()
+}
+
+#[test]
+fn of_two_halves_the_smaller_one_is_left_out_at_once() {
+    for smaller in [&[2][..], &[1, 4], &[3, 5]] {
+        let larger: Vec<u64> = (1..=6).filter(|id| !smaller.contains(id)).collect();
+        let all: Vec<u64> = (1..=6).collect();
+        // All say it, or those of one half alone.
+        for speakers in [&all[..], smaller, &larger] {
+            assert_eq!(cut_in_two(6, smaller, speakers), larger, "{smaller:?} by the word of {speakers:?}");
+        }
+    }
+    // Of two that are alike those stay that came first.
+    for half in [[4, 5, 6], [2, 4, 6], [1, 2, 3]] {
+        let others: Vec<u64> = (1..=6).filter(|id| !half.contains(id)).collect();
+        let first = if half.contains(&6) { others.clone() } else { half.to_vec() };
+        for speakers in [&half[..], &others, &[1, 2, 3, 4, 5, 6]] {
+            assert_eq!(cut_in_two(6, &half, speakers), first, "{half:?} by the word of {speakers:?}");
+        }
+    }
+}
+
+#[test]
+fn one_of_a_half_that_says_nothing_is_known_by_the_others_words() {
+    // The half of three is told of by all of the other, and by one of its own.
+    assert_eq!(cut_in_two(7, &[5, 6, 7], &[1, 2, 3, 4, 6]), [1, 2, 3, 4]);
+    // One that is named by nobody, and names nobody, is in the next ring: that one tells of it.
+    assert_eq!(cut_in_two(5, &[4, 5], &[4]), [1, 2, 3, 5]);
 }
 
 #[test]

@@ -22,6 +22,7 @@ impl World {
                     frozen_until: 0,
                     mute_until: 0,
                     ring: None,
+                    ring_since: 0,
                     hold: 0,
                     applying: false,
                     kept: Vec::new(),
@@ -183,7 +184,7 @@ impl World {
         let members: Vec<WorkerId> =
             self.rings[&generation].formation.members.iter().map(|member| member.worker).collect();
         let word = members.iter().map(|id| self.workers[id].hold).max().unwrap_or(0);
-        let step = self.workers[&members[0]].state.expect("it trains").0;
+        let step = self.hands_out(generation);
         for worker in members {
             if worker != victim && self.chance(2) {
                 self.deliver(worker, generation, step, word, false);

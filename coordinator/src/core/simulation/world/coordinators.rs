@@ -116,6 +116,7 @@ impl World {
                     Entry::Formed(_) | Entry::FellBack { .. } | Entry::Ended { .. } if !may_count => {}
                     Entry::Formed(formation) => {
                         self.check_formation(coordinator, formation)?;
+                        self.check_healed(coordinator, formation)?;
                         let lanes = || formation.members.iter().map(|member| member.lanes.len());
                         self.report.recuts += u64::from(lanes().max() > lanes().min().map(|least| least + 1));
                     }
@@ -150,11 +151,9 @@ impl World {
 
     pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
         lanes_are_covered_once(formation, self.options.lanes)?;
-        if self.options.learners {
-            let attendants = self.coordinators[coordinator].core.status().attendants;
-            let told = |id| attendants.iter().find(|known| known.worker == id)?.stance.holds;
-            nobody_counts_on_learners(formation, told)?;
-        }
+        let attendants = self.coordinators[coordinator].core.status().attendants;
+        let told = |id| attendants.iter().find(|known| known.worker == id)?.stance.holds;
+        nobody_counts_on_learners(formation, told)?;
         members_reach_one_another(formation, &self.left_out(coordinator))?;
         if let Source::Peers { .. } = formation.source {
             // One that has died meanwhile may have had it.
@@ -178,6 +177,22 @@ impl World {
                 })
             },
         )
+    }
+
+    /// Where nothing else happens, a cut of which members have told is healed by the generation after theirs.
+    fn check_healed(&mut self, coordinator: usize, formation: &Formation) -> Result<(), String> {
+        let before = self.formations.get(&Generation(formation.generation.0.saturating_sub(1)));
+        let Some(before) = before.filter(|_| self.calm) else { return Ok(()) };
+        let left = |activity: &Activity| {
+            matches!(activity, Activity::Holding { generation, cause: Cause::Unreachable { .. } }
+                if *generation == before.generation)
+        };
+        let attendants = self.coordinators[coordinator].core.status().attendants;
+        if attendants.iter().any(|attendant| left(&attendant.stance.activity)) {
+            a_cut_heals_in_one_generation(before, formation, |one, other| self.are_apart(one, other))?;
+            self.report.healed += 1;
+        }
+        Ok(())
     }
 
     /// Whom a coordinator leaves out now.

@@ -29,6 +29,7 @@ pub(super) enum Happening {
     Terminate { worker: WorkerId },
     Launch,
     Chaos,
+    Halve,
 }
 
 /// Whom a happening is for, if for a worker's process.
@@ -58,7 +59,8 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::CheckFence { .. }
         | Happening::StartCoordinator
         | Happening::Launch
-        | Happening::Chaos => None,
+        | Happening::Chaos
+        | Happening::Halve => None,
     }
 }
 
@@ -89,7 +91,8 @@ pub(super) fn addressee(happening: &Happening) -> Option<usize> {
         | Happening::StartCoordinator
         | Happening::Terminate { .. }
         | Happening::Launch
-        | Happening::Chaos => None,
+        | Happening::Chaos
+        | Happening::Halve => None,
     }
 }
 
@@ -120,6 +123,7 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Prepare { .. } => 23,
         Happening::Spread { .. } => 24,
         Happening::Unanswered { .. } => 25,
+        Happening::Halve => 26,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

@@ -31,14 +31,17 @@ pub struct Report {
     pub sleeps: u64,
     pub wanted: u64,
     pub learned: u64,
+    /// Rings that a cut broke, and the next one was whole: where nothing else happens.
+    pub healed: u64,
+    pub spread: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 25] {
+    pub fn counts(&self) -> [(&'static str, u64); 26] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 25] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 26] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -65,6 +68,7 @@ impl Report {
             ("a coordinator that slept", &mut self.sleeps),
             ("a checkpoint that was asked for", &mut self.wanted),
             ("a learner that holds the state", &mut self.learned),
+            ("a learner that holds the weights, and no moments", &mut self.spread),
         ]
     }
 

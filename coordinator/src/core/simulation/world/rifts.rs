@@ -2,10 +2,22 @@
 
 use super::*;
 
+/// What is between two workers: nothing gets through from its beginning to its end.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rift {
+    pub(super) since: u64,
+    pub(super) until: u64,
+}
+
 impl World {
+    /// What is between them now, if anything.
+    fn rift(&self, one: WorkerId, other: WorkerId) -> Option<&Rift> {
+        self.rifts.get(&(one.min(other), one.max(other))).filter(|rift| rift.until > self.now)
+    }
+
     /// Whether nothing gets through between them now.
     pub(super) fn are_apart(&self, one: WorkerId, other: WorkerId) -> bool {
-        self.rifts.get(&(one.min(other), one.max(other))).is_some_and(|until| *until > self.now)
+        self.rift(one, other).is_some()
     }
 
     /// Members that a worker does not reach now.
@@ -28,10 +40,37 @@ impl World {
             true => u64::MAX,
             false => self.now + length,
         };
-        self.rifts.insert((one.min(other), one.max(other)), until);
+        self.tear_until(one, other, until);
         for worker in [one, other] {
             self.await_answers(worker);
         }
+    }
+
+    fn tear_until(&mut self, one: WorkerId, other: WorkerId, until: u64) {
+        let since = self.rift(one, other).map_or(self.now, |rift| rift.since);
+        self.rifts.insert((one.min(other), one.max(other)), Rift { since, until });
+    }
+
+    /// The network is cut in two: from now on nothing gets through between those of one half and those of the other.
+    pub(super) fn halve(&mut self) {
+        let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
+        let (here, there): (Vec<WorkerId>, Vec<WorkerId>) = ids.iter().copied().partition(|_| self.chance(2));
+        let until = match self.options.min == 1 && self.chance(4) {
+            true => u64::MAX,
+            false => self.now + 500 + self.below(6000),
+        };
+        here.iter().for_each(|one| there.iter().for_each(|other| self.tear_until(*one, *other, until)));
+        ids.into_iter().for_each(|worker| self.await_answers(worker));
+    }
+
+    /// Members of which a worker has heard nothing for half of what it takes to give one up.
+    pub(super) fn unheard(&self, worker: WorkerId, formation: &Formation) -> Vec<WorkerId> {
+        let formed = self.workers[&worker].ring_since;
+        let is_old = |peer: &WorkerId| {
+            let since = self.rift(worker, *peer).map_or(self.now, |rift| rift.since);
+            self.now >= since.max(formed) + SILENCE / 2
+        };
+        self.apart_from(worker, formation).into_iter().filter(is_old).collect()
     }
 
     /// A worker is in a ring: of members that it does not reach it says so, in a while.
@@ -58,6 +97,7 @@ impl World {
             self.after(2, Happening::Unanswered { worker, generation, peer });
             return Ok(());
         }
-        self.leave_ring(worker, Cause::Unreachable { peer, reason: "no answer".to_owned() })
+        let peers = std::iter::once(peer).collect();
+        self.leave_ring(worker, Cause::Unreachable { peers, reason: "no answer".to_owned() })
     }
 }

@@ -11,6 +11,8 @@ pub(super) struct Ring {
     pub(super) stepping: bool,
     /// Members that have made the step under way ready.
     pub(super) prepared: BTreeSet<WorkerId>,
+    /// What the step that was handed out last is applied to.
+    pub(super) handed: Option<(Step, u64)>,
 }
 
 impl World {
@@ -24,7 +26,7 @@ impl World {
             if self.workers.get(&worker).is_some_and(|known| known.ring == Some(generation)) {
                 let delay = 1 + self.below(6);
                 // What is closed is not heard across a rift before that is over.
-                let rift = self.rifts.get(&(worker.min(lost), worker.max(lost))).copied().unwrap_or(0);
+                let rift = self.rifts.get(&(worker.min(lost), worker.max(lost))).map_or(0, |rift| rift.until);
                 if rift < u64::MAX {
                     self.at(rift.max(self.now) + delay, Happening::PeerLost { worker, generation, lost });
                 }
@@ -33,6 +35,7 @@ impl World {
     }
 
     pub(super) fn leave_ring(&mut self, worker: WorkerId, cause: Cause) -> Result<(), String> {
+        let cause = self.with_unheard(worker, cause);
         let known = self.workers.get_mut(&worker).expect("known");
         let Some(generation) = known.ring.take() else { return Ok(()) };
         known.applying = false;
@@ -48,6 +51,22 @@ impl World {
         self.tell_worker(worker, Happens::Left { generation, holds, shard, cause })
     }
 
+    /// Whoever leaves a ring that breaks names all members that it does not reach.
+    fn with_unheard(&self, worker: WorkerId, cause: Cause) -> Cause {
+        let (known, reason) = match &cause {
+            Cause::Unreachable { peers, reason } => (peers.clone(), reason.clone()),
+            Cause::Broken { reason, .. } => (Vec::new(), reason.clone()),
+            _ => return cause,
+        };
+        let Some(generation) = self.workers[&worker].ring else { return cause };
+        let unheard = self.unheard(worker, &self.rings[&generation].formation);
+        let peers: BTreeSet<WorkerId> = known.into_iter().chain(unheard).collect();
+        match peers.is_empty() {
+            true => cause,
+            false => Cause::Unreachable { peers: peers.into_iter().collect(), reason },
+        }
+    }
+
     pub(super) fn form(&mut self, worker: WorkerId, formation: Arc<Formation>) -> Result<(), String> {
         let generation = formation.generation;
         let known = self.workers.get_mut(&worker).expect("known");
@@ -55,6 +74,7 @@ impl World {
             return Err(format!("worker {worker} is told to form while it is in a ring"));
         }
         (known.ring, known.hold, known.applying) = (Some(generation), 0, false);
+        known.ring_since = self.now;
         self.rings.entry(generation).or_insert_with(|| Ring {
             formation,
             ready: BTreeSet::new(),
@@ -62,6 +82,7 @@ impl World {
             token: 0,
             stepping: false,
             prepared: BTreeSet::new(),
+            handed: None,
         });
         let delay = 2 + self.below(40);
         self.after(delay, Happening::Formed { worker, generation });
@@ -84,7 +105,10 @@ impl World {
         let holds = self.workers[&worker].state;
         let needs = self.needs(worker, &ring.formation);
         let of_peers = matches!(source, Source::Peers { .. });
-        if self.learns(worker, &ring.formation) && holds.is_none_or(|(step, _)| step != start) {
+        // Some stages begin with something that a learner cannot be sent meanwhile: it takes part as the others do.
+        let meanwhile = !mix(generation.0, 11).is_multiple_of(8);
+        let learns = meanwhile && self.learns(worker, &ring.formation);
+        if learns && holds.is_none_or(|(step, _)| step != start) {
             let known = self.workers.get_mut(&worker).expect("known");
             (known.state, known.pending) = (None, None);
             known.moments.clear();
@@ -176,7 +200,9 @@ impl World {
         let known = self.workers.get_mut(&worker).expect("known");
         known.pending = None;
         known.moments.retain(|block| needs.contains(block));
-        let (holds, shard) = (known.state.map(|(step, _)| step), known.shard(blocks));
+        let holds = known.state.map(|(step, _)| step);
+        let no_moments = Shard { blocks: Vec::new(), all_blocks: blocks, next: false };
+        let shard = if holds.is_none() && needs.is_empty() { Some(no_moments) } else { known.shard(blocks) };
         self.tell_worker(worker, Happens::Ready { generation, holds, shard })?;
         let due = start.0.is_multiple_of(self.every) || start == self.options.total;
         if self.learns(worker, &self.rings[&generation].formation) {
@@ -290,11 +316,19 @@ impl World {
         ring.stepping = false;
         ring.prepared.clear();
         let word = members.iter().map(|id| self.workers[id].hold).max().unwrap_or(0);
-        let step = self.workers[&members[0]].state.expect("it trains").0;
+        let step = self.hands_out(generation);
         let twisted = self.bug == Some(Bug::StaleGradient) && self.stale_gradient(generation, step);
         for &worker in members {
             self.deliver(worker, generation, step, word, twisted);
         }
+    }
+
+    /// The step that is handed out: of the first member, which trains.
+    pub(super) fn hands_out(&mut self, generation: Generation) -> Step {
+        let ring = self.rings.get_mut(&generation).expect("known");
+        let (step, state) = self.workers[&ring.formation.members[0].worker].state.expect("it trains");
+        ring.handed = Some((step, state));
+        step
     }
 
     /// Whether a worker of an older generation is still at this step.
@@ -363,7 +397,15 @@ impl World {
 
     /// A learner has some more of the state after `step`, by what peers have that did not apply the next one yet, and it may be
     /// the last of it: then it takes part in applying that.
+    /// Where moments are shared out the weights are spread with the step, and it has none of the moments.
     fn learn(&mut self, worker: WorkerId, generation: Generation, step: Step) -> Result<bool, String> {
+        let ring = &self.rings[&generation];
+        if self.shares(&ring.formation) {
+            let spread = ring.handed.filter(|(at, _)| *at == step);
+            self.workers.get_mut(&worker).expect("known").state = spread;
+            self.report.spread += 1;
+            return Ok(true);
+        }
         let peers = self.workers.values().filter(|peer| peer.ring == Some(generation));
         let there = peers.filter_map(|peer| peer.state).find(|(at, _)| *at == step);
         let Some(state) = there.filter(|_| self.chance(2)) else { return Ok(false) };

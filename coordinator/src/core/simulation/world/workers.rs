@@ -17,6 +17,8 @@ pub(super) struct Worker {
     /// Nothing gets through its link, and nobody notices yet.
     pub(super) mute_until: u64,
     pub(super) ring: Option<Generation>,
+    /// When it began to form the ring that it was in last.
+    pub(super) ring_since: u64,
     pub(super) hold: u8,
     /// All data of this step are here; it will be applied.
     pub(super) applying: bool,
@@ -77,20 +79,25 @@ impl Worker {
 }
 
 impl World {
-    /// Whether the moments are shared out in a generation.
+    /// Whether the moments are shared out in a generation, or some members have none of them.
     pub(super) fn shares(&self, formation: &Formation) -> bool {
-        self.shared && formation.members.len() > 2
+        let trainers = formation.trainers();
+        self.shared && (trainers > 2 || trainers < formation.members.len())
     }
 
     /// Whether a member gets the state while the others train.
     pub(super) fn learns(&self, worker: WorkerId, formation: &Formation) -> bool {
-        formation.rank(worker) >= Some(self.options.trainers(formation))
+        formation.rank(worker) >= Some(formation.trainers())
     }
 
     /// The blocks whose moments a member needs.
     pub(super) fn needs(&self, worker: WorkerId, formation: &Formation) -> BTreeSet<u64> {
+        let trainers = formation.trainers();
         match formation.rank(worker).filter(|_| self.shares(formation)) {
-            Some(rank) => shares(self.blocks, formation.members.len(), rank).into_iter().flatten().collect(),
+            Some(rank) if rank < trainers => {
+                shares(self.blocks, trainers, rank).into_iter().flatten().collect()
+            }
+            Some(_) => BTreeSet::new(),
             None => (0..self.blocks).collect(),
         }
     }
@@ -223,7 +230,7 @@ impl World {
     pub(super) fn save(&mut self, worker: WorkerId, generation: Generation, leave: Option<Cause>) {
         let Some((step, state)) = self.workers[&worker].state else { return };
         let formation = &self.rings[&generation].formation;
-        let writers = self.options.trainers(formation);
+        let writers = formation.trainers();
         let (rank, all) = (formation.rank(worker).expect("a member") as u64, writers as u64);
         let buddy = formation.members[((rank + 1) % all) as usize].worker;
         let copy = Copied { step, generation, state, rank, all, buddy };
