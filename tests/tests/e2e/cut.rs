@@ -27,6 +27,16 @@ impl Cluster {
 
     /// The same, where fewer may train, and with something done to the network before there are workers.
     fn start_with(name: &str, workers: u32, min: u32, prepare: impl FnOnce(&Network)) -> Option<Self> {
+        Self::start_detecting("1s", name, (workers, min), prepare)
+    }
+
+    /// The same, with another time after which something silent is found.
+    fn start_detecting(
+        detection: &str,
+        name: &str,
+        (workers, min): (u32, u32),
+        prepare: impl FnOnce(&Network),
+    ) -> Option<Self> {
         let network = match Network::new(name, workers + 1) {
             Ok(network) => network,
             Err(why) => {
@@ -36,7 +46,7 @@ impl Cluster {
         };
         let (place, listen) = (format!("cut-{name}"), format!("{}:0", network.address(DESK)));
         let arguments = ["coordinator", "--listen", &listen, "--jobs", &place, "--slots", "0", "--insecure"];
-        let more = ["--detection", "1s"];
+        let more = ["--detection", detection];
         let on = network.on(DESK);
         let mut coordinator = Process::start_by(&on, &world().folder, &[&arguments[..], &more].concat(), &[]);
         let address = |out: &str| Some(out.strip_prefix("coordinator at ")?.split_once(',')?.0.to_owned());
@@ -160,6 +170,25 @@ fn two_that_do_not_reach_one_another_do_not_hold_up_the_others() {
         let Some((_, after)) = told.split_once("do not reach one another") else { return false };
         assert!(told.contains("is left out for ") && after.contains("with 2 workers from step"), "{told}");
         !told.contains("lost (silent for")
+    });
+}
+
+/// A switch between two halves of the workers breaks: one of them goes on at once, and not after one ring for each pair.
+#[test]
+fn a_network_that_is_cut_in_two_costs_one_ring() {
+    in_one_of_three("a half was the next ring", |again| {
+        // Half of it may lie between two that notice, and the cuts are made one after the other.
+        let name = format!("halves{again}");
+        let Some(mut cluster) = Cluster::start_detecting("8s", &name, (6, 3), |_| {}) else { return true };
+        cluster.wait_for_checkpoint(3);
+        for (here, there) in [1, 2, 3].into_iter().flat_map(|here| [4, 5, 6].map(|there| (here, there))) {
+            cluster.network.drop_way(here, there);
+            cluster.network.drop_way(there, here);
+        }
+        let told = cluster.finish();
+        let Some((_, after)) = told.split_once("do not reach one another") else { return false };
+        let next = after.lines().find(|line| line.contains(" formed with "));
+        next.is_some_and(|next| next.contains(" formed with 3 workers"))
     });
 }
 
