@@ -6,9 +6,10 @@
 //! w = w·(1 − lr·decay) − lr·(m / (1−β1^u)) / (√(v / (1−β2^u)) + ε)       u = updates so far, this one included
 //! ```
 //!
-//! Every operation below is one IEEE operation an element (no fused multiply-add, whose use would differ between
-//! the vector body and the scalar tail of a LibTorch kernel), so the result does not depend on how the buffer is
-//! cut, by threads or by owners.
+//! Every operation below is one operation an element (no fused multiply-add, whose use would differ between the vector body
+//! and the scalar tail of a LibTorch kernel), so the result does not depend on how the buffer is cut, by threads or by
+//! owners. All are as IEEE 754 rounds them, but for the root on a CPU: LibTorch takes it from MKL, one unit in the last place off
+//! for one element in six, wherever the element stands.
 //!
 //! Where the moments are shared out over a ring, an update has two halves. [`State::prepare`] changes nothing of the state:
 //! it makes the new weights of some blocks, for others to have, and keeps the gradient of all blocks whose moments are
