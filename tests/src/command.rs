@@ -137,9 +137,10 @@ impl Process {
         let create = |path: &Path| File::create(path).expect("the test's folder can be written");
         let words = before.iter().map(OsStr::new).chain([binary().as_os_str()]);
         let words: Vec<&OsStr> = words.chain(arguments.iter().map(OsStr::new)).collect();
+        let log_of: &[&str] = if arguments.contains(&"--log") { &[] } else { &["--log", "info"] };
         let child = Command::new(words[0])
             .args(&words[1..])
-            .args(["--log", "info"])
+            .args(log_of)
             .envs(variables.iter().map(|(name, value)| (*name, value)))
             .current_dir(folder)
             .stdin(Stdio::null())

@@ -78,6 +78,11 @@ impl S3 {
         self.keys(&prefix).iter().filter_map(step).max().unwrap_or(0)
     }
 
+    /// What the object at `key` holds, after the head of the answer; what is no text in it is replaced.
+    pub fn object(&self, key: &str) -> String {
+        self.request("GET", &format!("/{BUCKET}/{key}"))
+    }
+
     /// The answer to a request without a body, head included.
     fn request(&self, method: &str, path: &str) -> String {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).expect("the S3 server listens");

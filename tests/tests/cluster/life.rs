@@ -92,7 +92,7 @@ fn whatever_is_killed_or_lost_changes_nothing() {
 #[test]
 fn a_job_is_suspended_resumed_deleted_and_made_anew() {
     let Some(site) = Site::start("suspended", 1) else { return };
-    site.submit("a", 2);
+    site.apply(&site.manifest("a", 2, &[]));
     site.wait_for_checkpoint("a", 3);
     site.suspend("a", true);
     site.wait_for_phase("a", "Paused");
@@ -107,7 +107,7 @@ fn a_job_is_suspended_resumed_deleted_and_made_anew() {
     let told = site.value("a", "{.status.message}");
     assert!(told.contains("whose seed differs"), "{told}");
     site.kubectl(&["delete", "pretrainjob", "a", "--timeout=60s"]);
-    site.submit("a", 1);
+    site.apply(&site.manifest("a", 1, &[]));
     site.wait_for_phase("a", "Completed");
     site.assert_undisturbed("a");
 }

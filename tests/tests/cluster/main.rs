@@ -13,7 +13,7 @@ mod queue;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use anello_tests::{Cluster, World, http_at, kube_tool, newest_checkpoint, wait_until};
+use anello_tests::{Cluster, Process, World, http_at, kube_tool, newest_checkpoint, wait_until};
 
 /// The world of these tests.
 fn world() -> &'static World {
@@ -117,6 +117,15 @@ impl Site {
         PathBuf::from(self.place()).join(job)
     }
 
+    /// `anello submit --kube` of a job, with `settings` as `--set` takes them, and more arguments.
+    fn submission(&self, job: &str, workers: u32, settings: &[&str], more: &[&str]) -> Vec<String> {
+        let (place, workers) = (self.place(), workers.to_string());
+        let submit = ["submit", "small.toml", "--kube", "--image", "anello:test", "--state", &place];
+        let usual = ["--name", job, "--workers", &workers, "--metrics", "--set", "compute.threads=1"];
+        let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
+        [&submit[..], &usual, &settings, more].concat().into_iter().map(str::to_owned).collect()
+    }
+
     /// The manifest of a job, as `anello submit --kube` makes it, with `settings` as `--set` takes them.
     fn manifest(&self, job: &str, workers: u32, settings: &[&str]) -> String {
         self.manifest_with(job, workers, settings, &[])
@@ -124,17 +133,20 @@ impl Site {
 
     /// The same, with more arguments.
     fn manifest_with(&self, job: &str, workers: u32, settings: &[&str], more: &[&str]) -> String {
-        let others = more;
-        let (place, workers) = (self.place(), workers.to_string());
-        let arguments =
-            ["submit", "small.toml", "--kube", "--dry-run", "--image", "anello:test", "--state", &place];
-        let more = ["--name", job, "--workers", &workers, "--metrics", "--set", "compute.threads=1"];
-        let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting]).collect();
-        world().anello(&[&arguments[..], &more, &settings, others].concat()).expect(0)
+        let arguments = self.submission(job, workers, settings, &[more, &["--dry-run"]].concat());
+        world().anello(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).expect(0)
     }
 
+    /// By a person at a desk, who has a kubeconfig.
     fn submit(&self, job: &str, workers: u32) {
-        self.apply(&self.manifest(job, workers, &[]));
+        let arguments = self.submission(job, workers, &[], &["--namespace", self.name]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let variables = [("KUBECONFIG", self.cluster().kubeconfig().display().to_string())];
+        let told = Process::start_with(&world().folder, &arguments, &variables).wait().expect(0);
+        assert!(
+            told.starts_with(&format!("PretrainJob {job} is made in namespace {}\n", self.name)),
+            "{told}"
+        );
     }
 
     fn apply(&self, manifest: &str) {

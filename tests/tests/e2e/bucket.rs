@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use anello_tests::{Done, Fate, Process, Proxy, S3, free_port, signal, wait_until};
 
+use super::http::Serving;
 use super::world;
 
 fn s3() -> &'static S3 {
@@ -83,6 +84,47 @@ fn a_coordinator_keeps_its_jobs_in_a_bucket() {
     coordinator.signal("INT");
     coordinator.wait().expect(130);
     assert_undisturbed(&format!("{jobs}/small"));
+}
+
+/// A key to a bucket is in no object, no log, no answer and on no page.
+#[test]
+fn keys_to_a_bucket_are_told_nobody() {
+    const KEYS: [&str; 2] = ["a-key-that-nobody-is-told", "a-token-that-nobody-is-told"];
+    let jobs = s3().url("secret");
+    let mut variables = s3().variables();
+    variables.retain(|(name, _)| *name != "AWS_SECRET_ACCESS_KEY");
+    variables.push(("AWS_SECRET_ACCESS_KEY", KEYS[0].to_owned()));
+    variables.push(("AWS_SESSION_TOKEN", KEYS[1].to_owned()));
+    let folder = &world().folder;
+    let quiet = |what: &str, text: &str| {
+        assert!(!KEYS.iter().any(|key| text.contains(key)), "{what} tells a key:\n{text}");
+    };
+    let mut done = Vec::new();
+    let arguments =
+        ["coordinator", "--listen", "127.0.0.1:0", "--jobs", &jobs, "--slots", "2", "--log", "debug"];
+    let serving = Serving::start_with(&arguments, &variables);
+    serving.ask(&["submit", "small.toml", "--workers", "2"]);
+    done.push(("what is watched".to_owned(), serving.ask(&["watch", "small"])));
+    let job = "/api/v1/jobs/small";
+    let pages = ["/", "/metrics", "/api/v1/jobs", job, &format!("{job}/events"), &format!("{job}/config")];
+    done.extend(pages.map(|page| (page.to_owned(), serving.get(page))));
+    done.extend(
+        [["describe", "small"], ["logs", "small"]].map(|asks| (asks[0].to_owned(), serving.ask(&asks))),
+    );
+    serving.process.signal("INT");
+    let coordinator = serving.process.wait();
+    let debugged = coordinator.log.contains("DEBUG");
+    assert!(debugged, "it logs all that it is asked to: {}", coordinator.log);
+    done.push(("the coordinator".to_owned(), format!("{}{}", coordinator.out, coordinator.log)));
+    // What goes wrong is told with its place and what to set, and not with what is set.
+    let absent =
+        Process::start_with(folder, &["checkpoint", "list", "s3://no-such-bucket/run"], &variables).wait();
+    assert!(absent.log.contains("no-such-bucket"), "{absent:?}");
+    done.push(("an error".to_owned(), format!("{}{}", absent.out, absent.log)));
+    let objects = s3().keys("secret");
+    assert!(objects.len() > 20, "{objects:?}");
+    done.extend(objects.into_iter().map(|key| (key.clone(), s3().object(&key))));
+    done.iter().for_each(|(what, text)| quiet(what, text));
 }
 
 #[test]

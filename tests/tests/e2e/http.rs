@@ -56,7 +56,8 @@ impl Serving {
         world().anello(&[arguments, &["--coordinator", &self.coordinator]].concat()).expect(0)
     }
 
-    fn get(&self, path: &str) -> String {
+    /// The body of a page that is there.
+    pub fn get(&self, path: &str) -> String {
         let (status, body) = http(self.port, "GET", path, &[], "");
         assert_eq!(status, 200, "{path}: {body}");
         body
