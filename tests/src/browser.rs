@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::{Value, json};
 
@@ -28,7 +29,9 @@ impl Browser {
     /// In CI, when there is none.
     pub fn open(folder: &Path, url: &str) -> Option<Self> {
         let program = find("chromium", "install Debian's chromium")?;
-        let profile = folder.join(format!("browser-{}", std::process::id()));
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let profile = folder.join(format!("browser-{}-{number}", std::process::id()));
         let mut child = Command::new("sh")
             // It reads what it is asked from descriptor 3, and answers on descriptor 4.
             .args(["-c", r#"exec "$0" "$@" 3<&0 4>&1 0</dev/null 1>&2 2>/dev/null"#])
@@ -127,14 +130,34 @@ impl Browser {
 
     /// Presses Return.
     pub fn enter(&mut self) {
+        self.press("Enter", 13, Some("\r"));
+    }
+
+    /// Presses Tab, which takes the focus further.
+    pub fn tab(&mut self) {
+        self.press("Tab", 9, None);
+    }
+
+    fn press(&mut self, key: &str, code: u32, text: Option<&str>) {
         for kind in ["keyDown", "keyUp"] {
-            let mut event =
-                json!({ "type": kind, "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13 });
-            if kind == "keyDown" {
-                event["text"] = json!("\r");
+            let mut event = json!({ "type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code });
+            if let (Some(text), "keyDown") = (text, kind) {
+                event["text"] = json!(text);
             }
             self.call("Input.dispatchKeyEvent", event);
         }
+    }
+
+    /// As one whose system is dark, or light, sees it from now on.
+    pub fn look(&mut self, scheme: &str) {
+        let features = json!([{ "name": "prefers-color-scheme", "value": scheme }]);
+        self.call("Emulation.setEmulatedMedia", json!({ "features": features }));
+    }
+
+    /// In a window of so many pixels from now on.
+    pub fn size(&mut self, width: u32, height: u32) {
+        let metrics = json!({ "width": width, "height": height, "deviceScaleFactor": 1, "mobile": false });
+        self.call("Emulation.setDeviceMetricsOverride", metrics);
     }
 }
 
