@@ -234,10 +234,21 @@ impl Store {
         operation: Operation,
         attempt: impl Fn() -> object_store::Result<T>,
     ) -> object_store::Result<T> {
-        let (began, mut pause) = (Instant::now(), self.attempts.pause);
+        let began = Instant::now();
+        self.while_wrong(operation, |cause| broke_off(cause) && began.elapsed() < PATIENCE, attempt)
+    }
+
+    /// What `attempt` gives, made again while it fails with what `again` says so of, as often as this store tries; counted as one.
+    fn while_wrong<T>(
+        &self,
+        operation: Operation,
+        again: impl Fn(&object_store::Error) -> bool,
+        attempt: impl Fn() -> object_store::Result<T>,
+    ) -> object_store::Result<T> {
+        let mut pause = self.attempts.pause;
         for _ in 1..self.attempts.most {
             match attempt() {
-                Err(cause) if broke_off(&cause) && began.elapsed() < PATIENCE => {}
+                Err(cause) if again(&cause) => {}
                 done => return self.meter.count(operation, done),
             }
             self.meter.retry(operation);

@@ -53,27 +53,13 @@ impl Store {
         }
         (0..chunks.len()).for_each(see);
         self.put_chunks(path, chunks)?;
-        self.meter.count(Operation::Get, self.prove_patiently(path, chunks))?;
+        let at = self.at(path);
+        // A store may take a while to show what it has taken.
+        let prove = || self.runtime.block_on(self.prove(&at, chunks));
+        let proved = self.while_wrong(Operation::Get, |_| true, prove);
+        proved.map_err(|e| self.failed("reading back", path, e))?;
         self.meter.read(length);
         Ok(())
-    }
-
-    fn prove_patiently(&self, path: &str, chunks: &[Bytes]) -> crate::Result<()> {
-        let (at, mut pause) = (self.at(path), self.attempts.pause);
-        for attempt in 1.. {
-            let proof = match self.runtime.block_on(self.prove(&at, chunks)) {
-                Ok(()) => return Ok(()),
-                Err(cause) => cause,
-            };
-            // A store may take a while to show what it has taken.
-            if attempt >= self.attempts.most {
-                return Err(self.failed("reading back", path, proof));
-            }
-            self.meter.retry(Operation::Get);
-            std::thread::sleep(pause);
-            pause *= 2;
-        }
-        unreachable!("the last attempt returns")
     }
 
     pub(super) async fn may_read(&self, bytes: usize) {

@@ -5,10 +5,10 @@ use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 use std::sync::{Mutex, PoisonError};
 
-use libloading::os::unix::{Library, RTLD_LAZY};
+use libloading::os::unix::Library;
 use tch::{Device, Tensor};
 
-use super::library::words;
+use super::library::{driver_call, open_driver};
 use super::torch::Stream;
 
 /// A value that a kernel is given.
@@ -51,22 +51,6 @@ pub(crate) struct Module {
     functions: Mutex<BTreeMap<&'static str, usize>>,
 }
 
-/// Calls a function of the driver by its declaration in cuda.h; in words what failed.
-macro_rules! call {
-    ($library:expr, $name:literal, ($($kind:ty),*), ($($argument:expr),*)) => {{
-        // SAFETY: declared as in cuda.h; outputs are places of ours that live for the call, and what else it is given is the
-        // part of the bargain of who calls it here.
-        let status = unsafe {
-            let symbol = concat!($name, "\0").as_bytes();
-            let function = $library.get::<unsafe extern "C" fn($($kind),*) -> c_int>(symbol);
-            function.map_err(|cause| words(&cause))?($($argument),*)
-        };
-        if status != 0 {
-            return Err(format!("the driver of NVIDIA: {} returns {status}", $name));
-        }
-    }};
-}
-
 impl Module {
     /// Loads `code`, compiled for the GPU `device`, for the rest of the process's life.
     ///
@@ -74,16 +58,24 @@ impl Module {
     /// In words: no driver, or what it says of the code.
     pub fn load(device: Device, code: &[u8]) -> Result<Self, String> {
         let Device::Cuda(number) = device else { return Err(format!("{device:?} is no GPU")) };
-        // SAFETY: the driver's own library, of which nothing is registered here.
-        let driver = unsafe { Library::open(Some("libcuda.so.1"), RTLD_LAZY) }
-            .map_err(|cause| format!("there is no driver of NVIDIA ({})", words(&cause)))?;
+        let driver = open_driver()?;
         let (mut handle, mut context, mut module) = (0, null_mut(), null_mut());
-        call!(driver, "cuInit", (c_uint), (0));
-        call!(driver, "cuDeviceGet", (*mut c_int, c_int), (&raw mut handle, number as c_int));
+        driver_call!(driver, "cuInit", (c_uint), (0));
+        driver_call!(driver, "cuDeviceGet", (*mut c_int, c_int), (&raw mut handle, number as c_int));
         // The context that LibTorch computes in.
-        call!(driver, "cuDevicePrimaryCtxRetain", (*mut *mut c_void, c_int), (&raw mut context, handle));
-        call!(driver, "cuCtxSetCurrent", (*mut c_void), (context));
-        call!(driver, "cuModuleLoadData", (*mut *mut c_void, *const u8), (&raw mut module, code.as_ptr()));
+        driver_call!(
+            driver,
+            "cuDevicePrimaryCtxRetain",
+            (*mut *mut c_void, c_int),
+            (&raw mut context, handle)
+        );
+        driver_call!(driver, "cuCtxSetCurrent", (*mut c_void), (context));
+        driver_call!(
+            driver,
+            "cuModuleLoadData",
+            (*mut *mut c_void, *const u8),
+            (&raw mut module, code.as_ptr())
+        );
         let (context, module) = (context as usize, module as usize);
         Ok(Self { driver, device, context, module, functions: Mutex::default() })
     }
@@ -102,13 +94,13 @@ impl Module {
         arguments: &[Argument<'_>],
     ) -> Result<(), String> {
         // LibTorch's threads may not have met this GPU yet.
-        call!(self.driver, "cuCtxSetCurrent", (*mut c_void), (self.context as *mut c_void));
+        driver_call!(self.driver, "cuCtxSetCurrent", (*mut c_void), (self.context as *mut c_void));
         let function = self.function(name)?;
         let stream =
             Stream::current(self.device).and_then(Stream::native).map_err(|cause| cause.to_string())?;
         let mut values: Vec<u64> = arguments.iter().map(|argument| argument.bits()).collect();
         let mut pointers: Vec<*mut u64> = values.iter_mut().map(|value| &raw mut *value).collect();
-        call!(
+        driver_call!(
             self.driver,
             "cuLaunchKernel",
             (
@@ -148,7 +140,7 @@ impl Module {
         }
         let symbol = CString::new(name).expect("names of kernels have no NUL");
         let mut function = null_mut();
-        call!(
+        driver_call!(
             self.driver,
             "cuModuleGetFunction",
             (*mut *mut c_void, *mut c_void, *const c_char),

@@ -10,6 +10,42 @@ pub(crate) fn words(cause: &libloading::Error) -> String {
     std::error::Error::source(cause).map_or_else(|| cause.to_string(), ToString::to_string)
 }
 
+/// Calls a C function of a library by its name and declaration: its status. Where there is none of that name the function that
+/// this stands in returns the loader's words.
+macro_rules! status {
+    ($library:expr, $name:literal, ($($kind:ty),*), ($($argument:expr),*)) => {{
+        // SAFETY: declared as in the library's header; outputs are places of ours that live for the call, and what else it is
+        // given is the part of the bargain of who calls it here.
+        unsafe {
+            let symbol = concat!($name, "\0").as_bytes();
+            let function = $library.get::<unsafe extern "C" fn($($kind),*) -> std::ffi::c_int>(symbol);
+            function.map_err(|cause| $crate::ffi::library::words(&cause))?($($argument),*)
+        }
+    }};
+}
+pub(super) use status;
+
+/// [`status`] of the driver's library: where it is not 0, the function that this stands in returns that in words.
+macro_rules! driver_call {
+    ($library:expr, $name:literal, $kinds:tt, $arguments:tt) => {{
+        let status = $crate::ffi::library::status!($library, $name, $kinds, $arguments);
+        if status != 0 {
+            return Err(format!("the driver of NVIDIA: {} returns {status}", $name));
+        }
+    }};
+}
+pub(super) use driver_call;
+
+/// The driver's own library.
+///
+/// # Errors
+/// In words: there is none.
+pub(super) fn open_driver() -> Result<Library, String> {
+    // SAFETY: its initialisers are those of every program that is linked with it; of it nothing is registered here.
+    let library = unsafe { Library::open(Some("libcuda.so.1"), RTLD_LAZY) };
+    library.map_err(|cause| format!("there is no driver of NVIDIA ({})", words(&cause)))
+}
+
 /// Loads `path` for the rest of the process's life, its symbols for all that comes after.
 ///
 /// # Errors
@@ -30,11 +66,7 @@ pub(crate) fn nccl_version(path: &Path) -> Result<i32, String> {
     // SAFETY: NCCL's own file: it has no initialiser of consequence.
     let library = unsafe { Library::open(Some(path), RTLD_LAZY) }.map_err(|cause| words(&cause))?;
     let mut version = 0;
-    // SAFETY: declared as in nccl.h; it writes one number.
-    let status = unsafe {
-        let get = library.get::<unsafe extern "C" fn(*mut c_int) -> c_int>(b"ncclGetVersion\0");
-        get.map_err(|cause| words(&cause))?(&raw mut version)
-    };
+    let status = status!(library, "ncclGetVersion", (*mut c_int), (&raw mut version));
     std::mem::forget(library);
     if status == 0 { Ok(version) } else { Err(format!("ncclGetVersion returns {status}")) }
 }
@@ -55,37 +87,31 @@ pub(crate) struct Gpu {
 /// # Errors
 /// In words: no driver, no GPU, or one that does not answer.
 pub(crate) fn driver() -> Result<(i32, Vec<Gpu>), String> {
-    // SAFETY: the driver's own library, of which nothing is registered here.
-    let library = unsafe { Library::open(Some("libcuda.so.1"), RTLD_LAZY) }
-        .map_err(|cause| format!("there is no driver of NVIDIA ({})", words(&cause)))?;
-    let failed = |call: &str, status| format!("the driver of NVIDIA: {call} returns {status}");
-    macro_rules! call {
-        ($name:literal, ($($kind:ty),*), ($($argument:expr),*)) => {{
-            // SAFETY: declared as in cuda.h; outputs are places of ours that live for the call.
-            let status = unsafe {
-                let symbol = concat!($name, "\0").as_bytes();
-                let function = library.get::<unsafe extern "C" fn($($kind),*) -> c_int>(symbol);
-                function.map_err(|cause| words(&cause))?($($argument),*)
-            };
-            if status != 0 {
-                return Err(failed($name, status));
-            }
-        }};
-    }
-    call!("cuInit", (u32), (0));
+    let library = open_driver()?;
+    driver_call!(library, "cuInit", (u32), (0));
     let (mut version, mut count) = (0, 0);
-    call!("cuDriverGetVersion", (*mut c_int), (&raw mut version));
-    call!("cuDeviceGetCount", (*mut c_int), (&raw mut count));
+    driver_call!(library, "cuDriverGetVersion", (*mut c_int), (&raw mut version));
+    driver_call!(library, "cuDeviceGetCount", (*mut c_int), (&raw mut count));
     let mut gpus = Vec::new();
     for number in 0..count {
         const MAJOR: c_int = 75;
         const MINOR: c_int = 76;
         let (mut device, mut bytes, mut capability, mut name) = (0, 0, (0, 0), [0 as c_char; 256]);
-        call!("cuDeviceGet", (*mut c_int, c_int), (&raw mut device, number));
-        call!("cuDeviceGetName", (*mut c_char, c_int, c_int), (name.as_mut_ptr(), 255, device));
-        call!("cuDeviceTotalMem_v2", (*mut usize, c_int), (&raw mut bytes, device));
+        driver_call!(library, "cuDeviceGet", (*mut c_int, c_int), (&raw mut device, number));
+        driver_call!(
+            library,
+            "cuDeviceGetName",
+            (*mut c_char, c_int, c_int),
+            (name.as_mut_ptr(), 255, device)
+        );
+        driver_call!(library, "cuDeviceTotalMem_v2", (*mut usize, c_int), (&raw mut bytes, device));
         for (attribute, value) in [(MAJOR, &raw mut capability.0), (MINOR, &raw mut capability.1)] {
-            call!("cuDeviceGetAttribute", (*mut c_int, c_int, c_int), (value, attribute, device));
+            driver_call!(
+                library,
+                "cuDeviceGetAttribute",
+                (*mut c_int, c_int, c_int),
+                (value, attribute, device)
+            );
         }
         // SAFETY: the driver ends it with NUL, within the 255 bytes that it was given of 256 zeros.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();

@@ -6,7 +6,7 @@ use std::ptr::{null, null_mut};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-use super::library::{load_for_all, words};
+use super::library::{load_for_all, status, words};
 
 /// One `libnvrtc.so`.
 #[derive(Debug)]
@@ -34,18 +34,6 @@ impl Drop for Program<'_> {
     }
 }
 
-/// Calls a function of NVRTC by its declaration in nvrtc.h: its status.
-macro_rules! call {
-    ($library:expr, $name:literal, ($($kind:ty),*), ($($argument:expr),*)) => {{
-        // SAFETY: declared as in nvrtc.h; what it points to are places of ours that live for the call.
-        unsafe {
-            let symbol = concat!($name, "\0").as_bytes();
-            let function = $library.get::<unsafe extern "C" fn($($kind),*) -> c_int>(symbol);
-            function.map_err(|cause| words(&cause))?($($argument),*)
-        }
-    }};
-}
-
 impl Nvrtc {
     /// Loads `path`, and its built-ins, which it would look for in the loader's places alone, from beside it.
     ///
@@ -65,7 +53,7 @@ impl Nvrtc {
         let library =
             unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|cause| words(&cause))?;
         let mut version = (0, 0);
-        let status = call!(
+        let status = status!(
             library,
             "nvrtcVersion",
             (*mut c_int, *mut c_int),
@@ -87,7 +75,7 @@ impl Nvrtc {
         let (source, name) = (c(source)?, c("anello.cu")?);
         let options = options.iter().map(|option| c(option)).collect::<Result<Vec<_>, _>>()?;
         let mut raw = null_mut();
-        let status = call!(
+        let status = status!(
             self.library,
             "nvrtcCreateProgram",
             (
@@ -105,7 +93,7 @@ impl Nvrtc {
         }
         let program = Program(self, raw);
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-        let status = call!(
+        let status = status!(
             self.library,
             "nvrtcCompileProgram",
             (*mut c_void, c_int, *const *const c_char),
@@ -115,21 +103,25 @@ impl Nvrtc {
             return Err(format!("{}: {}", self.text("nvrtcCompileProgram", status), self.log(&program)?));
         }
         let mut bytes = 0;
-        let status =
-            call!(self.library, "nvrtcGetCUBINSize", (*mut c_void, *mut usize), (program.1, &raw mut bytes));
+        let status = status!(
+            self.library,
+            "nvrtcGetCUBINSize",
+            (*mut c_void, *mut usize),
+            (program.1, &raw mut bytes)
+        );
         let mut code = vec![0u8; bytes];
         if status != 0 || code.is_empty() {
             return Err(self.text("nvrtcGetCUBINSize", status));
         }
         let status =
-            call!(self.library, "nvrtcGetCUBIN", (*mut c_void, *mut u8), (program.1, code.as_mut_ptr()));
+            status!(self.library, "nvrtcGetCUBIN", (*mut c_void, *mut u8), (program.1, code.as_mut_ptr()));
         if status == 0 { Ok(code) } else { Err(self.text("nvrtcGetCUBIN", status)) }
     }
 
     /// What the compiler says of a program.
     fn log(&self, program: &Program<'_>) -> Result<String, String> {
         let mut bytes = 0usize;
-        let _ = call!(
+        let _ = status!(
             self.library,
             "nvrtcGetProgramLogSize",
             (*mut c_void, *mut usize),
@@ -137,7 +129,7 @@ impl Nvrtc {
         );
         let mut log = vec![0u8; bytes.max(1)];
         if bytes > 0 {
-            let _ = call!(
+            let _ = status!(
                 self.library,
                 "nvrtcGetProgramLog",
                 (*mut c_void, *mut u8),

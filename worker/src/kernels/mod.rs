@@ -212,6 +212,11 @@ impl Kernels {
         .unwrap_or_else(|cause| panic!("{FAILED}: {cause}"));
     }
 
+    /// A kernel that has a few elements of `len` a thread.
+    fn launch_flat(&self, name: &'static str, len: usize, arguments: &[Argument<'_>]) {
+        self.launch(name, len.div_ceil(OF_A_THREAD * BLOCK as usize), BLOCK, 0, arguments);
+    }
+
     /// One AdamW update in place of flat fp32 `weights` and moments, of which the first `decayed` decay, by the sum `gradient`.
     pub(crate) fn adamw_update(
         &self,
@@ -223,11 +228,9 @@ impl Kernels {
         let len = flat([weights, exp_avg, exp_avg_sq, gradient]);
         let [beta1, rest1, beta2, rest2] = scale.betas();
         let [correction2, eps, decay, rate] = scale.of_weights();
-        self.launch(
+        self.launch_flat(
             "adamw_update",
-            len.div_ceil(OF_A_THREAD * BLOCK as usize),
-            BLOCK,
-            0,
+            len,
             &[
                 Elements(weights),
                 Elements(exp_avg),
@@ -257,11 +260,9 @@ impl Kernels {
     ) {
         let len = flat([exp_avg, exp_avg_sq, gradient]);
         let [beta1, rest1, beta2, rest2] = scale.betas();
-        self.launch(
+        self.launch_flat(
             "adamw_moments",
-            len.div_ceil(OF_A_THREAD * BLOCK as usize),
-            BLOCK,
-            0,
+            len,
             &[
                 Elements(exp_avg),
                 Elements(exp_avg_sq),
@@ -285,11 +286,9 @@ impl Kernels {
     ) {
         let len = flat([weights, exp_avg, exp_avg_sq]);
         let [correction2, eps, decay, rate] = scale.of_weights();
-        self.launch(
+        self.launch_flat(
             "adamw_weights",
-            len.div_ceil(OF_A_THREAD * BLOCK as usize),
-            BLOCK,
-            0,
+            len,
             &[
                 Elements(weights),
                 Elements(exp_avg),
