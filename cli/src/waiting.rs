@@ -1,7 +1,7 @@
 //! What LibTorch is told by variables of the environment, which it reads once.
 //!
-//! Its threads sleep while they wait for one another, and cuBLAS keeps its workspace in one fixed way, without which its
-//! bits may change from call to call.
+//! Its threads sleep while they wait for one another; MKL's bits do not follow their number; and cuBLAS keeps its workspace in
+//! one fixed way, without which its bits may change from call to call.
 //!
 //! By default they spin. Alone on a machine that is a little faster; beside any other busy process a step takes ten
 //! times as long (measured: docs/measured.md), since a thread that spins keeps the one it waits for off the core.
@@ -9,17 +9,16 @@
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use anello_worker::device::WORKSPACE;
+use anello_worker::device::{MKL, WORKSPACE};
 
 const POLICY: &str = "OMP_WAIT_POLICY";
 
-/// Sets the wait policy and the workspace, unless the user has, and starts this program anew: the OpenMP runtime reads the
+/// Sets the wait policy, MKL's kernels and the workspace, unless the user has, and starts this program anew: the OpenMP runtime reads the
 /// first before `main`.
 ///
-/// The process id stays. Where it cannot be done (a program that was replaced meanwhile), the run is slower beside
-/// others and nothing else.
+/// The process id stays. Where it cannot be done (a program that was replaced meanwhile), whoever opens a device says what is not set.
 pub fn sleep_while_waiting() {
-    let wanted = [(POLICY, "PASSIVE"), WORKSPACE];
+    let wanted = [(POLICY, "PASSIVE"), MKL, WORKSPACE];
     let missing: Vec<_> = wanted.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
     if missing.is_empty() {
         return;
@@ -27,5 +26,5 @@ pub fn sleep_while_waiting() {
     let mut arguments = std::env::args_os();
     let (Some(name), Ok(program)) = (arguments.next(), std::env::current_exe()) else { return };
     let cause = Command::new(program).arg0(name).args(arguments).envs(missing).exec();
-    tracing::debug!(%cause, "threads spin while they wait");
+    tracing::warn!(%cause, "this program cannot be started anew, with the environment that LibTorch needs");
 }

@@ -29,6 +29,9 @@ pub const NCCL: &str = "ANELLO_NCCL";
 pub const SLOT: &str = "ANELLO_SLOT";
 /// How cuBLAS keeps its workspace: one of these, or its results may change from call to call.
 pub const WORKSPACE: (&str, &str) = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+/// Which of its kernels MKL computes with on a CPU. Without `STRICT` the bits of a product follow the number of threads on some
+/// CPUs; `AUTO` are the machine's own, and `AVX2,STRICT`, slower, those of any CPU of Intel's.
+pub const MKL: (&str, &str) = ("MKL_CBWR", "AUTO,STRICT");
 /// For measurements alone: with this variable a GPU computes with kernels whose bits may change from call to call. The
 /// environment of the run says so.
 pub const FREE_BITS: &str = "ANELLO_MEASURE_NONDETERMINISTIC";
@@ -42,6 +45,13 @@ const CPU_HALF: &str = "libtorch_cpu.so";
 /// # Errors
 /// [`Error::Device`]: what is missing, where it was looked for, and what to do.
 pub fn open(wanted: ComputeDevice) -> Result<Device> {
+    let refused = |name: &str, value: &str| {
+        let fact = format!("{name} is {}", std::env::var(name).as_deref().unwrap_or("not set"));
+        missing(wanted, fact, &format!("set it to {value}: the bits depend on it"))
+    };
+    if !std::env::var(MKL.0).is_ok_and(|value| value.ends_with(",STRICT")) {
+        return Err(refused(MKL.0, MKL.1));
+    }
     let ComputeDevice::Cuda(number) = wanted else { return Ok(Device::Cpu) };
     let found = Found::look().map_err(|fact| {
         missing(
@@ -52,13 +62,8 @@ pub fn open(wanted: ComputeDevice) -> Result<Device> {
     })?;
     found.check().map_err(|(fact, remedy)| missing(wanted, fact, &remedy))?;
     let failed = |fact: String, remedy: &str| missing(wanted, fact, remedy);
-    match std::env::var(WORKSPACE.0) {
-        Ok(value) if value == WORKSPACE.1 => {}
-        other => {
-            let fact = format!("{} is {}", WORKSPACE.0, other.as_deref().unwrap_or("not set"));
-            let remedy = format!("set it to {}: the bits depend on it", WORKSPACE.1);
-            return Err(failed(fact, &remedy));
-        }
+    if std::env::var(WORKSPACE.0).as_deref() != Ok(WORKSPACE.1) {
+        return Err(refused(WORKSPACE.0, WORKSPACE.1));
     }
     library::load_for_all(&found.folder.join(CUDA_HALF)).map_err(|cause| {
         failed(
@@ -236,7 +241,7 @@ pub fn checkup() -> (bool, Vec<String>) {
         Ok(found) => {
             let version = found.version.as_deref().unwrap_or("of unknown version");
             lines.push(format!("LibTorch for CUDA: {version}, in {}", found.folder.display()));
-            lines.push(match nccl_of(&found.folder) {
+            lines.push(match nccl().and_then(versioned) {
                 Ok((path, version)) => format!(
                     "NCCL: {}.{}.{}, {}",
                     version / 10_000,
@@ -276,13 +281,12 @@ pub fn checkup() -> (bool, Vec<String>) {
 pub(crate) fn nccl() -> std::result::Result<PathBuf, String> {
     match std::env::var_os(NCCL) {
         Some(path) => Ok(PathBuf::from(path)),
-        None => Found::look().and_then(|found| nccl_of(&found.folder)).map(|(path, _)| path),
+        None => beside_torch("libnccl.so.2", &["../../nvidia/nccl/lib"]),
     }
 }
 
-/// The NCCL that belongs to the LibTorch in `folder`, and its version.
-pub(crate) fn nccl_of(folder: &Path) -> std::result::Result<(PathBuf, i32), String> {
-    let path = near(folder, "libnccl.so.2", &["../../nvidia/nccl/lib"])?;
+/// An NCCL and its version.
+fn versioned(path: PathBuf) -> std::result::Result<(PathBuf, i32), String> {
     library::nccl_version(&path).map(|version| (path, version))
 }
 

@@ -3,7 +3,7 @@
 use anello_store::Environment;
 use tch::Device;
 
-use crate::device::kind_of;
+use crate::device::{MKL, kind_of};
 
 /// The environment of this process on `device`, whose model thread has `threads` threads of LibTorch, or as many as there
 /// are now.
@@ -12,7 +12,11 @@ pub fn of(device: Device, threads: Option<u32>) -> Environment {
         Device::Cpu => {
             let cpus = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
             let model = cpus.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-            model.map_or("unknown CPU", |(_, name)| name.trim()).to_owned()
+            let model = model.map_or("unknown CPU", |(_, name)| name.trim());
+            match std::env::var(MKL.0) {
+                Ok(kernels) if kernels != MKL.1 => format!("{model}, {}={kernels}", MKL.0),
+                _ => model.to_owned(),
+            }
         }
         other => kind_of(other).unwrap_or_else(|| "unknown GPU".to_owned()),
     };

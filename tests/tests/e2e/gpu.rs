@@ -84,3 +84,22 @@ fn whatever_computes_takes_a_device() {
     let read_only = ["bisect", "undisturbed", "undisturbed", "--read-only", "--device", "cpu"];
     world().anello(&read_only).expect(2);
 }
+
+/// On a CPU the bits of a product may follow the number of threads, unless MKL is told that they must not.
+#[test]
+fn kernels_of_mkl_whose_bits_may_vary_are_refused() {
+    let run = |name: &str, kernels: &str| {
+        let arguments = ["run", "small.toml", "--out", name];
+        Process::start_with(&world().folder, &arguments, &[("MKL_CBWR", kernels.to_owned())]).wait()
+    };
+    let done = run("kernels-any", "AVX2");
+    assert!(done.log.contains("MKL_CBWR is AVX2; set it to AUTO,STRICT: the bits depend on it"), "{done:?}");
+    done.expect(1);
+    run("kernels-strict", "AVX2,STRICT").expect(0);
+    let manifests = world().folder.join("kernels-strict/checkpoints");
+    let newest = std::fs::read_dir(manifests).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+    let manifest = std::fs::read_to_string(newest.join("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_str(&manifest).unwrap();
+    let device = manifest["environment"]["device"].as_str().unwrap();
+    assert!(device.ends_with(", MKL_CBWR=AVX2,STRICT"), "{device}");
+}

@@ -390,6 +390,32 @@ fn a_loop_step_more_extends_the_ones_before() {
     assert_eq!(of(3)[..], of(5)[..3]);
 }
 
+/// Forward and backward products of sizes of which some, on some CPUs, have other bits with other numbers of threads where MKL is not
+/// told otherwise (`anello_worker::device::MKL`).
+#[test]
+fn the_number_of_threads_leaves_the_bits_of_products_alone() {
+    let drawn = |seed: u64, rows: i64, columns: i64| {
+        let stream = anello_configs::random::Stream::new(seed, "products", &[]);
+        let values: Vec<f32> =
+            (0..(rows * columns) as u64).map(|at| stream.unit_at(at) as f32 - 0.5).collect();
+        Tensor::from_slice(&values).view([rows, columns])
+    };
+    for (tokens, inputs, outputs) in
+        [(37, 1003, 16), (37, 2048, 6), (388, 96, 1), (300, 96, 1), (129, 500, 250), (512, 250, 96)]
+    {
+        let (x, w, g) = (drawn(1, tokens, inputs), drawn(2, outputs, inputs), drawn(3, tokens, outputs));
+        let [one, two, three, eight] = [1, 2, 3, 8].map(|threads| {
+            tch::set_num_threads(threads);
+            [x.matmul(&w.tr()), g.matmul(&w), g.tr().matmul(&x)]
+        });
+        for other in [two, three, eight] {
+            for (a, b) in one.iter().zip(&other) {
+                assert!(a.equal(b), "{tokens} x {inputs} x {outputs}");
+            }
+        }
+    }
+}
+
 /// Odd sizes, so that no tensor splits evenly over threads or vector registers.
 #[test]
 fn the_number_of_threads_leaves_the_bits_alone() {

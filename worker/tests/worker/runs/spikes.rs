@@ -19,7 +19,7 @@ mixture = { words = 3, code = 1 }
     let (before, rest) = head.split_once("stages = ").unwrap();
     let (_, after) = rest.split_once('\n').unwrap();
     let guard = format!(
-        "[guard]\non_spike = {on_spike:?}\nwindow = 6\nfactor = 2.0\nfloor = 0.01\nrollback_steps = 2\n"
+        "[guard]\non_spike = {on_spike:?}\nwindow = 6\nfactor = 1.2\nfloor = 0.01\nrollback_steps = 2\n"
     );
     data.parse(&format!("{before}stages = [\"stable\"]\n{after}{guard}{STAGE}"))
 }
