@@ -1,7 +1,7 @@
 """Steps of ouro-1.4b in PyTorch on one GPU, as `scripts/gpu-check` compares them with Anello's: T = 4, S = 4096, bf16 matrices
-over fp32 weights, each layer recomputed at each loop step, the loss of all loop steps by chunks, fused AdamW.
+over fp32 weights, the loss of all loop steps by chunks, fused AdamW. Each layer is recomputed at each loop step (`layer`), or none is.
 
-    bench_gpu_torch.py eager|compile [--dry-run]
+    bench_gpu_torch.py eager|compile [--recompute layer|none] [--micro SEQUENCES] [--dry-run]
 
 Written as a good PyTorch user would: fused qkv and gate/up projections, native RMSNorm and SiLU, causal flash attention,
 `torch.utils.checkpoint` around each layer, the logits of 1024 tokens at a time (recomputed in the backward), foreach clip. With
@@ -9,8 +9,8 @@ Written as a good PyTorch user would: fused qkv and gate/up projections, native 
 steps after the first two, and the last loss.
 """
 
+import argparse
 import json
-import sys
 import time
 
 import torch
@@ -18,10 +18,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-DRY = "--dry-run" in sys.argv
+arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+arguments.add_argument("how", choices=("eager", "compile"))
+arguments.add_argument("--recompute", choices=("layer", "none"), default="layer")
+arguments.add_argument("--micro", type=int, default=2, help="sequences of a micro-batch")
+arguments.add_argument("--dry-run", action="store_true")
+OPTIONS = arguments.parse_args()
+DRY = OPTIONS.dry_run
 DEVICE = "cpu" if DRY else "cuda"
 D, HEADS, FFN, LAYERS, VOCAB, S = (64, 4, 176, 2, 128, 128) if DRY else (2048, 16, 5632, 24, 49152, 4096)
-LOOPS, BETA, ROWS, MICRO, CHUNK, STEPS = 4, 0.05, 8, 2, 1024, 4 if DRY else 6
+LOOPS, BETA, ROWS, MICRO, CHUNK, STEPS = 4, 0.05, 8, OPTIONS.micro, 1024, 4 if DRY else 6
 HALF = torch.bfloat16
 
 
@@ -89,7 +95,10 @@ class LoopLM(nn.Module):
         h, hidden = self.embed(ids).to(HALF), []
         for _ in range(LOOPS):
             for layer in self.layers:
-                h = checkpoint(layer, h, self.cos, self.sin, use_reentrant=False)
+                if OPTIONS.recompute == "layer":
+                    h = checkpoint(layer, h, self.cos, self.sin, use_reentrant=False)
+                else:
+                    h = layer(h, self.cos, self.sin)
             h = self.norm(h.float()).to(HALF)
             hidden.append(h.flatten(0, 1))
         hidden = torch.stack(hidden)
@@ -98,9 +107,7 @@ class LoopLM(nn.Module):
 
 
 def main():
-    how = sys.argv[1]
-    if how not in ("eager", "compile"):
-        sys.exit(__doc__)
+    how = OPTIONS.how
     torch.manual_seed(0)
     model = LoopLM(how).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, (0.9, 0.95), 1e-8, 0.1, fused=True)

@@ -59,9 +59,8 @@ impl Findings {
     }
 }
 
-/// Widest hidden state that a block of a fused kernel takes: one fp32 sum a channel, and little else, in 48 KiB of a GPU's
-/// shared memory.
-const FUSED_HIDDEN_MAX: u32 = 12_000;
+/// Widest hidden state that a block of a fused kernel takes: sixteen channels for each of 768 threads.
+const FUSED_HIDDEN_MAX: u32 = 12_288;
 
 fn fused(config: &RunConfig, findings: &mut Findings) {
     let Compute { fused, device, .. } = config.compute;

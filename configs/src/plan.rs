@@ -187,9 +187,18 @@ impl Memory {
         let tokens = u64::from(stage.sequence) * u64::from(stage.micro_batch);
         let [l, d, f, t] = [layers, model.hidden, model.ffn, stage.loops].map(u64::from);
         let hidden_state = product([tokens, d, element]);
-        // Of one layer, a token: both sub-layers' inputs, norms, projections and sums (11 D), keys and values (2 KV),
-        // and gate, up, silu and product (4 F). Attention keeps no S × S matrix.
-        let in_layer = product([tokens, 11 * d + 2 * key_value_size(model) + 4 * f, element]);
+        // Of one layer, a token. Attention keeps no S × S matrix.
+        let kv = key_value_size(model);
+        let of_token = if config.compute.fused {
+            // What kernels are given and give: the input of each product, queries and keys before and after RoPE, values, the
+            // output of attention and of both sub-layers, both sums (9 D, 3 KV), gate, up and their product (3 F).
+            9 * d + 3 * kv + 3 * f
+        } else {
+            // Both sub-layers' inputs, norms, projections and sums (11 D), keys and values (2 KV), and gate, up, silu and
+            // product (4 F).
+            11 * d + 2 * kv + 4 * f
+        };
+        let in_layer = product([tokens, of_token, element]);
         let (inputs, activations) = match (stage.trains, config.compute.recompute) {
             (Trains::Gate, _) => (0, in_layer),
             (Trains::All, Recompute::None) => (0, product([l, t, in_layer])),

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::ffi::torch;
 use crate::host;
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Spans};
 use crate::params::{Layout, NORMS};
 
 /// A weight: a leaf of the graph over a range of the flat buffer.
@@ -57,11 +57,31 @@ impl Leaf {
 
     /// Adds the product `a · b`, shaped like this weight, to its place in the flat gradient buffer.
     pub fn accumulate_product(&self, flat_gradient: &Tensor, a: &Tensor, b: &Tensor) {
+        let place = || flat_gradient.narrow(0, self.offset, self.len).view(self.value.size().as_slice());
         if a.kind() == flat_gradient.kind() {
-            let place = flat_gradient.narrow(0, self.offset, self.len).view(self.value.size().as_slice());
-            let _ = place.shallow_clone().addmm_(a, b);
+            let _ = place().addmm_(a, b);
+        } else if a.device() != Device::Cpu {
+            torch::add_product(&place(), a, b).expect(host::FAILED);
         } else {
             self.accumulate(flat_gradient, &a.matmul(b));
+        }
+    }
+}
+
+/// Products of a segment, of which its backward is to tell the gradients instead of those of their weights: [`Leaf::accumulate_product`]
+/// then adds up the weights' gradients where they belong, in fp32 from the first product on.
+#[derive(Debug, Default)]
+pub struct Products {
+    inputs: Vec<Tensor>,
+    /// What came of each.
+    pub outputs: Vec<Tensor>,
+}
+
+impl Products {
+    /// Adds the gradients of the weights of `layer` to the flat gradient, from those of the outputs.
+    pub fn accumulate(&self, layer: &Layer, of_outputs: &[Tensor], flat_gradient: &Tensor) {
+        for ((leaf, x), of_y) in layer.matrices().into_iter().zip(&self.inputs).zip(of_outputs) {
+            leaf.accumulate_product(flat_gradient, &of_y.tr(), x);
         }
     }
 }
@@ -82,6 +102,16 @@ impl Layer {
         let [n1, n2, n3, n4] = &self.norms;
         [n1, &self.qkv, &self.out, n2, n3, &self.gate_up, &self.down, n4]
     }
+
+    /// Those of the norms.
+    pub fn norms(&self) -> [&Leaf; 4] {
+        self.norms.each_ref()
+    }
+
+    /// The matrices, as a forward comes to them.
+    fn matrices(&self) -> [&Leaf; 4] {
+        [&self.qkv, &self.out, &self.gate_up, &self.down]
+    }
 }
 
 /// The model: views into a flat parameter buffer, and the forward of its parts.
@@ -90,8 +120,11 @@ pub struct Model {
     sizes: Sizes,
     kind: Kind,
     wide: Kind,
-    /// What norms, SwiGLU and RoPE are computed with, where it is not LibTorch.
+    /// What norms, SwiGLU, RoPE and attention are computed with, where it is not LibTorch.
     kernels: Option<Kernels>,
+    /// Whether a segment's backward takes the gradients of weights from its [`Products`]: of bf16 on a GPU, which adds them up in
+    /// fp32 where LibTorch's own walk rounds each to bf16.
+    pub(crate) by_products: bool,
     /// The matrices in fp32 and in `kind`, flat, where that is another format: what [`Model::refresh`] copies.
     narrow: Option<(Tensor, Tensor)>,
     /// `embed_tokens`, `[v, d]`.
@@ -143,6 +176,7 @@ impl Model {
             kind,
             wide: flat.kind(),
             kernels: None,
+            by_products: narrow.is_some() && flat.device() != Device::Cpu,
             embed: one("model.embed_tokens.weight", &[v, d]),
             layers,
             final_norm: one("model.norm.weight", &[d]),
@@ -187,11 +221,22 @@ impl Model {
 
     /// One layer at one loop step, `[n, d] -> [n, d]`; the last layer of the stack includes the final norm.
     pub fn layer_nd(&self, index: usize, h_nd: &Tensor, tokens: &dyn Tokens) -> Tensor {
+        self.layer_with(index, h_nd, tokens, &mut None)
+    }
+
+    /// The same, and what products it makes where somebody asks.
+    pub fn layer_with(
+        &self,
+        index: usize,
+        h_nd: &Tensor,
+        tokens: &dyn Tokens,
+        products: &mut Option<Products>,
+    ) -> Tensor {
         let layer = &self.layers[index];
         let [norm1, norm2, norm3, norm4] = &layer.norms;
-        let attended_nd = self.attention_nd(index, &self.norm(h_nd, norm1), tokens);
+        let attended_nd = self.attention_nd(index, &self.norm(h_nd, norm1), tokens, products);
         let h_nd = self.add_norm(h_nd, &attended_nd, norm2);
-        let fed_nd = self.mlp_nd(layer, &self.norm(&h_nd, norm3));
+        let fed_nd = self.mlp_nd(layer, &self.norm(&h_nd, norm3), products);
         let h_nd = self.add_norm(&h_nd, &fed_nd, norm4);
         if index + 1 == self.layers.len() { self.norm(&h_nd, &self.final_norm) } else { h_nd }
     }
@@ -211,27 +256,47 @@ impl Model {
         }
     }
 
-    fn attention_nd(&self, index: usize, x_nd: &Tensor, tokens: &dyn Tokens) -> Tensor {
+    /// Where the products of a segment are kept, if they are.
+    pub fn products(&self) -> Option<Products> {
+        self.by_products.then(Products::default)
+    }
+
+    fn attention_nd(
+        &self,
+        index: usize,
+        x_nd: &Tensor,
+        tokens: &dyn Tokens,
+        products: &mut Option<Products>,
+    ) -> Tensor {
         let layer = &self.layers[index];
         let (heads, kv_heads) = (i64::from(self.sizes.heads), i64::from(self.sizes.kv_heads));
         let k = i64::from(self.sizes.hidden) / heads;
         let n = x_nd.size()[0];
         // [n, d] x [d, (h + 2g)·k] -> [n, h + 2g, k]
-        let qkv = x_nd.matmul(&layer.qkv.used().tr()).view([n, heads + 2 * kv_heads, k]);
-        let parts = qkv.split_with_sizes([heads + kv_heads, kv_heads], 1);
-        let rotated = tokens.angles().rotate_by(self.kernels.as_ref(), &parts[0]);
-        let rotated = rotated.split_with_sizes([heads, kv_heads], 1);
-        let mixed_nd = tokens.attend(index, &rotated[0], &rotated[1], &parts[1]).reshape([n, heads * k]);
-        mixed_nd.matmul(&layer.out.used().tr())
+        let qkv = product(x_nd, &layer.qkv, products).view([n, heads + 2 * kv_heads, k]);
+        let whole = self.kernels.as_ref().filter(|kernels| kernels.attends(self.kind, k, heads, kv_heads));
+        let mixed = whole.and_then(|kernels| tokens.attend_whole(kernels, &qkv));
+        let mixed = mixed.unwrap_or_else(|| {
+            let parts = qkv.split_with_sizes([heads + kv_heads, kv_heads], 1);
+            let rotated = tokens.angles().rotate_by(self.kernels.as_ref(), &parts[0]);
+            let rotated = rotated.split_with_sizes([heads, kv_heads], 1);
+            tokens.attend(index, &rotated[0], &rotated[1], &parts[1])
+        });
+        product(&mixed.reshape([n, heads * k]), &layer.out, products)
     }
 
-    fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor) -> Tensor {
-        let gate_up = x_nd.matmul(&layer.gate_up.used().tr());
+    fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor, products: &mut Option<Products>) -> Tensor {
+        let gate_up = product(x_nd, &layer.gate_up, products);
         let gated_nf = match &self.kernels {
             Some(kernels) => kernels.swiglu(&gate_up),
             None => swiglu(&gate_up),
         };
-        gated_nf.matmul(&layer.down.used().tr())
+        product(&gated_nf, &layer.down, products)
+    }
+
+    /// The kernels that it is computed with, where it is not LibTorch.
+    pub(crate) fn kernels(&self) -> Option<&Kernels> {
+        self.kernels.as_ref()
     }
 
     /// Logits of hidden states, `[.., d] -> [.., v]`, fp32.
@@ -243,6 +308,15 @@ impl Model {
     pub fn gate_logits(&self, h: &Tensor) -> Tensor {
         h.to_kind(self.wide).matmul(&self.gate_weight.value.tr()).squeeze_dim(-1) + &self.gate_bias.value
     }
+}
+
+/// `x` by a weight, `[n, in] x [out, in] -> [n, out]`.
+fn product(x: &Tensor, weight: &Leaf, products: &mut Option<Products>) -> Tensor {
+    let Some(products) = products else { return x.matmul(&weight.used().tr()) };
+    let y = x.matmul(&weight.used().detach().tr());
+    products.inputs.push(x.detach());
+    products.outputs.push(y.shallow_clone());
+    y
 }
 
 /// RMSNorm with statistics in the format `wide`, from primitives: the native backward sums per thread.
@@ -310,7 +384,7 @@ impl Rotary {
 enum Apart {
     /// One causal call for all segments: flash attention with `ends`, where each begins and the last ends, `[segments + 1]`
     /// of int32. On a GPU, in bf16: no mask, and no work across documents.
-    Packed { ends: Tensor, longest: i64 },
+    Packed { ends: Tensor, longest: i64, spans: Spans },
     /// One causal call for each segment of these lengths: no work across documents.
     Segments(Vec<i64>),
     /// One call a micro-batch with a dense mask `[b, 1, s, s]`: many short documents.
@@ -324,6 +398,12 @@ pub trait Tokens {
 
     /// Attention in layer `index`: queries `[n, h, k]`, keys and values `[n, g, k]`, to `[n, h, k]`.
     fn attend(&self, index: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor;
+
+    /// RoPE and attention at once, of queries, keys and values beside one another (`[n, 3·h, k]`), by [`Kernels::attention`], where
+    /// these tokens are such as it is for.
+    fn attend_whole(&self, _: &Kernels, _: &Tensor) -> Option<Tensor> {
+        None
+    }
 }
 
 /// Key/value heads for every query head, `[n, g, k] -> [n, heads, k]`.
@@ -346,6 +426,11 @@ impl Angles {
     pub(crate) fn at(rotary: &Rotary, positions_n: &Tensor, kind: Kind) -> Self {
         let pick = |table: &Tensor| table.index_select(0, positions_n).unsqueeze(1).to_kind(kind);
         Self { cos_n1k: pick(&rotary.cos), sin_n1k: pick(&rotary.sin) }
+    }
+
+    /// cos and sin.
+    pub(crate) fn tables(&self) -> [&Tensor; 2] {
+        [&self.cos_n1k, &self.sin_n1k]
     }
 
     /// The same angles in another format.
@@ -390,7 +475,8 @@ impl Context {
             let ends: Vec<i32> =
                 batch.segment_starts.iter().copied().chain([tokens as u32]).map(|at| at as i32).collect();
             let longest = lengths().max().unwrap_or(0);
-            Apart::Packed { ends: host::upload(&ends, device), longest }
+            let spans = Spans::new(&batch.segment_starts, tokens, |values| host::upload(values, device));
+            Apart::Packed { ends: host::upload(&ends, device), longest, spans }
         } else if device == Device::Cpu
             && mask == Mask::Document
             && short
@@ -409,10 +495,16 @@ impl Tokens for Context {
         &self.angles
     }
 
+    fn attend_whole(&self, kernels: &Kernels, qkv: &Tensor) -> Option<Tensor> {
+        let Apart::Packed { spans, .. } = &self.apart else { return None };
+        let [cos_n1k, sin_n1k] = self.angles.tables();
+        Some(kernels.attention(qkv, cos_n1k, sin_n1k, spans))
+    }
+
     /// Causal attention within segments.
     fn attend(&self, _: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor {
         let heads = q_nhk.size()[1];
-        if let Apart::Packed { ends, longest } = &self.apart {
+        if let Apart::Packed { ends, longest, .. } = &self.apart {
             // It serves fewer key/value heads by itself.
             return torch::flash_packed(q_nhk, k_ngk, v_ngk, ends, *longest)
                 .expect("flash attention of bf16 on a GPU");

@@ -301,6 +301,14 @@ fn cross_entropy(
     exit_c: &Tensor,
     gradient: &Tensor,
 ) -> (Tensor, Tensor) {
+    if let Some(kernels) = model.kernels() {
+        let counts_c = targets_c.not_equal(IGNORE).to_kind(model.wide());
+        // The gradient takes the place of the logits.
+        let logits_cv = h_cd.matmul(&model.lm_head.used().tr());
+        let losses_c = kernels.cross_entropy(&logits_cv, targets_c, &(exit_c * counts_c));
+        model.lm_head.accumulate_product(gradient, &logits_cv.tr(), h_cd);
+        return (losses_c, logits_cv.matmul(model.lm_head.used()));
+    }
     let targets_c1 = targets_c.clamp_min(0).unsqueeze(1);
     let counts_c1 = targets_c.not_equal(IGNORE).to_kind(model.wide()).unsqueeze(1);
     let weights_c1 = exit_c.unsqueeze(1) * &counts_c1;

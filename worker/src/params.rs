@@ -224,12 +224,7 @@ impl Layout {
                 Init::Constant(value) => out.fill(value as f32),
                 Init::Normal(std) => {
                     let stream = Stream::new(seed, &format!("init/{}", entry.name), &[]);
-                    for (index, four) in out.chunks_mut(4).enumerate() {
-                        let drawn = stream.normals_at(index as u64);
-                        for (value, normal) in four.iter_mut().zip(drawn) {
-                            *value = normal * std as f32;
-                        }
-                    }
+                    draw_normals(stream, std as f32, out);
                 }
             }
         }
@@ -256,6 +251,30 @@ impl Layout {
         }
         out
     }
+}
+
+/// Fills `out` with what `stream` draws, of this standard deviation, by several threads: four values are one draw, whoever makes it.
+fn draw_normals(stream: Stream, std: f32, out: &mut [f32]) {
+    const SERIAL_MAX: usize = 1 << 16;
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let share = out.len().div_ceil(threads).next_multiple_of(4).max(SERIAL_MAX);
+    let draw = |first: usize, out: &mut [f32]| {
+        for (index, four) in (first as u64 / 4..).zip(out.chunks_mut(4)) {
+            for (value, normal) in four.iter_mut().zip(stream.normals_at(index)) {
+                *value = normal * std;
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        let mut shares = (0..).step_by(share).zip(out.chunks_mut(share));
+        let own = shares.next();
+        for (first, out) in shares {
+            scope.spawn(move || draw(first, out));
+        }
+        if let Some((first, out)) = own {
+            draw(first, out);
+        }
+    });
 }
 
 /// The four norms of a layer: before and after attention, before and after the MLP.

@@ -18,7 +18,8 @@
 use anello_configs::{Compute, Recompute};
 use tch::Tensor;
 
-use crate::model::{Context, Model};
+use crate::ffi::torch;
+use crate::model::{Context, Model, Products};
 use crate::shelf::{Away, Moving, Shelf};
 
 /// What the forward kept of a segment.
@@ -38,6 +39,7 @@ enum Kept {
 struct Segment {
     input: Tensor,
     output: Tensor,
+    products: Option<Products>,
 }
 
 /// The record of a forward pass, for one backward pass.
@@ -94,8 +96,9 @@ impl<'a> Tape<'a> {
 
     fn run(&self, layer: usize, input: &Tensor) -> Segment {
         let input = input.detach().set_requires_grad(true);
-        let output = self.model.layer_nd(layer, &input, self.context);
-        Segment { input, output }
+        let mut products = self.model.products();
+        let output = self.model.layer_with(layer, &input, self.context, &mut products);
+        Segment { input, output, products }
     }
 
     /// Backward from the gradients of h(1..=T): adds the gradient of the stack's weights to the flat `gradient` and
@@ -170,17 +173,83 @@ impl<'a> Tape<'a> {
     }
 
     fn segment_backward(&self, layer: usize, segment: Segment, g: &Tensor, gradient: &Tensor) -> Tensor {
-        let leaves = self.model.layers[layer].leaves();
+        let of_layer = &self.model.layers[layer];
+        let leaves = match segment.products {
+            Some(_) => of_layer.norms().to_vec(),
+            None => of_layer.leaves().to_vec(),
+        };
         let last = (layer + 1 == self.model.layers.len()).then_some(&self.model.final_norm);
         let leaves: Vec<_> = leaves.into_iter().chain(last).collect();
-        let inputs: Vec<&Tensor> =
-            [&segment.input].into_iter().chain(leaves.iter().map(|leaf| leaf.used())).collect();
-        // The derivative of Σ output·g by the output is g: a vector-Jacobian product with what tch offers.
-        let product = (&segment.output * g).sum(self.model.wide());
-        let mut gradients = Tensor::run_backward(&[product], &inputs, false, false);
+        let outputs = segment.products.iter().flat_map(|products| &products.outputs);
+        let inputs: Vec<&Tensor> = [&segment.input]
+            .into_iter()
+            .chain(leaves.iter().map(|leaf| leaf.used()))
+            .chain(outputs)
+            .collect();
+        let mut gradients = torch::vjp(&segment.output, g, &inputs).expect("a segment has a graph");
+        let of_outputs = gradients.split_off(1 + leaves.len());
         for (leaf, of_leaf) in leaves.iter().zip(gradients.drain(1..)) {
             leaf.accumulate(gradient, &of_leaf);
         }
+        if let Some(products) = &segment.products {
+            products.accumulate(of_layer, &of_outputs, gradient);
+        }
         gradients.remove(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anello_configs::{Dtype, Mask, RunConfig};
+    use anello_dataloader::MicroBatch;
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::model::Rotary;
+    use crate::params::Layout;
+
+    /// The gradients of weights from the products that they are in are those of LibTorch's own walk.
+    #[test]
+    fn weights_have_their_gradients_from_products() {
+        let text = "name = \"t\"\nseed = 1\nlanes = 1\nstages = [\"s\"]\n[model]\nlayers = 2\nhidden = 32\nheads = 4\n\
+                    kv_heads = 2\nffn = 48\nvocab = 61\ninit_std = 0.2\n[data]\nsources.m.url = \"m\"\n[stage.s]\ntokens = 16\n\
+                    sequence = 16\nbatch = 16\nlr = 1e-2\nloops = 2\nbeta = 0.1\n";
+        let config = RunConfig::parse("t.toml", text).unwrap();
+        let layout = Layout::new(&config.model, 2);
+        let flat = layout.initial(5, Device::Cpu);
+        let batch = MicroBatch {
+            sequences: 1,
+            length: 16,
+            input_ids: (0..16).map(|at| at * 7 % 61).collect(),
+            targets: (1..17).map(|at| at * 7 % 61).collect(),
+            positions: (0..7).chain(0..9).collect(),
+            segment_starts: Vec::from([0, 7]),
+            counted: 16,
+        };
+        let context =
+            Context::new(&batch, &Rotary::new(10_000.0, 8, 16, Device::Cpu), Kind::Float, Mask::Document);
+        let gradients = |by_products: bool| {
+            let mut model = Model::new(&config.model, Dtype::Fp32, &layout, &flat);
+            model.by_products = by_products;
+            let embedded = tch::no_grad(|| model.embed_nd(&Tensor::from_slice(&batch.input_ids)));
+            let of_hidden = (1..=2).map(|t| (&embedded * f64::from(t)).sin()).collect();
+            let (_, tape) = Tape::forward(&model, &context, embedded, 2, &config.compute);
+            let gradient = layout.zeros(Device::Cpu);
+            let of_embedded = tape.backward(of_hidden, &gradient, &mut |_| {});
+            (gradient, of_embedded)
+        };
+        let (right, of_embedded) = gradients(false);
+        let (found, of_embedded_found) = gradients(true);
+        assert!(of_embedded.equal(&of_embedded_found), "the way back is the same");
+        for entry in layout.entries() {
+            let of = |flat: &Tensor| flat.narrow(0, entry.offset as i64, entry.len() as i64);
+            let largest = of(&right).abs().max().double_value(&[]);
+            let off = (of(&found) - of(&right)).abs().max().double_value(&[]);
+            assert!(off <= 1e-5 * largest, "{}: {off} of {largest}", entry.name);
+            let outside = entry.name.contains("embed")
+                || entry.name.contains("lm_head")
+                || entry.name.contains("gate.");
+            assert_eq!(largest > 0.0, !outside, "{}", entry.name);
+        }
     }
 }

@@ -88,14 +88,14 @@ impl Module {
     pub fn launch(
         &self,
         name: &'static str,
-        grid: u32,
+        grid: [u32; 2],
         block: u32,
         shared_bytes: u32,
         arguments: &[Argument<'_>],
     ) -> Result<(), String> {
         // LibTorch's threads may not have met this GPU yet.
         driver_call!(self.driver, "cuCtxSetCurrent", (*mut c_void), (self.context as *mut c_void));
-        let function = self.function(name)?;
+        let function = self.function(name, shared_bytes)?;
         let stream =
             Stream::current(self.device).and_then(Stream::native).map_err(|cause| cause.to_string())?;
         let mut values: Vec<u64> = arguments.iter().map(|argument| argument.bits()).collect();
@@ -118,8 +118,8 @@ impl Module {
             ),
             (
                 function as *mut c_void,
-                grid,
-                1,
+                grid[0],
+                grid[1],
                 1,
                 block,
                 1,
@@ -133,7 +133,11 @@ impl Module {
         Ok(())
     }
 
-    fn function(&self, name: &'static str) -> Result<usize, String> {
+    /// The kernel `name`, which may have so much shared memory: of each, always as much.
+    fn function(&self, name: &'static str, shared_bytes: u32) -> Result<usize, String> {
+        /// What a kernel has without asking.
+        const ALWAYS: u32 = 48 << 10;
+        const MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int = 8;
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(&function) = functions.get(name) {
             return Ok(function);
@@ -146,6 +150,14 @@ impl Module {
             (*mut *mut c_void, *mut c_void, *const c_char),
             (&raw mut function, self.module as *mut c_void, symbol.as_ptr())
         );
+        if shared_bytes > ALWAYS {
+            driver_call!(
+                self.driver,
+                "cuFuncSetAttribute",
+                (*mut c_void, c_int, c_int),
+                (function, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as c_int)
+            );
+        }
         functions.insert(name, function as usize);
         Ok(function as usize)
     }

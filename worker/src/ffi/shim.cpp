@@ -18,6 +18,7 @@
 #include <c10/core/Event.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace {
@@ -180,6 +181,30 @@ int anello_with_backward(
         Computed computed{*output, std::move(kept), std::move(held)};
         const Computed* pointer = &computed;
         *out = new at::Tensor(WithBackward::apply(at::TensorList(of), pointer));
+    });
+}
+
+// Adds the product a · b of two bf16 matrices to `place`, fp32, on a GPU: cuBLAS adds in fp32 from the first product on.
+int anello_add_product(const at::Tensor* place, const at::Tensor* a, const at::Tensor* b) {
+    return guarded([&] {
+        c10::AutoGradMode off(false);
+        auto out = *place;
+        at::addmm_out(out, *place, *a, *b, at::kFloat);
+    });
+}
+
+// The vector-Jacobian product: gradients of `output` for `inputs`, from `of_output`, the gradient for it. The graph is gone afterwards.
+int anello_vjp(
+    const at::Tensor* output, const at::Tensor* of_output, at::Tensor* const* inputs, int64_t n_inputs, at::Tensor** out) {
+    return guarded([&] {
+        variable_list of;
+        for (int64_t i = 0; i < n_inputs; ++i) {
+            of.push_back(*inputs[i]);
+        }
+        auto found = torch::autograd::grad({*output}, of, {*of_output});
+        for (int64_t i = 0; i < n_inputs; ++i) {
+            out[i] = new at::Tensor(std::move(found[i]));
+        }
     });
 }
 

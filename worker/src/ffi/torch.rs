@@ -22,6 +22,14 @@ unsafe extern "C" {
         longest: i64,
         out: *mut *mut Raw,
     ) -> c_int;
+    fn anello_add_product(place: *const Raw, a: *const Raw, b: *const Raw) -> c_int;
+    fn anello_vjp(
+        output: *const Raw,
+        of_output: *const Raw,
+        inputs: *const *const Raw,
+        n_inputs: i64,
+        out: *mut *mut Raw,
+    ) -> c_int;
     fn anello_stream_new(device: i32, id: *mut i64) -> c_int;
     fn anello_stream_current(device: i32, id: *mut i64) -> c_int;
     fn anello_stream_exchange(device: i32, id: i64, previous: *mut i64) -> c_int;
@@ -92,6 +100,26 @@ pub(crate) fn flash_packed(
     checked(unsafe { anello_flash_packed(q, k, v, ends, longest, &raw mut raw) })?;
     // SAFETY: made by `new at::Tensor`, and ours to free.
     Ok(unsafe { Tensor::from_ptr(raw.cast()) })
+}
+
+/// Adds the product `a · b` of bf16 matrices to `place`, an fp32 matrix, on a GPU (see `shim.cpp`).
+pub(crate) fn add_product(place: &Tensor, a: &Tensor, b: &Tensor) -> Result<(), Thrown> {
+    // SAFETY: three live tensors; the memory of `place` is the caller's to write to.
+    checked(unsafe { anello_add_product(place.as_ptr().cast(), a.as_ptr().cast(), b.as_ptr().cast()) })
+}
+
+/// The vector-Jacobian product: gradients of `output` for `inputs`, which it depends on, from `of_output`, the gradient for it. Its
+/// graph is gone afterwards.
+pub(crate) fn vjp(output: &Tensor, of_output: &Tensor, inputs: &[&Tensor]) -> Result<Vec<Tensor>, Thrown> {
+    let pointers: Vec<*const Raw> = inputs.iter().map(|input| input.as_ptr().cast()).collect();
+    let mut raw = vec![null_mut(); inputs.len()];
+    // SAFETY: live tensors, so many as is said; `raw` has room for as many, and is written only on success.
+    checked(unsafe {
+        let (output, of_output) = (output.as_ptr().cast(), of_output.as_ptr().cast());
+        anello_vjp(output, of_output, pointers.as_ptr(), inputs.len() as i64, raw.as_mut_ptr())
+    })?;
+    // SAFETY: made by `new at::Tensor`, and ours to free.
+    Ok(raw.into_iter().map(|raw| unsafe { Tensor::from_ptr(raw.cast()) }).collect())
 }
 
 /// A queue of work of a GPU. That of a CPU is always empty: whatever is put into it is done when the call returns.

@@ -5,8 +5,8 @@ use std::time::Instant;
 use anello_configs::random::Stream as Draws;
 use tch::{Device, Kind, Tensor};
 
-use super::Kernels;
-use crate::ffi::torch::Stream;
+use super::{Kernels, Spans};
+use crate::ffi::torch::{Stream, flash_packed, vjp};
 use crate::model::{Angles, Rotary, rms_norm, swiglu};
 use crate::optimizer::{Scale, halved};
 
@@ -23,6 +23,8 @@ pub struct Sizes {
     pub heads: i64,
     /// Head size, even.
     pub head_size: i64,
+    /// Entries of the vocabulary.
+    pub vocab: i64,
     /// Elements of flat buffers, a multiple of 1024; two thirds of them decay.
     pub flat: i64,
     /// Runs that a time is the mean of; 0: none is measured.
@@ -31,8 +33,16 @@ pub struct Sizes {
 
 impl Sizes {
     /// Two sequences of 4096 tokens of ouro-1.4b, and 64 Mi parameters.
-    pub const OURO: Self =
-        Self { tokens: 8192, hidden: 2048, ffn: 5632, heads: 32, head_size: 128, flat: 1 << 26, runs: 20 };
+    pub const OURO: Self = Self {
+        tokens: 8192,
+        hidden: 2048,
+        ffn: 5632,
+        heads: 32,
+        head_size: 128,
+        vocab: 49_152,
+        flat: 1 << 26,
+        runs: 20,
+    };
 }
 
 /// What was found of one kernel.
@@ -92,6 +102,11 @@ pub fn check(kernels: &Kernels, device: Device, sizes: Sizes) -> Vec<Checked> {
         found.extend(norms(kernels, (device, kind), sizes));
         found.extend(gates(kernels, (device, kind), sizes));
         found.extend(rotations(kernels, (device, kind), sizes));
+        found.extend(entropies(kernels, (device, kind), sizes));
+    }
+    let Sizes { heads, head_size, .. } = sizes;
+    if kernels.attends(Kind::BFloat16, head_size, heads / 2, heads / 2) {
+        found.extend(attentions(kernels, device, sizes));
     }
     found
 }
@@ -334,4 +349,144 @@ fn rotations(kernels: &Kernels, (device, kind): (Device, Kind), sizes: Sizes) ->
         |inputs: &[Tensor]| angles.to_kind(inputs[0].kind()).rotate_by(None, &inputs[0].narrow(1, 0, heads));
     let row = (n * heads * k) as u64 * kind.elt_size_in_bytes() as u64;
     both_ways("RoPE", (device, sizes.runs), &[all], (&kernel, &chain), (2 * row, 2 * row))
+}
+
+/// An eighth of the tokens: as many as a chunk of the loss has.
+fn entropies(kernels: &Kernels, (device, kind): (Device, Kind), sizes: Sizes) -> [Checked; 2] {
+    let (n, v) = ((sizes.tokens + 7) / 8, sizes.vocab);
+    let logits = drawn(11, &[n, v], kind, device) * 4.0;
+    // Some do not count.
+    let targets = (Tensor::arange(n, (Kind::Int64, device)) * 7).remainder(v + v / 8 + 1);
+    let targets = targets.where_self(&targets.less(v), &Tensor::full_like(&targets, -100));
+    let counts = targets.ge(0).to_kind(Kind::Float);
+    let weights = drawn(12, &[n], Kind::Float, device).abs() * &counts;
+    let of_kernel = || {
+        let of_logits = logits.copy();
+        let losses = kernels.cross_entropy(&of_logits, &targets, &weights);
+        (losses, of_logits)
+    };
+    // As `objective` has it without the kernel.
+    let chain = |logits: &Tensor, wide: Kind| {
+        let (hit, weights) = (targets.clamp_min(0).unsqueeze(1), weights.to_kind(wide).unsqueeze(1));
+        let mut log_softmax = logits.to_kind(wide).log_softmax(-1, wide);
+        let losses = -log_softmax.gather(1, &hit, false).squeeze_dim(1) * counts.to_kind(wide);
+        (losses, log_softmax.exp_().g_mul_(&weights).scatter_add_(1, &hit, &-weights).to_kind(logits.kind()))
+    };
+    let (losses, of_logits) = of_kernel();
+    let again = of_kernel();
+    let (right, of_right) = chain(&logits.to_kind(Kind::Double), Kind::Double);
+    // A loss is a difference of numbers as large as logits.
+    let most = logits.abs().max().to_kind(Kind::Double);
+    let off_losses =
+        (losses.to_kind(Kind::Double) - &right).abs() / (right.abs() + most) / (64.0 * (-24f64).exp2());
+    // Running it twice in place is running it on other numbers: for the time alone.
+    let place = logits.copy();
+    let seconds = timed(device, sizes.runs, &mut || drop(kernels.cross_entropy(&place, &targets, &weights)));
+    let gradient = Checked {
+        name: format!("cross-entropy and its gradient, {}", format_of(kind)),
+        off: off(&of_logits, &of_right),
+        exact: false,
+        repeatable: of_logits.equal(&again.1),
+        bytes: 2 * (n * v) as u64 * kind.elt_size_in_bytes() as u64,
+        seconds,
+        chain_seconds: timed(device, sizes.runs, &mut || drop(chain(&logits, Kind::Float))),
+    };
+    let losses = Checked {
+        name: format!("cross-entropy, its losses, {}", format_of(kind)),
+        off: off_losses.max().double_value(&[]),
+        repeatable: losses.equal(&again.0),
+        seconds: None,
+        ..gradient.clone()
+    };
+    [losses, gradient]
+}
+
+/// RoPE and attention of documents, forward and backward, against LibTorch's RoPE and its attention in f64 for few tokens, and its
+/// flash attention for the time.
+fn attentions(kernels: &Kernels, device: Device, sizes: Sizes) -> [Checked; 2] {
+    let (h, k) = (sizes.heads / 2, sizes.head_size);
+    let table = Rotary::new(10_000.0, k, sizes.tokens, device);
+    let inputs = |documents: &[i64]| {
+        let n: i64 = documents.iter().sum();
+        let starts: Vec<u32> = documents
+            .iter()
+            .scan(0, |at, length| {
+                *at += length;
+                Some((*at - length) as u32)
+            })
+            .collect();
+        let spans = Spans::new(&starts, n as usize, |values| Tensor::from_slice(values).to_device(device));
+        let positions = Tensor::arange(n, (Kind::Int64, device)) - spans.starts.to_kind(Kind::Int64);
+        let draw = |seed, heads| drawn(seed, &[n, heads, k], Kind::BFloat16, device);
+        (spans, Angles::at(&table, &positions, Kind::BFloat16), draw(13, 3 * h), draw(14, h))
+    };
+    let ours = |qkv: &Tensor, angles: &Angles, spans: &Spans| {
+        let [cos, sin] = angles.tables();
+        kernels.attention(qkv, cos, sin, spans)
+    };
+    let parts = |qkv: &Tensor, angles: &Angles| {
+        let rotated = angles.to_kind(qkv.kind()).rotate_by(None, &qkv.narrow(1, 0, 2 * h));
+        [rotated.narrow(1, 0, h), rotated.narrow(1, h, h), qkv.narrow(1, 2 * h, h)]
+    };
+    let walk = |y: &Tensor, g: &Tensor, x: &Tensor| vjp(y, g, &[x]).expect(super::FAILED).remove(0);
+    let leaf = |qkv: &Tensor| qkv.detach().set_requires_grad(true);
+
+    // Documents that begin and end anywhere, and one that fills blocks.
+    let (spans, angles, qkv, g) = inputs(&[1, 300, 211, 512]);
+    let found = || {
+        let x = leaf(&qkv);
+        let y = ours(&x, &angles, &spans);
+        (y.detach(), walk(&y, &g, &x))
+    };
+    let ((y, of_x), again) = (found(), found());
+    let x = leaf(&qkv.to_kind(Kind::Double));
+    let [q, key, v] = parts(&x, &angles).map(|part| part.transpose(0, 1));
+    let rows = Tensor::arange(qkv.size()[0], (Kind::Int, device));
+    let columns = rows.unsqueeze(0);
+    let sees = columns.less_equal_tensor(&rows.unsqueeze(1));
+    let sees = sees.logical_and(&columns.greater_equal_tensor(&spans.starts.unsqueeze(1)));
+    let scores = q.matmul(&key.transpose(1, 2)) / (k as f64).sqrt();
+    let scores = scores.masked_fill(&sees.logical_not(), f64::NEG_INFINITY);
+    let right = scores.softmax(-1, Kind::Double).matmul(&v).transpose(0, 1);
+    let of_right = walk(&right, &g.to_kind(Kind::Double), &x);
+    // Scores, their exponents and gradients are rounded on the way.
+    let off = |found: &Tensor, right: &Tensor| {
+        let difference = (found.to_kind(Kind::Double) - right).norm() / right.norm();
+        difference.double_value(&[]) / 1e-2
+    };
+
+    let half = sizes.tokens / 2;
+    let (spans, angles, qkv, g) = inputs(&[half, half]);
+    let ends = Tensor::from_slice(&[0, half as i32, 2 * half as i32]).to_device(device);
+    let flash = |x: &Tensor| {
+        let [q, key, v] = parts(x, &angles);
+        flash_packed(&q, &key, &v, &ends, half).expect(super::FAILED)
+    };
+    let x = leaf(&qkv);
+    let both = |forward: &dyn Fn(&Tensor) -> Tensor| {
+        let there = timed(device, sizes.runs, &mut || drop(tch::no_grad(|| forward(&x))));
+        let all = timed(device, sizes.runs, &mut || drop(walk(&forward(&x), &g, &x)));
+        (there, all.zip(there).map(|(all, there)| all - there))
+    };
+    let (ours, theirs) = (both(&|x| ours(x, &angles, &spans)), both(&flash));
+    let row = (sizes.tokens * h * k) as u64 * 2;
+    let there = Checked {
+        name: "RoPE and attention, bf16".to_owned(),
+        off: off(&y, &right),
+        exact: false,
+        repeatable: y.equal(&again.0),
+        bytes: 4 * row,
+        seconds: ours.0,
+        chain_seconds: theirs.0,
+    };
+    let back = Checked {
+        name: "RoPE and attention, backward, bf16".to_owned(),
+        off: off(&of_x, &of_right),
+        repeatable: of_x.equal(&again.1),
+        bytes: 8 * row,
+        seconds: ours.1,
+        chain_seconds: theirs.1,
+        ..there.clone()
+    };
+    [there, back]
 }

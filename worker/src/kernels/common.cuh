@@ -4,7 +4,9 @@
 // Every operation is one IEEE operation in fp32: the compiler is told not to contract (--fmad=false), and divisions and roots
 // are the correctly rounded ones. Nothing is added with atomics, and no order depends on which block comes first.
 
-#define KERNEL extern "C" __global__ void
+// Of blocks of up to 1024 threads, or of ROW_THREADS, for whose registers there is room.
+#define KERNEL extern "C" __global__ void __launch_bounds__(1024)
+#define ROW_KERNEL extern "C" __global__ void __launch_bounds__(ROW_THREADS)
 
 typedef long long Index;
 
@@ -42,8 +44,61 @@ struct Narrow<bf16> {
     }
 };
 
+// Elements of T that a thread reads or writes at once, where they lie at a multiple of 16 bytes.
+template <typename T>
+struct At {
+    static const int ONCE = 16 / sizeof(T);
+};
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+    T of[N];
+};
+
+template <int N, typename T>
+__device__ inline Pack<T, N> load(const T* from) {
+    return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+
+template <int N, typename T>
+__device__ inline void store(T* to, const Pack<T, N>& pack) {
+    *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+// N numbers, by four at a time where there are as many.
+template <int N>
+__device__ inline void load_wide(float (&x)[N], const float* from) {
+    const int ONCE = N < 4 ? N : 4;
+#pragma unroll
+    for (int i = 0; i < N; i += ONCE) {
+        Pack<float, ONCE> pack = load<ONCE>(from + i);
+#pragma unroll
+        for (int j = 0; j < ONCE; ++j) {
+            x[i + j] = pack.of[j];
+        }
+    }
+}
+
 // x of this lane and of the one whose number differs in `bit`, added: both get the same bits.
 __device__ inline float with_lane(float x, int bit) { return x + __shfl_xor_sync(0xffffffffu, x, bit); }
+
+// The largest x of a block of whole warps, in all its threads; what is no number has no part in it.
+__device__ inline float block_max(float x) {
+    __shared__ float warps[32];
+    for (int bit = 16; bit > 0; bit /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bit));
+    }
+    if (threadIdx.x % 32 == 0) {
+        warps[threadIdx.x / 32] = x;
+    }
+    __syncthreads();
+    float most = warps[0];
+    for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) {
+        most = fmaxf(most, warps[warp]);
+    }
+    __syncthreads();
+    return most;
+}
 
 // The sum of x over a block of whole warps, in all its threads: along a tree in each warp, then warp after warp.
 __device__ inline float block_sum(float x) {

@@ -131,6 +131,7 @@ inline unsigned __float_as_uint(float x) {
 #define __global__
 #define __device__
 #define __shared__ static
+#define __launch_bounds__(threads)
 #define DYNAMIC_SHARED(name) float* name = dynamic_shared
 
 #include KERNELS
@@ -164,6 +165,7 @@ const Entry ENTRIES[] = {
     ENTRY(rms_norm_forward_f32), ENTRY(rms_norm_forward_bf16), ENTRY(rms_norm_backward_f32),
     ENTRY(rms_norm_backward_bf16), ENTRY(rms_norm_weight), ENTRY(swiglu_forward_f32), ENTRY(swiglu_forward_bf16),
     ENTRY(swiglu_backward_f32), ENTRY(swiglu_backward_bf16), ENTRY(rope_f32), ENTRY(rope_bf16),
+    ENTRY(cross_entropy_f32), ENTRY(cross_entropy_bf16),
 };
 
 }  // namespace

@@ -4,8 +4,10 @@
 //! adamw.cu      AdamW over flat buffers, and the sums of squares of its norm
 //! rms_norm.cu   RMSNorm, with the residual it is added to; forward and backward
 //! swiglu.cu     SwiGLU; forward and backward              rope.cu  rotary embeddings; both ways
-//! common.cuh    the two formats, and sums of written order
+//! cross_entropy.cu   cross-entropy of logits and its gradient, in place
+//! common.cuh    the two formats, several elements at once, and sums of written order
 //! host.cpp      what runs the same text on a CPU, for tests
+//! attention/    attention on Hopper, compiled beforehand
 //! ```
 //! The sources are part of this build. NVRTC compiles them when a run with `compute.fused` opens its GPU, for that GPU, once a
 //! process: no toolkit, no header and no driver's own compiler has a part in it.
@@ -18,6 +20,7 @@
 //! else stands on graphs is as it is without. Writing out a layer's backward would save the graph, and would have to be kept
 //! equal to the forward by hand, for each way of attention.
 
+mod attention;
 mod check;
 #[cfg(test)]
 mod emulated;
@@ -30,6 +33,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anello_configs::{Compute, ComputeDevice};
 use tch::{Device, Kind, Tensor};
 
+pub(crate) use attention::Spans;
 pub use check::{Checked, Sizes, check};
 
 use crate::device;
@@ -47,12 +51,13 @@ use crate::optimizer::Scale;
 pub const NVRTC: &str = "ANELLO_NVRTC";
 
 /// The text that is compiled: one program.
-const SOURCES: [&str; 5] = [
+const SOURCES: [&str; 6] = [
     include_str!("common.cuh"),
     include_str!("adamw.cu"),
     include_str!("rms_norm.cu"),
     include_str!("swiglu.cu"),
     include_str!("rope.cu"),
+    include_str!("cross_entropy.cu"),
 ];
 
 /// What the bits rest on: no contraction of a product and a sum, numbers below the normal ones kept, division and root rounded
@@ -62,10 +67,12 @@ const OPTIONS: [&str; 5] =
 
 /// Threads of a block of kernels that have an element or a few a thread.
 const BLOCK: u32 = 256;
-/// Elements of such a thread, as in the sources.
+/// Elements of a thread of those over flat buffers, as in the sources.
 const OF_A_THREAD: usize = 4;
 /// Rows whose part of a norm's weight gradient one block adds up: part of what bits follow from.
-const ROWS_OF_A_BLOCK: usize = 16;
+const ROWS_OF_A_BLOCK: usize = 8;
+/// Bytes that a thread reads or writes at once, at a multiple of which rows begin.
+const ONCE: usize = 16;
 /// What a launch rests on beside its own arguments: the GPU works, as in every tensor operation.
 const FAILED: &str = "the GPU takes a kernel";
 
@@ -75,7 +82,7 @@ pub struct Kernels(Arc<Target>);
 
 #[derive(Debug)]
 enum Target {
-    Gpu(Module),
+    Gpu(Module, Option<attention::Attention>),
     #[cfg(test)]
     Emulated(Emulated),
 }
@@ -142,10 +149,21 @@ fn suffixed(kind: Kind, f32: &'static str, bf16: &'static str) -> &'static str {
     }
 }
 
-/// A tensor that a kernel reads as one piece of memory, of this shape.
+/// A tensor that a kernel reads as one piece of memory, of this shape, from a multiple of what it reads at once.
 fn dense(x: &Tensor, kind: Kind, shape: &[i64]) -> Tensor {
     assert_eq!((x.kind(), x.size().as_slice()), (kind, shape), "what a kernel is given");
-    x.contiguous()
+    let x = x.contiguous();
+    if is_aligned(&x) { x } else { x.copy() }
+}
+
+fn is_aligned(x: &Tensor) -> bool {
+    (x.data_ptr() as usize).is_multiple_of(ONCE)
+}
+
+/// Elements of rows of `width` that a thread has at once, as in the sources.
+fn at_once(kind: Kind, width: i64) -> i64 {
+    let once = (ONCE / kind.elt_size_in_bytes()) as i64;
+    if width % once == 0 { once } else { 1 }
 }
 
 /// A size as kernels have it.
@@ -153,9 +171,11 @@ fn int(size: i64) -> i32 {
     i32::try_from(size).expect("rows and widths of a micro-batch are below 2^31")
 }
 
-/// Threads of a block that has rows of `width`: whole warps, about eight elements a thread.
+/// Threads of a block that has rows of `width`: whole warps, about eight elements a thread and at most sixteen (`ELEMENTS` in the
+/// sources) up to a width of 12,288.
 fn threads_of_a_row(width: i64) -> u32 {
-    32 * (width as u32).div_ceil(256).clamp(1, 32)
+    assert!(width <= 12_288, "rows of {width} are wider than a block");
+    32 * (width as u32).div_ceil(256).clamp(1, 24)
 }
 
 impl Kernels {
@@ -179,15 +199,16 @@ impl Kernels {
         let loaded = Nvrtc::load(&path).and_then(|nvrtc| {
             let (_, gpus) = library::driver()?;
             let gpu = gpus.get(number).ok_or_else(|| format!("the driver has no GPU {number}"))?;
-            Module::load(device, &compile(&nvrtc, gpu.capability)?)
+            let module = Module::load(device, &compile(&nvrtc, gpu.capability)?)?;
+            Ok((module, attention::Attention::load(device, gpu.capability)?))
         });
-        let module = loaded.map_err(|fact| {
+        let (module, attention) = loaded.map_err(|fact| {
             failed(
                 format!("{} compiles no kernels for it: {fact}", path.display()),
                 "leave compute.fused out, or name an NVRTC that knows this GPU in ANELLO_NVRTC",
             )
         })?;
-        Ok(Self(Arc::new(Target::Gpu(module))))
+        Ok(Self(Arc::new(Target::Gpu(module, attention))))
     }
 
     fn launch(
@@ -205,7 +226,7 @@ impl Kernels {
         let grid = u32::try_from(grid).ok().filter(|grid| i32::try_from(*grid).is_ok());
         let grid = grid.expect("a grid has fewer than 2^31 blocks");
         match &*self.0 {
-            Target::Gpu(module) => module.launch(name, grid, block, shared_bytes, arguments),
+            Target::Gpu(module, _) => module.launch(name, [grid, 1], block, shared_bytes, arguments),
             #[cfg(test)]
             Target::Emulated(emulated) => emulated.launch(name, grid, block, shared_bytes, arguments),
         }
@@ -381,12 +402,11 @@ impl Kernels {
         let blocks = (n as usize).div_ceil(ROWS_OF_A_BLOCK);
         let partials = Tensor::empty([blocks as i64, d], (Kind::Float, device));
         let name = suffixed(kind, "rms_norm_backward_f32", "rms_norm_backward_bf16");
-        let shared_bytes = 4 * int(d).unsigned_abs();
         self.launch(
             name,
             blocks,
             threads_of_a_row(d),
-            shared_bytes,
+            0,
             &[
                 Elements(&of_x),
                 Elements(&partials),
@@ -417,10 +437,8 @@ impl Kernels {
         let (y, x) = tch::no_grad(|| {
             let x = dense(gate_up, kind, &[n, 2 * f]);
             let y = Tensor::empty([n, f], (kind, x.device()));
-            let of_a_row = (f as usize).div_ceil(OF_A_THREAD * BLOCK as usize);
             let name = suffixed(kind, "swiglu_forward_f32", "swiglu_forward_bf16");
-            let arguments = [Elements(&y), Elements(&x), I32(int(f)), I32(of_a_row as i32)];
-            self.launch(name, n as usize * of_a_row, BLOCK, 0, &arguments);
+            self.launch_gates(name, (n, f), kind, &[Elements(&y), Elements(&x), I32(int(n)), I32(int(f))]);
             (y, x)
         });
         let kernels = self.clone();
@@ -433,48 +451,87 @@ impl Kernels {
         let (kind, f) = (gate_up.kind(), f2 / 2);
         let g = dense(g_nf, kind, &[n, f]);
         let of_gate_up = gate_up.empty_like();
-        let of_a_row = (f as usize).div_ceil(OF_A_THREAD * BLOCK as usize);
         let name = suffixed(kind, "swiglu_backward_f32", "swiglu_backward_bf16");
-        let arguments =
-            [Elements(&of_gate_up), Elements(&g), Elements(gate_up), I32(int(f)), I32(of_a_row as i32)];
-        self.launch(name, n as usize * of_a_row, BLOCK, 0, &arguments);
+        let arguments = [Elements(&of_gate_up), Elements(&g), Elements(gate_up), I32(int(n)), I32(int(f))];
+        self.launch_gates(name, (n, f), kind, &arguments);
         of_gate_up
+    }
+
+    /// A kernel whose threads have some elements of a row of `f` each.
+    fn launch_gates(&self, name: &'static str, (n, f): (i64, i64), kind: Kind, arguments: &[Argument<'_>]) {
+        let threads = n * (f / at_once(kind, f));
+        assert!(u32::try_from(threads).is_ok(), "a micro-batch has fewer than 2^32 gates");
+        self.launch(name, (threads as usize).div_ceil(BLOCK as usize), BLOCK, 0, arguments);
+    }
+
+    /// Cross-entropy of the rows of `logits_nv` (fp32 or bf16) with `targets_n` (int64; below 0: it does not count), `[n]`, fp32.
+    /// The logits become the gradient of the sum of these weighted by `weights_n` (fp32; 0 where it does not count).
+    pub(crate) fn cross_entropy(&self, logits_nv: &Tensor, targets_n: &Tensor, weights_n: &Tensor) -> Tensor {
+        let [n, v] = logits_nv.size()[..] else { panic!("logits are rows, not {:?}", logits_nv.size()) };
+        let kind = logits_nv.kind();
+        assert!(logits_nv.is_contiguous() && is_aligned(logits_nv), "logits become gradients in place");
+        let targets = dense(targets_n, Kind::Int64, &[n]);
+        let weights = dense(weights_n, Kind::Float, &[n]);
+        let losses = Tensor::empty([n], (Kind::Float, logits_nv.device()));
+        self.launch(
+            suffixed(kind, "cross_entropy_f32", "cross_entropy_bf16"),
+            n as usize,
+            1024.min(32 * int(v).unsigned_abs().div_ceil(32)),
+            0,
+            &[Elements(&losses), Elements(logits_nv), Elements(&targets), Elements(&weights), I32(int(v))],
+        );
+        losses
     }
 
     /// RoPE in the rotate-half form of `x`, `[n, heads, k]`, by the angles whose cos and sin are `[n, 1, k/2]`, all of one format;
     /// with a graph when one is recorded. Tokens of `x` may be any distance apart.
     pub(crate) fn rope(&self, x: &Tensor, cos_n1k: &Tensor, sin_n1k: &Tensor) -> Tensor {
-        let y = tch::no_grad(|| self.rotate(x, cos_n1k, sin_n1k, 1.0));
+        let y = tch::no_grad(|| self.rotated(x, cos_n1k, sin_n1k));
         let kernels = self.clone();
-        let backward =
-            move |g: &Tensor, saved: &[Tensor]| Vec::from([kernels.rotate(g, &saved[0], &saved[1], -1.0)]);
+        let backward = move |g: &Tensor, saved: &[Tensor]| {
+            let of_x = Tensor::empty(g.size(), (g.kind(), g.device()));
+            kernels.rotate(&of_x, g, [&saved[0], &saved[1]], -1.0);
+            Vec::from([of_x])
+        };
         with_backward(&y, &[x], &[cos_n1k, sin_n1k], Box::new(backward)).expect(FAILED)
     }
 
-    fn rotate(&self, x: &Tensor, cos_n1k: &Tensor, sin_n1k: &Tensor, sign: f32) -> Tensor {
+    fn rotated(&self, x: &Tensor, cos_n1k: &Tensor, sin_n1k: &Tensor) -> Tensor {
+        let y = Tensor::empty(x.size(), (x.kind(), x.device()));
+        self.rotate(&y, x, [cos_n1k, sin_n1k], 1.0);
+        y
+    }
+
+    /// By the negative angles, in place, of heads that lie side by side in rows.
+    fn rotate_back(&self, x: &Tensor, cos_n1k: &Tensor, sin_n1k: &Tensor) {
+        assert!(x.stride()[1..] == [x.size()[2], 1] && is_aligned(x), "heads that lie side by side");
+        self.rotate(x, x, [cos_n1k, sin_n1k], -1.0);
+    }
+
+    /// `x` into `y`, whose heads lie side by side in rows.
+    fn rotate(&self, y: &Tensor, x: &Tensor, tables: [&Tensor; 2], sign: f32) {
         let [n, heads, k] = x.size()[..] else { panic!("RoPE is of [n, heads, k], not of {:?}", x.size()) };
         let kind = x.kind();
-        let [cos, sin] = [cos_n1k, sin_n1k].map(|table| dense(table, kind, &[n, 1, k / 2]));
-        let by_token = x.stride()[1..] == [k, 1];
-        let x = if by_token { x.shallow_clone() } else { x.contiguous() };
-        let y = Tensor::empty([n, heads, k], (kind, x.device()));
+        let [cos, sin] = tables.map(|table| dense(table, kind, &[n, 1, k / 2]));
+        let by_token = x.stride()[1..] == [k, 1] && is_aligned(x);
+        let x = if by_token { x.shallow_clone() } else { dense(&x.contiguous(), kind, &[n, heads, k]) };
         self.launch(
             suffixed(kind, "rope_f32", "rope_bf16"),
             n as usize,
             BLOCK,
             0,
             &[
-                Elements(&y),
+                Elements(y),
                 Elements(&x),
                 Elements(&cos),
                 Elements(&sin),
                 I32(int(heads)),
                 I32(int(k / 2)),
+                I64(y.stride()[0]),
                 I64(x.stride()[0]),
                 F32(sign),
             ],
         );
-        y
     }
 }
 

@@ -1,80 +1,146 @@
 // RMSNorm of rows of `d`, y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich, arXiv:1910.07467), with statistics in fp32, and
 // the residual stream that it is added to. x, y and the residual are T, the weight is fp32.
+//
+// A block has a row at a time, and each of its threads up to ELEMENTS of it, N side by side: the first `N * blockDim` of the row
+// are one N a thread, and so on. N is 1 where rows are no multiple of what is read at once, so the order of sums follows from d.
 
-// A block has a row. `inverse` gets 1 / sqrt(mean + eps) of each, for the backward; a residual of null is none.
-template <typename T>
+static const int ELEMENTS = 16;
+#define ROW_THREADS 768
+
+// `inverse` gets 1 / sqrt(mean + eps) of each row, for the backward; a residual of null is none.
+template <typename T, int N>
 __device__ inline void norm_forward(T* y, float* inverse, const T* x, const float* w, const T* residual, int d, float eps) {
-    const T* row = x + static_cast<Index>(blockIdx.x) * d;
+    const int PACKS = ELEMENTS / N;
+    Index start = static_cast<Index>(blockIdx.x) * d;
+    Pack<T, N> xs[PACKS] = {};
     float squares = 0.0f;
-    for (int i = threadIdx.x; i < d; i += blockDim.x) {
-        float value = wide(row[i]);
-        squares = squares + value * value;
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+        int at = (p * blockDim.x + threadIdx.x) * N;
+        if (at < d) {
+            xs[p] = load<N>(x + start + at);
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                float value = wide(xs[p].of[i]);
+                squares = squares + value * value;
+            }
+        }
     }
     float mean = block_sum(squares) / static_cast<float>(d);
     float scale = 1.0f / sqrtf(mean + eps);
     if (threadIdx.x == 0) {
         inverse[blockIdx.x] = scale;
     }
-    Index start = static_cast<Index>(blockIdx.x) * d;
-    for (int i = threadIdx.x; i < d; i += blockDim.x) {
-        T normed = Narrow<T>::of(wide(row[i]) * scale * w[i]);
-        y[start + i] = residual ? Narrow<T>::of(wide(residual[start + i]) + wide(normed)) : normed;
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+        int at = (p * blockDim.x + threadIdx.x) * N;
+        if (at < d) {
+            float weights[N];
+            load_wide(weights, w + at);
+            Pack<T, N> before = {};
+            if (residual) {
+                before = load<N>(residual + start + at);
+            }
+            Pack<T, N> after;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                T normed = Narrow<T>::of(wide(xs[p].of[i]) * scale * weights[i]);
+                after.of[i] = residual ? Narrow<T>::of(wide(before.of[i]) + wide(normed)) : normed;
+            }
+            store<N>(y + start + at, after);
+        }
     }
-}
-
-KERNEL rms_norm_forward_f32(
-    float* y, float* inverse, const float* x, const float* w, const float* residual, int d, float eps) {
-    norm_forward(y, inverse, x, w, residual, d, eps);
-}
-
-KERNEL rms_norm_forward_bf16(
-    bf16* y, float* inverse, const bf16* x, const float* w, const bf16* residual, int d, float eps) {
-    norm_forward(y, inverse, x, w, residual, d, eps);
 }
 
 // With n = x * inverse and a = g * w: the gradient of x is inverse * (a - n * mean(a * n)), that of w the sum of g * n over
 // rows. A block has `of_a_block` rows, one after the other, and writes the sums over these to its row of `partials`;
-// norm_weight adds up those. Each thread has its own channels of them, in shared memory of d floats.
-template <typename T>
+// norm_weight adds up those.
+template <typename T, int N>
 __device__ inline void norm_backward(
     T* of_x, float* partials, const T* g, const T* x, const float* w, const float* inverse, int rows, int d, int of_a_block) {
-    DYNAMIC_SHARED(sums);
-    for (int i = threadIdx.x; i < d; i += blockDim.x) {
-        sums[i] = 0.0f;
-    }
+    const int PACKS = ELEMENTS / N;
+    float sums[PACKS][N] = {};
     int first = blockIdx.x * of_a_block;
     int end = first + of_a_block < rows ? first + of_a_block : rows;
     for (int row = first; row < end; ++row) {
         Index start = static_cast<Index>(row) * d;
         float scale = inverse[row];
+        Pack<T, N> xs[PACKS] = {};
+        Pack<T, N> gs[PACKS] = {};
         float products = 0.0f;
-        for (int i = threadIdx.x; i < d; i += blockDim.x) {
-            float n = wide(x[start + i]) * scale;
-            float upstream = wide(g[start + i]);
-            products = products + upstream * w[i] * n;
-            sums[i] = sums[i] + upstream * n;
+#pragma unroll
+        for (int p = 0; p < PACKS; ++p) {
+            int at = (p * blockDim.x + threadIdx.x) * N;
+            if (at < d) {
+                xs[p] = load<N>(x + start + at);
+                gs[p] = load<N>(g + start + at);
+                float weights[N];
+                load_wide(weights, w + at);
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    float n = wide(xs[p].of[i]) * scale;
+                    float upstream = wide(gs[p].of[i]);
+                    products = products + upstream * weights[i] * n;
+                    sums[p][i] = sums[p][i] + upstream * n;
+                }
+            }
         }
         float mean = block_sum(products) / static_cast<float>(d);
-        for (int i = threadIdx.x; i < d; i += blockDim.x) {
-            float n = wide(x[start + i]) * scale;
-            of_x[start + i] = Narrow<T>::of(scale * (wide(g[start + i]) * w[i] - n * mean));
+#pragma unroll
+        for (int p = 0; p < PACKS; ++p) {
+            int at = (p * blockDim.x + threadIdx.x) * N;
+            if (at < d) {
+                float weights[N];
+                load_wide(weights, w + at);
+                Pack<T, N> of;
+#pragma unroll
+                for (int i = 0; i < N; ++i) {
+                    float n = wide(xs[p].of[i]) * scale;
+                    of.of[i] = Narrow<T>::of(scale * (wide(gs[p].of[i]) * weights[i] - n * mean));
+                }
+                store<N>(of_x + start + at, of);
+            }
         }
     }
-    for (int i = threadIdx.x; i < d; i += blockDim.x) {
-        partials[static_cast<Index>(blockIdx.x) * d + i] = sums[i];
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+        int at = (p * blockDim.x + threadIdx.x) * N;
+        if (at < d) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                partials[static_cast<Index>(blockIdx.x) * d + at + i] = sums[p][i];
+            }
+        }
     }
 }
 
-KERNEL rms_norm_backward_f32(
-    float* of_x, float* partials, const float* g, const float* x, const float* w, const float* inverse, int rows, int d,
-    int of_a_block) {
-    norm_backward(of_x, partials, g, x, w, inverse, rows, d, of_a_block);
+#define OF_ROWS(body, T, ...)                   \
+    if (d % At<T>::ONCE == 0) {                 \
+        body<T, At<T>::ONCE>(__VA_ARGS__);      \
+    } else {                                    \
+        body<T, 1>(__VA_ARGS__);                \
+    }
+
+ROW_KERNEL rms_norm_forward_f32(
+    float* y, float* inverse, const float* x, const float* w, const float* residual, int d, float eps) {
+    OF_ROWS(norm_forward, float, y, inverse, x, w, residual, d, eps)
 }
 
-KERNEL rms_norm_backward_bf16(
+ROW_KERNEL rms_norm_forward_bf16(
+    bf16* y, float* inverse, const bf16* x, const float* w, const bf16* residual, int d, float eps) {
+    OF_ROWS(norm_forward, bf16, y, inverse, x, w, residual, d, eps)
+}
+
+ROW_KERNEL rms_norm_backward_f32(
+    float* of_x, float* partials, const float* g, const float* x, const float* w, const float* inverse, int rows, int d,
+    int of_a_block) {
+    OF_ROWS(norm_backward, float, of_x, partials, g, x, w, inverse, rows, d, of_a_block)
+}
+
+ROW_KERNEL rms_norm_backward_bf16(
     bf16* of_x, float* partials, const bf16* g, const bf16* x, const float* w, const float* inverse, int rows, int d,
     int of_a_block) {
-    norm_backward(of_x, partials, g, x, w, inverse, rows, d, of_a_block);
+    OF_ROWS(norm_backward, bf16, of_x, partials, g, x, w, inverse, rows, d, of_a_block)
 }
 
 // The gradient of the weight: the rows of `partials` in order, of which each warp of a block has every `warps`-th, and then

@@ -1,58 +1,80 @@
-// SwiGLU (Shazeer, arXiv:2002.05202): y = silu(gate) * up of rows [gate | up] of 2f elements, in fp32 and rounded once. A block has
-// up to four elements a thread of one row.
-
-static const int ELEMENTS = 4;
+// SwiGLU (Shazeer, arXiv:2002.05202): y = silu(gate) * up of rows [gate | up] of 2f elements, in fp32 and rounded once. A thread has
+// N elements of a row, side by side.
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-template <typename T>
-__device__ inline void swiglu(T* y, const T* gate_up, int f, int blocks_of_a_row) {
-    Index row = blockIdx.x / blocks_of_a_row;
-    int first = blockIdx.x % blocks_of_a_row * blockDim.x * ELEMENTS + threadIdx.x;
-    const T* gate = gate_up + row * 2 * f;
-    const T* up = gate + f;
+// Where a thread's elements begin in y, and in the gates.
+struct Gated {
+    bool any;
+    Index y;
+    Index gate;
+};
+
+template <int N>
+__device__ inline Gated gated(int rows, int f) {
+    unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
+    unsigned of_a_row = f / N;
+    Index row = thread / of_a_row;
+    int column = static_cast<int>(thread % of_a_row) * N;
+    return {row < rows, row * f + column, row * 2 * f + column};
+}
+
+template <typename T, int N>
+__device__ inline void swiglu(T* y, const T* gate_up, int rows, int f) {
+    Gated here = gated<N>(rows, f);
+    if (here.any) {
+        Pack<T, N> gate = load<N>(gate_up + here.gate);
+        Pack<T, N> up = load<N>(gate_up + here.gate + f);
+        Pack<T, N> product;
 #pragma unroll
-    for (int e = 0; e < ELEMENTS; ++e) {
-        int i = first + e * blockDim.x;
-        if (i < f) {
-            float x = wide(gate[i]);
-            y[row * f + i] = Narrow<T>::of(x * sigmoid(x) * wide(up[i]));
+        for (int i = 0; i < N; ++i) {
+            float x = wide(gate.of[i]);
+            product.of[i] = Narrow<T>::of(x * sigmoid(x) * wide(up.of[i]));
         }
+        store<N>(y + here.y, product);
     }
-}
-
-KERNEL swiglu_forward_f32(float* y, const float* gate_up, int f, int blocks_of_a_row) {
-    swiglu(y, gate_up, f, blocks_of_a_row);
-}
-
-KERNEL swiglu_forward_bf16(bf16* y, const bf16* gate_up, int f, int blocks_of_a_row) {
-    swiglu(y, gate_up, f, blocks_of_a_row);
 }
 
 // With s = sigmoid(gate): the gradient of gate is g * up * s * (1 + gate * (1 - s)), that of up is g * gate * s.
-template <typename T>
-__device__ inline void swiglu_back(T* of_gate_up, const T* g, const T* gate_up, int f, int blocks_of_a_row) {
-    Index row = blockIdx.x / blocks_of_a_row;
-    int first = blockIdx.x % blocks_of_a_row * blockDim.x * ELEMENTS + threadIdx.x;
-    const T* gate = gate_up + row * 2 * f;
-    const T* up = gate + f;
+template <typename T, int N>
+__device__ inline void swiglu_back(T* of_gate_up, const T* g, const T* gate_up, int rows, int f) {
+    Gated here = gated<N>(rows, f);
+    if (here.any) {
+        Pack<T, N> gate = load<N>(gate_up + here.gate);
+        Pack<T, N> up = load<N>(gate_up + here.gate + f);
+        Pack<T, N> upstream = load<N>(g + here.y);
+        Pack<T, N> of_gate, of_up;
 #pragma unroll
-    for (int e = 0; e < ELEMENTS; ++e) {
-        int i = first + e * blockDim.x;
-        if (i < f) {
-            float x = wide(gate[i]);
+        for (int i = 0; i < N; ++i) {
+            float x = wide(gate.of[i]);
             float s = sigmoid(x);
-            float upstream = wide(g[row * f + i]);
-            of_gate_up[row * 2 * f + i] = Narrow<T>::of(upstream * wide(up[i]) * (s * (1.0f + x * (1.0f - s))));
-            of_gate_up[row * 2 * f + f + i] = Narrow<T>::of(upstream * (x * s));
+            of_gate.of[i] = Narrow<T>::of(wide(upstream.of[i]) * wide(up.of[i]) * (s * (1.0f + x * (1.0f - s))));
+            of_up.of[i] = Narrow<T>::of(wide(upstream.of[i]) * (x * s));
         }
+        store<N>(of_gate_up + here.gate, of_gate);
+        store<N>(of_gate_up + here.gate + f, of_up);
     }
 }
 
-KERNEL swiglu_backward_f32(float* of_gate_up, const float* g, const float* gate_up, int f, int blocks_of_a_row) {
-    swiglu_back(of_gate_up, g, gate_up, f, blocks_of_a_row);
+#define OF_GATES(body, T, ...)                  \
+    if (f % At<T>::ONCE == 0) {                 \
+        body<T, At<T>::ONCE>(__VA_ARGS__);      \
+    } else {                                    \
+        body<T, 1>(__VA_ARGS__);                \
+    }
+
+KERNEL swiglu_forward_f32(float* y, const float* gate_up, int rows, int f) {
+    OF_GATES(swiglu, float, y, gate_up, rows, f)
 }
 
-KERNEL swiglu_backward_bf16(bf16* of_gate_up, const bf16* g, const bf16* gate_up, int f, int blocks_of_a_row) {
-    swiglu_back(of_gate_up, g, gate_up, f, blocks_of_a_row);
+KERNEL swiglu_forward_bf16(bf16* y, const bf16* gate_up, int rows, int f) {
+    OF_GATES(swiglu, bf16, y, gate_up, rows, f)
+}
+
+KERNEL swiglu_backward_f32(float* of_gate_up, const float* g, const float* gate_up, int rows, int f) {
+    OF_GATES(swiglu_back, float, of_gate_up, g, gate_up, rows, f)
+}
+
+KERNEL swiglu_backward_bf16(bf16* of_gate_up, const bf16* g, const bf16* gate_up, int rows, int f) {
+    OF_GATES(swiglu_back, bf16, of_gate_up, g, gate_up, rows, f)
 }

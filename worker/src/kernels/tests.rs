@@ -12,9 +12,18 @@ use crate::optimizer::State;
 
 /// Sizes that are multiples of nothing, and those where a warp, a block or its rows are just full.
 const SIZES: [Sizes; 3] = [
-    Sizes { tokens: 37, hidden: 65, ffn: 1027, heads: 3, head_size: 10, flat: 5 * 1024, runs: 0 },
-    Sizes { tokens: 16, hidden: 256, ffn: 1024, heads: 2, head_size: 64, flat: 8 * 1024, runs: 0 },
-    Sizes { tokens: 1, hidden: 2, ffn: 1, heads: 1, head_size: 2, flat: 1024, runs: 0 },
+    Sizes { tokens: 37, hidden: 65, ffn: 1027, heads: 3, head_size: 10, vocab: 131, flat: 5 * 1024, runs: 0 },
+    Sizes {
+        tokens: 16,
+        hidden: 256,
+        ffn: 1024,
+        heads: 2,
+        head_size: 64,
+        vocab: 1024,
+        flat: 8 * 1024,
+        runs: 0,
+    },
+    Sizes { tokens: 1, hidden: 2, ffn: 1, heads: 1, head_size: 2, vocab: 2, flat: 1024, runs: 0 },
 ];
 
 #[test]
@@ -22,7 +31,7 @@ fn every_kernel_is_right_forward_and_backward_in_both_formats() {
     let kernels = Kernels::emulated();
     for sizes in SIZES {
         let found = check(&kernels, Device::Cpu, sizes);
-        assert_eq!(found.len(), 2 + 2 * 7);
+        assert_eq!(found.len(), 2 + 2 * 9);
         for checked in found {
             assert!(checked.is_right(), "{checked} with {sizes:?}");
         }
@@ -205,7 +214,8 @@ fn nvrtc_compiles_every_kernel_for_gpus_and_says_what_is_wrong() {
         let code = compile(&nvrtc, capability).unwrap();
         assert_eq!(&code[..4], b"\x7fELF");
         for line in SOURCES.concat().lines() {
-            let Some(name) = line.strip_prefix("KERNEL ").and_then(|line| line.split('(').next()) else {
+            let kernel = line.strip_prefix("KERNEL ").or_else(|| line.strip_prefix("ROW_KERNEL "));
+            let Some(name) = kernel.and_then(|line| line.split('(').next()) else {
                 continue;
             };
             assert!(code.windows(name.len()).any(|window| window == name.as_bytes()), "{name}");
