@@ -27,7 +27,7 @@ OPTIONS = arguments.parse_args()
 DRY = OPTIONS.dry_run
 DEVICE = "cpu" if DRY else "cuda"
 D, HEADS, FFN, LAYERS, VOCAB, S = (64, 4, 176, 2, 128, 128) if DRY else (2048, 16, 5632, 24, 49152, 4096)
-LOOPS, BETA, ROWS, MICRO, CHUNK, STEPS = 4, 0.05, 8, OPTIONS.micro, 1024, 4 if DRY else 6
+LOOPS, BETA, ROWS, MICRO, CHUNK, STEPS = 4, 0.05, 8, OPTIONS.micro, 1024, 4 if DRY else 5
 HALF = torch.bfloat16
 
 

@@ -171,7 +171,8 @@ pub struct Memory {
     /// h(T), and the gradients of h(1..T).
     pub hidden: u64,
     /// Logits of one chunk at one loop step and their log-softmax, which becomes the gradient in place: 8 bytes each,
-    /// in bf16 as well (2 for the logits, 4 for the log-softmax, 2 for the gradient's copy). Other loop steps wait.
+    /// in bf16 as well (2 for the logits, 4 for the log-softmax, 2 for the gradient's copy). Other loop steps wait. With
+    /// `compute.fused` the logits alone, 4 or 2 bytes each, which become the gradient.
     pub logits: u64,
 }
 
@@ -231,7 +232,11 @@ impl Memory {
             on_host,
             activations,
             hidden: product([1 + t, hidden_state]),
-            logits: product([2, logits_bytes(chunk, model.vocab)]),
+            logits: if config.compute.fused {
+                product([element, chunk, model.vocab.into()])
+            } else {
+                product([2, logits_bytes(chunk, model.vocab)])
+            },
         }
     }
 

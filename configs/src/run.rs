@@ -183,8 +183,8 @@ pub struct Compute {
     /// Whether the inputs that it keeps wait in the host's memory, so that a GPU takes longer sequences. The bits do not depend
     /// on it; on a CPU it only costs time.
     pub offload: bool,
-    /// Whether a GPU computes norms, SwiGLU, RoPE and AdamW with one kernel of Anello's own each, where LibTorch has a chain of
-    /// them. They round elsewhere, so the bits depend on it; a CPU has no such kernels.
+    /// Whether a GPU computes norms, SwiGLU, RoPE, cross-entropy, AdamW and, on Hopper, attention with kernels of Anello's own, where
+    /// LibTorch has chains of them. They round elsewhere, so the bits depend on it; a CPU has no such kernels.
     pub fused: bool,
     /// Tokens that go through lm_head and cross-entropy at a time, of one loop step.
     pub loss_chunk_tokens: u32,

@@ -39,7 +39,15 @@ fn the_script_for_gpus_works_without_one() {
     }
     // Where the run was over before the kill, there is nothing to be judged.
     assert!(["ok", "-"].contains(&verdict("same bits, kill and join").as_str()), "{said}");
-    for check in ["tokens/s", "MFU", "memory", "cost of fixed bits", "checkpoint stall", "bus bandwidth"] {
+    for check in [
+        "ouro-1.4b, T 4, S 4096, as",
+        "ouro-1.4b, T 4, S 4096, by",
+        "time that waits for data",
+        "memory, S 65536, compute.offload",
+        "cost of fixed bits",
+        "stall of the second checkpoint",
+        "bus bandwidth",
+    ] {
         assert!(["ok", "-"].contains(&verdict(check).as_str()), "{check}: {said}");
     }
 }
