@@ -30,6 +30,7 @@ check: setup
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets --quiet -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --quiet
+	scripts/attention-kernels --check
 
 ## Speed and memory as ratios against baselines in the same run.
 bench: setup

@@ -148,7 +148,7 @@ impl Kernels {
         let h = all / 3;
         assert!(n * all * k < i64::from(i32::MAX), "rows are counted in int32");
         let (scale, _) = scales(k);
-        let (o, lse, rotated, qkv_) = tch::no_grad(|| {
+        let (o, lse, rotated, values) = tch::no_grad(|| {
             let qkv = dense(qkv, Kind::BFloat16, &[n, all, k]);
             let rotated = self.rotated(&qkv.narrow(1, 0, 2 * h), cos_n1k, sin_n1k);
             let o = Tensor::empty([n, h, k], (Kind::BFloat16, qkv.device()));
@@ -176,7 +176,7 @@ impl Kernels {
         });
         let kernels = self.clone();
         let backward = move |g: &Tensor, saved: &[Tensor]| Vec::from([kernels.attention_backward(g, saved)]);
-        let saved = [&rotated, &qkv_, &o, &lse, cos_n1k, sin_n1k, &spans.starts, &spans.ends];
+        let saved = [&rotated, &values, &o, &lse, cos_n1k, sin_n1k, &spans.starts, &spans.ends];
         with_backward(&o, &[qkv], &saved, Box::new(backward)).expect(FAILED)
     }
 
