@@ -25,6 +25,15 @@ pub(in crate::core) fn whole_at<'a>(
         .map_or(Err(Vec::new()), |gaps| if gaps.is_empty() { Ok(()) } else { Err(gaps) })
 }
 
+/// How many blocks' moments after `step` none of these has: more than there are when nobody has the weights either.
+fn lacking_at<'a>(step: Step, stances: impl Iterator<Item = &'a Stance> + Clone) -> u64 {
+    match whole_at(step, stances) {
+        Ok(()) => 0,
+        Err(gaps) if gaps.is_empty() => u64::MAX,
+        Err(gaps) => gaps.iter().map(|gap| gap.end - gap.start).sum(),
+    }
+}
+
 /// The blocks, of `size`, whose moments after `step` none of these has.
 fn gaps<'a>(step: Step, size: u64, stances: impl Iterator<Item = &'a Stance>) -> Vec<Range<u64>> {
     let shards = stances.filter_map(|stance| shard_at(stance, step)).filter(|shard| shard.all_blocks == size);
@@ -122,7 +131,8 @@ impl Membership {
     }
 
     /// Workers that ask to go and cannot be let go yet: without one of them, and those that are let go before it, the newest
-    /// state would be whole no more.
+    /// state would be whole no more. Where it is not whole as it is, those who come next may bring the rest of it: then
+    /// whoever has some that nobody else who is here has told of is kept too.
     pub(super) fn needed_leavers(&self) -> BTreeSet<WorkerId> {
         let mut stay = self.usable();
         // Where nothing is shared out, whoever stays has all.
@@ -136,12 +146,22 @@ impl Membership {
             return BTreeSet::new();
         }
         let whole = self.newest_whole(&stay);
+        let mut partial: BTreeSet<Step> = self.stances(&stay).filter_map(|stance| stance.holds).collect();
+        partial.retain(|step| Some(*step) > whole.max(self.checkpoints.newest()));
+        let lacking = |stay: &BTreeSet<WorkerId>| -> Vec<u64> {
+            partial.iter().map(|step| lacking_at(*step, self.stances(stay))).collect()
+        };
         let mut needed = BTreeSet::new();
+        let mut lack = lacking(&stay);
         for id in leaving {
             stay.remove(&id);
-            if self.newest_whole(&stay) < whole {
+            let without = lacking(&stay);
+            if self.newest_whole(&stay) < whole || without.iter().zip(&lack).any(|(now, before)| now > before)
+            {
                 stay.insert(id);
                 needed.insert(id);
+            } else {
+                lack = without;
             }
         }
         needed

@@ -42,9 +42,12 @@ impl Membership {
         }
         let mut candidates = self.candidates();
         // One that asks to go, and is not let go yet, trains on meanwhile.
-        if ((candidates.len() + self.needed_leavers().len()) as u32) < enough.max(1) {
+        let kept = self.needed_leavers();
+        if ((candidates.len() + kept.len()) as u32) < enough.max(1) {
             return None;
         }
+        let filled =
+            |members: Vec<WorkerId>, may: &dyn Fn(WorkerId) -> bool| self.filled(members, enough, &kept, may);
         candidates.truncate(self.options.desired.min(self.options.lanes).max(1) as usize);
 
         let stored = self.checkpoints.newest();
@@ -71,7 +74,10 @@ impl Membership {
         }
         let use_held = !self.faults.distrust || stored.is_none();
         let held = self.newest_whole(&pool).filter(|_| use_held);
-        let able = held.map(|held| (held, self.with_state(&candidates, &pool, held)));
+        let able = held.map(|held| {
+            let members = self.with_state(&candidates, &pool, held);
+            (held, filled(members, &|id| self.workers[&id].stance.holds <= Some(held)))
+        });
         let able = able
             .filter(|(held, members)| members.len() as u32 >= enough.max(1) && self.is_whole(*held, members));
         let (start, source) = match (able, stored) {
@@ -84,6 +90,7 @@ impl Membership {
                 if let Some((step, reason)) = self.lost_moments().filter(|(step, _)| Some(*step) > stored) {
                     out.push(Effect::Record(Entry::FellBack { step, reason }));
                 }
+                candidates = filled(candidates, &|_| true);
                 match stored {
                     Some(step) => (step, Source::Checkpoint { step }),
                     None => (Step(0), Source::Seed),
@@ -112,6 +119,23 @@ impl Membership {
         let formation = Arc::new(formation);
         out.push(Effect::Record(Entry::Formed(Arc::clone(&formation))));
         Some(Ring::Recording(formation))
+    }
+
+    /// `members`, and where they are fewer than `enough` also those of `kept` that may: they are not let go before the next ring
+    /// trains, and nobody comes in their places before.
+    fn filled(
+        &self,
+        mut members: Vec<WorkerId>,
+        enough: u32,
+        kept: &BTreeSet<WorkerId>,
+        may: &dyn Fn(WorkerId) -> bool,
+    ) -> Vec<WorkerId> {
+        let lack = (enough as usize).saturating_sub(members.len());
+        let others = kept.iter().copied().filter(|id| !members.contains(id) && may(*id));
+        let others: Vec<WorkerId> = others.take(lack).collect();
+        members.extend(others);
+        members.sort_by_key(|id| self.place(*id));
+        members
     }
 
     /// Workers that a generation needs now: survivors go on at once, but where nobody holds state there is nothing to

@@ -1,6 +1,7 @@
 //! Tables: what is said, and nothing else, for one situation each. Histories are the simulator's business.
 
 mod learners;
+mod leavers;
 mod reach;
 
 use std::time::Instant;

@@ -49,7 +49,7 @@ impl World {
         self.after(delay, Happening::Chaos);
         let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
         let Some(&victim) = ids.get(self.below(ids.len().max(1) as u64) as usize) else { return Ok(()) };
-        match self.below(14) {
+        match self.below(15) {
             0 | 1 => self.kill(victim),
             2 => {
                 self.report.freezes += 1;
@@ -147,6 +147,7 @@ impl World {
                     *asleep_until = (*asleep_until).max(self.now + length);
                 }
             }
+            14 => self.halve(),
             _ => {}
         }
         Ok(())
@@ -169,7 +170,7 @@ impl World {
     /// A death right when all members have made a step ready is rare, and what follows has rules of its own: it happens more often
     /// than [`World::kill`] would have it.
     pub(super) fn strike_while_spreading(&mut self, generation: Generation) {
-        if !self.chaos() || !self.chance(10) {
+        if !self.chaos() || !self.chance(6) {
             return;
         }
         let members = self.rings[&generation].formation.members.len() as u64;
