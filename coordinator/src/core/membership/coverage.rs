@@ -73,14 +73,19 @@ impl Membership {
         workers.iter().filter_map(|id| self.workers.get(id)).map(|worker| &worker.stance)
     }
 
-    /// Workers that can give or take state now, are not on their way out, and reach one another.
-    pub(super) fn usable(&self) -> BTreeSet<WorkerId> {
+    /// Workers that are connected, are not on their way out, and reach one another.
+    fn here(&self) -> impl Iterator<Item = (WorkerId, &Worker)> {
         let left_out = self.left_out();
         let sent_away = |worker: &Worker| matches!(worker.told, Some(Order::Leave { .. }));
-        let usable = |(id, worker): &(&WorkerId, &Worker)| {
-            worker.linked && !in_a_ring(&worker.stance) && !sent_away(worker) && !left_out.contains_key(*id)
+        let here = move |(id, worker): &(&WorkerId, &Worker)| {
+            worker.linked && !sent_away(worker) && !left_out.contains_key(*id)
         };
-        self.workers.iter().filter(usable).map(|(id, _)| *id).collect()
+        self.workers.iter().filter(here).map(|(id, worker)| (*id, worker))
+    }
+
+    /// Of those, who can give or take state now.
+    pub(super) fn usable(&self) -> BTreeSet<WorkerId> {
+        self.here().filter(|(_, worker)| !in_a_ring(&worker.stance)).map(|(id, _)| id).collect()
     }
 
     /// The newest step from which these can go on.
@@ -135,17 +140,20 @@ impl Membership {
     /// whoever has some that nobody else who is here has told of is kept too.
     pub(super) fn needed_leavers(&self) -> BTreeSet<WorkerId> {
         let mut stay = self.usable();
-        // Where nothing is shared out, whoever stays has all.
-        if stay.iter().all(|id| self.workers[id].stance.shard.is_none()) {
-            return BTreeSet::new();
-        }
         let leaves = |id: &&WorkerId| self.workers[*id].stance.leaving;
         let leaving: Vec<WorkerId> = stay.iter().filter(leaves).copied().collect();
-        // When all go, there is nobody to stay for.
-        if leaving.is_empty() || stay.iter().all(|id| self.workers[id].stance.leaving) {
+        if leaving.is_empty() {
             return BTreeSet::new();
         }
         let whole = self.newest_whole(&stay);
+        // When all go there is nobody to stay for, once those who may come with the rest were waited for.
+        let somebody_stays = self.here().any(|(_, worker)| !worker.stance.leaving);
+        let is_partial = whole < self.stances(&stay).filter_map(|stance| stance.holds).max();
+        let is_early =
+            matches!(self.ring, Ring::Gathering { since, .. } if self.now < since + self.options.gather);
+        if !(somebody_stays || is_partial && is_early) {
+            return BTreeSet::new();
+        }
         let mut partial: BTreeSet<Step> = self.stances(&stay).filter_map(|stance| stance.holds).collect();
         partial.retain(|step| Some(*step) > whole.max(self.checkpoints.newest()));
         let lacking = |stay: &BTreeSet<WorkerId>| -> Vec<u64> {

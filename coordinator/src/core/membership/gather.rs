@@ -51,11 +51,11 @@ impl Membership {
         candidates.truncate(self.options.desired.min(self.options.lanes).max(1) as usize);
 
         let stored = self.checkpoints.newest();
-        // Where the moments are shared out, those who go or stand by may have what the others lack.
+        // Those who go or stand by may have what the others lack: where the moments are shared out, or nobody else has any.
         let usable = self.usable();
         let shared = usable.iter().any(|id| self.workers[id].stance.shard.is_some());
-        let pool = if shared { usable } else { candidates.iter().copied().collect() };
-        let survive = self.survive(&candidates, &pool);
+        let pool = if shared || !kept.is_empty() { usable } else { candidates.iter().copied().collect() };
+        let survive = self.survive(&pool);
         if !survive && self.may_have_moments().next().is_some() && !self.faults.distrust {
             return None;
         }
@@ -149,10 +149,10 @@ impl Membership {
     }
 
     /// Whether the newest state that those of `pool` hold is what the next generation goes on from.
-    fn survive(&self, candidates: &[WorkerId], pool: &BTreeSet<WorkerId>) -> bool {
+    fn survive(&self, pool: &BTreeSet<WorkerId>) -> bool {
         let holds = |id: &WorkerId| self.workers[id].stance.holds;
         !self.faults.distrust
-            && candidates.iter().any(|id| holds(id).is_some())
+            && pool.iter().any(|id| holds(id).is_some())
             && self.newest_whole(pool) == pool.iter().filter_map(holds).max()
     }
 

@@ -51,7 +51,8 @@ impl World {
         let Some(&victim) = ids.get(self.below(ids.len().max(1) as u64) as usize) else { return Ok(()) };
         match self.below(15) {
             0 | 1 => self.kill(victim),
-            2 => {
+            // Not while it is frozen: what waits for its thaw comes in its order.
+            2 if self.workers[&victim].frozen_until <= self.now => {
                 self.report.freezes += 1;
                 let length = 50 + self.below(2500);
                 self.workers.get_mut(&victim).expect("known").frozen_until = self.now + length;
@@ -139,12 +140,14 @@ impl World {
                 }
             }
             13 => {
-                if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive) {
+                // Not while it sleeps: what came meanwhile stays in its order.
+                let awake = |coordinator: &Coordinator| coordinator.asleep_until <= self.now;
+                if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive)
+                    && awake(&self.coordinators[index])
+                {
                     self.report.sleeps += 1;
                     let length = 100 + self.below(4000);
-                    // What came while it slept stays in its order.
-                    let asleep_until = &mut self.coordinators[index].asleep_until;
-                    *asleep_until = (*asleep_until).max(self.now + length);
+                    self.coordinators[index].asleep_until = self.now + length;
                 }
             }
             14 => self.halve(),
