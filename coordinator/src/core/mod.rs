@@ -312,7 +312,7 @@ pub enum Entry {
         /// Why.
         reason: String,
     },
-    /// A manifest could not be written.
+    /// A manifest could not be written, or a worker's parts: then it is told once a checkpoint.
     CheckpointFailed {
         /// Its step.
         step: Step,

@@ -72,14 +72,24 @@ fn stance() -> impl Strategy<Value = v1::Stance> {
         option::weighted(0.9, activity),
         any::<bool>(),
         prop_oneof![9 => vec(written(), 0..4), 1 => vec(written(), WRITTEN_MAX..WRITTEN_MAX + 3)],
+        vec(unwritten(), 0..UNWRITTEN_MAX + 2),
     )
-        .prop_map(|(holds, shard, activity, leaving, written)| v1::Stance {
+        .prop_map(|(holds, shard, activity, leaving, written, unwritten)| v1::Stance {
             holds,
             shard,
             activity,
             leaving,
             written,
+            unwritten,
         })
+}
+
+fn unwritten() -> impl Strategy<Value = v1::Unwritten> {
+    (number(), number(), text()).prop_map(|(step, generation, reason)| v1::Unwritten {
+        step,
+        generation,
+        reason,
+    })
 }
 
 fn shard() -> impl Strategy<Value = v1::Shard> {

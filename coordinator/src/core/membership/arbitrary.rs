@@ -53,9 +53,29 @@ fn stance() -> impl Strategy<Value = Stance> {
         (generation(), cause()).prop_map(|(generation, cause)| Activity::Holding { generation, cause }),
     ];
     let leaving = prop::bool::weighted(0.1);
-    (option::of(step()), option::weighted(0.3, shard()), activity, leaving, vec(written(), 0..3)).prop_map(
-        |(holds, shard, activity, leaving, written)| Stance { holds, shard, activity, leaving, written },
+    (
+        option::of(step()),
+        option::weighted(0.3, shard()),
+        activity,
+        leaving,
+        vec(written(), 0..3),
+        vec(unwritten(), 0..2),
     )
+        .prop_map(|(holds, shard, activity, leaving, written, unwritten)| Stance {
+            holds,
+            shard,
+            activity,
+            leaving,
+            written,
+            unwritten,
+        })
+}
+
+fn unwritten() -> impl Strategy<Value = Unwritten> {
+    (step(), generation()).prop_map(|(step, generation)| {
+        let reason = "something".to_owned();
+        Unwritten { step, generation, reason }
+    })
 }
 
 fn shard() -> impl Strategy<Value = Shard> {
@@ -149,9 +169,7 @@ impl Watched {
                 None => Event::Tick,
             },
             Act::Arrive(worker) => {
-                let activity = Activity::Outside;
-                let stance =
-                    Stance { holds: None, shard: None, activity, leaving: false, written: Vec::new() };
+                let stance = Stance::new(None, Activity::Outside);
                 Event::Linked { worker, endpoints: Endpoints::default(), machine: String::new(), stance }
             }
             Act::Obey(worker) => {

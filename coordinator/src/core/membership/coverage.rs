@@ -222,8 +222,7 @@ mod tests {
     /// What a worker says that holds `step`, with the moments of these of eight blocks.
     fn stance(step: u64, blocks: &[Range<u64>], next: bool) -> Stance {
         let shard = Some(Shard { blocks: blocks.to_vec(), all_blocks: 8, next });
-        let activity = Activity::Outside;
-        Stance { holds: Some(Step(step)), shard, activity, leaving: false, written: Vec::new() }
+        Stance { shard, ..Stance::new(Some(Step(step)), Activity::Outside) }
     }
 
     #[test]

@@ -26,7 +26,7 @@ fn options(desired: u32) -> Options {
 }
 
 fn stance(holds: Option<u64>, activity: Activity) -> Stance {
-    Stance { holds: holds.map(Step), shard: None, activity, leaving: false, written: Vec::new() }
+    Stance::new(holds.map(Step), activity)
 }
 
 fn blocks(range: Range<u64>) -> Vec<Range<u64>> {
@@ -605,6 +605,27 @@ fn the_end_waits_for_a_checkpoint_of_which_there_are_copies_and_a_while_for_thos
     assert_eq!(story.core.deadline(), Some(Millis(500)));
     story.now = 500;
     assert_eq!(story.event(Event::Tick)[0], completed);
+}
+
+#[test]
+fn a_worker_that_cannot_write_its_parts_is_told_of_once_a_checkpoint() {
+    let mut story = Story::running(2);
+    let unwritten = |step, generation| Unwritten {
+        step: Step(step),
+        generation: Generation(generation),
+        reason: "no space left on device".to_owned(),
+    };
+    let with = |all: &[Unwritten]| Stance { unwritten: all.to_vec(), ..stance(Some(21), running(1)) };
+    let reason = format!("worker {} on m could not write its parts: no space left on device", WorkerId(2));
+    let failed = |step| Effect::Record(Entry::CheckpointFailed { step: Step(step), reason: reason.clone() });
+    assert_eq!(story.stands(2, with(&[unwritten(20, 1)])), [failed(20)]);
+    assert_eq!(story.stands(2, with(&[unwritten(20, 1)])), [], "with every heartbeat");
+    assert_eq!(story.stands(1, with(&[unwritten(20, 1)])), [], "that it is not whole is known");
+    story.event(Event::Unlinked { worker: WorkerId(2) });
+    assert_eq!(story.link(2, with(&[unwritten(20, 1), unwritten(21, 1)])), [failed(21)], "the next one");
+    // Whoever speaks of what is committed meanwhile is told so, and it is no failure.
+    let other = with(&[unwritten(10, 1)]);
+    assert_eq!(story.stands(1, other), [send(1, Order::Committed { step: Step(10) })]);
 }
 
 #[test]

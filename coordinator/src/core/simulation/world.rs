@@ -335,10 +335,11 @@ impl World {
             }
             Happening::Wrote { worker, written, state, leave } => {
                 let generation = written.generation;
-                for block in written.blocks.iter().flat_map(Clone::clone) {
-                    self.parts.insert((written.step, generation, block), state);
+                if self.chaos() && self.chance(20) {
+                    self.fail_to_write(worker, written)?;
+                } else {
+                    self.wrote(worker, written, state)?;
                 }
-                self.tell_worker(worker, Happens::Wrote(written))?;
                 if let Some(cause) = leave
                     && self.workers.get(&worker).is_some_and(|known| known.ring == Some(generation))
                 {
