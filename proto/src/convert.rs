@@ -287,6 +287,21 @@ impl TryFrom<v1::Pace> for Pace {
     }
 }
 
+impl v1::Failed {
+    /// That a worker ends, and why.
+    pub fn of(reason: &str) -> Self {
+        Self { reason: cut(reason) }
+    }
+
+    /// Why, when it is said in as many words as it may be.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn checked(self) -> Result<String, Malformed> {
+        reason(self.reason)
+    }
+}
+
 impl From<&Endpoints> for v1::Endpoints {
     fn from(endpoints: &Endpoints) -> Self {
         Self { ring: endpoints.ring.clone(), peers: endpoints.peers.clone() }

@@ -249,6 +249,7 @@ impl Membership {
                 }
             }
             Event::Stands { worker, stance } => self.stands(worker, stance, out),
+            Event::Failed { worker, reason } => self.failed(worker, &reason, out),
             Event::Recorded { generation } => self.recorded(generation),
             Event::Committed { step } => self.checkpoints.committed(step),
             Event::Listed { steps } => {

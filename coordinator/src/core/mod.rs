@@ -133,6 +133,13 @@ pub enum Event {
         /// Where.
         stance: Stance,
     },
+    /// A worker cannot serve the run, and ends.
+    Failed {
+        /// Who.
+        worker: WorkerId,
+        /// Why, for people.
+        reason: String,
+    },
     /// A worker says where its time went.
     Paced {
         /// Who.

@@ -242,6 +242,7 @@ proptest! {
                 v1::from_worker::Word::Stance(stance) => take_stance(stance),
                 v1::from_worker::Word::Step(_) => {}
                 v1::from_worker::Word::Pace(pace) => take_pace(pace),
+                v1::from_worker::Word::Failed(failed) => drop(failed.checked()),
             }
         }
         if let Ok(message) = v1::ToWorker::decode(&bytes[..]) {
@@ -268,8 +269,19 @@ proptest! {
         let cause = Cause::Fault { reason: reason.clone() };
         let told = Cause::try_from(v1::holding::Cause::from(&cause));
         let Ok(Cause::Fault { reason: told }) = told else { panic!("{told:?}") };
+        prop_assert_eq!(v1::Failed::of(&reason).checked(), Ok(told.clone()));
         prop_assert!(reason.starts_with(&told) && told.len() + 3 >= reason.len().min(REASON_BYTES_MAX));
     }
+}
+
+/// Words and fields that a later build adds are nothing to this one.
+#[test]
+fn what_a_later_build_adds_is_left_out() {
+    let later = [0x7a, 0x01, 0x00];
+    assert_eq!(v1::FromWorker::decode(&later[..]), Ok(v1::FromWorker { word: None }));
+    let stance = v1::Stance::from(&Stance::new(Some(Step(7)), Activity::Outside));
+    let more = [&stance.encode_to_vec()[..], &later].concat();
+    assert_eq!(v1::Stance::decode(&more[..]), Ok(stance));
 }
 
 #[test]

@@ -111,6 +111,7 @@ fn act() -> impl Strategy<Value = Act> {
             Event::Linked { worker, endpoints: endpoints.clone(), machine: machine.clone(), stance }
         }),
         2 => worker().prop_map(|worker| Event::Unlinked { worker }),
+        1 => worker().prop_map(|worker| Event::Failed { worker, reason: "something".to_owned() }),
         6 => (worker(), stance()).prop_map(|(worker, stance)| Event::Stands { worker, stance }),
         1 => generation().prop_map(|generation| Event::Recorded { generation }),
         1 => step().prop_map(|step| Event::Reported { step }),
@@ -215,7 +216,7 @@ impl Watched {
             Event::Stands { worker, stance } => {
                 self.said.entry(*worker).and_modify(|said| *said = stance.clone());
             }
-            Event::Unlinked { worker } => drop(self.said.remove(worker)),
+            Event::Unlinked { worker } | Event::Failed { worker, .. } => drop(self.said.remove(worker)),
             Event::Recorded { generation } => {
                 let formed = self.formed.as_ref().filter(|formed| formed.generation == *generation);
                 self.recorded = formed.or(self.recorded.as_ref()).cloned();

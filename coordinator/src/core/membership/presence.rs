@@ -222,6 +222,16 @@ impl Membership {
         }
     }
 
+    /// A worker ends by itself: nobody waits for its connection to close, and the log has why.
+    pub(super) fn failed(&mut self, id: WorkerId, reason: &str, out: &mut Vec<Effect>) {
+        let Some(worker) = self.workers.remove(&id) else { return };
+        self.remember(id, &worker);
+        if !matches!(self.ring, Ring::Over(_)) {
+            let reason = format!("it failed: {reason}");
+            out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
+        }
+    }
+
     /// Removes those that were silent for a lease, and those that left no trace worth waiting for.
     pub(super) fn expire(&mut self, out: &mut Vec<Effect>) {
         let (now, lease) = (self.now, self.options.lease);

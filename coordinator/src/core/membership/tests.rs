@@ -608,6 +608,29 @@ fn the_end_waits_for_a_checkpoint_of_which_there_are_copies_and_a_while_for_thos
 }
 
 #[test]
+fn a_worker_that_ends_by_itself_is_lost_at_once_and_the_log_has_why() {
+    let mut story = Story::new(2);
+    story.link(1, stance(None, Activity::Outside));
+    let failed = |reason: &str| Event::Failed { worker: WorkerId(1), reason: reason.to_owned() };
+    let reason = "it failed: data/tales: there is no index".to_owned();
+    let lost = Effect::Record(Entry::Lost { worker: WorkerId(1), step: None, reason });
+    assert_eq!(story.event(failed("data/tales: there is no index")), [lost]);
+    assert_eq!(story.event(failed("again")), [], "it is not here any more");
+    assert_eq!(story.event(Event::Unlinked { worker: WorkerId(1) }), []);
+    // A member is as one that died.
+    let mut story = Story::running(2);
+    let out = story.event(failed("out of memory"));
+    let [
+        Effect::Record(Entry::Lost { step: Some(Step(10)), .. }),
+        Effect::Send { worker, order: Order::Abort { .. }, .. },
+    ] = &out[..]
+    else {
+        panic!("{out:?}")
+    };
+    assert_eq!(*worker, WorkerId(2));
+}
+
+#[test]
 fn a_worker_that_cannot_write_its_parts_is_told_of_once_a_checkpoint() {
     let mut story = Story::running(2);
     let unwritten = |step, generation| Unwritten {
