@@ -81,13 +81,12 @@ fn a_worker_that_cannot_write_its_parts_raises_an_alert_and_is_named_once_a_chec
     );
     steps.dedup();
     assert_eq!(steps.len(), told.len(), "one record a checkpoint: {told:?}");
-    assert_eq!(newest_checkpoint(&run), 0, "none is whole");
+    wait_until("whoever keeps copies of its blocks writes them", || newest_checkpoint(&run) > 0);
 
     let lifted = std::process::Command::new("prlimit")
         .args(["--fsize=unlimited", "--pid", &ill.id().to_string()])
         .status();
     assert!(lifted.is_ok_and(|status| status.success()), "prlimit is in util-linux");
-    wait_until("checkpoints are written again", || newest_checkpoint(&run) > 0);
     wait_until("it is forgotten", || !prometheus.fires("AnelloCheckpointFails"));
     serving.ask(&["cancel", "parts"]);
     [well, ill].into_iter().for_each(|worker| drop(worker.wait()));

@@ -206,6 +206,20 @@ fn the_end_waits_for_a_checkpoint_of_which_there_are_copies_and_a_while_for_thos
 }
 
 #[test]
+fn who_keeps_blocks_that_their_owner_gave_up_is_asked_for_them() {
+    let mut story = Story::running(2);
+    let with = |all: &[Written]| Stance { written: all.to_vec(), ..stance(Some(21), running(1)) };
+    assert_eq!(story.stands(1, with(&[half(20, true)])), [], "their owner is here, and may write them yet");
+    let unwritten =
+        |step| Unwritten { step: Step(step), generation: Generation(1), reason: "full".to_owned() };
+    let gave_up = |step| Stance { unwritten: vec![unwritten(step)], ..stance(Some(21), running(1)) };
+    let out = story.stands(2, gave_up(20));
+    assert_eq!(out[1..], [write_kept(1, 20)]);
+    let out = story.stands(1, with(&[whole(20)]));
+    assert!(matches!(out[..], [Effect::Commit { step: Step(20), .. }]), "{out:?}");
+}
+
+#[test]
 fn a_worker_that_cannot_write_its_parts_is_told_of_once_a_checkpoint() {
     let mut story = Story::running(2);
     let unwritten = |step, generation| Unwritten {
