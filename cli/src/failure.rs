@@ -15,6 +15,7 @@ Exit codes:
        not accept the other's certificate. Starting it again changes nothing
   4    of `worker --until-eof`: the process that started it is gone
   5    of `worker`: sent away, since its state differed from all others': do not use this machine again
+  6    of `worker`: the run's data or device are not there on this machine; whoever started it tries a few times more
   130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` or `coordinator`
        command, goes on
   131  interrupted a second time: left at once, what was not saved is lost";
@@ -65,6 +66,9 @@ pub enum Failure {
     /// A worker that was sent away for good.
     #[error("sent away: {0}; look at this machine's memory and device before using it again")]
     Evicted(String),
+    /// A worker whose run's data or device are not there.
+    #[error(transparent)]
+    Unfit(anello_worker::Error),
     /// A ring that ended.
     #[error("{0}")]
     Ring(String),
@@ -124,6 +128,7 @@ impl Failure {
             },
             Self::Refused(_) => 3,
             Self::Evicted(_) => 5,
+            Self::Unfit(_) => 6,
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
             Self::Ring(_) | Self::Unreachable(_) | Self::Coordinator(_) | Self::Kube(_) => 1,
             Self::Worker(_) | Self::Store(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,

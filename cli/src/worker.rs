@@ -83,7 +83,11 @@ pub fn run(args: &Args) -> Outcome {
         device: args.device,
         watcher,
     };
-    match serve(options, interrupt.flag())? {
+    let unfit = |error: anello_worker::Error| match error.is_unfit() {
+        true => Failure::Unfit(error),
+        false => error.into(),
+    };
+    match serve(options, interrupt.flag()).map_err(unfit)? {
         Leave::Done => Ok(Exit::Done),
         Leave::Dismissed { reason } => {
             tracing::info!(reason, "dismissed");

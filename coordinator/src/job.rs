@@ -280,7 +280,6 @@ impl Running {
                 self.core_event(Event::Committed { step });
             }
             Done::CommitFailed { step, reason } => {
-                self.notify(Notice::CheckpointFailed { step: step.0, cause: reason.clone() });
                 self.core_event(Event::CommitFailed { step, reason });
             }
             Done::Listed { steps } => self.core_event(Event::Listed { steps }),
@@ -315,8 +314,12 @@ impl Running {
             }
             Effect::Drop { worker, reason } => self.drop_link(worker, &reason),
             Effect::Record(entry) => {
-                if let Entry::PassedOver { step, .. } = &entry {
-                    self.desk.ask(Task::SetAside { step: *step });
+                match &entry {
+                    Entry::PassedOver { step, .. } => self.desk.ask(Task::SetAside { step: *step }),
+                    Entry::CheckpointFailed { step, reason } => {
+                        self.notify(Notice::CheckpointFailed { step: step.0, cause: reason.clone() });
+                    }
+                    _ => {}
                 }
                 let formed = match &entry {
                     Entry::Formed(formation) => Some(formation.generation),

@@ -25,6 +25,8 @@ fn malformed(what: impl Into<String>) -> Malformed {
 
 /// Checkpoints that a stance may name: as many as a worker keeps.
 const WRITTEN_MAX: usize = 16;
+/// Checkpoints that a stance may name as not written.
+const UNWRITTEN_MAX: usize = 4;
 /// Ranges of blocks of a shard: two, and some more while shares move.
 const RANGES_MAX: usize = 8;
 /// Bytes of text that people read.
@@ -73,6 +75,7 @@ impl From<&Stance> for v1::Stance {
             activity: Some(activity),
             leaving: stance.leaving,
             written: stance.written.iter().map(Into::into).collect(),
+            unwritten: stance.unwritten.iter().map(Into::into).collect(),
         }
     }
 }
@@ -94,13 +97,33 @@ impl TryFrom<v1::Stance> for Stance {
             let count = message.written.len();
             return Err(malformed(format!("{count} checkpoints in a stance, of at most {WRITTEN_MAX}")));
         }
+        if message.unwritten.len() > UNWRITTEN_MAX {
+            let count = message.unwritten.len();
+            return Err(malformed(format!("{count} checkpoints not written, of at most {UNWRITTEN_MAX}")));
+        }
         Ok(Self {
             holds: message.holds.map(Step),
             shard: message.shard.map(TryInto::try_into).transpose()?,
             activity,
             leaving: message.leaving,
             written: message.written.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            unwritten: message.unwritten.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
+    }
+}
+
+impl From<&Unwritten> for v1::Unwritten {
+    fn from(unwritten: &Unwritten) -> Self {
+        let Unwritten { step, generation, reason } = unwritten;
+        Self { step: step.0, generation: generation.0, reason: cut(reason) }
+    }
+}
+
+impl TryFrom<v1::Unwritten> for Unwritten {
+    type Error = Malformed;
+    fn try_from(message: v1::Unwritten) -> Result<Self, Malformed> {
+        let v1::Unwritten { step, generation, reason: text } = message;
+        Ok(Self { step: Step(step), generation: Generation(generation), reason: reason(text)? })
     }
 }
 
@@ -261,6 +284,21 @@ impl TryFrom<v1::Pace> for Pace {
         }
         let spent = Spent { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us };
         Ok(Self { generation: Generation(generation), lanes, steps, spent })
+    }
+}
+
+impl v1::Failed {
+    /// That a worker ends, and why.
+    pub fn of(reason: &str) -> Self {
+        Self { reason: cut(reason) }
+    }
+
+    /// Why, when it is said in as many words as it may be.
+    ///
+    /// # Errors
+    /// [`Malformed`].
+    pub fn checked(self) -> Result<String, Malformed> {
+        reason(self.reason)
     }
 }
 

@@ -66,6 +66,15 @@ pub struct Stance {
     pub leaving: bool,
     /// Checkpoints that it has written parts of and that are not known to be committed.
     pub written: Vec<Written>,
+    /// Checkpoints that it could not write its parts of, and has given up.
+    pub unwritten: Vec<Unwritten>,
+}
+
+impl Stance {
+    /// Of a worker that does this, holds the state after `holds` with all moments, and has nothing else to say.
+    pub fn new(holds: Option<Step>, activity: Activity) -> Self {
+        Self { holds, shard: None, activity, leaving: false, written: Vec::new(), unwritten: Vec::new() }
+    }
 }
 
 /// The moments that a worker has where they are shared out over the ring. Weights are whole everywhere.
@@ -210,6 +219,17 @@ pub struct Written {
     pub all_blocks: u64,
     /// A second copy that is in the worker's memory and in no part of its.
     pub kept: Option<Kept>,
+}
+
+/// A checkpoint that a worker could not write its parts of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unwritten {
+    /// The checkpoint's step.
+    pub step: Step,
+    /// The generation in which the state was copied.
+    pub generation: Generation,
+    /// What the store said last, for people.
+    pub reason: String,
 }
 
 /// Blocks of another worker, of which this one has a copy.

@@ -27,7 +27,7 @@ pub enum Notice {
         /// Size of its parts, bytes.
         bytes: u64,
     },
-    /// A checkpoint could not be written. Training goes on; it is tried again.
+    /// A checkpoint could not be written. Training goes on; it is tried again, or the next one is.
     CheckpointFailed {
         /// Steps applied.
         step: u64,

@@ -59,7 +59,7 @@ pub fn describe(event: &Event) -> String {
             format!("checkpoint {}, weights {}", grouped(*step), short_digest(weights))
         }
         Event::CheckpointFailed { step, cause } => {
-            format!("checkpoint {} could not be written and is tried again: {cause}", grouped(*step))
+            format!("checkpoint {} could not be written now: {cause}", grouped(*step))
         }
         Event::TakenUp { step: None } => {
             "a coordinator took the run up; there is no checkpoint yet".to_owned()

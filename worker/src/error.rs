@@ -71,6 +71,17 @@ impl Error {
         move |source| Self::File { action, path: path.display().to_string(), source }
     }
 
+    /// Whether the machine lacks what the run needs, its data or device: whoever starts a worker again there soon finds the same.
+    pub fn is_unfit(&self) -> bool {
+        use anello_dataloader::Error as Data;
+        match self {
+            Self::Device { .. } => true,
+            // A store that does not answer now, and a system without threads or files, are another matter.
+            Self::Data(data) => !matches!(data, Data::Store(_) | Data::File { .. } | Data::Stopped),
+            _ => false,
+        }
+    }
+
     /// Whether another process writes to the same run, so that this one must leave.
     pub fn is_fenced(&self) -> bool {
         matches!(self, Self::Store(anello_store::Error::Fenced { .. }))

@@ -85,10 +85,9 @@ pub fn evals(record: &StepRecord) -> Vec<String> {
 /// What is worth a line of its own, on a terminal and in a log.
 pub fn news(notice: &Notice) -> Option<String> {
     match notice {
-        Notice::CheckpointFailed { step, cause } => Some(format!(
-            "checkpoint {} could not be written and is tried again, training goes on: {cause}",
-            grouped(*step)
-        )),
+        Notice::CheckpointFailed { step, cause } => {
+            Some(format!("checkpoint {} could not be written now, training goes on: {cause}", grouped(*step)))
+        }
         Notice::Logged(record) => match &record.event {
             Event::Started { step, changed, data, .. }
                 if *step > 0 || !(changed.is_empty() && data.is_empty()) =>

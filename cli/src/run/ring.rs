@@ -103,9 +103,10 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
             && !stopping
             && runtime.block_on(is_deserted(&job, tracker.schedule().total_steps()))
         {
-            view.close(&tracker)?;
-            say_where_it_stands(&store);
-            return Err(Failure::Ring("all workers have ended, and none is started again".to_owned()));
+            // Its end, and why, is for the log to tell.
+            stopping = true;
+            let why = crew.given_up().unwrap_or("all workers have ended, and none is started again");
+            runtime.block_on(job.give_up(format!("no worker is left: {why}")));
         }
         if interrupt.raised() && !stopping {
             stopping = true;

@@ -128,6 +128,8 @@ pub struct Membership {
     rifts: BTreeMap<reach::Pair, reach::Rift>,
     /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
     quarantined: BTreeSet<String>,
+    /// Checkpoints of which it is on record that a worker could not write its parts.
+    unwritten: BTreeSet<(Step, Generation)>,
     /// A checkpoint of this step or a later one was asked for, and is not committed yet.
     wanted: Option<Step>,
     /// Time of the last event.
@@ -171,13 +173,7 @@ impl Membership {
             Some(formation) => {
                 // Nobody has reported in yet: the members have a lease's time to do so.
                 for (arrival, member) in formation.members.iter().enumerate() {
-                    let stance = Stance {
-                        holds: None,
-                        shard: None,
-                        activity: Activity::Outside,
-                        leaving: false,
-                        written: Vec::new(),
-                    };
+                    let stance = Stance::new(None, Activity::Outside);
                     let worker = Worker {
                         endpoints: member.endpoints.clone(),
                         machine: String::new(),
@@ -219,6 +215,7 @@ impl Membership {
             paces,
             #[cfg(test)]
             planted: None,
+            unwritten: BTreeSet::new(),
             wanted: None,
             now,
         }
@@ -252,6 +249,7 @@ impl Membership {
                 }
             }
             Event::Stands { worker, stance } => self.stands(worker, stance, out),
+            Event::Failed { worker, reason } => self.failed(worker, &reason, out),
             Event::Recorded { generation } => self.recorded(generation),
             Event::Committed { step } => self.checkpoints.committed(step),
             Event::Listed { steps } => {
@@ -420,9 +418,12 @@ impl Membership {
         };
         let mut workers = std::mem::take(&mut self.workers);
         for (&id, worker) in workers.iter_mut().filter(|(_, worker)| worker.linked) {
-            let (written, told) = (&worker.stance.written, &mut worker.told_committed);
-            told.retain(|step| written.iter().any(|written| written.step == *step));
-            for step in written.iter().map(|written| written.step) {
+            let (stance, told) = (&worker.stance, &mut worker.told_committed);
+            let unwritten = stance.unwritten.iter().map(|unwritten| unwritten.step);
+            let speaks_of: BTreeSet<Step> =
+                stance.written.iter().map(|written| written.step).chain(unwritten).collect();
+            told.retain(|step| speaks_of.contains(step));
+            for step in speaks_of {
                 if self.checkpoints.has(step) && told.insert(step) {
                     out.push(Effect::Send {
                         worker: id,

@@ -133,6 +133,13 @@ pub enum Event {
         /// Where.
         stance: Stance,
     },
+    /// A worker cannot serve the run, and ends.
+    Failed {
+        /// Who.
+        worker: WorkerId,
+        /// Why, for people.
+        reason: String,
+    },
     /// A worker says where its time went.
     Paced {
         /// Who.
@@ -312,7 +319,7 @@ pub enum Entry {
         /// Why.
         reason: String,
     },
-    /// A manifest could not be written.
+    /// A manifest could not be written, or a worker's parts: then it is told once a checkpoint.
     CheckpointFailed {
         /// Its step.
         step: Step,

@@ -54,6 +54,10 @@ impl Running {
                 Ok(pace) => self.core_event(Event::Paced { worker, pace }),
                 Err(malformed) => self.drop_link(worker, &malformed.to_string()),
             },
+            v1::from_worker::Word::Failed(failed) => match failed.checked() {
+                Ok(reason) => self.core_event(Event::Failed { worker, reason }),
+                Err(malformed) => self.drop_link(worker, &malformed.to_string()),
+            },
             v1::from_worker::Word::Step(report) if report.step >= self.total => {
                 let reason = format!("it reports step {}, and the run has {}", report.step, self.total);
                 self.drop_link(worker, &reason);

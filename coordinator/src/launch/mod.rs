@@ -15,8 +15,11 @@ use crate::error::Result;
 pub enum Exit {
     /// The run is over, or the worker was asked to go and went: it is not started again.
     Done,
-    /// Starting it again changes nothing: its config or build does not fit.
+    /// Starting it again changes nothing: its config or build does not fit, or its machine computes wrongly.
     Hopeless(i32),
+    /// What its run needs is not on its machine: data, or the device. That may be a mount that comes back: a few more are
+    /// tried.
+    Unfit(i32),
     /// It died, or its machine did.
     Died(Option<i32>),
 }
@@ -43,11 +46,17 @@ pub trait Process: Send {
     fn kill(&mut self);
     /// What a person calls it.
     fn name(&self) -> String;
+    /// The last that it said of an error, once it has ended; absent: nothing.
+    fn last_words(&mut self) -> Option<String> {
+        None
+    }
 }
 
 /// Pause before a worker that died is started again: the first, and the longest; each death within
 /// [`Crew::STEADY`] doubles it.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(30));
+/// Ends in a row of a slot's workers for want of what the run needs: then it is given up.
+const UNFIT_MAX: u32 = 3;
 
 struct Slot<P> {
     process: Option<P>,
@@ -55,6 +64,8 @@ struct Slot<P> {
     pause: Duration,
     again_at: Option<Instant>,
     over: bool,
+    /// Ends in a row for want of what the run needs.
+    unfit: u32,
     /// It was asked to go, and is ended at this time if it has not.
     until: Option<Instant>,
 }
@@ -62,7 +73,15 @@ struct Slot<P> {
 impl<P: Process> Slot<P> {
     fn new(process: P) -> Self {
         let started = Instant::now();
-        Self { process: Some(process), started, pause: PAUSE.0, again_at: None, over: false, until: None }
+        Self {
+            process: Some(process),
+            started,
+            pause: PAUSE.0,
+            again_at: None,
+            over: false,
+            unfit: 0,
+            until: None,
+        }
     }
 
     fn retire(&mut self, until: Instant) {
@@ -86,6 +105,8 @@ pub struct Crew<L: Launcher> {
     budget: u32,
     /// Why a worker was given up, the last time.
     given_up: Option<String>,
+    /// How a worker ended that another was started for, and when: the last one.
+    failed: Option<(Instant, String)>,
 }
 
 impl<L: Launcher> Crew<L> {
@@ -107,42 +128,64 @@ impl<L: Launcher> Crew<L> {
                 }
             }
         }
-        Ok(Self { launcher, slots, wanted: workers, budget, given_up: None })
+        Ok(Self { launcher, slots, wanted: workers, budget, given_up: None, failed: None })
     }
 
     /// Looks after them: call it a few times a second. Returns what a person should hear.
     pub fn tend(&mut self) -> Vec<String> {
         let mut said = Vec::new();
         for (number, slot) in (0u32..).zip(&mut self.slots) {
-            if let Some((exit, name)) = slot.process.as_mut().and_then(|p| Some((p.poll()?, p.name()))) {
+            let ended = slot.process.as_mut().and_then(|process| {
+                let exit = process.poll()?;
+                let words = process.last_words().map(|words| format!(": {words}")).unwrap_or_default();
+                Some((exit, process.name(), words))
+            });
+            if let Some((exit, name, words)) = ended {
                 slot.process = None;
-                match exit {
-                    _ if slot.over => {}
-                    Exit::Done => slot.over = true,
-                    Exit::Hopeless(code) => {
+                let steady = slot.started.elapsed() >= Self::STEADY;
+                slot.unfit = match exit {
+                    Exit::Unfit(_) if steady => 1,
+                    Exit::Unfit(_) => slot.unfit + 1,
+                    Exit::Done | Exit::Hopeless(_) | Exit::Died(_) => 0,
+                };
+                let of_code =
+                    |code: Option<i32>| code.map_or("a signal".to_owned(), |code| format!("code {code}"));
+                let given_up = match exit {
+                    _ if slot.over => None,
+                    Exit::Done => {
                         slot.over = true;
-                        let why = format!(
-                            "worker {number} ({name}) ended with code {code} and is not started again"
-                        );
-                        self.given_up = Some(why.clone());
-                        said.push(why);
+                        None
                     }
-                    Exit::Died(code) if self.budget > 0 => {
+                    Exit::Hopeless(code) => Some(format!("ended with code {code} and is not started again")),
+                    Exit::Unfit(code) if slot.unfit >= UNFIT_MAX => {
+                        let times = slot.unfit;
+                        Some(format!(
+                            "ended with code {code}, {times} times in a row, and is not started again"
+                        ))
+                    }
+                    Exit::Died(_) | Exit::Unfit(_) if self.budget == 0 => {
+                        Some("died, as too many did before: it is not started again".to_owned())
+                    }
+                    Exit::Died(_) | Exit::Unfit(_) => {
                         self.budget -= 1;
-                        let steady = slot.started.elapsed() >= Self::STEADY;
                         slot.pause = if steady { PAUSE.0 } else { (slot.pause * 2).min(PAUSE.1) };
                         slot.again_at = Some(Instant::now() + slot.pause);
-                        let how = code.map_or("a signal".to_owned(), |code| format!("code {code}"));
-                        said.push(format!("worker {number} ({name}) ended with {how}; another is started"));
+                        let how = of_code(match exit {
+                            Exit::Unfit(code) => Some(code),
+                            Exit::Died(code) => code,
+                            Exit::Done | Exit::Hopeless(_) => None,
+                        });
+                        let how = format!("worker {number} ({name}) ended with {how}");
+                        self.failed = Some((Instant::now(), format!("{how}{words}")));
+                        said.push(format!("{how}; another is started{words}"));
+                        None
                     }
-                    Exit::Died(_) => {
-                        slot.over = true;
-                        let why = format!(
-                            "worker {number} ({name}) died, as too many did before: it is not started again"
-                        );
-                        self.given_up = Some(why.clone());
-                        said.push(why);
-                    }
+                };
+                if let Some(how) = given_up {
+                    slot.over = true;
+                    let why = format!("worker {number} ({name}) {how}{words}");
+                    self.given_up = Some(why.clone());
+                    said.push(why);
                 }
             }
             if slot.again_at.is_some_and(|at| at <= Instant::now()) {
@@ -206,6 +249,11 @@ impl<L: Launcher> Crew<L> {
         self.given_up.as_deref()
     }
 
+    /// How a worker ended a short while ago that another was started for, and what it said of it.
+    pub fn failing(&self) -> Option<&str> {
+        self.failed.as_ref().filter(|(at, _)| at.elapsed() < 2 * Self::STEADY).map(|(_, how)| how.as_str())
+    }
+
     /// Whether no worker lives and none will be started.
     pub fn is_over(&self) -> bool {
         self.slots.iter().all(|slot| slot.over)
@@ -247,6 +295,7 @@ mod tests {
     struct FakeState {
         started: Vec<u32>,
         ends: Vec<(u32, Exit)>,
+        words: Option<String>,
         killed: Vec<u32>,
     }
 
@@ -275,6 +324,9 @@ mod tests {
         fn name(&self) -> String {
             format!("fake {}", self.0)
         }
+        fn last_words(&mut self) -> Option<String> {
+            self.1.0.lock().unwrap().words.clone()
+        }
     }
 
     fn end(fake: &Fake, slot: u32, exit: Exit) {
@@ -301,6 +353,39 @@ mod tests {
         end(&fake, 2, Exit::Done);
         assert_eq!(crew.tend(), Vec::<String>::new());
         assert!(crew.is_over());
+    }
+
+    #[test]
+    fn what_a_run_needs_is_looked_for_a_few_times_and_the_reason_is_told() {
+        let fake = Fake::default();
+        fake.0.lock().unwrap().words = Some("data/tales: there is nothing".to_owned());
+        let mut crew = Crew::start(fake.clone(), 1, 1000).unwrap();
+        for time in 1..3 {
+            end(&fake, 0, Exit::Unfit(6));
+            let told =
+                "worker 0 (fake 0) ended with code 6; another is started: data/tales: there is nothing";
+            assert_eq!(crew.tend(), [told]);
+            let failing = "worker 0 (fake 0) ended with code 6: data/tales: there is nothing";
+            assert_eq!((crew.failing(), crew.given_up()), (Some(failing), None));
+            let until = Instant::now() + Duration::from_secs(5);
+            while fake.0.lock().unwrap().started.len() <= time && Instant::now() < until {
+                crew.tend();
+            }
+        }
+        end(&fake, 0, Exit::Unfit(6));
+        let told = "worker 0 (fake 0) ended with code 6, 3 times in a row, and is not started again: data/tales: there is nothing";
+        assert_eq!((crew.tend(), crew.is_over(), crew.given_up()), (vec![told.to_owned()], true, Some(told)));
+        // One that died of something else in between begins the count anew.
+        let mut crew = Crew::start(fake.clone(), 1, 1000).unwrap();
+        for exit in [Exit::Unfit(6), Exit::Unfit(6), Exit::Died(None), Exit::Unfit(6)] {
+            let before = fake.0.lock().unwrap().started.len();
+            end(&fake, 0, exit);
+            let until = Instant::now() + Duration::from_secs(5);
+            while fake.0.lock().unwrap().started.len() == before && Instant::now() < until {
+                crew.tend();
+            }
+        }
+        assert!(!crew.is_over());
     }
 
     #[test]

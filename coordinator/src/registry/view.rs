@@ -8,7 +8,7 @@ use anello_store::metrics::StepRecord;
 
 use super::entry::Entry;
 use crate::core::{Attendant, Goal};
-use crate::launch::Launcher;
+use crate::launch::{Crew, Launcher};
 
 impl<L: Launcher> Entry<L> {
     /// In a list. `queue_position`: jobs that wait before it, when it waits.
@@ -41,6 +41,9 @@ impl<L: Launcher> Entry<L> {
             return None;
         }
         let ring = self.ring.as_ref().and_then(|ring| ring.status.as_ref()?.waits_for.clone());
+        // Workers that end as soon as they are started are what a ring waits for in vain.
+        let failing = self.crew.as_ref().and_then(Crew::failing);
+        let ring = ring.map(|what| failing.map_or(what.clone(), |how| format!("{what}; {how}")));
         let queue = || match queue_position {
             Some(0) => Some("free slots".to_owned()),
             Some(1) => Some("its turn: 1 job is before it".to_owned()),

@@ -72,14 +72,24 @@ fn stance() -> impl Strategy<Value = v1::Stance> {
         option::weighted(0.9, activity),
         any::<bool>(),
         prop_oneof![9 => vec(written(), 0..4), 1 => vec(written(), WRITTEN_MAX..WRITTEN_MAX + 3)],
+        vec(unwritten(), 0..UNWRITTEN_MAX + 2),
     )
-        .prop_map(|(holds, shard, activity, leaving, written)| v1::Stance {
+        .prop_map(|(holds, shard, activity, leaving, written, unwritten)| v1::Stance {
             holds,
             shard,
             activity,
             leaving,
             written,
+            unwritten,
         })
+}
+
+fn unwritten() -> impl Strategy<Value = v1::Unwritten> {
+    (number(), number(), text()).prop_map(|(step, generation, reason)| v1::Unwritten {
+        step,
+        generation,
+        reason,
+    })
 }
 
 fn shard() -> impl Strategy<Value = v1::Shard> {
@@ -232,6 +242,7 @@ proptest! {
                 v1::from_worker::Word::Stance(stance) => take_stance(stance),
                 v1::from_worker::Word::Step(_) => {}
                 v1::from_worker::Word::Pace(pace) => take_pace(pace),
+                v1::from_worker::Word::Failed(failed) => drop(failed.checked()),
             }
         }
         if let Ok(message) = v1::ToWorker::decode(&bytes[..]) {
@@ -258,8 +269,19 @@ proptest! {
         let cause = Cause::Fault { reason: reason.clone() };
         let told = Cause::try_from(v1::holding::Cause::from(&cause));
         let Ok(Cause::Fault { reason: told }) = told else { panic!("{told:?}") };
+        prop_assert_eq!(v1::Failed::of(&reason).checked(), Ok(told.clone()));
         prop_assert!(reason.starts_with(&told) && told.len() + 3 >= reason.len().min(REASON_BYTES_MAX));
     }
+}
+
+/// Words and fields that a later build adds are nothing to this one.
+#[test]
+fn what_a_later_build_adds_is_left_out() {
+    let later = [0x7a, 0x01, 0x00];
+    assert_eq!(v1::FromWorker::decode(&later[..]), Ok(v1::FromWorker { word: None }));
+    let stance = v1::Stance::from(&Stance::new(Some(Step(7)), Activity::Outside));
+    let more = [&stance.encode_to_vec()[..], &later].concat();
+    assert_eq!(v1::Stance::decode(&more[..]), Ok(stance));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! figures by `promtool test rules`, and what it counts by the tests of the invariants.
 
 use anello_coordinator::telemetry::rules::{Limits, render};
-use anello_tests::{Fate, Prometheus, Proxy, S3, newest_checkpoint, objects, wait_until};
+use anello_tests::{Fate, Process, Prometheus, Proxy, S3, newest_checkpoint, objects, wait_until};
 
 use super::http::Serving;
 use super::world;
@@ -48,6 +48,48 @@ fn a_store_that_refuses_raises_its_alerts_until_it_is_back() {
     }
     serving.process.signal("INT");
     serving.process.wait().expect(130);
+}
+
+/// The store is well, and so are the coordinator and one worker: files of the other may be no larger than its share of a
+/// checkpoint.
+#[test]
+fn a_worker_that_cannot_write_its_parts_raises_an_alert_and_is_named_once_a_checkpoint() {
+    let serving = Serving::coordinator("alerts-parts", "0", &["--detection", "30s"]);
+    let limits = Limits { window_s: 5, for_s: 0, every_s: 0.25, ..Limits::default() };
+    let folder = fresh("alerts-parts-prometheus");
+    let Some(prometheus) = Prometheus::start(&folder, serving.port, &render(&limits)) else { return };
+    wait_until("it is scraped", || prometheus.value("up{job=\"anello-coordinator\"}") == Some(1.0));
+    serving.ask(&["submit", "small.toml", "--name", "parts", "--workers", "2", "--set", LONG]);
+    let work = ["worker", "--coordinator", serving.coordinator_address(), "--job", "parts", "--threads", "1"];
+    let well = Process::start(&world().folder, &work);
+    let limited = "trap '' XFSZ; ulimit -S -f 16; exec \"$0\" \"$@\"";
+    let before = ["sh", "-c", limited].map(str::to_owned);
+    let ill = Process::start_by(&before, &world().folder, &work, &[]);
+    wait_until("AnelloCheckpointFails", || prometheus.fires("AnelloCheckpointFails"));
+    let run = world().folder.join("alerts-parts/parts");
+    let failed = || -> Vec<String> {
+        let told = serving.ask(&["logs", "parts"]);
+        let failed = told.lines().filter(|line| line.contains("could not be written now"));
+        failed.map(|line| line.split_once("checkpoint ").unwrap().1.to_owned()).collect()
+    };
+    wait_until("another one fails", || failed().len() > 1);
+    let told = failed();
+    let mut steps: Vec<&str> = told.iter().map(|line| line.split_once(' ').unwrap().0).collect();
+    assert!(
+        told.iter().all(|line| line.contains("could not write its parts: ") && line.contains("too large")),
+        "{told:?}"
+    );
+    steps.dedup();
+    assert_eq!(steps.len(), told.len(), "one record a checkpoint: {told:?}");
+    wait_until("whoever keeps copies of its blocks writes them", || newest_checkpoint(&run) > 0);
+
+    let lifted = std::process::Command::new("prlimit")
+        .args(["--fsize=unlimited", "--pid", &ill.id().to_string()])
+        .status();
+    assert!(lifted.is_ok_and(|status| status.success()), "prlimit is in util-linux");
+    wait_until("it is forgotten", || !prometheus.fires("AnelloCheckpointFails"));
+    serving.ask(&["cancel", "parts"]);
+    [well, ill].into_iter().for_each(|worker| drop(worker.wait()));
 }
 
 #[test]

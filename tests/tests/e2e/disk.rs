@@ -41,7 +41,7 @@ fn a_full_disk_costs_a_checkpoint_and_not_the_run() {
     std::fs::write(&filler, vec![0; 30 << 20]).unwrap();
     let mut process = Process::start(&world.folder, &["run", "small.toml", "--out", "disk/run"]);
     wait_until("it tells of the full disk", || {
-        process.ended() || process.out().contains("could not be written and is tried again, training goes on")
+        process.ended() || process.out().contains("could not be written now, training goes on")
     });
     assert!(!process.ended(), "a full disk ended it\nout: {}\nlog: {}", process.out(), process.log());
     assert!(process.out().contains("No space left on device"), "{}", process.out());

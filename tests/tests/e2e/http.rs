@@ -52,6 +52,11 @@ impl Serving {
         Self::start(&[&arguments[..], more].concat())
     }
 
+    /// Where workers and users find the coordinator.
+    pub fn coordinator_address(&self) -> &str {
+        &self.coordinator
+    }
+
     pub fn ask(&self, arguments: &[&str]) -> String {
         world().anello(&[arguments, &["--coordinator", &self.coordinator]].concat()).expect(0)
     }

@@ -372,6 +372,44 @@ fn a_coordinator_of_workers_from_elsewhere_may_move_while_they_train() {
     second.assert_undisturbed("a");
 }
 
+/// Workers are started a few times, and the reason is everywhere where one looks for it.
+#[test]
+fn a_job_whose_data_are_gone_ends_soon_and_says_why() {
+    let data = world().folder.join("gone-data");
+    std::fs::create_dir_all(&data).unwrap();
+    for object in objects(&world().folder.join("data/tales")) {
+        std::fs::copy(&object, data.join(object.file_name().unwrap())).unwrap();
+    }
+    let settings = ["--set", "data.sources.tales.url=gone-data", "--set", "stage.stable.tokens=3000000"];
+    let mut coordinator = Coordinator::start("jobs-gone", 2, 10);
+    let submit = ["submit", "small.toml", "--name", "a", "--workers", "2"];
+    coordinator.ask(&[&submit[..], &settings].concat()).expect(0);
+    coordinator.wait_for_checkpoint("a", 3);
+    coordinator.ask(&["pause", "a"]).expect(0);
+    coordinator.wait_for("a", "paused", 1);
+    let run = ["run", "small.toml", "--out", "gone", "--sample", "0", "--until", "3"];
+    world().anello(&[&run[..], &settings].concat()).expect(0);
+
+    std::fs::remove_dir_all(&data).unwrap();
+    let (why, times) = ("gone-data", "code 6, 3 times in a row");
+    coordinator.ask(&["resume", "a"]).expect(0);
+    wait_until("it has failed", || {
+        coordinator.process.out().contains("job a is failed: no worker is left: ")
+    });
+    let told = coordinator.ask(&["describe", "a"]).expect(0);
+    assert!(told.contains(why) && told.contains(times), "{told}");
+    let told = coordinator.ask(&["logs", "a"]).expect(0);
+    let failed = told.lines().filter(|line| line.contains("it failed: ") && line.contains(why)).count();
+    assert!((1..=6).contains(&failed), "two workers, three times each: {told}");
+    assert!(coordinator.process.out().contains("another is started: "), "{}", coordinator.process.out());
+
+    let done = world().anello(&["run", "--resume", "gone", "--sample", "0", "--workers", "2"]);
+    assert!(done.log.contains(times) && done.log.contains(why), "{done:?}");
+    done.expect(1);
+    let told = world().anello(&["events", "gone"]).expect(0);
+    assert!(told.contains("no worker is left: ") && told.contains(times), "{told}");
+}
+
 /// A coordinator that waits for workers says so by itself, and until when: it does not look as if it hung.
 #[test]
 fn a_coordinator_says_what_a_job_waits_for() {

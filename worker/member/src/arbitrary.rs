@@ -62,6 +62,10 @@ fn event() -> impl Strategy<Value = Option<Event>> {
             Some(Event::Left { generation: Generation(generation), holds: holds.map(Step), shard: None, cause })
         }),
         3 => written.prop_map(|written| Some(Event::Wrote(written))),
+        2 => (number(), number()).prop_map(|(step, generation)| {
+            let reason = "something".to_owned();
+            Some(Event::Unwritten(Unwritten { step: Step(step), generation: Generation(generation), reason }))
+        }),
         1 => (number(), number()).prop_map(|(step, generation)| {
             Some(Event::LetGo { step: Step(step), generation: Generation(generation) })
         }),
@@ -99,6 +103,7 @@ proptest! {
             prop_assert!(!outranked || (out.is_empty() && member == before), "it obeys one that was replaced");
             prop_assert!(member.epoch() >= epoch);
             prop_assert!(member.stance().written.len() <= WRITTEN_MAX);
+            prop_assert!(member.stance().unwritten.len() <= UNWRITTEN_MAX);
             for effect in out {
                 match effect {
                     Effect::Say(stance) => {

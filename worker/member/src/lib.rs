@@ -58,6 +58,8 @@ pub enum Event {
     },
     /// The worker's parts of a checkpoint are durable.
     Wrote(Written),
+    /// Its parts of a checkpoint could not be written, or those of the member after it, and are given up.
+    Unwritten(Unwritten),
     /// It has no second copy for this checkpoint, or no longer.
     LetGo {
         /// The checkpoint's step.
@@ -102,6 +104,8 @@ pub enum Effect {
 const WRITTEN_MAX: usize = 16;
 /// Bytes of their lists of parts, all together: below what the coordinator takes in one message.
 const WRITTEN_BYTES_MAX: usize = 32 << 20;
+/// Checkpoints that could not be written, and of which nothing newer is known to be committed: the newest so many are told.
+const UNWRITTEN_MAX: usize = 4;
 
 /// A worker's membership.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,8 +131,7 @@ impl Default for Member {
 impl Member {
     /// A worker that has just started and holds the state after `holds`, if any.
     pub fn new(holds: Option<Step>) -> Self {
-        let activity = Activity::Outside;
-        let stance = Stance { holds, shard: None, activity, leaving: false, written: Vec::new() };
+        let stance = Stance::new(holds, Activity::Outside);
         Self {
             linked: false,
             epoch: Epoch(0),
@@ -183,12 +186,20 @@ impl Member {
             Event::Left { .. } => {}
             Event::Wrote(written) => {
                 self.stance.written.retain(|other| other.step != written.step);
+                self.stance.unwritten.retain(|other| other.step != written.step);
                 self.stance.written.push(written);
                 let bytes = |written: &[Written]| written.iter().map(|w| w.parts.len()).sum::<usize>();
                 while self.stance.written.len() > WRITTEN_MAX
                     || (self.stance.written.len() > 1 && bytes(&self.stance.written) > WRITTEN_BYTES_MAX)
                 {
                     self.stance.written.remove(0);
+                }
+            }
+            Event::Unwritten(unwritten) => {
+                self.stance.unwritten.retain(|other| other.step != unwritten.step);
+                self.stance.unwritten.push(unwritten);
+                if self.stance.unwritten.len() > UNWRITTEN_MAX {
+                    self.stance.unwritten.remove(0);
                 }
             }
             Event::LetGo { step, generation } => {
@@ -257,7 +268,10 @@ impl Member {
                     }
                 }
             }
-            Order::Committed { step } => self.stance.written.retain(|written| written.step != step),
+            Order::Committed { step } => {
+                self.stance.written.retain(|written| written.step != step);
+                self.stance.unwritten.retain(|unwritten| unwritten.step > step);
+            }
             Order::WriteKept { step, generation } => out.push(Effect::WriteKept { step, generation }),
             Order::Leave { why } => self.leave(why, out),
         }

@@ -204,3 +204,41 @@ fn a_second_copy_is_written_when_asked_for_and_told_of_until_it_is_let_go() {
     assert!(matches!(after(&mut member, Event::LetGo { step, generation })[..], [Effect::Say(_)]));
     assert_eq!(member.stance().written[0].kept, None);
 }
+
+#[test]
+fn what_could_not_be_written_is_told_until_it_is_or_something_newer_is_committed() {
+    let mut member = running();
+    let unwritten = |step| {
+        let reason = "no space left on device".to_owned();
+        Unwritten { step: Step(step), generation: Generation(3), reason }
+    };
+    let told = |member: &Member| member.stance().unwritten.iter().map(|u| u.step.0).collect::<Vec<_>>();
+    let out = after(&mut member, Event::Unwritten(unwritten(10)));
+    let said = Stance {
+        unwritten: vec![unwritten(10)],
+        ..Stance::new(Some(Step(9)), running().stance().activity.clone())
+    };
+    assert_eq!(
+        out,
+        [Effect::Say(Stance { holds: member.stance().holds, ..said })],
+        "at once, not with a heartbeat"
+    );
+    assert_eq!(after(&mut member, Event::Unwritten(unwritten(10))), [], "that is no news");
+    (2..=6).for_each(|step| drop(after(&mut member, Event::Unwritten(unwritten(10 * step)))));
+    assert_eq!(told(&member), [30, 40, 50, 60], "so many are told");
+    after(
+        &mut member,
+        Event::Wrote(Written {
+            step: Step(40),
+            generation: Generation(4),
+            parts: "[]".to_owned(),
+            facts: "a".to_owned(),
+            blocks: std::iter::once(0..1).collect(),
+            all_blocks: 1,
+            kept: None,
+        }),
+    );
+    assert_eq!(told(&member), [30, 50, 60]);
+    after(&mut member, Event::Ordered { epoch: Epoch(1), order: Order::Committed { step: Step(50) } });
+    assert_eq!(told(&member), [60]);
+}

@@ -18,6 +18,9 @@ const WORDS_MAX: usize = 256;
 /// Time to connect, and to hear the first order.
 const CONNECT: Duration = Duration::from_secs(5);
 
+/// Time in which last words are heard.
+const CLOSE: Duration = Duration::from_secs(2);
+
 /// An open connection.
 pub(super) struct Link {
     words: mpsc::Sender<v1::FromWorker>,
@@ -71,6 +74,17 @@ impl Link {
             }
         });
         Ok(Self { words, orders })
+    }
+
+    /// Says the last that is to be said, and waits until the coordinator has closed the connection after it.
+    pub async fn say_last(self, word: v1::from_worker::Word) {
+        let Self { words, mut orders } = self;
+        let said = async {
+            let _ = words.send(v1::FromWorker { word: Some(word) }).await;
+            drop(words);
+            while orders.recv().await.is_some() {}
+        };
+        let _ = tokio::time::timeout(CLOSE, said).await;
     }
 
     /// Says something. `false`: the connection is closed, or so slow that it is as good as that.

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
 use anello_member::Event;
-use anello_proto::ring::{Generation, Kept as KeptBlocks, Step, WorkerId, Written};
+use anello_proto::ring::{Generation, Kept as KeptBlocks, Step, Unwritten, WorkerId, Written};
 use anello_store::Store;
 use anello_store::checkpoint::{Parts, Stamp, Written as WrittenPart};
 
@@ -57,8 +57,8 @@ pub(super) fn inbox() -> (Sender<Told>, Receiver<Told>) {
 }
 
 impl PartsWriter {
-    /// `tell` hears of every checkpoint whose parts of this worker are durable, again when there are more of them, and when
-    /// a copy that is asked for is not there.
+    /// `tell` hears of every checkpoint whose parts of this worker are durable, again when there are more of them, of those
+    /// that are given up, and when a copy that is asked for is not there.
     pub fn start(
         store: Store,
         part_bytes: u64,
@@ -146,8 +146,11 @@ impl<F: Fn(Event)> Desk<F> {
 
     fn write(&mut self, copy: Copy) {
         let Copy { generation, all_blocks, own, next } = copy;
-        let Some(written) = self.write_parts(&own, Stamp::from(generation.0)) else { return };
         let step = Step(own.facts.position.step);
+        let written = match self.write_parts(&own, Stamp::from(generation.0)) {
+            Ok(written) => written,
+            Err(reason) => return (self.tell)(Event::Unwritten(Unwritten { step, generation, reason })),
+        };
         let own_blocks = blocks(&own);
         let kept = next.as_ref().map(|(owner, copy)| KeptBlocks { owner: *owner, blocks: blocks(copy) });
         let told =
@@ -165,29 +168,42 @@ impl<F: Fn(Event)> Desk<F> {
     /// Writes a second copy, or gives it up: it is kept no longer. The next member may write the same blocks, and not the same
     /// bytes where nobody compares replicas: so they are other objects.
     fn write_second(&self, kept: Kept) {
-        let Kept { generation, all_blocks, mut own, own_blocks, next: (_, snapshot), .. } = kept;
+        let Kept { step, generation, all_blocks, mut own, own_blocks, next: (_, snapshot) } = kept;
         let mut written = vec![own_blocks];
-        if let Some(parts) = self.write_parts(&snapshot, Stamp { number: generation.0, second: true }) {
+        let second = self.write_parts(&snapshot, Stamp { number: generation.0, second: true });
+        let failed = second.map(|parts| {
             own.extend(parts);
             written.push(blocks(&snapshot));
-        }
+        });
         (self.tell)(Event::Wrote(told(&snapshot, generation, all_blocks, own, written)));
+        if let Err(reason) = failed {
+            (self.tell)(Event::Unwritten(Unwritten { step, generation, reason }));
+        }
     }
 
-    fn write_parts(&self, snapshot: &Snapshot, stamp: Stamp) -> Option<Vec<WrittenPart>> {
+    /// Writes parts, with some patience. Of those that are given up, the last error is told.
+    fn write_parts(
+        &self,
+        snapshot: &Snapshot,
+        stamp: Stamp,
+    ) -> std::result::Result<Vec<WrittenPart>, String> {
         let step = snapshot.facts.position.step;
-        let mut pause = PAUSE.0;
-        for attempt in 1..=ATTEMPTS {
+        let (mut pause, mut attempt) = (PAUSE.0, 1);
+        loop {
             match checkpoint::write(&self.store, snapshot, self.part_bytes, stamp) {
-                Ok(written) => return Some(written),
+                Ok(written) => return Ok(written),
+                Err(cause) if attempt == ATTEMPTS => {
+                    tracing::warn!(step, attempt, %cause, "parts of a checkpoint are given up");
+                    return Err(cause.to_string());
+                }
                 Err(cause) => {
                     tracing::warn!(step, attempt, %cause, "parts of a checkpoint cannot be written now");
                     std::thread::sleep(pause);
                     pause = (pause * 2).min(PAUSE.1);
+                    attempt += 1;
                 }
             }
         }
-        None
     }
 }
 

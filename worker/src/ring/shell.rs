@@ -24,7 +24,7 @@ use super::pace::Tally;
 use super::{Watched, WorkerOptions, peers};
 use crate::device;
 use crate::environment;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, with_causes};
 
 /// Pauses between two attempts to connect, from the first to the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -89,7 +89,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         connect_at: Instant::now(),
         pause: PAUSE.0,
     };
-    let left = runtime.block_on(shell.run(terminate));
+    let left = runtime.block_on(shell.serve(terminate));
     // What is left of the runtime are connections that nobody waits for.
     runtime.shutdown_background();
     left
@@ -143,7 +143,16 @@ enum Happened {
 }
 
 impl Shell {
-    async fn run(mut self, terminate: Arc<AtomicBool>) -> Result<Leave> {
+    /// Until sent away. Why it ends otherwise, the coordinator hears, if there is one: the log has it then.
+    async fn serve(mut self, terminate: Arc<AtomicBool>) -> Result<Leave> {
+        let left = self.run(&terminate).await;
+        if let (Err(error), Some(link)) = (&left, self.link.take()) {
+            link.say_last(Said::Failed(v1::Failed::of(&with_causes(error)))).await;
+        }
+        left
+    }
+
+    async fn run(&mut self, terminate: &AtomicBool) -> Result<Leave> {
         let mut terminating = false;
         loop {
             if self.link.is_none() && self.connect_at <= Instant::now() {

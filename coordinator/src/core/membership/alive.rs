@@ -167,10 +167,8 @@ impl Membership {
 
     /// What a ring that runs well should hold for.
     pub(super) fn change(&self, formation: &Formation) -> Option<Change> {
-        let leaving = formation
-            .members
-            .iter()
-            .find(|member| self.workers.get(&member.worker).is_some_and(|worker| worker.stance.leaving));
+        let leaves =
+            |member: &&Member| self.workers.get(&member.worker).is_some_and(|worker| worker.stance.leaving);
         let room = self.options.desired.min(self.options.lanes) as usize;
         let trainers = formation.trainers();
         let (learners, holds) = (&formation.members[trainers..], |member: &Member| {
@@ -180,6 +178,10 @@ impl Membership {
         let learning = !learners.iter().all(holds);
         let joiners = self.candidates().iter().filter(|id| !self.ranks.contains_key(id)).count();
         let members = formation.members.len();
+        // Who is the last to hold the state hands it over before it goes.
+        let hands_over = learning && formation.members[..trainers].iter().all(|member| leaves(&member));
+        let leaving = formation.members.iter().find(leaves).filter(|_| !hands_over);
+        let staying = members - formation.members.iter().filter(leaves).count();
         // Who holds with a checkpoint has written its parts: those that are all there are only to be committed.
         let wanted = self.wanted.is_some_and(|step| !self.checkpoints.is_complete_from(step));
         let (save, why) = if self.goal == Goal::Pause {
@@ -188,7 +190,7 @@ impl Membership {
             (false, format!("let worker {} go", member.worker))
         } else if joiners > 0 && members < room && !learning {
             (false, format!("take in {} more", joiners.min(room - members)))
-        } else if members > room {
+        } else if staying > room {
             (false, format!("scale down to {room}"))
         } else if wanted {
             (true, "take a checkpoint".to_owned())

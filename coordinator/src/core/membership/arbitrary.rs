@@ -53,9 +53,29 @@ fn stance() -> impl Strategy<Value = Stance> {
         (generation(), cause()).prop_map(|(generation, cause)| Activity::Holding { generation, cause }),
     ];
     let leaving = prop::bool::weighted(0.1);
-    (option::of(step()), option::weighted(0.3, shard()), activity, leaving, vec(written(), 0..3)).prop_map(
-        |(holds, shard, activity, leaving, written)| Stance { holds, shard, activity, leaving, written },
+    (
+        option::of(step()),
+        option::weighted(0.3, shard()),
+        activity,
+        leaving,
+        vec(written(), 0..3),
+        vec(unwritten(), 0..2),
     )
+        .prop_map(|(holds, shard, activity, leaving, written, unwritten)| Stance {
+            holds,
+            shard,
+            activity,
+            leaving,
+            written,
+            unwritten,
+        })
+}
+
+fn unwritten() -> impl Strategy<Value = Unwritten> {
+    (step(), generation()).prop_map(|(step, generation)| {
+        let reason = "something".to_owned();
+        Unwritten { step, generation, reason }
+    })
 }
 
 fn shard() -> impl Strategy<Value = Shard> {
@@ -91,6 +111,7 @@ fn act() -> impl Strategy<Value = Act> {
             Event::Linked { worker, endpoints: endpoints.clone(), machine: machine.clone(), stance }
         }),
         2 => worker().prop_map(|worker| Event::Unlinked { worker }),
+        1 => worker().prop_map(|worker| Event::Failed { worker, reason: "something".to_owned() }),
         6 => (worker(), stance()).prop_map(|(worker, stance)| Event::Stands { worker, stance }),
         1 => generation().prop_map(|generation| Event::Recorded { generation }),
         1 => step().prop_map(|step| Event::Reported { step }),
@@ -149,9 +170,7 @@ impl Watched {
                 None => Event::Tick,
             },
             Act::Arrive(worker) => {
-                let activity = Activity::Outside;
-                let stance =
-                    Stance { holds: None, shard: None, activity, leaving: false, written: Vec::new() };
+                let stance = Stance::new(None, Activity::Outside);
                 Event::Linked { worker, endpoints: Endpoints::default(), machine: String::new(), stance }
             }
             Act::Obey(worker) => {
@@ -197,7 +216,7 @@ impl Watched {
             Event::Stands { worker, stance } => {
                 self.said.entry(*worker).and_modify(|said| *said = stance.clone());
             }
-            Event::Unlinked { worker } => drop(self.said.remove(worker)),
+            Event::Unlinked { worker } | Event::Failed { worker, .. } => drop(self.said.remove(worker)),
             Event::Recorded { generation } => {
                 let formed = self.formed.as_ref().filter(|formed| formed.generation == *generation);
                 self.recorded = formed.or(self.recorded.as_ref()).cloned();

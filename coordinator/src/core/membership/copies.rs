@@ -1,8 +1,8 @@
 //! Second copies of a checkpoint's blocks: who is asked to write what it keeps, and what a run's end waits for.
 //!
-//! A member that is gone may have left blocks unwritten, or told nobody that it wrote them. Whoever keeps a copy writes it
-//! when asked, in a ring or out of it, and is not sent away before. So a checkpoint that is due is left out only when all
-//! copies of one of its blocks are gone.
+//! A member that is gone may have left blocks unwritten, or told nobody that it wrote them; one that is here may have given
+//! them up. Whoever keeps a copy writes it when asked, in a ring or out of it, and is not sent away before. So a checkpoint
+//! that is due is left out only when all copies of one of its blocks are gone.
 
 use super::*;
 
@@ -27,8 +27,12 @@ impl Membership {
         let linked = self.workers.iter().filter(|(_, worker)| worker.linked);
         linked.flat_map(move |(id, worker)| {
             let needed = move |written: &&Written| {
+                let gave_up = |owner: &Worker| {
+                    let of = |other: &Unwritten| (other.step, other.generation);
+                    owner.stance.unwritten.iter().any(|other| of(other) == (written.step, written.generation))
+                };
                 written.kept.as_ref().is_some_and(|kept| {
-                    (ends || !self.workers.contains_key(&kept.owner))
+                    (ends || self.workers.get(&kept.owner).is_none_or(gave_up))
                         && self.checkpoints.lacks(written.step, written.generation, &kept.blocks)
                 })
             };

@@ -25,6 +25,15 @@ pub(in crate::core) fn whole_at<'a>(
         .map_or(Err(Vec::new()), |gaps| if gaps.is_empty() { Ok(()) } else { Err(gaps) })
 }
 
+/// How many blocks' moments after `step` none of these has: more than there are when nobody has the weights either.
+fn lacking_at<'a>(step: Step, stances: impl Iterator<Item = &'a Stance> + Clone) -> u64 {
+    match whole_at(step, stances) {
+        Ok(()) => 0,
+        Err(gaps) if gaps.is_empty() => u64::MAX,
+        Err(gaps) => gaps.iter().map(|gap| gap.end - gap.start).sum(),
+    }
+}
+
 /// The blocks, of `size`, whose moments after `step` none of these has.
 fn gaps<'a>(step: Step, size: u64, stances: impl Iterator<Item = &'a Stance>) -> Vec<Range<u64>> {
     let shards = stances.filter_map(|stance| shard_at(stance, step)).filter(|shard| shard.all_blocks == size);
@@ -64,14 +73,19 @@ impl Membership {
         workers.iter().filter_map(|id| self.workers.get(id)).map(|worker| &worker.stance)
     }
 
-    /// Workers that can give or take state now, are not on their way out, and reach one another.
-    pub(super) fn usable(&self) -> BTreeSet<WorkerId> {
+    /// Workers that are connected, are not on their way out, and reach one another.
+    fn here(&self) -> impl Iterator<Item = (WorkerId, &Worker)> {
         let left_out = self.left_out();
         let sent_away = |worker: &Worker| matches!(worker.told, Some(Order::Leave { .. }));
-        let usable = |(id, worker): &(&WorkerId, &Worker)| {
-            worker.linked && !in_a_ring(&worker.stance) && !sent_away(worker) && !left_out.contains_key(*id)
+        let here = move |(id, worker): &(&WorkerId, &Worker)| {
+            worker.linked && !sent_away(worker) && !left_out.contains_key(*id)
         };
-        self.workers.iter().filter(usable).map(|(id, _)| *id).collect()
+        self.workers.iter().filter(here).map(|(id, worker)| (*id, worker))
+    }
+
+    /// Of those, who can give or take state now.
+    pub(super) fn usable(&self) -> BTreeSet<WorkerId> {
+        self.here().filter(|(_, worker)| !in_a_ring(&worker.stance)).map(|(id, _)| id).collect()
     }
 
     /// The newest step from which these can go on.
@@ -122,26 +136,40 @@ impl Membership {
     }
 
     /// Workers that ask to go and cannot be let go yet: without one of them, and those that are let go before it, the newest
-    /// state would be whole no more.
+    /// state would be whole no more. Where it is not whole as it is, those who come next may bring the rest of it: then
+    /// whoever has some that nobody else who is here has told of is kept too.
     pub(super) fn needed_leavers(&self) -> BTreeSet<WorkerId> {
         let mut stay = self.usable();
-        // Where nothing is shared out, whoever stays has all.
-        if stay.iter().all(|id| self.workers[id].stance.shard.is_none()) {
-            return BTreeSet::new();
-        }
         let leaves = |id: &&WorkerId| self.workers[*id].stance.leaving;
         let leaving: Vec<WorkerId> = stay.iter().filter(leaves).copied().collect();
-        // When all go, there is nobody to stay for.
-        if leaving.is_empty() || stay.iter().all(|id| self.workers[id].stance.leaving) {
+        if leaving.is_empty() {
             return BTreeSet::new();
         }
         let whole = self.newest_whole(&stay);
+        // When all go there is nobody to stay for, once those who may come with the rest were waited for.
+        let somebody_stays = self.here().any(|(_, worker)| !worker.stance.leaving);
+        let is_partial = whole < self.stances(&stay).filter_map(|stance| stance.holds).max();
+        let is_early =
+            matches!(self.ring, Ring::Gathering { since, .. } if self.now < since + self.options.gather);
+        if !(somebody_stays || is_partial && is_early) {
+            return BTreeSet::new();
+        }
+        let mut partial: BTreeSet<Step> = self.stances(&stay).filter_map(|stance| stance.holds).collect();
+        partial.retain(|step| Some(*step) > whole.max(self.checkpoints.newest()));
+        let lacking = |stay: &BTreeSet<WorkerId>| -> Vec<u64> {
+            partial.iter().map(|step| lacking_at(*step, self.stances(stay))).collect()
+        };
         let mut needed = BTreeSet::new();
+        let mut lack = lacking(&stay);
         for id in leaving {
             stay.remove(&id);
-            if self.newest_whole(&stay) < whole {
+            let without = lacking(&stay);
+            if self.newest_whole(&stay) < whole || without.iter().zip(&lack).any(|(now, before)| now > before)
+            {
                 stay.insert(id);
                 needed.insert(id);
+            } else {
+                lack = without;
             }
         }
         needed
@@ -194,8 +222,7 @@ mod tests {
     /// What a worker says that holds `step`, with the moments of these of eight blocks.
     fn stance(step: u64, blocks: &[Range<u64>], next: bool) -> Stance {
         let shard = Some(Shard { blocks: blocks.to_vec(), all_blocks: 8, next });
-        let activity = Activity::Outside;
-        Stance { holds: Some(Step(step)), shard, activity, leaving: false, written: Vec::new() }
+        Stance { shard, ..Stance::new(Some(Step(step)), Activity::Outside) }
     }
 
     #[test]

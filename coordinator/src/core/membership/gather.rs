@@ -42,17 +42,20 @@ impl Membership {
         }
         let mut candidates = self.candidates();
         // One that asks to go, and is not let go yet, trains on meanwhile.
-        if ((candidates.len() + self.needed_leavers().len()) as u32) < enough.max(1) {
+        let kept = self.needed_leavers();
+        if ((candidates.len() + kept.len()) as u32) < enough.max(1) {
             return None;
         }
+        let filled =
+            |members: Vec<WorkerId>, may: &dyn Fn(WorkerId) -> bool| self.filled(members, enough, &kept, may);
         candidates.truncate(self.options.desired.min(self.options.lanes).max(1) as usize);
 
         let stored = self.checkpoints.newest();
-        // Where the moments are shared out, those who go or stand by may have what the others lack.
+        // Those who go or stand by may have what the others lack: where the moments are shared out, or nobody else has any.
         let usable = self.usable();
         let shared = usable.iter().any(|id| self.workers[id].stance.shard.is_some());
-        let pool = if shared { usable } else { candidates.iter().copied().collect() };
-        let survive = self.survive(&candidates, &pool);
+        let pool = if shared || !kept.is_empty() { usable } else { candidates.iter().copied().collect() };
+        let survive = self.survive(&pool);
         if !survive && self.may_have_moments().next().is_some() && !self.faults.distrust {
             return None;
         }
@@ -71,7 +74,10 @@ impl Membership {
         }
         let use_held = !self.faults.distrust || stored.is_none();
         let held = self.newest_whole(&pool).filter(|_| use_held);
-        let able = held.map(|held| (held, self.with_state(&candidates, &pool, held)));
+        let able = held.map(|held| {
+            let members = self.with_state(&candidates, &pool, held);
+            (held, filled(members, &|id| self.workers[&id].stance.holds <= Some(held)))
+        });
         let able = able
             .filter(|(held, members)| members.len() as u32 >= enough.max(1) && self.is_whole(*held, members));
         let (start, source) = match (able, stored) {
@@ -84,6 +90,7 @@ impl Membership {
                 if let Some((step, reason)) = self.lost_moments().filter(|(step, _)| Some(*step) > stored) {
                     out.push(Effect::Record(Entry::FellBack { step, reason }));
                 }
+                candidates = filled(candidates, &|_| true);
                 match stored {
                     Some(step) => (step, Source::Checkpoint { step }),
                     None => (Step(0), Source::Seed),
@@ -114,6 +121,23 @@ impl Membership {
         Some(Ring::Recording(formation))
     }
 
+    /// `members`, and where they are fewer than `enough` also those of `kept` that may: they are not let go before the next ring
+    /// trains, and nobody comes in their places before.
+    fn filled(
+        &self,
+        mut members: Vec<WorkerId>,
+        enough: u32,
+        kept: &BTreeSet<WorkerId>,
+        may: &dyn Fn(WorkerId) -> bool,
+    ) -> Vec<WorkerId> {
+        let lack = (enough as usize).saturating_sub(members.len());
+        let others = kept.iter().copied().filter(|id| !members.contains(id) && may(*id));
+        let others: Vec<WorkerId> = others.take(lack).collect();
+        members.extend(others);
+        members.sort_by_key(|id| self.place(*id));
+        members
+    }
+
     /// Workers that a generation needs now: survivors go on at once, but where nobody holds state there is nothing to
     /// lose by waiting for all that are wanted.
     pub(super) fn needed(&self) -> u32 {
@@ -125,10 +149,10 @@ impl Membership {
     }
 
     /// Whether the newest state that those of `pool` hold is what the next generation goes on from.
-    fn survive(&self, candidates: &[WorkerId], pool: &BTreeSet<WorkerId>) -> bool {
+    fn survive(&self, pool: &BTreeSet<WorkerId>) -> bool {
         let holds = |id: &WorkerId| self.workers[id].stance.holds;
         !self.faults.distrust
-            && candidates.iter().any(|id| holds(id).is_some())
+            && pool.iter().any(|id| holds(id).is_some())
             && self.newest_whole(pool) == pool.iter().filter_map(holds).max()
     }
 

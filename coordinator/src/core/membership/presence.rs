@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Checkpoints that are remembered as told of: more than workers speak of at a time, which are the newest of each.
+const UNWRITTEN_MAX: usize = 64;
+
 /// What a worker cannot say in its right mind.
 enum Nonsense {
     /// A step beyond the run's last.
@@ -35,6 +38,7 @@ impl Membership {
         if self.faults.count > 0
             || stance.leaving != known.stance.leaving
             || stance.written != known.stance.written
+            || stance.unwritten != known.stance.unwritten
             || stance.shard != known.stance.shard && stance.activity == known.stance.activity
         {
             return false;
@@ -138,12 +142,17 @@ impl Membership {
     fn nonsense(&self, stance: &Stance) -> Option<Nonsense> {
         let total = self.options.total;
         let written = stance.written.iter();
-        let step = stance.holds.into_iter().chain(written.clone().map(|written| written.step)).max();
+        let unwritten = stance.unwritten.iter();
+        let steps = written.clone().map(|written| written.step);
+        let steps = steps.chain(unwritten.clone().map(|unwritten| unwritten.step));
+        let step = stance.holds.into_iter().chain(steps).max();
         if let Some(step) = step.filter(|step| *step > total) {
             return Some(Nonsense::Step(step));
         }
         let spoken_of = stance.activity.generation().into_iter();
-        let mut generations = spoken_of.chain(written.map(|written| written.generation));
+        let mut generations = spoken_of
+            .chain(written.map(|written| written.generation))
+            .chain(unwritten.map(|unwritten| unwritten.generation));
         // Nobody has heard of one that is not in the log yet.
         let unheard = u64::from(matches!(self.ring, Ring::Recording(_)));
         let known = Generation(1)..=Generation(self.generation.0 - unheard);
@@ -190,11 +199,37 @@ impl Membership {
                 out.push(commit);
             }
         }
+        self.note_unwritten(id, &stance, out);
         if self.faults.count > 0 && stance.holds > Some(self.faults.at) {
             self.faults = Faults::default();
         }
         let worker = self.workers.get_mut(&id).expect("just seen");
         worker.stance = stance;
+    }
+
+    /// A worker could not write its parts of a checkpoint: the first that says so of one is put on record.
+    fn note_unwritten(&mut self, id: WorkerId, stance: &Stance, out: &mut Vec<Effect>) {
+        for Unwritten { step, generation, reason } in &stance.unwritten {
+            if self.checkpoints.has(*step) || !self.unwritten.insert((*step, *generation)) {
+                continue;
+            }
+            let machine = &self.workers[&id].machine;
+            let reason = format!("worker {id} on {machine} could not write its parts: {reason}");
+            out.push(Effect::Record(Entry::CheckpointFailed { step: *step, reason }));
+            while self.unwritten.len() > UNWRITTEN_MAX {
+                self.unwritten.pop_first();
+            }
+        }
+    }
+
+    /// A worker ends by itself: nobody waits for its connection to close, and the log has why.
+    pub(super) fn failed(&mut self, id: WorkerId, reason: &str, out: &mut Vec<Effect>) {
+        let Some(worker) = self.workers.remove(&id) else { return };
+        self.remember(id, &worker);
+        if !matches!(self.ring, Ring::Over(_)) {
+            let reason = format!("it failed: {reason}");
+            out.push(Effect::Record(Entry::Lost { worker: id, step: worker.stance.holds, reason }));
+        }
     }
 
     /// Removes those that were silent for a lease, and those that left no trace worth waiting for.

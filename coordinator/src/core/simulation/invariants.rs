@@ -124,6 +124,42 @@ pub fn what_is_given_up_is_lost(step: Step, blocks: u64, has: impl Fn(u64) -> bo
     }
 }
 
+/// **A leaver hands over**: who holds the newest step that anyone here tells of, with moments of it that nobody else here tells of, is
+/// not sent away as long as somebody stays.
+pub fn who_is_sent_away_is_not_missed<'a, S: Iterator<Item = &'a Stance>>(
+    worker: WorkerId,
+    leaver: &Stance,
+    others: impl Fn() -> S,
+    committed: Option<Step>,
+) -> Result<(), String> {
+    let stays = others().any(|stance| !stance.leaving);
+    let newest = others().filter_map(|stance| stance.holds).max();
+    let Some(step) = leaver.holds.filter(|_| stays && leaver.holds >= newest && leaver.holds > committed)
+    else {
+        return Ok(());
+    };
+    let holds = |stance: &&Stance| stance.holds == Some(step);
+    let has = |block: u64| {
+        others().any(|stance| match &stance.shard {
+            None => holds(&stance),
+            Some(shard) => {
+                let next = shard.next && stance.holds.is_some_and(|holds| holds.0 + 1 == step.0);
+                (holds(&stance) || next) && shard.contains(block)
+            }
+        })
+    };
+    let shard = leaver.shard.as_ref();
+    let unique =
+        || shard.is_some_and(|shard| shard.blocks.iter().flat_map(Clone::clone).any(|block| !has(block)));
+    let missed = !others().any(|stance| holds(&stance)) || unique();
+    match missed {
+        true => Err(format!(
+            "worker {worker} is sent away with what nobody else has of the state after step {step}"
+        )),
+        false => Ok(()),
+    }
+}
+
 /// **One ring**: a generation is formed only when no worker that its coordinator is connected to, and that was in the
 /// generation before, may still take part in a step of that one.
 pub fn former_members_hold(

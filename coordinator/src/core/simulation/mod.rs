@@ -1,6 +1,6 @@
 //! One seed, one history: the membership core and the workers' own machine over a fake network, clock and store.
 //!
-//! Phase 1 injects deaths, freezes, cuts, delays, preemptions, pairs that do not reach one another, coordinator crashes, stale
+//! Phase 1 injects deaths, freezes, cuts, delays, preemptions, pairs and halves that do not reach one another, coordinator crashes, stale
 //! coordinators and sleeping ones, store errors and failures of steps; the invariants hold after every event. In phase 2 faults stop, and the run must finish.
 //! A failure prints the seed: `ANELLO_SEED=n cargo test -p anello-coordinator --lib one_seed -- --nocapture` replays it.
 

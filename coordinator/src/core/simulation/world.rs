@@ -18,7 +18,9 @@ use anello_configs::random::Stream;
 use anello_member::{Effect as Do, Event as Happens, Member as Machine};
 use anello_proto::ring::*;
 
-use super::super::{Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Straggling};
+use super::super::{
+    Attendant, Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Straggling,
+};
 use super::invariants::*;
 use coordinators::Coordinator;
 use happening::{Happening, addressee, kind, target};
@@ -280,6 +282,7 @@ impl World {
                         return Ok(());
                     }
                     known.links.insert(worker, link);
+                    known.sent_away.remove(&worker);
                     let (endpoints, machine) = (Endpoints::default(), "machine".to_owned());
                     return self.tell_core(coordinator, Event::Linked { worker, endpoints, machine, stance });
                 }
@@ -332,10 +335,11 @@ impl World {
             }
             Happening::Wrote { worker, written, state, leave } => {
                 let generation = written.generation;
-                for block in written.blocks.iter().flat_map(Clone::clone) {
-                    self.parts.insert((written.step, generation, block), state);
+                if self.chaos() && self.chance(20) {
+                    self.fail_to_write(worker, written)?;
+                } else {
+                    self.wrote(worker, written, state)?;
                 }
-                self.tell_worker(worker, Happens::Wrote(written))?;
                 if let Some(cause) = leave
                     && self.workers.get(&worker).is_some_and(|known| known.ring == Some(generation))
                 {

@@ -24,13 +24,7 @@ fn status(workers: &[u64]) -> Status {
         machine: "m".into(),
         lanes: Some(at as u32..at as u32 + 1),
         linked: true,
-        stance: Stance {
-            holds: None,
-            shard: None,
-            activity: Activity::Running { generation },
-            leaving: false,
-            written: Vec::new(),
-        },
+        stance: Stance::new(None, Activity::Running { generation }),
         pace: Some(Pace {
             generation,
             lanes: 1,

@@ -13,112 +13,31 @@
 //! With TLS a connection begins with its handshake, which reading and writing greetings makes on the way: whoever does
 //! not show a worker's certificate gets no further than that, within the same 5 s, and is counted.
 
+mod dialing;
+mod listener;
+mod strangers;
+
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use anello_tls::{Role, Tls};
 use rustix::event::PollFlags;
 
 use super::frame::{Fault, Kind, MessageReceiver};
 use super::hello::{
     Channel, Greeting, GreetingReader, Hello, NoGreeting, TEXT_BYTES_MAX, encode, lanes_checksum,
 };
-use super::socket::{Poll, Wake, dial, has_no_way, is_silence, set_buffers, watch};
+use super::socket::{Poll, Wake, has_no_way, is_silence, set_buffers, watch};
 use super::stream::{Security, Stream, tls_error};
 use super::unheard::is_unheard;
 use super::{Options, farewell_frame};
 use crate::farewell::Farewell;
-use crate::{Error, Generation, Rank, Result, Ring};
+use crate::{Error, Rank, Result, Ring};
 
-/// Between two attempts to reach a worker.
-const RETRY: Duration = Duration::from_millis(50);
-/// For a connection attempt that gets no answer, before the next address is tried.
-const CONNECT: Duration = Duration::from_secs(2);
-/// For a stranger to say who it is.
-const GREET: Duration = Duration::from_secs(5);
+pub use listener::{Listener, Refusals};
 
-/// What came to a listener and did not belong to the ring that was forming.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Refusals {
-    /// Workers of an older generation of the job.
-    pub stale: u64,
-    /// Workers of a newer generation, told to try again.
-    pub early: u64,
-    /// Workers of another job.
-    pub foreign: u64,
-    /// Connections that said something else, or nothing for 5 s.
-    pub garbage: u64,
-    /// With TLS: connections without a certificate that makes them workers.
-    pub untrusted: u64,
-}
-
-/// The port of a worker. It outlives generations: each rendezvous takes the connections that came meanwhile.
-#[derive(Debug)]
-pub struct Listener {
-    socket: TcpListener,
-    security: Option<Security>,
-    refusals: Refusals,
-}
-
-impl Listener {
-    /// Listens on `address`; port 0 takes a free one. Without TLS: for a network where only the job's workers are.
-    ///
-    /// # Errors
-    /// Those of the system.
-    pub fn bind(address: SocketAddr) -> io::Result<Self> {
-        let socket = TcpListener::bind(address)?;
-        socket.set_nonblocking(true)?;
-        Ok(Self { socket, security: None, refusals: Refusals::default() })
-    }
-
-    /// The same with TLS, here and on the way to others: all members must have it.
-    #[must_use]
-    pub fn with_tls(self, tls: Tls) -> Self {
-        Self { security: Some(Security::new(tls)), ..self }
-    }
-
-    /// Where it listens.
-    ///
-    /// # Errors
-    /// Those of the system.
-    pub fn address(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
-    }
-
-    /// What was refused since it was bound.
-    pub fn refusals(&self) -> Refusals {
-        self.refusals
-    }
-}
-
-/// A connection that has yet to say who it is.
-struct Stranger {
-    /// Taken when it was dealt with.
-    stream: Option<Stream>,
-    reader: GreetingReader,
-    until: Instant,
-}
-
-enum Dialing {
-    Idle(Instant),
-    Connecting(TcpStream, Instant),
-    Greeting(Stream, GreetingReader),
-    Done,
-}
-
-/// Our way to one connection of a lower rank.
-struct Dial {
-    rank: Rank,
-    channel: Channel,
-    /// Which of its addresses is next.
-    address: usize,
-    state: Dialing,
-    seen: String,
-    /// Since when no attempt got an answer of any kind; absent: the last one did.
-    unanswered: Option<Instant>,
-}
+use dialing::{Dial, Dialing};
+use strangers::Stranger;
 
 #[derive(Clone, Copy)]
 enum Mark {
@@ -201,16 +120,9 @@ pub(crate) fn meet(
     };
     // For the deadline: how long the caller is willing to wait decides nothing about the run.
     let start = Instant::now();
-    let dials = (0..ring.rank().0).map(Rank).flat_map(|rank| {
-        [Channel::Control, Channel::Data].map(|channel| Dial {
-            rank,
-            channel,
-            address: 0,
-            state: Dialing::Idle(start),
-            seen: "no answer yet".into(),
-            unanswered: None,
-        })
-    });
+    let dials = (0..ring.rank().0)
+        .map(Rank)
+        .flat_map(|rank| [Channel::Control, Channel::Data].map(|channel| Dial::new(rank, channel, start)));
     let mut meeting = Rendezvous {
         listener,
         options,
@@ -274,32 +186,7 @@ impl Rendezvous<'_> {
 
     /// Does what time asks for; when it asks again.
     fn turn(&mut self, now: Instant) -> Result<Option<Instant>> {
-        let silence = self.options.silence;
-        for dialing in &mut self.dials {
-            dialing.check(now, silence)?;
-            match &dialing.state {
-                Dialing::Idle(at) if *at <= now => {
-                    let addresses = &self.options.members[dialing.rank.index()];
-                    let address = addresses[dialing.address % addresses.len()];
-                    let messages = dialing.channel == Channel::Control;
-                    let dialed = dial(address, self.options.socket_buffer_bytes)
-                        .and_then(|socket| watch(&socket, silence, messages).map(|()| socket));
-                    dialing.state = match dialed {
-                        Ok(stream) => Dialing::Connecting(stream, now + CONNECT.min(silence)),
-                        Err(error) if has_no_way(&error) => {
-                            dialing.unanswered(now, format!("{address}: {error}"))
-                        }
-                        Err(error) => dialing.failed(format!("{address}: {error}")),
-                    };
-                }
-                Dialing::Connecting(_, until) if *until <= now => {
-                    let addresses = &self.options.members[dialing.rank.index()];
-                    let address = addresses[dialing.address % addresses.len()];
-                    dialing.state = dialing.unanswered(now, format!("no answer from {address}"));
-                }
-                _ => {}
-            }
-        }
+        self.dial(now)?;
         let before = self.strangers.len();
         self.strangers.retain(|stranger| stranger.until > now);
         self.listener.refusals.garbage += (before - self.strangers.len()) as u64;
@@ -332,162 +219,6 @@ impl Rendezvous<'_> {
             }
         }
         poll
-    }
-
-    fn accept(&mut self) -> Result<()> {
-        // A few at a time; the rest waits in the kernel. Beyond the bound the oldest goes, so that strangers who say
-        // nothing keep nobody out.
-        let strangers_max = 64 + 2 * self.pairs.len();
-        for _ in 0..64 {
-            match self.listener.socket.accept() {
-                Ok((stream, _)) => {
-                    // Those who came before this rendezvous have the buffers of a listener that knew of none.
-                    let prepared = stream
-                        .set_nonblocking(true)
-                        .and_then(|()| stream.set_nodelay(true))
-                        .and_then(|()| set_buffers(&stream, self.options.socket_buffer_bytes))
-                        .and_then(|()| watch(&stream, self.options.silence, false))
-                        .and_then(|()| Stream::accepted(stream, self.listener.security.as_ref()));
-                    let Ok(stream) = prepared else { continue };
-                    if self.strangers.iter().filter(|stranger| stranger.stream.is_some()).count()
-                        >= strangers_max
-                    {
-                        // In place, since marks of this round count by position.
-                        let oldest = self.strangers.iter_mut().find_map(|stranger| stranger.stream.take());
-                        self.listener.refusals.garbage += u64::from(oldest.is_some());
-                    }
-                    let until = Instant::now() + GREET;
-                    self.strangers.push(Stranger {
-                        stream: Some(stream),
-                        reader: GreetingReader::default(),
-                        until,
-                    });
-                }
-                Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock => break,
-                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {}
-                    _ => return Err(Error::system("accepting a worker")(error)),
-                },
-            }
-        }
-        Ok(())
-    }
-
-    fn greet(&mut self, at: usize) -> Result<()> {
-        let stranger = &mut self.strangers[at];
-        let Some(mut stream) = stranger.stream.take() else { return Ok(()) };
-        let theirs = match stranger.reader.read(&mut stream) {
-            Ok(None) => {
-                stranger.stream = Some(stream);
-                return Ok(());
-            }
-            Ok(Some(Greeting::Hello(theirs))) => theirs,
-            Ok(Some(_)) | Err(NoGreeting::Garbage) => {
-                self.listener.refusals.garbage += 1;
-                return Ok(());
-            }
-            Err(NoGreeting::Io(error)) => {
-                self.listener.refusals.untrusted += u64::from(tls_error(&error).is_some());
-                return Ok(());
-            }
-        };
-        let ours = Hello { to: theirs.rank, channel: theirs.channel, ..self.own.clone() };
-        let refusals = &mut self.listener.refusals;
-        let differs = ours.differences(&theirs);
-        if theirs.job == ours.job && theirs.generation > ours.generation {
-            refusals.early += 1;
-            answer(&mut stream, &Greeting::Later);
-            return Ok(());
-        }
-        let expected = theirs.rank > ours.rank && theirs.rank < ours.members;
-        if !differs.is_empty() || !expected {
-            // The same in the words of the other side.
-            let mut says = theirs.differences(&ours);
-            if differs.is_empty() {
-                says =
-                    format!("{} dialed {}; higher ranks dial lower ones", Rank(theirs.rank), Rank(ours.rank));
-            }
-            answer(&mut stream, &Greeting::Refused(says.clone()));
-            if theirs.job != ours.job {
-                refusals.foreign += 1;
-                return Ok(());
-            }
-            if theirs.generation != ours.generation {
-                refusals.stale += 1;
-                return Ok(());
-            }
-            let differs = if differs.is_empty() { says } else { differs };
-            return Err(Error::Refused {
-                peer: Rank(theirs.rank).to_string(),
-                own: Rank(ours.rank).to_string(),
-                differs,
-            });
-        }
-        let messages = theirs.channel == Channel::Control;
-        watch(&stream, self.options.silence, messages).map_err(Error::system("watching a connection"))?;
-        if answer(&mut stream, &Greeting::Welcome(ours)) {
-            *self.pairs[theirs.rank as usize].channel(theirs.channel) = Some(stream);
-        }
-        Ok(())
-    }
-
-    fn go_on_dialing(&mut self, at: usize) -> Result<()> {
-        let dial = &mut self.dials[at];
-        let ours = Hello { to: dial.rank.0, channel: dial.channel, ..self.own.clone() };
-        match std::mem::replace(&mut dial.state, Dialing::Done) {
-            Dialing::Connecting(stream, _) => {
-                let connected = match stream.take_error() {
-                    Ok(None) => stream
-                        .set_nodelay(true)
-                        .and_then(|()| Stream::dialed(stream, self.listener.security.as_ref())),
-                    Ok(Some(error)) | Err(error) => Err(error),
-                };
-                let greeted =
-                    connected.map(|mut stream| answer(&mut stream, &Greeting::Hello(ours)).then_some(stream));
-                dial.state = match greeted {
-                    Ok(Some(stream)) => {
-                        dial.seen = "it does not answer our hello yet".into();
-                        Dialing::Greeting(stream, GreetingReader::default())
-                    }
-                    Ok(None) => dial.failed("closed at once".into()),
-                    Err(error) => dial.failed_by(&error, error.to_string()),
-                };
-            }
-            Dialing::Greeting(mut stream, mut reader) => match reader.read(&mut stream) {
-                Ok(None) => dial.state = Dialing::Greeting(stream, reader),
-                Ok(Some(Greeting::Welcome(theirs))) => {
-                    let differs = ours.differences(&theirs);
-                    if !differs.is_empty() {
-                        return Err(refused(dial.rank, ours.rank, differs));
-                    }
-                    *self.pairs[dial.rank.index()].channel(dial.channel) = Some(stream);
-                }
-                Ok(Some(Greeting::Refused(differs))) => return Err(refused(dial.rank, ours.rank, differs)),
-                Ok(Some(Greeting::Later)) => {
-                    dial.state =
-                        dial.failed(format!("it has not come to {} yet", Generation(ours.generation)));
-                }
-                Ok(Some(Greeting::Hello(_))) | Err(NoGreeting::Garbage) => {
-                    dial.state = dial.failed("something else answers there".into());
-                }
-                Err(NoGreeting::Io(error)) => match (tls_error(&error), &self.listener.security) {
-                    // Whatever answers there, it is not the member: that may yet come.
-                    (None | Some(rustls::Error::InvalidMessage(_)), _) | (_, None) => {
-                        dial.state = dial.failed_by(&error, format!("closed before an answer: {error}"));
-                    }
-                    (Some(cause), Some(Security { tls, .. })) => {
-                        let addresses = &self.options.members[dial.rank.index()];
-                        let peer = format!("{} at {}", dial.rank, addresses[dial.address % addresses.len()]);
-                        return Err(Error::Untrusted {
-                            rank: dial.rank,
-                            reason: tls.explain(cause, &peer, Role::Worker).to_string(),
-                        });
-                    }
-                },
-            },
-            other @ (Dialing::Idle(_) | Dialing::Done) => dial.state = other,
-        }
-        Ok(())
     }
 
     /// A connected rank closed; its last words, when it had any, are waiting to be read.
@@ -557,49 +288,6 @@ impl Rendezvous<'_> {
             missing[..missing.len().min(8)].join(", ")
         )
     }
-}
-
-impl Dial {
-    /// Nobody has answered since at least `now`, as far as can be told.
-    fn unanswered(&mut self, now: Instant, seen: String) -> Dialing {
-        let since = *self.unanswered.get_or_insert(now);
-        let state = self.failed(seen);
-        self.unanswered = Some(since);
-        state
-    }
-
-    fn failed_by(&mut self, error: &io::Error, seen: String) -> Dialing {
-        match is_silence(error) {
-            true => self.unanswered(Instant::now(), seen),
-            false => self.failed(seen),
-        }
-    }
-
-    /// Whether there was no answer for so long.
-    fn is_unanswered(&self, now: Instant, time: Duration) -> bool {
-        let over = |since: Instant| now.saturating_duration_since(since) >= time;
-        self.unanswered.is_some_and(over) && !matches!(self.state, Dialing::Done | Dialing::Greeting(..))
-    }
-
-    /// Whether there was no answer for too long.
-    fn check(&self, now: Instant, silence: Duration) -> Result<()> {
-        match self.is_unanswered(now, silence) {
-            true => Err(Error::Unreachable { ranks: Vec::from([self.rank]), reason: self.seen.clone() }),
-            false => Ok(()),
-        }
-    }
-
-    /// Somebody answered, if not as is wished.
-    fn failed(&mut self, seen: String) -> Dialing {
-        self.seen = seen;
-        self.unanswered = None;
-        self.address += 1;
-        Dialing::Idle(Instant::now() + RETRY)
-    }
-}
-
-fn refused(peer: Rank, own: u32, differs: String) -> Error {
-    Error::Refused { peer: peer.to_string(), own: Rank(own).to_string(), differs }
 }
 
 /// Sends a greeting; true when all of it went out, as a few KiB on a new connection do. Before the end of a handshake it

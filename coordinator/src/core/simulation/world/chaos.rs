@@ -49,9 +49,10 @@ impl World {
         self.after(delay, Happening::Chaos);
         let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
         let Some(&victim) = ids.get(self.below(ids.len().max(1) as u64) as usize) else { return Ok(()) };
-        match self.below(14) {
+        match self.below(15) {
             0 | 1 => self.kill(victim),
-            2 => {
+            // Not while it is frozen: what waits for its thaw comes in its order.
+            2 if self.workers[&victim].frozen_until <= self.now => {
                 self.report.freezes += 1;
                 let length = 50 + self.below(2500);
                 self.workers.get_mut(&victim).expect("known").frozen_until = self.now + length;
@@ -139,14 +140,17 @@ impl World {
                 }
             }
             13 => {
-                if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive) {
+                // Not while it sleeps: what came meanwhile stays in its order.
+                let awake = |coordinator: &Coordinator| coordinator.asleep_until <= self.now;
+                if let Some(index) = self.coordinators.iter().rposition(|coordinator| coordinator.alive)
+                    && awake(&self.coordinators[index])
+                {
                     self.report.sleeps += 1;
                     let length = 100 + self.below(4000);
-                    // What came while it slept stays in its order.
-                    let asleep_until = &mut self.coordinators[index].asleep_until;
-                    *asleep_until = (*asleep_until).max(self.now + length);
+                    self.coordinators[index].asleep_until = self.now + length;
                 }
             }
+            14 => self.halve(),
             _ => {}
         }
         Ok(())
@@ -169,7 +173,7 @@ impl World {
     /// A death right when all members have made a step ready is rare, and what follows has rules of its own: it happens more often
     /// than [`World::kill`] would have it.
     pub(super) fn strike_while_spreading(&mut self, generation: Generation) {
-        if !self.chaos() || !self.chance(10) {
+        if !self.chaos() || !self.chance(6) {
             return;
         }
         let members = self.rings[&generation].formation.members.len() as u64;

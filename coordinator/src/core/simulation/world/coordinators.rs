@@ -8,6 +8,8 @@ pub(super) struct Coordinator {
     pub(super) epoch: Epoch,
     pub(super) next_record: u64,
     pub(super) links: BTreeMap<WorkerId, u64>,
+    /// Workers that it has told to go.
+    pub(super) sent_away: BTreeSet<WorkerId>,
     pub(super) tick_at: Option<u64>,
     pub(super) appended_at: u64,
     /// Suspended with its machine: until then it does nothing, and then it finds all that came meanwhile.
@@ -36,6 +38,7 @@ impl World {
             epoch,
             next_record,
             links: BTreeMap::new(),
+            sent_away: BTreeSet::new(),
             tick_at: None,
             appended_at: self.now,
             asleep_until: 0,
@@ -94,6 +97,10 @@ impl World {
     pub(super) fn perform(&mut self, coordinator: usize, effect: Effect) -> Result<(), String> {
         match effect {
             Effect::Send { worker, epoch, order } => {
+                if let Order::Leave { .. } = &order {
+                    self.check_sent_away(coordinator, worker)?;
+                    self.coordinators[coordinator].sent_away.insert(worker);
+                }
                 let delay = self.latency();
                 let Some(&link) = self.coordinators[coordinator].links.get(&worker) else { return Ok(()) };
                 let Some(known) = self.workers.get_mut(&worker) else { return Ok(()) };
@@ -206,7 +213,8 @@ impl World {
         let (links, left_out) = (&self.coordinators[coordinator].links, self.left_out(coordinator));
         let heard = || {
             let here = |(id, worker): &(&WorkerId, &Worker)| {
-                let speaks = worker.ring.is_none() && worker.mute_until <= self.now && !left_out.contains(id);
+                let away = left_out.contains(id) || self.coordinators[coordinator].sent_away.contains(id);
+                let speaks = worker.ring.is_none() && worker.mute_until <= self.now && !away;
                 let link = worker.link.filter(|_| speaks);
                 link.is_some_and(|(of, link)| of == coordinator && links.get(id) == Some(&link))
             };
@@ -215,6 +223,22 @@ impl World {
         let has =
             |block| heard().filter_map(|worker| worker.spoken_of_at(step)).any(|at| at.contains(&block));
         what_is_given_up_is_lost(step, self.blocks, has)
+    }
+
+    /// A worker is told to go while a ring is gathered: by what its coordinator was told.
+    fn check_sent_away(&self, coordinator: usize, worker: WorkerId) -> Result<(), String> {
+        let known = &self.coordinators[coordinator];
+        let status = known.core.status();
+        if status.formation.is_some() || status.outcome.is_some() {
+            return Ok(());
+        }
+        let here = |attendant: &&Attendant| {
+            attendant.linked && attendant.apart.is_none() && !known.sent_away.contains(&attendant.worker)
+        };
+        let here: Vec<&Attendant> = status.attendants.iter().filter(here).collect();
+        let Some(leaver) = here.iter().find(|attendant| attendant.worker == worker) else { return Ok(()) };
+        let others = || here.iter().filter(|other| other.worker != worker).map(|other| &other.stance);
+        who_is_sent_away_is_not_missed(worker, &leaver.stance, others, status.committed)
     }
 
     /// A record reaches the log, or another coordinator's is in its place.

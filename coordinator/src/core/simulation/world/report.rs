@@ -27,6 +27,8 @@ pub struct Report {
     pub promoted: u64,
     pub fell_back: u64,
     pub rifts: u64,
+    pub halves: u64,
+    pub unwritten: u64,
     pub left_out: u64,
     pub sleeps: u64,
     pub wanted: u64,
@@ -37,11 +39,11 @@ pub struct Report {
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 26] {
+    pub fn counts(&self) -> [(&'static str, u64); 28] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 26] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 28] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -64,6 +66,8 @@ impl Report {
             ("a share brought to the step that a peer had reached", &mut self.promoted),
             ("a state that was lost with two neighbours", &mut self.fell_back),
             ("two workers that do not reach one another", &mut self.rifts),
+            ("parts that could not be written", &mut self.unwritten),
+            ("a network that is cut in two", &mut self.halves),
             ("a worker that is left out", &mut self.left_out),
             ("a coordinator that slept", &mut self.sleeps),
             ("a checkpoint that was asked for", &mut self.wanted),

@@ -53,6 +53,7 @@ impl World {
 
     /// The network is cut in two: from now on nothing gets through between those of one half and those of the other.
     pub(super) fn halve(&mut self) {
+        self.report.halves += 1;
         let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
         let (here, there): (Vec<WorkerId>, Vec<WorkerId>) = ids.iter().copied().partition(|_| self.chance(2));
         let until = match self.options.min == 1 && self.chance(4) {

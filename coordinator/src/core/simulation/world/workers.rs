@@ -275,6 +275,36 @@ impl World {
         self.at(at, Happening::Wrote { worker, written, state, leave });
     }
 
+    /// A worker's parts are durable.
+    pub(super) fn wrote(&mut self, worker: WorkerId, written: Written, state: u64) -> Result<(), String> {
+        for block in written.blocks.iter().flat_map(Clone::clone) {
+            self.parts.insert((written.step, written.generation, block), state);
+        }
+        self.tell_worker(worker, Happens::Wrote(written))
+    }
+
+    /// The store refuses a worker's parts, however often they are tried: its own, of which it keeps no second copy then, or
+    /// the second copy.
+    pub(super) fn fail_to_write(&mut self, worker: WorkerId, mut written: Written) -> Result<(), String> {
+        self.report.unwritten += 1;
+        let Written { step, generation, .. } = written;
+        let own = (step, generation, written.blocks[0].start);
+        match written.blocks.len() {
+            1 => {
+                if let Some(known) = self.workers.get_mut(&worker) {
+                    known.kept.retain(|copy| (copy.step, copy.generation) != (step, generation));
+                }
+            }
+            _ if !self.parts.contains_key(&own) => {}
+            _ => {
+                written.blocks.truncate(1);
+                self.tell_worker(worker, Happens::Wrote(written))?;
+            }
+        }
+        let reason = "no space left on device".to_owned();
+        self.tell_worker(worker, Happens::Unwritten(Unwritten { step, generation, reason }))
+    }
+
     pub(super) fn check_state(&self, worker: WorkerId) -> Result<(), String> {
         match self.workers[&worker].state {
             Some((step, state)) => state_is_the_reference(step, state, &self.reference)

@@ -1,0 +1,100 @@
+//! What goes wrong with state: steps that fail again, replicas that differ, words that cannot be.
+
+use super::*;
+
+#[test]
+fn a_step_that_fails_again_goes_back_to_the_checkpoint_and_then_fails_the_job() {
+    let mut story = Story::running(1);
+    let fault = Cause::Fault { reason: "row group 3 cannot be read".to_owned() };
+    let mut sources = Vec::new();
+    for generation in 1..=4 {
+        story.stands(1, stance(Some(15), holding(generation, fault.clone())));
+        if let Some(formation) = story.core.formation() {
+            sources.push(formation.source.clone());
+        }
+        story.event(Event::Listed { steps: vec![Step(10)] });
+        if sources.len() < generation as usize
+            && let Some(formation) = story.core.formation()
+        {
+            sources.push(formation.source.clone());
+        }
+        story.event(Event::Recorded { generation: Generation(generation + 1) });
+        story.stands(1, stance(Some(15), running(generation + 1)));
+    }
+    let checkpoint = Source::Checkpoint { step: Step(10) };
+    assert_eq!(sources, [peers(&[1]), checkpoint.clone(), checkpoint]);
+    let reason = "step 15 has failed 4 times: row group 3 cannot be read".to_owned();
+    assert_eq!(story.core.status().outcome, Some(Outcome::Failed { reason }));
+}
+
+#[test]
+fn with_no_checkpoint_that_can_be_read_the_job_fails_instead_of_starting_over() {
+    let found =
+        Found { formation: None, checkpoints: vec![Step(10)], floor: Generation(0), quarantined: Vec::new() };
+    let core = Membership::new(options(1), Epoch(1), found, Millis(0));
+    let mut story = Story { core, now: 0 };
+    story.link(1, stance(None, Activity::Outside));
+    story.event(Event::Recorded { generation: Generation(1) });
+    let damaged = Cause::NoState { reason: "part 3 of checkpoint 10 has another digest".to_owned() };
+    let out = story.stands(1, stance(None, holding(1, damaged)));
+    assert!(out.contains(&Effect::List), "{out:?}");
+    let out = story.event(Event::Listed { steps: vec![Step(10)] });
+    let outcome = Outcome::Failed { reason: "none of the checkpoints can be read".to_owned() };
+    assert_eq!(out.first(), Some(&Effect::Record(Entry::Ended { outcome })));
+}
+
+#[test]
+fn a_replica_that_differs_is_sent_away_and_its_machine_with_it() {
+    let mut story = Story::running(3);
+    let reason = "worker 2 in block 5".to_owned();
+    let diverged = || Cause::Diverged { workers: vec![WorkerId(2)], reason: reason.clone() };
+    (1..=2).for_each(|id| drop(story.stands(id, stance(Some(40), holding(1, diverged())))));
+    let evicted = Entry::Evicted {
+        worker: WorkerId(2),
+        machine: "m".to_owned(),
+        step: Some(Step(40)),
+        reason: reason.clone(),
+    };
+    let leave = Order::Leave { why: Leave::Evicted { reason: reason.clone() } };
+    let next = formation(2, 40, peers(&[1, 3]), &[(1, 0..4), (3, 4..8)]);
+    let out = story.stands(3, stance(Some(40), holding(1, diverged())));
+    assert_eq!(out, [send(2, leave), Effect::Record(evicted), formed(&next)]);
+    let told = story.link(9, stance(None, Activity::Outside));
+    assert!(matches!(&told[..], [Effect::Send { order: Order::Leave { why: Leave::Evicted { .. } }, .. }]));
+}
+
+#[test]
+fn with_no_majority_nobody_is_blamed_and_the_checkpoint_is_right() {
+    let mut story = Story::running(2);
+    let diverged = || Cause::Diverged { workers: Vec::new(), reason: "they differ".to_owned() };
+    story.stands(1, stance(Some(40), holding(1, diverged())));
+    story.stands(2, stance(Some(40), holding(1, diverged())));
+    let out = story.event(Event::Listed { steps: vec![Step(10)] });
+    let checkpoint = Source::Checkpoint { step: Step(10) };
+    assert_eq!(out, [formed(&formation(2, 10, checkpoint, &[(1, 0..4), (2, 4..8)]))]);
+}
+
+#[test]
+fn a_worker_that_says_what_cannot_be_is_turned_away() {
+    // A step beyond the run's end: no coordinator of this run will ever take it.
+    let mut story = Story::running(2);
+    let before = story.core.clone();
+    let out = story.link(9, stance(Some(TOTAL.0 + 1), Activity::Outside));
+    let reason = "it speaks of step 101, and the run has 100; start workers of this run".to_owned();
+    let why = Leave::Refused { reason: reason.clone() };
+    let refused = Effect::Send { worker: WorkerId(9), epoch: Epoch(1), order: Order::Leave { why } };
+    assert_eq!(out, [refused, Effect::Drop { worker: WorkerId(9), reason }]);
+    assert_eq!(story.core, before, "nothing is known of it");
+    // A generation that was never formed: another coordinator may know it, so the worker may try again.
+    let out = story.stands(2, stance(Some(12), running(7)));
+    let [Effect::Drop { worker: WorkerId(2), reason }] = &out[..] else { panic!("{out:?}") };
+    assert_eq!(reason, "it speaks of generation 7, of which nobody was told; the newest here is 1");
+    // It is not taken at its word, and its lease runs.
+    assert_eq!(story.core.newest_held(), Some(Step(10)));
+    assert_eq!(story.stands(2, stance(Some(11), running(1))), []);
+    story.now += 999;
+    story.stands(1, stance(Some(20), running(1)));
+    story.now += 1;
+    let out = story.event(Event::Tick);
+    assert!(matches!(&out[0], Effect::Record(Entry::Lost { worker: WorkerId(2), .. })), "{out:?}");
+}

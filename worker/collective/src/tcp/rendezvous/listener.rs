@@ -1,0 +1,62 @@
+//! The port of a worker.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+
+use anello_tls::Tls;
+
+use super::super::stream::Security;
+
+/// What came to a listener and did not belong to the ring that was forming.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Workers of an older generation of the job.
+    pub stale: u64,
+    /// Workers of a newer generation, told to try again.
+    pub early: u64,
+    /// Workers of another job.
+    pub foreign: u64,
+    /// Connections that said something else, or nothing for 5 s.
+    pub garbage: u64,
+    /// With TLS: connections without a certificate that makes them workers.
+    pub untrusted: u64,
+}
+
+/// The port of a worker. It outlives generations: each rendezvous takes the connections that came meanwhile.
+#[derive(Debug)]
+pub struct Listener {
+    pub(super) socket: TcpListener,
+    pub(super) security: Option<Security>,
+    pub(super) refusals: Refusals,
+}
+
+impl Listener {
+    /// Listens on `address`; port 0 takes a free one. Without TLS: for a network where only the job's workers are.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        let socket = TcpListener::bind(address)?;
+        socket.set_nonblocking(true)?;
+        Ok(Self { socket, security: None, refusals: Refusals::default() })
+    }
+
+    /// The same with TLS, here and on the way to others: all members must have it.
+    #[must_use]
+    pub fn with_tls(self, tls: Tls) -> Self {
+        Self { security: Some(Security::new(tls)), ..self }
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// What was refused since it was bound.
+    pub fn refusals(&self) -> Refusals {
+        self.refusals
+    }
+}
