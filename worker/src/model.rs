@@ -399,7 +399,7 @@ pub trait Tokens {
     /// Attention in layer `index`: queries `[n, h, k]`, keys and values `[n, g, k]`, to `[n, h, k]`.
     fn attend(&self, index: usize, q_nhk: &Tensor, k_ngk: &Tensor, v_ngk: &Tensor) -> Tensor;
 
-    /// RoPE and attention at once, of queries, keys and values beside one another (`[n, 3·h, k]`), by [`Kernels::attention`], where
+    /// RoPE and attention at once, of queries, keys and values beside one another (`[n, 3·h, k]`), by `Kernels::attention`, where
     /// these tokens are such as it is for.
     fn attend_whole(&self, _: &Kernels, _: &Tensor) -> Option<Tensor> {
         None
