@@ -27,10 +27,9 @@ impl Emulated {
         name: &'static str,
         grid: u32,
         block: u32,
-        shared_bytes: u32,
         arguments: &[Argument<'_>],
     ) -> Result<(), String> {
-        type Launch = unsafe extern "C" fn(*const c_char, c_uint, c_uint, c_uint, *mut *mut u64) -> c_int;
+        type Launch = unsafe extern "C" fn(*const c_char, c_uint, c_uint, *mut *mut u64) -> c_int;
         let symbol = CString::new(name).expect("names of kernels have no NUL");
         let mut values: Vec<u64> = arguments.iter().map(|argument| argument.bits()).collect();
         let mut pointers: Vec<*mut u64> = values.iter_mut().map(|value| &raw mut *value).collect();
@@ -39,7 +38,7 @@ impl Emulated {
         // SAFETY: declared as in host.cpp; that the arguments are those of the kernel is the caller's part of the bargain.
         let status = unsafe {
             let launch = library.get::<Launch>(b"anello_host_launch\0").map_err(|cause| words(&cause))?;
-            launch(symbol.as_ptr(), grid, block, shared_bytes, pointers.as_mut_ptr())
+            launch(symbol.as_ptr(), grid, block, pointers.as_mut_ptr())
         };
         match status {
             0 => Ok(()),

@@ -100,21 +100,13 @@ impl Spans {
     /// Those of documents that begin at `starts` and of which the last one ends with the `tokens`.
     pub fn new(starts: &[u32], tokens: usize, upload: impl Fn(&[i32]) -> Tensor) -> Self {
         let ends = starts.iter().skip(1).copied().chain([tokens as u32]);
-        let documents: Vec<(i32, i32)> =
-            starts.iter().zip(ends).map(|(&a, b)| (a as i32, b as i32)).collect();
-        let of_tokens = |value: fn(&(i32, i32)) -> i32| -> Vec<i32> {
-            let of = |document: &(i32, i32)| {
-                (document.0..document.1).map({
-                    let value = value(document);
-                    move |_| value
-                })
-            };
-            documents.iter().flat_map(of).collect()
-        };
-        Self {
-            starts: upload(&of_tokens(|document| document.0)),
-            ends: upload(&of_tokens(|document| document.1)),
+        let (mut of_starts, mut of_ends) = (Vec::new(), Vec::new());
+        for (&start, end) in starts.iter().zip(ends) {
+            let tokens = (end - start) as usize;
+            of_starts.extend(std::iter::repeat_n(start as i32, tokens));
+            of_ends.extend(std::iter::repeat_n(end as i32, tokens));
         }
+        Self { starts: upload(&of_starts), ends: upload(&of_ends) }
     }
 }
 

@@ -10,10 +10,6 @@
 
 typedef long long Index;
 
-#ifndef DYNAMIC_SHARED
-#define DYNAMIC_SHARED(name) extern __shared__ float name[]
-#endif
-
 struct bf16 {
     unsigned short bits;
 };
@@ -49,6 +45,14 @@ template <typename T>
 struct At {
     static const int ONCE = 16 / sizeof(T);
 };
+
+// `body<T, N>` of so many at once where rows of `width` are a multiple of them, else of one at a time.
+#define BY_WIDTH(width, body, T, ...)           \
+    if ((width) % At<T>::ONCE == 0) {           \
+        body<T, At<T>::ONCE>(__VA_ARGS__);      \
+    } else {                                    \
+        body<T, 1>(__VA_ARGS__);                \
+    }
 
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {

@@ -50,17 +50,10 @@ __device__ inline void cross_entropy(float* losses, T* logits, const Index* targ
     }
 }
 
-#define OF_LOGITS(T, ...)                       \
-    if (vocab % At<T>::ONCE == 0) {             \
-        cross_entropy<T, At<T>::ONCE>(__VA_ARGS__); \
-    } else {                                    \
-        cross_entropy<T, 1>(__VA_ARGS__);       \
-    }
-
 KERNEL cross_entropy_f32(float* losses, float* logits, const Index* targets, const float* weights, int vocab) {
-    OF_LOGITS(float, losses, logits, targets, weights, vocab)
+    BY_WIDTH(vocab, cross_entropy, float, losses, logits, targets, weights, vocab)
 }
 
 KERNEL cross_entropy_bf16(float* losses, bf16* logits, const Index* targets, const float* weights, int vocab) {
-    OF_LOGITS(bf16, losses, logits, targets, weights, vocab)
+    BY_WIDTH(vocab, cross_entropy, bf16, losses, logits, targets, weights, vocab)
 }

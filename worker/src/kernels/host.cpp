@@ -19,7 +19,6 @@ struct Dim {
     unsigned x;
 };
 Dim blockIdx, blockDim, threadIdx;
-float* dynamic_shared;
 
 struct Fiber {
     ucontext_t context;
@@ -132,7 +131,6 @@ inline unsigned __float_as_uint(float x) {
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(threads)
-#define DYNAMIC_SHARED(name) float* name = dynamic_shared
 
 #include KERNELS
 
@@ -171,15 +169,12 @@ const Entry ENTRIES[] = {
 }  // namespace
 
 // 0; 1: there is no such kernel; 2: threads part at a barrier. Not for several threads at once.
-extern "C" int anello_host_launch(const char* name, unsigned grid, unsigned block, unsigned shared_bytes, void** values) {
+extern "C" int anello_host_launch(const char* name, unsigned grid, unsigned block, void** values) {
     for (const Entry& entry : ENTRIES) {
         if (std::strcmp(entry.name, name) == 0) {
             invoke = entry.call;
             arguments = values;
             blockDim.x = block;
-            // As on a GPU nobody has cleared it.
-            std::vector<float> shared(shared_bytes / sizeof(float), NAN);
-            dynamic_shared = shared.data();
             for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
                 if (!run_block()) {
                     return 2;

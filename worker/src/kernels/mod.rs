@@ -211,14 +211,7 @@ impl Kernels {
         Ok(Self(Arc::new(Target::Gpu(module, attention))))
     }
 
-    fn launch(
-        &self,
-        name: &'static str,
-        grid: usize,
-        block: u32,
-        shared_bytes: u32,
-        arguments: &[Argument<'_>],
-    ) {
+    fn launch(&self, name: &'static str, grid: usize, block: u32, arguments: &[Argument<'_>]) {
         // No launch is of no blocks.
         if grid == 0 {
             return;
@@ -226,16 +219,16 @@ impl Kernels {
         let grid = u32::try_from(grid).ok().filter(|grid| i32::try_from(*grid).is_ok());
         let grid = grid.expect("a grid has fewer than 2^31 blocks");
         match &*self.0 {
-            Target::Gpu(module, _) => module.launch(name, [grid, 1], block, shared_bytes, arguments),
+            Target::Gpu(module, _) => module.launch(name, [grid, 1], block, 0, arguments),
             #[cfg(test)]
-            Target::Emulated(emulated) => emulated.launch(name, grid, block, shared_bytes, arguments),
+            Target::Emulated(emulated) => emulated.launch(name, grid, block, arguments),
         }
         .unwrap_or_else(|cause| panic!("{FAILED}: {cause}"));
     }
 
     /// A kernel that has a few elements of `len` a thread.
     fn launch_flat(&self, name: &'static str, len: usize, arguments: &[Argument<'_>]) {
-        self.launch(name, len.div_ceil(OF_A_THREAD * BLOCK as usize), BLOCK, 0, arguments);
+        self.launch(name, len.div_ceil(OF_A_THREAD * BLOCK as usize), BLOCK, arguments);
     }
 
     /// One AdamW update in place of flat fp32 `weights` and moments, of which the first `decayed` decay, by the sum `gradient`.
@@ -336,7 +329,6 @@ impl Kernels {
             "square_rows",
             rows.div_ceil(warps),
             BLOCK,
-            0,
             &[Elements(&sums), Elements(gradient), I64(rows as i64)],
         );
         sums
@@ -363,7 +355,6 @@ impl Kernels {
                 name,
                 n as usize,
                 threads_of_a_row(d),
-                0,
                 &[
                     Elements(&y),
                     Elements(&inverse),
@@ -406,7 +397,6 @@ impl Kernels {
             name,
             blocks,
             threads_of_a_row(d),
-            0,
             &[
                 Elements(&of_x),
                 Elements(&partials),
@@ -424,7 +414,6 @@ impl Kernels {
             "rms_norm_weight",
             (d as usize).div_ceil(32),
             1024,
-            0,
             &[Elements(&of_weight), Elements(&partials), I32(blocks as i32), I32(int(d))],
         );
         [of_x, of_weight]
@@ -461,7 +450,7 @@ impl Kernels {
     fn launch_gates(&self, name: &'static str, (n, f): (i64, i64), kind: Kind, arguments: &[Argument<'_>]) {
         let threads = n * (f / at_once(kind, f));
         assert!(u32::try_from(threads).is_ok(), "a micro-batch has fewer than 2^32 gates");
-        self.launch(name, (threads as usize).div_ceil(BLOCK as usize), BLOCK, 0, arguments);
+        self.launch(name, (threads as usize).div_ceil(BLOCK as usize), BLOCK, arguments);
     }
 
     /// Cross-entropy of the rows of `logits_nv` (fp32 or bf16) with `targets_n` (int64; below 0: it does not count), `[n]`, fp32.
@@ -477,7 +466,6 @@ impl Kernels {
             suffixed(kind, "cross_entropy_f32", "cross_entropy_bf16"),
             n as usize,
             1024.min(32 * int(v).unsigned_abs().div_ceil(32)),
-            0,
             &[Elements(&losses), Elements(logits_nv), Elements(&targets), Elements(&weights), I32(int(v))],
         );
         losses
@@ -519,7 +507,6 @@ impl Kernels {
             suffixed(kind, "rope_f32", "rope_bf16"),
             n as usize,
             BLOCK,
-            0,
             &[
                 Elements(y),
                 Elements(&x),

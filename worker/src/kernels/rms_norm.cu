@@ -114,33 +114,26 @@ __device__ inline void norm_backward(
     }
 }
 
-#define OF_ROWS(body, T, ...)                   \
-    if (d % At<T>::ONCE == 0) {                 \
-        body<T, At<T>::ONCE>(__VA_ARGS__);      \
-    } else {                                    \
-        body<T, 1>(__VA_ARGS__);                \
-    }
-
 ROW_KERNEL rms_norm_forward_f32(
     float* y, float* inverse, const float* x, const float* w, const float* residual, int d, float eps) {
-    OF_ROWS(norm_forward, float, y, inverse, x, w, residual, d, eps)
+    BY_WIDTH(d, norm_forward, float, y, inverse, x, w, residual, d, eps)
 }
 
 ROW_KERNEL rms_norm_forward_bf16(
     bf16* y, float* inverse, const bf16* x, const float* w, const bf16* residual, int d, float eps) {
-    OF_ROWS(norm_forward, bf16, y, inverse, x, w, residual, d, eps)
+    BY_WIDTH(d, norm_forward, bf16, y, inverse, x, w, residual, d, eps)
 }
 
 ROW_KERNEL rms_norm_backward_f32(
     float* of_x, float* partials, const float* g, const float* x, const float* w, const float* inverse, int rows, int d,
     int of_a_block) {
-    OF_ROWS(norm_backward, float, of_x, partials, g, x, w, inverse, rows, d, of_a_block)
+    BY_WIDTH(d, norm_backward, float, of_x, partials, g, x, w, inverse, rows, d, of_a_block)
 }
 
 ROW_KERNEL rms_norm_backward_bf16(
     bf16* of_x, float* partials, const bf16* g, const bf16* x, const float* w, const float* inverse, int rows, int d,
     int of_a_block) {
-    OF_ROWS(norm_backward, bf16, of_x, partials, g, x, w, inverse, rows, d, of_a_block)
+    BY_WIDTH(d, norm_backward, bf16, of_x, partials, g, x, w, inverse, rows, d, of_a_block)
 }
 
 // The gradient of the weight: the rows of `partials` in order, of which each warp of a block has every `warps`-th, and then

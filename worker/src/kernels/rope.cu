@@ -31,21 +31,14 @@ __device__ inline void rotate(
     }
 }
 
-#define OF_HALVES(T, ...)                                               \
-    if (half % At<T>::ONCE == 0 && (stride_y | stride_x) % At<T>::ONCE == 0) { \
-        rotate<T, At<T>::ONCE>(__VA_ARGS__);                            \
-    } else {                                                            \
-        rotate<T, 1>(__VA_ARGS__);                                      \
-    }
-
 KERNEL rope_f32(
     float* y, const float* x, const float* cosines, const float* sines, int heads, int half, Index stride_y, Index stride_x,
     float sign) {
-    OF_HALVES(float, y, x, cosines, sines, heads, half, stride_y, stride_x, sign)
+    BY_WIDTH(half | stride_y | stride_x, rotate, float, y, x, cosines, sines, heads, half, stride_y, stride_x, sign)
 }
 
 KERNEL rope_bf16(
     bf16* y, const bf16* x, const bf16* cosines, const bf16* sines, int heads, int half, Index stride_y, Index stride_x,
     float sign) {
-    OF_HALVES(bf16, y, x, cosines, sines, heads, half, stride_y, stride_x, sign)
+    BY_WIDTH(half | stride_y | stride_x, rotate, bf16, y, x, cosines, sines, heads, half, stride_y, stride_x, sign)
 }

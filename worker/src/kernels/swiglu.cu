@@ -56,25 +56,18 @@ __device__ inline void swiglu_back(T* of_gate_up, const T* g, const T* gate_up, 
     }
 }
 
-#define OF_GATES(body, T, ...)                  \
-    if (f % At<T>::ONCE == 0) {                 \
-        body<T, At<T>::ONCE>(__VA_ARGS__);      \
-    } else {                                    \
-        body<T, 1>(__VA_ARGS__);                \
-    }
-
 KERNEL swiglu_forward_f32(float* y, const float* gate_up, int rows, int f) {
-    OF_GATES(swiglu, float, y, gate_up, rows, f)
+    BY_WIDTH(f, swiglu, float, y, gate_up, rows, f)
 }
 
 KERNEL swiglu_forward_bf16(bf16* y, const bf16* gate_up, int rows, int f) {
-    OF_GATES(swiglu, bf16, y, gate_up, rows, f)
+    BY_WIDTH(f, swiglu, bf16, y, gate_up, rows, f)
 }
 
 KERNEL swiglu_backward_f32(float* of_gate_up, const float* g, const float* gate_up, int rows, int f) {
-    OF_GATES(swiglu_back, float, of_gate_up, g, gate_up, rows, f)
+    BY_WIDTH(f, swiglu_back, float, of_gate_up, g, gate_up, rows, f)
 }
 
 KERNEL swiglu_backward_bf16(bf16* of_gate_up, const bf16* g, const bf16* gate_up, int rows, int f) {
-    OF_GATES(swiglu_back, bf16, of_gate_up, g, gate_up, rows, f)
+    BY_WIDTH(f, swiglu_back, bf16, of_gate_up, g, gate_up, rows, f)
 }
