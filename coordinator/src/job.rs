@@ -13,6 +13,7 @@ mod open;
 mod talk;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::mpsc::Sender as NoticeSender;
 use std::time::{Duration, Instant};
 
@@ -23,7 +24,7 @@ use anello_store::Notice;
 use anello_store::events::{Event as Logged, Record};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::core::{Effect, Entry, Event, Goal, Membership, Millis, Outcome, Rows, Status};
+use crate::core::{Effect, Entry, Event, Goal, Membership, Millis, Missing, Outcome, Rows, Status};
 use crate::desk::{Desk, Done, Task};
 use crate::news::{Herald, News};
 use crate::records::{event_of, goal_name};
@@ -352,9 +353,18 @@ impl Running {
     /// Asks for figures that are missing before others, or before a checkpoint.
     fn look_for_rows(&mut self) {
         let waiting = self.waiting.iter().map(|waiting| waiting.step.0);
-        let look = self.rows.look(millis(self.began.elapsed()), waiting, self.links.keys().copied());
-        if let Some(std::ops::Range { start: from, end: to }) = look.lost {
-            tracing::error!(from, to, "the figures of these steps are lost with all who knew them");
+        let held = self.core.held_here().unwrap_or_default().0;
+        let look = self.rows.look(self.now(), waiting, self.links.keys().copied(), held);
+        match look.missing {
+            Some(Missing::Lost(Range { start: from, end: to })) => {
+                tracing::error!(from, to, "the figures of these steps are lost with all who knew them");
+            }
+            Some(Missing::Untrained) => {
+                for Waiting { step, .. } in std::mem::take(&mut self.waiting) {
+                    self.core_event(Event::Withdrawn { step });
+                }
+            }
+            None => {}
         }
         look.ask.into_iter().for_each(|worker| self.welcome(worker));
     }

@@ -113,7 +113,7 @@ impl Checkpoints {
     pub fn committed(&mut self, step: Step) {
         self.committed.insert(step);
         self.distrusted.remove(&step);
-        self.pending.retain(|(other, _), _| *other != step);
+        self.withdraw(step);
     }
 
     /// The manifest of a step could not be written: it is tried again from `again_at` on, some times.
@@ -125,6 +125,11 @@ impl Checkpoints {
             }
         }
         self.pending.retain(|_, pending| pending.failures < ATTEMPTS_MAX);
+    }
+
+    /// The checkpoint of a step is not to be, unless its parts are written anew.
+    pub fn withdraw(&mut self, step: Step) {
+        self.pending.retain(|(other, _), _| *other != step);
     }
 
     /// When the next attempt is due at a manifest that could not be written.

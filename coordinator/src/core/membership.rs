@@ -262,6 +262,13 @@ impl Membership {
                 self.checkpoints.failed(step, self.now + self.options.lease / 8);
                 out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
             }
+            Event::Withdrawn { step } => {
+                self.checkpoints.withdraw(step);
+                let reason =
+                    "whoever knew the figures of the steps before it is gone: they are trained again"
+                        .to_owned();
+                out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
+            }
             Event::Fenced { by } => self.over(Outcome::Fenced { by }, out),
             Event::GivenUp { .. } if self.is_trained() => self.over(Outcome::Completed, out),
             Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),

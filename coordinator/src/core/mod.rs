@@ -16,7 +16,7 @@ use anello_proto::ring::{Endpoints, Formation, Generation, Order, Pace, Stance, 
 
 pub use membership::{Found, Membership};
 pub use paces::Straggling;
-pub(crate) use rows::Rows;
+pub(crate) use rows::{Missing, Rows};
 
 /// Milliseconds on the shell's monotonic clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -169,6 +169,12 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// A checkpoint whose parts are all there is not to be committed: the figures of steps before it are gone with all who knew
+    /// them, and are to be trained again.
+    Withdrawn {
+        /// Its step.
+        step: Step,
+    },
     /// The checkpoints that exist.
     Listed {
         /// Their steps.
@@ -216,7 +222,7 @@ pub enum Effect {
     Record(Entry),
     /// List the checkpoints that exist: others may have written some. [`Event::Listed`] is owed.
     List,
-    /// Write a checkpoint's manifest; [`Event::Committed`] or [`Event::CommitFailed`] is owed.
+    /// Write a checkpoint's manifest; [`Event::Committed`], [`Event::CommitFailed`] or [`Event::Withdrawn`] is owed.
     Commit {
         /// The checkpoint's step.
         step: Step,

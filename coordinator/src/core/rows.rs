@@ -2,8 +2,9 @@
 //!
 //! Rank 0 reports every step, in order. A coordinator that comes later, or a rank 0 that dies, leaves a hole: a step is
 //! reported, or a checkpoint is whole, though figures of steps before it are not here. Any worker that was in the ring at the
-//! time has them, so that one after the other is asked. Those that nobody has died with whoever knew them: with their steps
-//! when nobody else holds state from after them, for then they are trained again.
+//! time has them, and anyone that holds the state after them (see [`anello_member::KeptRows`]), so that one after the other is
+//! asked. Rows that died with all who knew them come when their steps are trained again: so as long as nobody here holds the
+//! state after them, they are waited for.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -12,7 +13,7 @@ use anello_proto::ring::WorkerId;
 
 use super::Millis;
 
-/// Looks a lease. After two leases, rows that no connected worker has are given up: whoever is to be expected is here, and
+/// Looks a lease. When nobody was left to be asked for a lease, the rows are not to be had: whoever is to be expected is here, and
 /// whoever is dead is known to be.
 const LOOKS: u32 = 8;
 
@@ -33,9 +34,12 @@ pub(crate) struct Rows {
 struct Search {
     /// Since the last row came.
     asked: BTreeSet<WorkerId>,
-    /// Looks so far, and the last one. Looks are counted, not time: a coordinator that slept has not waited.
+    /// Looks since somebody was asked, one after the other as they are due, and the last one: a coordinator that slept has not
+    /// waited.
     looks: u32,
     looked: Millis,
+    /// Whether somebody holds the state after the missing steps, for as long.
+    is_trained: bool,
 }
 
 /// What comes of a look.
@@ -43,8 +47,18 @@ struct Search {
 pub(crate) struct Look {
     /// Who is to be asked for the rows from [`Rows::reported`] on.
     pub ask: Vec<WorkerId>,
-    /// Steps whose rows are given up.
-    pub lost: Option<Range<u64>>,
+    /// What nobody who can be asked has.
+    pub missing: Option<Missing>,
+}
+
+/// Why nobody has the rows that are missing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// Those of these steps are given up: somebody holds the state after them, and should have them.
+    Lost(Range<u64>),
+    /// Whoever trained these steps is gone, with the state after them. Their rows come when they are trained again, and so do the
+    /// checkpoints that wait for them, which are not to be waited for.
+    Untrained,
 }
 
 impl Rows {
@@ -87,12 +101,13 @@ impl Rows {
     }
 
     /// Looks for rows that are missing before one that is here, or before a step of `waiting`, whose whole checkpoints wait for
-    /// them. `connected` are those that can be asked.
+    /// them. `connected` are those that can be asked, and one of them holds the state after `held` steps, and none of more.
     pub fn look(
         &mut self,
         now: Millis,
         waiting: impl Iterator<Item = u64>,
         connected: impl ExactSizeIterator<Item = WorkerId>,
+        held: u64,
     ) -> Look {
         let reported = self.reported;
         self.ahead = self.ahead.filter(|ahead| *ahead > reported);
@@ -102,20 +117,34 @@ impl Rows {
             return Look::default();
         };
         let pace = self.pace;
-        let search = self.search.get_or_insert(Search { asked: BTreeSet::new(), looks: 0, looked: now });
+        let search = self.search.get_or_insert(Search {
+            asked: BTreeSet::new(),
+            looks: 0,
+            looked: now,
+            is_trained: false,
+        });
         if now < search.looked + pace {
             return Look::default();
         }
-        (search.looks, search.looked) = (search.looks + 1, now);
+        let is_trained = held >= hole_end;
+        let goes_on = search.is_trained == is_trained && now < search.looked + pace + pace;
+        search.looks = if goes_on { search.looks + 1 } else { 1 };
+        (search.looked, search.is_trained) = (now, is_trained);
         let share = connected.len().div_ceil(LOOKS as usize);
         let ask: Vec<WorkerId> = connected.filter(|id| !search.asked.contains(id)).take(share).collect();
-        if ask.is_empty() && search.looks > LOOKS {
-            self.reported = hole_end;
-            self.search = None;
-            return Look { ask, lost: Some(reported..hole_end) };
+        if !ask.is_empty() {
+            search.asked.extend(&ask);
+            search.looks = 0;
         }
-        search.asked.extend(&ask);
-        Look { ask, lost: None }
+        let missing = match (search.looks > LOOKS, is_trained) {
+            (false, _) => None,
+            (true, false) => Some(Missing::Untrained),
+            (true, true) => {
+                (self.reported, self.search) = (hole_end, None);
+                Some(Missing::Lost(reported..hole_end))
+            }
+        };
+        Look { ask, missing }
     }
 }
 
@@ -130,10 +159,11 @@ mod tests {
     }
 
     fn asks(of: &[u64]) -> Look {
-        Look { ask: ids(of).collect(), lost: None }
+        Look { ask: ids(of).collect(), missing: None }
     }
 
-    /// Looks every 100 ms from `from` on, `count` times; returns what came of the looks that were not idle.
+    /// Looks every 100 ms from `from` on, `count` times, where somebody holds the state after all that is trained; returns what
+    /// came of the looks that were not idle.
     fn looks(
         rows: &mut Rows,
         from: u64,
@@ -141,9 +171,18 @@ mod tests {
         wanted: Option<u64>,
         connected: &[u64],
     ) -> Vec<(u64, Look)> {
-        let look = |at: u64| (at, rows.look(Millis(at), wanted.into_iter(), ids(connected)));
-        let times = (0..count).map(|n| from + 100 * n);
-        times.map(look).filter(|(_, look)| *look != Look::default()).collect()
+        looks_at(rows, from..from + 100 * count, wanted, connected, u64::MAX)
+    }
+
+    fn looks_at(
+        rows: &mut Rows,
+        times: Range<u64>,
+        wanted: Option<u64>,
+        connected: &[u64],
+        held: u64,
+    ) -> Vec<(u64, Look)> {
+        let look = |at: u64| (at, rows.look(Millis(at), wanted.into_iter(), ids(connected), held));
+        times.step_by(100).map(look).filter(|(_, look)| *look != Look::default()).collect()
     }
 
     #[test]
@@ -159,9 +198,9 @@ mod tests {
         let mut rows = Rows::new(3, LEASE);
         rows.take(5);
         // The row may be on its way: the first is asked after a look's time.
-        assert_eq!(rows.look(Millis(0), std::iter::empty(), ids(&[1, 2])), asks(&[]));
+        assert_eq!(rows.look(Millis(0), std::iter::empty(), ids(&[1, 2]), 9), asks(&[]));
         assert_eq!(rows.deadline(), Some(Millis(100)));
-        assert_eq!(rows.look(Millis(99), std::iter::empty(), ids(&[1, 2])), asks(&[]));
+        assert_eq!(rows.look(Millis(99), std::iter::empty(), ids(&[1, 2]), 9), asks(&[]));
         assert_eq!(looks(&mut rows, 100, 3, None, &[1, 2]), [(100, asks(&[1])), (200, asks(&[2]))]);
         // Whoever has a row may have the next one too, and whoever had none of this may have that.
         assert!(rows.take(3));
@@ -188,14 +227,28 @@ mod tests {
         rows.take(9);
         // It sleeps for an hour between two looks: nobody had the time to answer.
         let asked = [
-            rows.look(Millis(0), std::iter::once(6), ids(&[])),
-            rows.look(Millis(3_600_000), std::iter::once(6), ids(&[])),
+            rows.look(Millis(0), std::iter::once(6), ids(&[]), 9),
+            rows.look(Millis(3_600_000), std::iter::once(6), ids(&[]), 9),
         ];
         assert_eq!(asked, [asks(&[]), asks(&[])]);
-        let lost = Look { ask: Vec::new(), lost: Some(3..6) };
+        let lost = Look { ask: Vec::new(), missing: Some(Missing::Lost(3..6)) };
         assert_eq!(looks(&mut rows, 3_600_100, 8, Some(6), &[]), [(3_600_800, lost)]);
         assert_eq!(rows.reported(), 6);
         // The next hole begins anew, and someone who comes is asked before it is given up.
         assert_eq!(looks(&mut rows, 3_602_100, 9, None, &[7]), [(3_602_200, asks(&[7]))]);
+    }
+
+    #[test]
+    fn rows_that_are_to_be_trained_again_are_not_given_up() {
+        let mut rows = Rows::new(3, LEASE);
+        let untrained = Look { ask: Vec::new(), missing: Some(Missing::Untrained) };
+        // Whoever knew them is dead, and those that come hold an older state.
+        let looked = looks_at(&mut rows, 0..1100, Some(6), &[1], 5);
+        assert_eq!(looked, [(100, asks(&[1])), (1000, untrained)]);
+        assert!(rows.take(3) && rows.take(4));
+        assert_eq!(looks_at(&mut rows, 1100..1900, Some(6), &[1], 5), [(1100, asks(&[1]))]);
+        // The last one should be here, and somebody has lost it.
+        let lost = Look { ask: Vec::new(), missing: Some(Missing::Lost(5..6)) };
+        assert_eq!(looks_at(&mut rows, 1900..4000, Some(6), &[1], 6), [(2700, lost)]);
     }
 }

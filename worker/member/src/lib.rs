@@ -13,9 +13,13 @@
 //! The shell does what the effects say and reports back: every ring that was begun ends in one [`Event::Left`], after
 //! which nothing of that generation can be applied any more. A worker that is told nothing does nothing new.
 
+mod rows;
+
 use std::sync::Arc;
 
 use anello_proto::ring::*;
+
+pub use rows::KeptRows;
 
 /// What happens to a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,10 @@ use anello_collective::tree::balanced;
 use anello_proto::ring::{Generation, Step};
 use anello_proto::v1::peers_client::PeersClient;
 use anello_proto::v1::state_chunk::Chunk;
-use anello_proto::v1::{LiveBlocks, LiveRequest, StateBlocks, StateHead, StateRange, StateRequest};
+use anello_proto::v1::{
+    LiveBlocks, LiveRequest, RowsItem, RowsRequest, StateBlocks, StateHead, StateRange, StateRequest,
+    StepReport,
+};
 use anello_store::Cursor;
 use anello_tls::grpc::{ConnectError, To};
 use anello_tls::{Role, Tls};
@@ -151,6 +154,23 @@ pub(super) struct Failed {
 impl From<String> for Failed {
     fn from(reason: String) -> Self {
         Self { unreachable: Vec::new(), reason }
+    }
+}
+
+/// The figures of steps, as a peer has them.
+#[derive(Debug, Default)]
+pub(super) struct Rows {
+    /// Those of steps before this one are in the run folder.
+    pub durable: u64,
+    /// Those of the steps from there on, or from the first that was asked for.
+    pub rows: Vec<StepReport>,
+}
+
+impl Rows {
+    /// Whether these are all that is not in the run folder of steps from `first` to before `end`.
+    fn fit(&self, first: u64, end: u64) -> bool {
+        let from = first.max(self.durable).min(end);
+        self.rows.iter().map(|row| row.step).eq(from..end)
     }
 }
 
@@ -318,6 +338,43 @@ impl Circle {
             });
             read.map_err(&failed)
         }))
+    }
+
+    /// What one of them, which holds the state after `end` steps, has of the figures of the steps before, from `first` on.
+    ///
+    /// # Errors
+    /// In words: a peer that is lost, one that sends other rows.
+    pub async fn rows(&self, at: usize, first: u64, end: u64) -> Result<Rows, Failed> {
+        let (mut client, failed) = self.client(at).await?;
+        let until = tokio::time::Instant::now() + self.silence;
+        let mut stream = loop {
+            match client.rows(RowsRequest { first, end }).await {
+                Ok(stream) => break stream.into_inner(),
+                // It has applied the step, and is about to note its figures.
+                Err(status) if is_not_there_yet(&status) && tokio::time::Instant::now() < until => {
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(status) => return Err(failed(status.to_string())),
+            }
+        };
+        let mut rows = Rows::default();
+        while let Some(message) = stream.next().await {
+            let RowsItem { durable, row } = message.map_err(|status| failed(status.to_string()))?;
+            rows.durable = durable.unwrap_or(rows.durable);
+            rows.rows.extend(row);
+        }
+        if rows.fit(first, end) { Ok(rows) } else { Err(failed("rows that were not asked for".to_owned())) }
+    }
+
+    /// [`Circle::rows`], or, when that is earlier, the reason of an abort.
+    pub async fn figures(
+        &self,
+        at: usize,
+        first: u64,
+        end: u64,
+        abort: &AbortHandle,
+    ) -> Result<Rows, Failed> {
+        unless_aborted(abort, self.rows(at, first, end)).await
     }
 
     /// Gathers what is `asked`, all at once.

@@ -8,7 +8,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anello_collective::AbortHandle;
-use anello_proto::ring::WorkerId;
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_stream::StreamExt;
 
@@ -28,8 +27,6 @@ const POLL: Duration = Duration::from_millis(2);
 /// A state on its way.
 pub(super) struct Learner {
     circle: Circle,
-    /// The members that are asked.
-    ids: Vec<WorkerId>,
     desk: Arc<Desk>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -44,18 +41,13 @@ struct Desk {
 }
 
 impl Learner {
-    /// Of a state that lacks blocks, which the peers of `circle` have, whose names are `ids`; nobody is asked yet.
-    pub fn new(live: Arc<Live>, circle: Circle, ids: Vec<WorkerId>) -> Self {
+    /// Of a state that lacks blocks, which the peers of `circle` have; nobody is asked yet.
+    pub fn new(live: Arc<Live>, circle: Circle) -> Self {
         let blocks = live.blocks();
         let pieces = (0..blocks).step_by(PIECE).map(|from| from..blocks.min(from + PIECE));
         let wanted = Mutex::new(pieces.collect());
         let desk = Arc::new(Desk { live, wanted, late: AtomicUsize::new(0), failed: Mutex::new(None) });
-        Self { circle, ids, desk, tasks: Vec::new() }
-    }
-
-    /// The members that are asked.
-    pub fn ids(&self) -> &[WorkerId] {
-        &self.ids
+        Self { circle, desk, tasks: Vec::new() }
     }
 
     /// Asks the peers, all at once, until everything is there.
@@ -148,6 +140,7 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use anello_proto::ring::{Generation, Step};
+    use anello_proto::v1::StepReport;
     use tokio::runtime::Runtime;
 
     use super::*;
@@ -168,7 +161,8 @@ mod tests {
         fn new() -> Self {
             let (runtime, shelf) = (Runtime::new().unwrap(), Shelf::default());
             let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
-            let address = runtime.block_on(peers::start(here, None, shelf.clone())).unwrap();
+            let rows = peers::Rows::default();
+            let address = runtime.block_on(peers::start(here, None, shelf.clone(), rows)).unwrap();
             let states = [state(1), state(2)];
             let blocks = states[0].layout.blocks();
             let missing = [0..0, 0..blocks].into_iter();
@@ -177,7 +171,7 @@ mod tests {
             let lives: [Arc<Live>; 2] = lives.try_into().ok().unwrap();
             let (generation, silence) = (Generation(4), Duration::from_secs(60));
             let circle = Circle::new(vec![address.to_string()], None, silence, generation, Step(7));
-            let mut learner = Learner::new(lives[1].clone(), circle, vec![WorkerId(1)]);
+            let mut learner = Learner::new(lives[1].clone(), circle);
             learner.begin(runtime.handle());
             Self { runtime, shelf, states, lives, learner }
         }
@@ -251,7 +245,7 @@ mod tests {
                 Step(7),
             ),
         );
-        let mut other = Learner::new(live, circle, vec![WorkerId(2)]);
+        let mut other = Learner::new(live, circle);
         other.begin(runtime.handle());
         let abort = AbortHandle::new();
         let told = loop {
@@ -261,5 +255,35 @@ mod tests {
             }
         };
         assert!(told.reason.starts_with("state from 127.0.0.1:1: "), "{told:?}");
+    }
+
+    #[test]
+    fn figures_come_from_a_peer_once_it_has_them_and_from_no_other() {
+        let runtime = Runtime::new().unwrap();
+        let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let row = |step| StepReport { step, loss: step as f64, ..StepReport::default() };
+        let rows = peers::Rows::default();
+        rows.lock().unwrap().took(2, (2..5).map(|step| (step, row(step))).collect()).for_each(drop);
+        let address = runtime.block_on(peers::start(here, None, Shelf::default(), rows.clone())).unwrap();
+        let silence = Duration::from_millis(500);
+        let circle = Circle::new(vec![address.to_string()], None, silence, Generation(4), Step(5));
+        let ask = |first, end| runtime.block_on(circle.rows(0, first, end));
+        let came = ask(0, 5).unwrap();
+        assert_eq!((came.durable, came.rows), (2, (2..5).map(row).collect()));
+        let came = ask(4, 5).unwrap();
+        assert_eq!((came.durable, came.rows), (2, vec![row(4)]));
+        assert!(ask(5, 5).unwrap().rows.is_empty() && ask(0, 1).unwrap().rows.is_empty());
+        // It has applied the step, and is about to note its figures.
+        let noted = std::thread::spawn({
+            let rows = rows.clone();
+            move || {
+                std::thread::sleep(Duration::from_millis(100));
+                assert_eq!(rows.lock().unwrap().applied(5, row(5)), None);
+            }
+        });
+        assert_eq!(ask(5, 6).unwrap().rows, [row(5)]);
+        noted.join().unwrap();
+        let failed = ask(5, 8).unwrap_err();
+        assert!(failed.reason.contains("the figures of 8 steps are not here yet"), "{failed:?}");
     }
 }

@@ -32,10 +32,11 @@ use tch::{Device, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::learning::{Learning, ToLearn};
+use super::circle::Rows;
 use super::gpus::{Gpus, Nccl};
 use super::live::Live;
 use super::parts::{self, PartsWriter};
-use super::peers::Shelf;
+use super::peers::{self, Shelf};
 use super::sum::Total;
 use super::{Load, WorkerOptions};
 use crate::account::{Epochs, Stamp};
@@ -64,6 +65,8 @@ pub(super) enum Told {
     Event(Event),
     /// A step is applied: its figures, and how the worker is after it.
     Step(v1::StepReport, Load),
+    /// The figures of the steps before, that came with a state.
+    Took(Rows),
     /// It cannot serve this run at all.
     Failed(Error),
 }
@@ -74,6 +77,8 @@ pub(super) struct Outside {
     pub listener: tcp::Listener,
     /// Where state for peers that lack it is laid.
     pub shelf: Shelf,
+    /// The figures of steps, which the shell keeps.
+    pub rows: peers::Rows,
     /// On the way to peers that have state.
     pub tls: Option<Tls>,
     /// What drives the connections to peers that have state.
@@ -161,6 +166,7 @@ struct Thread {
     told: Option<Epochs>,
     listener: tcp::Listener,
     shelf: Shelf,
+    rows: peers::Rows,
     tls: Option<Tls>,
     /// Of a peer, after which it cannot be reached.
     silence: Duration,
@@ -190,6 +196,8 @@ struct Stepped {
     control: u8,
     /// What there is to report.
     report: v1::StepReport,
+    /// Whether all of the state was here to report from.
+    is_whole: bool,
     /// Whether it was a spike, and the state is that of some steps before.
     undone: bool,
 }
@@ -217,7 +225,7 @@ impl Thread {
         parts: (Sender<parts::Told>, Receiver<parts::Told>),
         outside: Outside,
     ) -> Result<Self> {
-        let Outside { listener, shelf, tls, runtime, tell } = outside;
+        let Outside { listener, shelf, rows, tls, runtime, tell } = outside;
         let mut config = read_config(&store)?;
         config.compute.threads = threads.or(config.compute.threads);
         config.compute.device = device.unwrap_or(config.compute.device);
@@ -251,6 +259,7 @@ impl Thread {
             told: None,
             listener,
             shelf,
+            rows,
             tls,
             silence: Duration::ZERO,
             runtime,
@@ -350,7 +359,7 @@ impl Thread {
             }
             self.keep_up(&serving)?;
             let sent_before = sent_bytes(&ring, gpus.as_ref());
-            let Stepped { control, mut report, undone } =
+            let Stepped { control, mut report, is_whole, undone } =
                 self.step(&plan, &serving, &mut ring, gpus.as_mut(), loader.as_mut())?;
             at += 1;
             self.inject_fault(at, rank);
@@ -367,10 +376,10 @@ impl Thread {
                 if workers.is_empty() || workers.contains(&worker));
             let measured = match odd {
                 true => Ok(()),
-                false => self.validate(&plan, &serving, &mut ring, &mut report),
+                false => self.validate(&plan, &serving, is_whole, &mut ring, &mut report),
             };
             // Whatever comes after it, the step is applied.
-            if !odd && !serving.learns() {
+            if !odd && is_whole {
                 let queued_bytes = loader.as_ref().map_or(0, Loader::queued_bytes);
                 let sent_bytes = sent_bytes(&ring, gpus.as_ref()) - sent_before;
                 let _ = self.tell.send(Told::Step(report, Load { queued_bytes, sent_bytes }));

@@ -9,10 +9,12 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
+use anello_member::KeptRows;
 use anello_proto::ring::{Generation, Step};
 use anello_proto::v1::peers_server::{Peers, PeersServer};
 use anello_proto::v1::{
-    LiveBlocks, LiveRequest, StateBlocks, StateChunk, StateHead, StateRange, StateRequest, state_chunk::Chunk,
+    LiveBlocks, LiveRequest, RowsItem, RowsRequest, StateBlocks, StateChunk, StateHead, StateRange,
+    StateRequest, StepReport, state_chunk::Chunk,
 };
 use anello_store::Cursor;
 use anello_tls::grpc::incoming;
@@ -59,7 +61,10 @@ pub(super) struct HostState {
     pub moments: [Vec<u8>; 2],
 }
 
-/// What the service hands out now.
+/// The figures of steps that are not in the run folder.
+pub(super) type Rows = Arc<Mutex<KeptRows<StepReport>>>;
+
+/// What the service hands out now, of state.
 #[derive(Clone, Default)]
 pub(super) struct Shelf(Arc<RwLock<Shelved>>);
 
@@ -132,12 +137,17 @@ impl Lent {
     }
 }
 
-/// Serves what is on `shelf` at a free port of `address`, with TLS to workers alone.
-pub(super) async fn start(address: IpAddr, tls: Option<&Tls>, shelf: Shelf) -> std::io::Result<SocketAddr> {
+/// Serves what is on `shelf`, and `rows`, at a free port of `address`, with TLS to workers alone.
+pub(super) async fn start(
+    address: IpAddr,
+    tls: Option<&Tls>,
+    shelf: Shelf,
+    rows: Rows,
+) -> std::io::Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind((address, 0)).await?;
     let address = listener.local_addr()?;
     let server = tonic::transport::Server::builder()
-        .add_service(PeersServer::new(Service { shelf }))
+        .add_service(PeersServer::new(Service { shelf, rows }))
         .serve_with_incoming(incoming(listener, tls.map(|tls| (tls, &[Role::Worker][..]))));
     tokio::spawn(async move {
         if let Err(error) = server.await {
@@ -149,6 +159,7 @@ pub(super) async fn start(address: IpAddr, tls: Option<&Tls>, shelf: Shelf) -> s
 
 struct Service {
     shelf: Shelf,
+    rows: Rows,
 }
 
 #[tonic::async_trait]
@@ -217,6 +228,20 @@ impl Peers for Service {
         }
         let blocks = tokio_stream::iter(first_block as usize..end as usize);
         Ok(Response::new(Box::pin(blocks.then(move |block| lent.clone().block(block)))))
+    }
+
+    type RowsStream = Pin<Box<dyn Stream<Item = Result<RowsItem, Status>> + Send>>;
+
+    async fn rows(&self, request: Request<RowsRequest>) -> Result<Response<Self::RowsStream>, Status> {
+        let RowsRequest { first, end } = request.into_inner();
+        let kept = self.rows.lock().expect("no holder panics");
+        let (durable, rows) = kept.between(first, end).ok_or_else(|| {
+            Status::unavailable(format!("the figures of {end} steps are not here yet; ask again"))
+        })?;
+        let rows = rows.map(|row| RowsItem { row: Some(row.clone()), durable: None });
+        let first = RowsItem { durable: Some(durable), row: None };
+        let items: Vec<_> = std::iter::once(first).chain(rows).map(Ok).collect();
+        Ok(Response::new(Box::pin(tokio_stream::iter(items))))
     }
 }
 

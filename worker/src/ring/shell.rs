@@ -1,13 +1,12 @@
 //! The shell: connection, heartbeats, signals and the model thread around the pure [`Member`].
 
-use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use anello_collective::{AbortHandle, tcp};
-use anello_member::{Effect, Event, Member};
+use anello_member::{Effect, Event, KeptRows, Member};
 use anello_proto::convert::Word;
 use anello_proto::ring::{Epoch, Leave, WorkerId};
 use anello_proto::v1;
@@ -18,6 +17,7 @@ use anello_tls::grpc::{ConnectError, To};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::circle::Rows;
 use super::link::Link;
 use super::model::{Command, Model, Outside, Told};
 use super::pace::Tally;
@@ -30,8 +30,6 @@ use crate::error::{Error, Result, with_causes};
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// How often the wish to go is looked for.
 const POLL: Duration = Duration::from_millis(50);
-/// Rows kept for a coordinator that is away: some hours of a small run's steps, 30 MiB.
-const ROWS_MAX: usize = 100_000;
 
 /// Serves until sent away.
 pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Result<Leave> {
@@ -50,9 +48,9 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         listener = listener.with_tls(tls.clone());
     }
     let ring = listener.address().map_err(system("listening for peers"))?;
-    let shelf = peers::Shelf::default();
+    let (shelf, rows) = (peers::Shelf::default(), peers::Rows::default());
     let peers = runtime
-        .block_on(peers::start(options.address, tls, shelf.clone()))
+        .block_on(peers::start(options.address, tls, shelf.clone(), rows.clone()))
         .map_err(system("listening for peers that lack state"))?;
     let here = environment::of(device::named(options.device.unwrap_or_default()), options.threads);
     let hello = v1::Hello {
@@ -79,9 +77,8 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         parts_of_model: Some((listener, shelf)),
         runtime: runtime.handle().clone(),
         ring: None,
-        rank_zero: false,
         welcomed: false,
-        rows: VecDeque::new(),
+        rows,
         tally: Tally::default(),
         heartbeat: Duration::from_secs(1),
         silence: Duration::from_secs(5),
@@ -121,11 +118,10 @@ struct Shell {
     parts_of_model: Option<(tcp::Listener, peers::Shelf)>,
     runtime: tokio::runtime::Handle,
     ring: Option<RingHand>,
-    rank_zero: bool,
-    /// The coordinator has said over this connection which steps it knows.
+    /// The coordinator has said over this connection where the run is.
     welcomed: bool,
-    /// Rows of steps that are not known to be in a checkpoint.
-    rows: VecDeque<v1::StepReport>,
+    /// Figures of steps that are not known to be in the run folder.
+    rows: peers::Rows,
     /// Time of the steps since the last word about it.
     tally: Tally,
     heartbeat: Duration,
@@ -169,8 +165,7 @@ impl Shell {
                 Happened::Order(Some((_, Word::Welcome(welcome)))) => self.welcome(welcome)?,
                 Happened::Order(Some((epoch, Word::Order(order)))) => {
                     if let anello_proto::ring::Order::Committed { step } = &order {
-                        let committed = step.0;
-                        self.rows.retain(|row| row.step >= committed);
+                        self.rows().durable(step.0);
                         if let Some(model) = &self.model {
                             model.committed(*step);
                         }
@@ -223,6 +218,7 @@ impl Shell {
             Ok(link) => {
                 self.link = Some(link);
                 self.welcomed = false;
+                self.rows().linked();
                 self.pause = PAUSE.0;
                 self.said_at = Instant::now();
                 let mut effects = Vec::new();
@@ -255,21 +251,22 @@ impl Shell {
     fn welcome(&mut self, welcome: v1::Welcome) -> Result<()> {
         self.heartbeat = Duration::from_millis(welcome.heartbeat_ms.max(1));
         self.silence = Duration::from_millis(welcome.silence_ms.max(1000));
-        if std::mem::replace(&mut self.welcomed, true) {
-            self.report(welcome.reported);
-            return Ok(());
+        let again = std::mem::replace(&mut self.welcomed, true);
+        if !again {
+            // What happened since the hello was said.
+            self.say_stance();
         }
-        // What happened since the hello was said.
-        self.say_stance();
-        if self.rank_zero {
-            self.report(welcome.reported);
+        self.tell_rows(self.rows().welcomed(welcome.reported));
+        if again {
+            return Ok(());
         }
         if let Some((listener, shelf)) = self.parts_of_model.take() {
             let store = Store::durable(&welcome.run)?;
             self.watch(|| Watched::Run(store.clone()));
             let tell = self.tell.clone();
             let tls = self.coordinator.tls.clone();
-            let outside = Outside { listener, shelf, tls, runtime: self.runtime.clone(), tell };
+            let (runtime, rows) = (self.runtime.clone(), self.rows.clone());
+            let outside = Outside { listener, shelf, rows, tls, runtime, tell };
             let model = Model::start(store, &self.options, outside)?;
             self.model = Some(model);
         }
@@ -282,16 +279,11 @@ impl Shell {
             Told::Step(report, load) => {
                 self.tally.add(&report);
                 self.watch(|| Watched::Step(report.clone(), load));
-                if self.rank_zero
-                    && self.welcomed
-                    && let Some(link) = &self.link
-                {
-                    link.say(Said::Step(report.clone()));
-                }
-                self.rows.push_back(report);
-                if self.rows.len() > ROWS_MAX {
-                    self.rows.pop_front();
-                }
+                self.tell_rows(self.rows().applied(report.step, report));
+            }
+            Told::Took(Rows { durable, rows }) => {
+                let rows = rows.into_iter().map(|row| (row.step, row)).collect();
+                self.tell_rows(self.rows().took(durable, rows));
             }
             Told::Failed(error) => return Err(error),
         }
@@ -311,11 +303,8 @@ impl Shell {
                 Effect::Say(_) => self.say_stance(),
                 Effect::Form(formation) => {
                     let worker = WorkerId(self.hello.worker);
-                    self.rank_zero = formation.rank(worker) == Some(0);
                     self.tally.begin(&formation, worker);
-                    if self.rank_zero {
-                        self.report(0);
-                    }
+                    self.tell_rows(self.rows().formed(formation.rank(worker) == Some(0)));
                     let ring = RingHand { abort: AbortHandle::new(), hold: Arc::default() };
                     let (abort, hold) = (ring.abort.clone(), ring.hold.clone());
                     self.ring = Some(ring);
@@ -361,14 +350,14 @@ impl Shell {
         }
     }
 
-    /// Says what the coordinator may not know: it drops what it does.
-    fn report(&self, reported: u64) {
+    fn rows(&self) -> MutexGuard<'_, KeptRows<v1::StepReport>> {
+        self.rows.lock().expect("no holder panics")
+    }
+
+    /// As far as the connection has room: the coordinator asks for what it lacks, and drops what it knows.
+    fn tell_rows<'a>(&self, rows: impl IntoIterator<Item = &'a v1::StepReport>) {
         if let Some(link) = &self.link {
-            for row in self.rows.iter().filter(|row| row.step >= reported) {
-                if !link.say(Said::Step(row.clone())) {
-                    return;
-                }
-            }
+            let _ = rows.into_iter().all(|row| link.say(Said::Step(row.clone())));
         }
     }
 }

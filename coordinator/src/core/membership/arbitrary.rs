@@ -122,6 +122,7 @@ fn act() -> impl Strategy<Value = Act> {
             }
         ),
         1 => (0u64..=TOTAL.0).prop_map(|step| Event::Committed { step: Step(step) }),
+        1 => step().prop_map(|step| Event::Withdrawn { step }),
         1 => step().prop_map(move |step| Event::CommitFailed { step, reason: reason() }),
         1 => vec((0u64..=TOTAL.0).prop_map(Step), 0..3).prop_map(|steps| Event::Listed { steps }),
         1 => goal.prop_map(Event::Goal),

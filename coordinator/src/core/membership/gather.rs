@@ -174,4 +174,10 @@ impl Membership {
     pub(super) fn newest_held(&self) -> Option<Step> {
         self.workers.values().filter_map(|worker| worker.stance.holds).max()
     }
+
+    /// The newest step after which a worker that is connected holds state.
+    pub fn held_here(&self) -> Option<Step> {
+        let here = self.workers.values().filter(|worker| worker.linked);
+        here.filter_map(|worker| worker.stance.holds).max()
+    }
 }

@@ -1,6 +1,7 @@
 //! What must always be true: one predicate each, by name.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use anello_proto::ring::{Formation, Generation, Source, Stance, Step, WorkerId};
 
@@ -204,6 +205,22 @@ pub fn manifest_is_whole(
         }
     }
     Ok(())
+}
+
+/// **A checkpoint never stands after steps that are not in the metrics**, and neither does the end of the run.
+pub fn steps_are_logged(end: Step, metrics: &BTreeSet<u64>) -> Result<(), String> {
+    match (0..end.0).find(|step| !metrics.contains(step)) {
+        None => Ok(()),
+        Some(step) => Err(format!("the figures of step {step} of the first {end} are not in the metrics")),
+    }
+}
+
+/// **No figures are lost**: those that nobody has any more, though somebody holds the state after them, are in the metrics.
+pub fn figures_are_somewhere(missed: Range<u64>, metrics: &BTreeSet<u64>) -> Result<(), String> {
+    match missed.clone().all(|step| metrics.contains(&step)) {
+        true => Ok(()),
+        false => Err(format!("the figures of steps {missed:?} are lost with all who knew them")),
+    }
 }
 
 /// **No checkpoint is abandoned**: a job does not end while a checkpoint that is not committed could be, with what those

@@ -83,9 +83,14 @@ fn a_network_that_is_cut_in_two_costs_one_ring() {
 /// Each classic mistake, put in by hand, is found.
 #[test]
 fn planted_bugs_are_found() {
-    for bug in
-        [Bug::LostVote, Bug::StaleGradient, Bug::EarlyManifest, Bug::AbandonedCheckpoint, Bug::DroppedShard]
-    {
+    for bug in [
+        Bug::LostVote,
+        Bug::StaleGradient,
+        Bug::EarlyManifest,
+        Bug::AbandonedCheckpoint,
+        Bug::DroppedShard,
+        Bug::ForgottenRows,
+    ] {
         let found = (0..10_000).find_map(|seed| run(seed, Some(bug)).err().map(|failure| (seed, failure)));
         let (seed, failure) = found.unwrap_or_else(|| panic!("{bug:?} was not found within 10 000 seeds"));
         println!("{bug:?}: seed {seed}: {failure}");

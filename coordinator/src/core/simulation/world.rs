@@ -1,7 +1,7 @@
 //! The world around the cores: its state and the loop that lets one thing happen after the other.
 //!
 //! `workers` are processes, their links and what they write; `rings` is what they do together, `rifts` what keeps two from it; `coordinators` has the
-//! cores and the store; `chaos` does harm.
+//! cores and the store; `rows` are the figures of the steps, on their way from workers to the store; `chaos` does harm.
 
 mod chaos;
 mod coordinators;
@@ -9,17 +9,19 @@ mod happening;
 mod report;
 mod rifts;
 mod rings;
+mod rows;
 mod workers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use anello_configs::random::Stream;
-use anello_member::{Effect as Do, Event as Happens, Member as Machine};
+use anello_member::{Effect as Do, Event as Happens, KeptRows, Member as Machine};
 use anello_proto::ring::*;
 
 use super::super::{
-    Attendant, Effect, Entry, Event, Found, Goal, Membership, Millis, Options, Outcome, Straggling,
+    Attendant, Effect, Entry, Event, Found, Goal, Membership, Millis, Missing, Options, Outcome, Rows,
+    Straggling,
 };
 use super::invariants::*;
 use coordinators::Coordinator;
@@ -42,6 +44,8 @@ pub enum Bug {
     AbandonedCheckpoint,
     /// A member forgets the step that it made ready when its ring breaks, and says that it has it.
     DroppedShard,
+    /// Whoever takes the state from another worker does not take the figures of its steps.
+    ForgottenRows,
 }
 
 fn mix(a: u64, b: u64) -> u64 {
@@ -81,6 +85,8 @@ pub struct World {
     ever_committed: BTreeSet<Step>,
     unreadable: BTreeSet<Step>,
     parts: BTreeMap<(Step, Generation, u64), u64>,
+    /// The metrics: steps whose figures are in the store.
+    metrics: BTreeSet<u64>,
     coordinators: Vec<Coordinator>,
     workers: BTreeMap<WorkerId, Worker>,
     rings: BTreeMap<Generation, Ring>,
@@ -137,6 +143,7 @@ impl World {
             ever_committed: BTreeSet::new(),
             unreadable: BTreeSet::new(),
             parts: BTreeMap::new(),
+            metrics: BTreeSet::new(),
             coordinators: Vec::new(),
             workers: BTreeMap::new(),
             rings: BTreeMap::new(),
@@ -283,11 +290,18 @@ impl World {
                     }
                     known.links.insert(worker, link);
                     known.sent_away.remove(&worker);
+                    known.rows.connected(worker);
+                    self.welcome(coordinator, worker);
                     let (endpoints, machine) = (Endpoints::default(), "machine".to_owned());
                     return self.tell_core(coordinator, Event::Linked { worker, endpoints, machine, stance });
                 }
                 if known.links.get(&worker) == Some(&link) {
                     return self.tell_core(coordinator, Event::Stands { worker, stance });
+                }
+            }
+            Happening::Rows { coordinator, link, worker, steps } => {
+                if self.coordinators[coordinator].links.get(&worker) == Some(&link) {
+                    return self.told_rows(coordinator, steps);
                 }
             }
             Happening::ClosedAtCoordinator { coordinator, link, worker } => {
@@ -302,6 +316,7 @@ impl World {
                     return self.tell_worker(worker, Happens::Ordered { epoch, order });
                 }
             }
+            Happening::Welcome { worker, link, reported } => self.welcomed(worker, link, reported),
             Happening::ClosedAtWorker { worker, link } => {
                 if self.workers[&worker].link.is_some_and(|(_, id)| id == link) {
                     self.workers.get_mut(&worker).expect("known").link = None;

@@ -8,7 +8,9 @@
 
 use super::state::cause_of_failure;
 use super::*;
-use crate::ring::circle::{Circle, Failed, Head};
+use tokio::task::JoinHandle;
+
+use crate::ring::circle::{Circle, Failed, Head, Rows};
 use crate::ring::learner::Learner;
 
 /// What a learner knows of the state before it has met the others.
@@ -26,12 +28,54 @@ impl ToLearn {
     }
 }
 
-/// How a state comes to this worker while the others train.
-pub(super) enum Learning {
+/// A state that comes to this worker while the others train, and the figures of its steps after it.
+pub(super) struct Learning {
+    state: Coming,
+    circle: Circle,
+    ids: Vec<WorkerId>,
+    /// Of steps before the state was here; from there on this worker has its own.
+    figures: Option<JoinHandle<std::result::Result<Rows, Failed>>>,
+    /// Why they do not come.
+    failed: Option<Failed>,
+}
+
+/// How it comes.
+enum Coming {
     /// Block by block, as it is between two updates.
     Sent(Learner),
     /// With the step after this one, which spreads all weights to all members.
     Spread(Step),
+    /// It is here.
+    Here,
+}
+
+impl Learning {
+    fn new(state: Coming, circle: Circle, ids: Vec<WorkerId>) -> Self {
+        Self { state, circle, ids, figures: None, failed: None }
+    }
+
+    /// The state is here, from elsewhere.
+    pub fn has_all(&mut self) {
+        self.state = Coming::Here;
+    }
+
+    /// Asks one of those that have them for the figures of the steps before `end`, from `first` on.
+    fn ask_for_figures(&mut self, runtime: &tokio::runtime::Handle, first: u64, end: u64) {
+        let (circle, at) = (self.circle.clone(), end as usize % self.circle.len());
+        self.figures = Some(runtime.spawn(async move { circle.rows(at, first, end).await }));
+    }
+
+    /// They, once they are here.
+    fn figures(&mut self, runtime: &tokio::runtime::Handle) -> Option<Rows> {
+        let task = self.figures.take_if(|task| task.is_finished())?;
+        match runtime.block_on(task).unwrap_or_else(|cause| Err(Failed::from(cause.to_string()))) {
+            Ok(rows) => Some(rows),
+            Err(failed) => {
+                self.failed = Some(failed);
+                None
+            }
+        }
+    }
 }
 
 impl Thread {
@@ -81,15 +125,16 @@ impl Thread {
         let make = if shared { State::without_moments } else { State::new };
         let mut state = make(layout, weights);
         (state.updates, state.losses) = (updates, losses);
-        self.learning = Some(if shared {
-            Learning::Spread(start)
+        let coming = if shared {
+            Coming::Spread(start)
         } else {
             let live = Arc::new(Live::new(start, &state, 0..blocks));
-            let mut learner = Learner::new(Arc::clone(&live), circle, ids);
+            let mut learner = Learner::new(Arc::clone(&live), circle.clone());
             learner.begin(&self.runtime);
             self.live = Some(live);
-            Learning::Sent(learner)
-        });
+            Coming::Sent(learner)
+        };
+        self.learning = Some(Learning::new(coming, circle, ids));
         let engine = Engine::with_state(&self.config, state);
         self.held = Some(Held::new(engine, start, cursors));
         tracing::info!(step = %start, blocks, "is sent the state while the others train");
@@ -124,31 +169,57 @@ impl Thread {
 
     /// Between two steps: see [`Learner::keep_up`].
     pub(super) fn keep_up(&self, serving: &Serving<'_>) -> Served<()> {
-        let Some(Learning::Sent(learner)) = &self.learning else { return Ok(()) };
-        let kept = learner.keep_up(serving.abort);
-        kept.map_err(|failed: Failed| cause_of_failure(failed, learner.ids()))
+        let Some(learning) = &self.learning else { return Ok(()) };
+        let kept = match (&learning.failed, &learning.state) {
+            (Some(failed), _) => Err(failed.clone()),
+            (None, Coming::Sent(learner)) => learner.keep_up(serving.abort),
+            (None, Coming::Spread(_) | Coming::Here) => Ok(()),
+        };
+        kept.map_err(|failed| cause_of_failure(failed, &learning.ids))
     }
 
-    /// Whether this worker holds what it is to hold of the state after the steps that it has applied: a learner does once all of
-    /// that has come.
-    pub(super) fn holds_all(&mut self) -> bool {
-        let is_through = match &self.learning {
-            None => true,
-            Some(Learning::Sent(learner)) => learner.is_through(),
-            Some(Learning::Spread(start)) => self.held.as_ref().is_some_and(|held| held.step > *start),
+    /// Whether all that this worker is to hold of the state after the steps that it has applied is here: to a learner it comes. From
+    /// the step on, after which it is, this worker has its own figures, and it asks for those before.
+    pub(super) fn is_whole(&mut self) -> bool {
+        let Some(learning) = &mut self.learning else { return true };
+        let step = self.held.as_ref().map(|held| held.step);
+        let is_through = match &learning.state {
+            Coming::Sent(learner) => learner.is_through(),
+            Coming::Spread(start) => step > Some(*start),
+            Coming::Here => true,
         };
-        if !is_through {
-            return false;
+        if !is_through || learning.figures.is_some() || learning.failed.is_some() {
+            return is_through;
         }
-        if self.learning.take().is_some() {
-            self.live = None;
-            let held = self.held.as_mut().expect("it takes part in updates");
-            held.engine.take_up_weights();
-            // Room for the first gradient, made while the others compute and nobody waits for this worker.
-            let room = held.engine.state().layout.zeros(self.device);
-            held.engine.recycle(room);
-            tracing::info!(step = %held.step, "holds the state that it was sent");
-        }
+        learning.has_all();
+        self.live = None;
+        let held = self.held.as_mut().expect("it takes part in updates");
+        held.engine.take_up_weights();
+        // Room for the first gradient, made while the others compute and nobody waits for this worker.
+        let room = held.engine.state().layout.zeros(self.device);
+        held.engine.recycle(room);
+        let first = self.rows.lock().expect("no holder panics").known();
+        learning.ask_for_figures(&self.runtime, first, held.step.0.saturating_sub(1));
         true
+    }
+
+    /// Whether others may have the state after the steps that this worker has applied from it: it is here, and with it the figures of
+    /// all steps before.
+    pub(super) fn holds_all(&mut self) -> bool {
+        let Some(learning) = &mut self.learning else { return true };
+        let Some(rows) = learning.figures(&self.runtime) else { return false };
+        self.learning = None;
+        let held = self.held.as_ref().expect("it takes part in updates");
+        tracing::info!(step = %held.step, "holds the state that it was sent");
+        self.took(rows);
+        true
+    }
+
+    /// Figures came with a state. What is in the log with them is not told once more.
+    pub(super) fn took(&mut self, rows: Rows) {
+        let events = rows.rows.iter().flat_map(|row| &row.events);
+        let events = events.filter_map(|text| serde_json::from_str(text).ok()).collect();
+        self.told.get_or_insert_default().not_told(events);
+        let _ = self.tell.send(Told::Took(rows));
     }
 }

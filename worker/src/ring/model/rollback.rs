@@ -30,7 +30,10 @@ impl Thread {
         self.writer.wait();
         let cursors = self.held.as_ref().expect("state was taken").cursors.clone();
         // All that comes is of another state. Who learns has this one from the store, as all have.
-        (self.live, self.learning) = (None, None);
+        self.live = None;
+        if let Some(learning) = &mut self.learning {
+            learning.has_all();
+        }
         self.shelf.clear();
         if let Err(cause) = self.compute_again(plan.step, to, serving, ring, gpus) {
             self.held = None;

@@ -119,10 +119,15 @@ impl Thread {
                 };
                 if self.held.as_ref().is_some_and(is_there) { Ok(()) } else { self.hold_seed() }
             }
-            Source::Checkpoint { step } if serving.formation.members.len() == 1 => {
-                self.load(serving, *step, abort)
+            Source::Checkpoint { step } => {
+                match serving.formation.members.len() {
+                    1 => self.load(serving, *step, abort)?,
+                    _ => self.load_together(serving, *step, abort)?,
+                }
+                // A checkpoint never stands after steps whose figures are not in the run folder.
+                self.took(Rows { durable: step.0, rows: Vec::new() });
+                Ok(())
             }
-            Source::Checkpoint { step } => self.load_together(serving, *step, abort),
         }
     }
 
@@ -182,6 +187,15 @@ impl Thread {
         let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
         let gathering = self.gathering(standing, needs, &heads)?;
         let gathered = self.runtime.block_on(circle.gather(gathering.asked.clone(), abort)).map_err(cause)?;
+        if standing != Standing::Here {
+            // Whoever has the weights of the state has its figures. They are here before the state counts as held.
+            let have: Vec<usize> = (0..ids.len()).filter(|at| holders.contains(&ids[*at])).collect();
+            let of =
+                have.get(serving.rank % have.len().max(1)).ok_or_else(|| fault("nobody holds the state"))?;
+            let first = self.rows.lock().expect("no holder panics").known();
+            let rows = self.runtime.block_on(circle.figures(*of, first, start.0, abort)).map_err(cause)?;
+            self.took(rows);
+        }
         tracing::info!(%generation, step = %start, bytes = gathered.bytes(), "took state from peers");
         self.hold(*start, standing, gathering, &gathered);
         Ok(())

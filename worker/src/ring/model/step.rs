@@ -146,8 +146,9 @@ impl Thread {
         if let Some(to) = outcome.back_to {
             self.go_back(plan, to, serving, ring, gpus)?;
         }
+        let is_whole = self.is_whole();
         let held = self.held.as_ref().expect("state was taken");
-        let on_record = self.config.record.has_weights(plan.step + 1);
+        let on_record = is_whole && self.config.record.has_weights(plan.step + 1);
         let weights = on_record.then(|| weights_digest(held.engine.state()));
         seconds.reduce += spreading.as_secs_f64();
         seconds.update = (updated.elapsed() - spreading).as_secs_f64();
@@ -158,7 +159,7 @@ impl Thread {
         );
         events.extend(outcome_event(plan, &outcome));
         let report = report(StepRecord { weights, ..outcome.record(plan, seconds) }, &events);
-        Ok(Stepped { control, report, undone: outcome.back_to.is_some() })
+        Ok(Stepped { control, report, is_whole, undone: outcome.back_to.is_some() })
     }
 
     /// Has one lane's gradient computed by a second member, and by a third when the two differ, before anything of the step
@@ -195,11 +196,13 @@ impl Thread {
         Ok(hash)
     }
 
-    /// Measures the model on held-out data where that is due after the step of `plan`.
+    /// Measures the model on held-out data where that is due after the step of `plan`. Who lacks some of the state has nothing to
+    /// measure by, and others tell of it.
     pub(super) fn validate(
         &mut self,
         plan: &StepPlan<'_>,
         serving: &Serving<'_>,
+        is_whole: bool,
         ring: &mut tcp::Tcp,
         report: &mut v1::StepReport,
     ) -> Served<()> {
@@ -210,9 +213,7 @@ impl Thread {
         let members: Vec<Range<u32>> =
             serving.formation.members.iter().map(|member| member.lanes.clone()).collect();
         let engine = &self.held.as_ref().expect("state was taken").engine;
-        // Who learns has nothing to measure by, and others tell of it.
-        let learns = serving.learns();
-        let measured = validation::measure(held_out, engine, plan, &members, !learns, ring);
+        let measured = validation::measure(held_out, engine, plan, &members, is_whole, ring);
         let (evals, broken) = measured.map_err(|error| fault(error.to_string()))?;
         report.evals = evals.into_iter().map(evaluated).collect();
         add_seconds(report, 6, began.elapsed().as_secs_f64());

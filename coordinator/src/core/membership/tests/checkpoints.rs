@@ -251,3 +251,27 @@ fn nobody_left_to_train_is_no_failure_when_all_is_trained() {
     let out = story.event(Event::GivenUp { reason: "no worker is left".to_owned() });
     assert_eq!(out[0], Effect::Record(Entry::Ended { outcome: Outcome::Completed }));
 }
+
+#[test]
+fn a_checkpoint_that_is_withdrawn_is_not_waited_for() {
+    let mut story = Story::running(1);
+    let out = story.stands(1, Stance { written: vec![whole(20)], ..stance(Some(21), running(1)) });
+    assert!(matches!(out[..], [Effect::Commit { step: Step(20), .. }]), "{out:?}");
+    // The only one that knew the figures of its steps dies before it has told them.
+    story.event(Event::Goal(Goal::Pause));
+    story.event(Event::Unlinked { worker: WorkerId(1) });
+    story.link(2, stance(None, Activity::Outside));
+    (1..=20).for_each(|at| {
+        story.now = 500 * at;
+        story.stands(2, stance(None, Activity::Outside));
+        story.event(Event::Tick);
+    });
+    assert_eq!(story.core.status().waits_for.as_deref(), Some("its last checkpoint"));
+    let out = story.event(Event::Withdrawn { step: Step(20) });
+    let [Effect::Record(Entry::CheckpointFailed { step: Step(20), .. }), Effect::Record(ended), ..] =
+        &out[..]
+    else {
+        panic!("{out:?}")
+    };
+    assert_eq!(*ended, Entry::Ended { outcome: Outcome::Paused }, "at checkpoint 10");
+}

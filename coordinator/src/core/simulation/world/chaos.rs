@@ -16,6 +16,7 @@ impl World {
                     state: None,
                     moments: BTreeSet::new(),
                     pending: None,
+                    rows: KeptRows::default(),
                     link: None,
                     sent_up: 0,
                     sent_down: 0,

@@ -10,6 +10,10 @@ pub(super) struct Coordinator {
     pub(super) links: BTreeMap<WorkerId, u64>,
     /// Workers that it has told to go.
     pub(super) sent_away: BTreeSet<WorkerId>,
+    /// Which figures are here, those of them that are not in the store yet, and the checkpoints that wait for others.
+    pub(super) rows: Rows,
+    pub(super) unwritten: BTreeSet<u64>,
+    pub(super) waiting: Vec<(Step, Generation)>,
     pub(super) tick_at: Option<u64>,
     pub(super) appended_at: u64,
     /// Suspended with its machine: until then it does nothing, and then it finds all that came meanwhile.
@@ -39,6 +43,9 @@ impl World {
             next_record,
             links: BTreeMap::new(),
             sent_away: BTreeSet::new(),
+            rows: self.found_rows(),
+            unwritten: BTreeSet::new(),
+            waiting: Vec::new(),
             tick_at: None,
             appended_at: self.now,
             asleep_until: 0,
@@ -83,7 +90,9 @@ impl World {
         for effect in out {
             self.perform(coordinator, effect)?;
         }
-        let deadline = self.coordinators[coordinator].core.deadline().map(|at| at.0);
+        self.look_for_rows(coordinator)?;
+        let known = &self.coordinators[coordinator];
+        let deadline = known.core.deadline().into_iter().chain(known.rows.deadline()).min().map(|at| at.0);
         if let Some(at) = deadline.filter(|_| self.coordinators[coordinator].alive) {
             let known = &mut self.coordinators[coordinator];
             if known.tick_at.is_none_or(|before| at < before || before < self.now) {
@@ -101,14 +110,12 @@ impl World {
                     self.check_sent_away(coordinator, worker)?;
                     self.coordinators[coordinator].sent_away.insert(worker);
                 }
-                let delay = self.latency();
-                let Some(&link) = self.coordinators[coordinator].links.get(&worker) else { return Ok(()) };
-                let Some(known) = self.workers.get_mut(&worker) else { return Ok(()) };
-                if known.link == Some((coordinator, link)) && known.mute_until <= self.now {
-                    known.sent_down = known.sent_down.max(self.now + delay);
-                    let at = known.sent_down;
-                    self.at(at, Happening::ToWorker { worker, link, epoch, order });
-                }
+                self.send_down(coordinator, worker, |link| Happening::ToWorker {
+                    worker,
+                    link,
+                    epoch,
+                    order,
+                });
             }
             Effect::Drop { worker, .. } => {
                 if let Some(link) = self.coordinators[coordinator].links.remove(&worker) {
@@ -149,11 +156,29 @@ impl World {
                 self.after(delay, Happening::Listed { coordinator });
             }
             Effect::Commit { step, generation, .. } => {
-                let delay = 1 + self.below(30);
-                self.after(delay, Happening::Commit { coordinator, step, generation });
+                let waiting = &mut self.coordinators[coordinator].waiting;
+                if waiting.iter().all(|(waits, _)| *waits != step) {
+                    waiting.push((step, generation));
+                }
             }
         }
         Ok(())
+    }
+
+    pub(super) fn send_down(
+        &mut self,
+        coordinator: usize,
+        worker: WorkerId,
+        what: impl FnOnce(u64) -> Happening,
+    ) {
+        let delay = self.latency();
+        let Some(&link) = self.coordinators[coordinator].links.get(&worker) else { return };
+        let Some(known) = self.workers.get_mut(&worker) else { return };
+        if known.link == Some((coordinator, link)) && known.mute_until <= self.now {
+            known.sent_down = known.sent_down.max(self.now + delay);
+            let at = known.sent_down;
+            self.at(at, what(link));
+        }
     }
 
     pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
@@ -271,7 +296,7 @@ impl World {
                         let total = self.options.total;
                         self.completed = self.manifests.contains_key(&total);
                         match self.completed {
-                            true => Ok(()),
+                            true => steps_are_logged(total, &self.metrics),
                             false => Err("completed without a last checkpoint".to_owned()),
                         }
                     }
@@ -317,6 +342,9 @@ impl World {
             let reason = "the store answers 500".to_owned();
             return self.tell_core(coordinator, Event::CommitFailed { step, reason });
         }
+        // The figures first. One that was replaced when it had begun with that still commits.
+        self.write_rows(coordinator);
+        steps_are_logged(step, &self.metrics)?;
         manifest_is_whole(step, &self.formations[&generation], &self.parts, &self.reference)?;
         self.manifests.entry(step).or_insert(generation);
         self.ever_committed.insert(step);

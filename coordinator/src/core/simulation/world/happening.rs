@@ -4,29 +4,119 @@ use super::*;
 
 #[derive(Clone, Debug)]
 pub(super) enum Happening {
-    Connect { worker: WorkerId },
-    Heartbeat { worker: WorkerId },
-    ToCoordinator { coordinator: usize, link: u64, worker: WorkerId, hello: bool, stance: Stance },
-    Paced { coordinator: usize, link: u64, worker: WorkerId, pace: Pace },
-    ClosedAtCoordinator { coordinator: usize, link: u64, worker: WorkerId },
-    ToWorker { worker: WorkerId, link: u64, epoch: Epoch, order: Order },
-    ClosedAtWorker { worker: WorkerId, link: u64 },
-    Formed { worker: WorkerId, generation: Generation },
-    Ready { worker: WorkerId, generation: Generation },
-    StepEnd { generation: Generation, token: u64 },
-    Prepare { worker: WorkerId, generation: Generation, token: u64 },
-    Spread { generation: Generation, token: u64 },
-    Apply { worker: WorkerId, generation: Generation, step: Step, word: u8, twisted: bool },
-    PeerLost { worker: WorkerId, generation: Generation, lost: WorkerId },
-    Unanswered { worker: WorkerId, generation: Generation, peer: WorkerId },
-    Wrote { worker: WorkerId, written: Written, state: u64, leave: Option<Cause> },
-    Appended { coordinator: usize, entry: Entry },
-    Commit { coordinator: usize, step: Step, generation: Generation },
-    Listed { coordinator: usize },
-    Tick { coordinator: usize },
-    CheckFence { coordinator: usize },
+    Connect {
+        worker: WorkerId,
+    },
+    Heartbeat {
+        worker: WorkerId,
+    },
+    ToCoordinator {
+        coordinator: usize,
+        link: u64,
+        worker: WorkerId,
+        hello: bool,
+        stance: Stance,
+    },
+    Paced {
+        coordinator: usize,
+        link: u64,
+        worker: WorkerId,
+        pace: Pace,
+    },
+    /// Figures of these steps.
+    Rows {
+        coordinator: usize,
+        link: u64,
+        worker: WorkerId,
+        steps: Vec<u64>,
+    },
+    ClosedAtCoordinator {
+        coordinator: usize,
+        link: u64,
+        worker: WorkerId,
+    },
+    ToWorker {
+        worker: WorkerId,
+        link: u64,
+        epoch: Epoch,
+        order: Order,
+    },
+    /// So many steps' figures are known there.
+    Welcome {
+        worker: WorkerId,
+        link: u64,
+        reported: u64,
+    },
+    ClosedAtWorker {
+        worker: WorkerId,
+        link: u64,
+    },
+    Formed {
+        worker: WorkerId,
+        generation: Generation,
+    },
+    Ready {
+        worker: WorkerId,
+        generation: Generation,
+    },
+    StepEnd {
+        generation: Generation,
+        token: u64,
+    },
+    Prepare {
+        worker: WorkerId,
+        generation: Generation,
+        token: u64,
+    },
+    Spread {
+        generation: Generation,
+        token: u64,
+    },
+    Apply {
+        worker: WorkerId,
+        generation: Generation,
+        step: Step,
+        word: u8,
+        twisted: bool,
+    },
+    PeerLost {
+        worker: WorkerId,
+        generation: Generation,
+        lost: WorkerId,
+    },
+    Unanswered {
+        worker: WorkerId,
+        generation: Generation,
+        peer: WorkerId,
+    },
+    Wrote {
+        worker: WorkerId,
+        written: Written,
+        state: u64,
+        leave: Option<Cause>,
+    },
+    Appended {
+        coordinator: usize,
+        entry: Entry,
+    },
+    Commit {
+        coordinator: usize,
+        step: Step,
+        generation: Generation,
+    },
+    Listed {
+        coordinator: usize,
+    },
+    Tick {
+        coordinator: usize,
+    },
+    CheckFence {
+        coordinator: usize,
+    },
     StartCoordinator,
-    Terminate { worker: WorkerId },
+    Terminate {
+        worker: WorkerId,
+    },
     Launch,
     Chaos,
     Halve,
@@ -38,6 +128,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         Happening::Connect { worker }
         | Happening::Heartbeat { worker }
         | Happening::ToWorker { worker, .. }
+        | Happening::Welcome { worker, .. }
         | Happening::ClosedAtWorker { worker, .. }
         | Happening::Formed { worker, .. }
         | Happening::Ready { worker, .. }
@@ -49,6 +140,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::Terminate { worker } => Some(*worker),
         Happening::ToCoordinator { .. }
         | Happening::Paced { .. }
+        | Happening::Rows { .. }
         | Happening::ClosedAtCoordinator { .. }
         | Happening::StepEnd { .. }
         | Happening::Spread { .. }
@@ -69,6 +161,7 @@ pub(super) fn addressee(happening: &Happening) -> Option<usize> {
     match happening {
         Happening::ToCoordinator { coordinator, .. }
         | Happening::Paced { coordinator, .. }
+        | Happening::Rows { coordinator, .. }
         | Happening::ClosedAtCoordinator { coordinator, .. }
         | Happening::Appended { coordinator, .. }
         | Happening::Commit { coordinator, .. }
@@ -78,6 +171,7 @@ pub(super) fn addressee(happening: &Happening) -> Option<usize> {
         Happening::Connect { .. }
         | Happening::Heartbeat { .. }
         | Happening::ToWorker { .. }
+        | Happening::Welcome { .. }
         | Happening::ClosedAtWorker { .. }
         | Happening::Formed { .. }
         | Happening::Ready { .. }
@@ -124,6 +218,8 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Spread { .. } => 24,
         Happening::Unanswered { .. } => 25,
         Happening::Halve => 26,
+        Happening::Rows { .. } => 27,
+        Happening::Welcome { .. } => 28,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

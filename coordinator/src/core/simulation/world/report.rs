@@ -36,14 +36,16 @@ pub struct Report {
     /// Rings that a cut broke, and the next one was whole: where nothing else happens.
     pub healed: u64,
     pub spread: u64,
+    pub taken: u64,
+    pub asked: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 28] {
+    pub fn counts(&self) -> [(&'static str, u64); 30] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 28] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 30] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -73,6 +75,8 @@ impl Report {
             ("a checkpoint that was asked for", &mut self.wanted),
             ("a learner that holds the state", &mut self.learned),
             ("a learner that holds the weights, and no moments", &mut self.spread),
+            ("figures that came with a state", &mut self.taken),
+            ("a worker that was asked for figures", &mut self.asked),
         ]
     }
 

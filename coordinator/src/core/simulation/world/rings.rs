@@ -75,6 +75,8 @@ impl World {
         }
         (known.ring, known.hold, known.applying) = (Some(generation), 0, false);
         known.ring_since = self.now;
+        let to_tell = known.rows.formed(formation.rank(worker) == Some(0)).copied().collect();
+        self.tell_rows(worker, to_tell);
         self.rings.entry(generation).or_insert_with(|| Ring {
             formation,
             ready: BTreeSet::new(),
@@ -152,8 +154,17 @@ impl World {
             self.after(20, Happening::Formed { worker, generation });
             return Ok(());
         };
-        if of_peers {
-            self.report.moved += lacks.len() as u64;
+        match source {
+            Source::Peers { .. } => {
+                self.report.moved += lacks.len() as u64;
+                if holds.is_none_or(|(step, _)| step != start) && self.bug != Some(Bug::ForgottenRows) {
+                    self.takes_rows(worker, generation, start)?;
+                }
+            }
+            Source::Checkpoint { step } => {
+                self.workers.get_mut(&worker).expect("known").rows.durable(step.0);
+            }
+            Source::Seed => {}
         }
         let known = self.workers.get_mut(&worker).expect("known");
         if known.state.is_none_or(|(step, _)| step != start) {
@@ -390,6 +401,7 @@ impl World {
                 u64::from(self.rings[&generation].formation.members[0].worker == worker);
         }
         self.check_state(worker)?;
+        self.has_figures(worker, step);
         self.tell_worker(worker, Happens::Applied { holds })?;
         self.reached = self.reached.max(holds);
         self.go_on_after(worker, generation, holds, word)
@@ -402,6 +414,9 @@ impl World {
         let ring = &self.rings[&generation];
         if self.shares(&ring.formation) {
             let spread = ring.handed.filter(|(at, _)| *at == step);
+            if !self.takes_rows(worker, generation, step)? {
+                return Ok(false);
+            }
             self.workers.get_mut(&worker).expect("known").state = spread;
             self.report.spread += 1;
             return Ok(true);
@@ -413,6 +428,7 @@ impl World {
         let known = self.workers.get_mut(&worker).expect("known");
         (known.state, known.moments) = (Some(state), (0..blocks).collect());
         self.report.learned += 1;
+        self.takes_rows(worker, generation, step)?;
         self.check_state(worker)?;
         Ok(true)
     }

@@ -9,6 +9,8 @@ pub(super) struct Worker {
     pub(super) moments: BTreeSet<u64>,
     /// Those that it can bring to the step after.
     pub(super) pending: Option<BTreeSet<u64>>,
+    /// The figures of steps.
+    pub(super) rows: KeptRows<u64>,
     pub(super) link: Option<(usize, u64)>,
     /// Last delivery on the present link, each way: links keep order.
     pub(super) sent_up: u64,
@@ -127,6 +129,7 @@ impl World {
         (known.sent_up, known.sent_down) = (self.now, self.now);
         let mut out = Vec::new();
         known.machine.handle(Happens::Linked, &mut out);
+        known.rows.linked();
         let stance = known.machine.stance().clone();
         self.send_up(worker, true, stance);
     }
@@ -176,6 +179,7 @@ impl World {
         let Some(known) = self.workers.get_mut(&worker) else { return Ok(()) };
         if let Happens::Ordered { order: Order::Committed { step }, .. } = &event {
             known.kept.retain(|copy| copy.step != *step);
+            known.rows.durable(step.0);
         }
         let mut out = Vec::new();
         known.machine.handle(event, &mut out);
@@ -195,12 +199,12 @@ impl World {
                         known.applying = false;
                         if keeps {
                             // The data are here and the update runs to its end.
-                            let (generation, (step, state)) = (known.ring, known.state.expect("it trains"));
+                            let (step, state) = known.state.expect("it trains");
                             let lanes = self.options.lanes;
                             known.state = Some((Step(step.0 + 1), advance_state(state, step, 0..lanes)));
                             known.moments_follow();
-                            let _ = generation;
                             self.check_state(worker)?;
+                            self.has_figures(worker, step);
                         }
                         self.leave_ring(worker, Cause::Broken { lost: None, reason })?;
                     }
