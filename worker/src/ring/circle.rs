@@ -297,7 +297,8 @@ impl Circle {
         self.peers.len()
     }
 
-    /// Some blocks of one of them, as they are while it trains: with each come the steps that were applied when it was read.
+    /// Some blocks of one of them, as they are while it trains: with each come the steps that were applied when it was read. Without
+    /// `weights` it is their moments alone.
     ///
     /// # Errors
     /// In words: a peer that is lost. Items too, and a block with another digest or that was not asked for.
@@ -305,6 +306,7 @@ impl Circle {
         &self,
         at: usize,
         blocks: Range<usize>,
+        weights: bool,
     ) -> Result<impl Stream<Item = Result<(Step, usize, [Vec<u8>; 3]), Failed>> + use<>, Failed> {
         let (mut client, failed) = self.client(at).await?;
         let request = LiveRequest {
@@ -320,6 +322,7 @@ impl Circle {
             }
         };
         let mut wanted = blocks;
+        let lengths = [if weights { BLOCK_BYTES } else { 0 }, BLOCK_BYTES, BLOCK_BYTES];
         Ok(stream.map(move |message| {
             let read = message.map_err(|status| status.to_string()).and_then(|message| {
                 let LiveBlocks { step, blocks } = message;
@@ -327,7 +330,7 @@ impl Circle {
                     blocks.unwrap_or_default();
                 let buffers = [weights, exp_avg, exp_avg_sq];
                 let block = wanted.next().filter(|block| *block as u64 == first_block);
-                let is_one = buffers.iter().all(|bytes| bytes.len() == BLOCK_BYTES);
+                let is_one = buffers.each_ref().map(Vec::len) == lengths;
                 match block.filter(|_| is_one) {
                     None => Err("it sends blocks that were not asked for".to_owned()),
                     Some(block) if digest(buffers.each_ref().map(Vec::as_slice)) != blake3 => {

@@ -34,17 +34,32 @@ pub(super) struct Learner {
 /// What is still to be asked for, and what came of it.
 struct Desk {
     live: Arc<Live>,
-    wanted: Mutex<VecDeque<Range<usize>>>,
+    wanted: Mutex<VecDeque<Piece>>,
     /// Blocks that came too late since one did not.
     late: AtomicUsize,
     failed: Mutex<Option<Failed>>,
 }
 
+/// Blocks, and the places of those that have them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub blocks: Range<usize>,
+    pub peers: Vec<usize>,
+}
+
+impl Piece {
+    /// These blocks, which all of `peers` have, in pieces that are asked for at a time.
+    pub fn all_of(blocks: Range<usize>, peers: &[usize]) -> impl Iterator<Item = Self> {
+        let end = blocks.end;
+        blocks
+            .step_by(PIECE)
+            .map(move |from| Self { blocks: from..end.min(from + PIECE), peers: peers.to_vec() })
+    }
+}
+
 impl Learner {
-    /// Of a state that lacks blocks, which the peers of `circle` have; nobody is asked yet.
-    pub fn new(live: Arc<Live>, circle: Circle) -> Self {
-        let blocks = live.blocks();
-        let pieces = (0..blocks).step_by(PIECE).map(|from| from..blocks.min(from + PIECE));
+    /// Of a state that lacks the blocks of `pieces`, which peers of `circle` have; nobody is asked yet.
+    pub fn new(live: Arc<Live>, circle: Circle, pieces: impl Iterator<Item = Piece>) -> Self {
         let wanted = Mutex::new(pieces.collect());
         let desk = Arc::new(Desk { live, wanted, late: AtomicUsize::new(0), failed: Mutex::new(None) });
         Self { circle, desk, tasks: Vec::new() }
@@ -95,17 +110,20 @@ impl Drop for Learner {
 }
 
 impl Desk {
-    fn next(&self) -> Option<Range<usize>> {
-        self.wanted.lock().expect("no holder panics").pop_front()
+    /// What the peer at `at` is to be asked for next.
+    fn next(&self, at: usize) -> Option<Piece> {
+        let mut wanted = self.wanted.lock().expect("no holder panics");
+        let first = wanted.iter().position(|piece| piece.peers.contains(&at))?;
+        wanted.remove(first)
     }
 
     async fn learn_from(&self, circle: &Circle, at: usize) -> Result<(), Failed> {
         while self.live.missing() > 0 {
-            let Some(blocks) = self.next() else {
+            let Some(Piece { blocks, peers }) = self.next(at) else {
                 tokio::time::sleep(POLL).await;
                 continue;
             };
-            let mut stream = pin!(circle.live(at, blocks.clone()).await?);
+            let mut stream = pin!(circle.live(at, blocks.clone(), self.live.wants().weights).await?);
             let mut came = 0;
             while let Some(item) = stream.next().await {
                 let (step, block, buffers) = item?;
@@ -123,7 +141,8 @@ impl Desk {
                     self.late.store(0, Ordering::Relaxed);
                 } else {
                     self.late.fetch_add(1, Ordering::Relaxed);
-                    self.wanted.lock().expect("no holder panics").push_back(block..block + 1);
+                    let again = Piece { blocks: block..block + 1, peers: peers.clone() };
+                    self.wanted.lock().expect("no holder panics").push_back(again);
                 }
             }
             if came < blocks.len() {
@@ -171,7 +190,7 @@ mod tests {
             let lives: [Arc<Live>; 2] = lives.try_into().ok().unwrap();
             let (generation, silence) = (Generation(4), Duration::from_secs(60));
             let circle = Circle::new(vec![address.to_string()], None, silence, generation, Step(7));
-            let mut learner = Learner::new(lives[1].clone(), circle);
+            let mut learner = Learner::new(lives[1].clone(), circle, Piece::all_of(0..blocks, &[0]));
             learner.begin(runtime.handle());
             Self { runtime, shelf, states, lives, learner }
         }
@@ -245,7 +264,8 @@ mod tests {
                 Step(7),
             ),
         );
-        let mut other = Learner::new(live, circle);
+        let pieces = Piece::all_of(0..live.blocks(), &[0]);
+        let mut other = Learner::new(live, circle, pieces);
         other.begin(runtime.handle());
         let abort = AbortHandle::new();
         let told = loop {

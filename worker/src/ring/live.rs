@@ -22,6 +22,7 @@ use anello_proto::ring::Step;
 use tch::Tensor;
 
 use crate::checkpoint::flat;
+use crate::cover::Cover;
 use crate::host;
 use crate::optimizer::State;
 use crate::params::BLOCK;
@@ -30,6 +31,7 @@ use crate::params::BLOCK;
 const POLL: Duration = Duration::from_millis(1);
 
 /// A state whose blocks are read, or filled in, by other threads between a training thread's updates.
+#[derive(Debug)]
 pub(super) struct Live {
     /// The training thread waits for the lock: nobody else takes it.
     updates: AtomicBool,
@@ -38,17 +40,29 @@ pub(super) struct Live {
     now: Mutex<Now>,
     /// Blocks that were not sent yet.
     missing: AtomicUsize,
-    /// Blocks of a buffer.
+    /// Blocks of the weights.
     blocks: usize,
+    /// Blocks that were not sent yet lack their weights too.
+    with_weights: bool,
 }
 
+#[derive(Debug)]
 struct Now {
     /// Steps applied.
     step: Step,
-    /// Weights, first and second moments: whole, in the memory of the state that trains.
-    buffers: [Tensor; 3],
+    /// Weights, first and second moments, in the memory of the state. Absent: nobody reads or fills it in any more.
+    buffers: Option<[Tensor; 3]>,
+    /// The blocks whose moments are in those buffers.
+    cover: Cover,
     /// Blocks that were not sent yet.
     missing: BTreeSet<usize>,
+}
+
+/// What is read of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wants {
+    pub weights: bool,
+    pub moments: bool,
 }
 
 /// What became of blocks that came.
@@ -63,15 +77,22 @@ pub(super) enum Put {
 }
 
 impl Live {
-    /// Of a state after `step` that lacks all blocks of `missing`; panics when some moments are elsewhere.
+    /// Of a state after `step` that lacks the weights and moments of all blocks of `missing`; panics when some moments are elsewhere.
     pub fn new(step: Step, state: &State, missing: Range<usize>) -> Self {
         assert!(state.cover.is_all(), "all moments are here");
+        let missing = Cover::of([missing], state.layout.blocks());
+        Self { with_weights: true, ..Self::lacking_moments(step, state, &missing) }
+    }
+
+    /// Of a state after `step` that lacks the moments of some blocks for which it has room.
+    pub fn lacking_moments(step: Step, state: &State, missing: &Cover) -> Self {
         let buffers =
             [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(|buffer| buffer.detach().shallow_clone());
-        let count = AtomicUsize::new(missing.len());
-        let now = Mutex::new(Now { step, buffers, missing: missing.collect() });
+        let (count, blocks) = (AtomicUsize::new(missing.len()), state.layout.blocks());
+        let missing = missing.ranges().iter().cloned().flatten().collect();
+        let now = Mutex::new(Now { step, buffers: Some(buffers), cover: state.cover.clone(), missing });
         let [updates, sums] = [false, false].map(AtomicBool::new);
-        Self { updates, sums, now, missing: count, blocks: state.layout.blocks() }
+        Self { updates, sums, now, missing: count, blocks, with_weights: false }
     }
 
     /// The state as it is between two updates. Not for asynchronous code: it waits for an update.
@@ -104,17 +125,30 @@ impl Live {
         done
     }
 
-    /// The blocks as they are now, little-endian: steps applied, weights, first and second moments. Absent: there are not so many.
-    pub fn take(&self, blocks: Range<usize>) -> Option<(Step, [Vec<u8>; 3])> {
+    /// Some blocks as they are now, little-endian: steps applied, weights, first and second moments, as far as they are wanted.
+    /// Absent: not all of it is here.
+    pub fn take(&self, blocks: Range<usize>, wants: Wants) -> Option<(Step, [Vec<u8>; 3])> {
         let now = self.now();
         let is_there = blocks.start < blocks.end && blocks.end <= self.blocks;
-        let is_whole = is_there && now.missing.range(blocks.clone()).next().is_none();
-        is_whole
-            .then(|| (now.step, now.buffers.each_ref().map(|buffer| host::copied(&part(buffer, &blocks)))))
+        let looked_at = wants.moments || self.with_weights;
+        if !is_there || looked_at && now.missing.range(blocks.clone()).next().is_some() {
+            return None;
+        }
+        let [weights, exp_avg, exp_avg_sq] = now.buffers.as_ref()?;
+        let mut read = [const { Vec::new() }; 3];
+        if wants.weights {
+            read[0] = host::copied(&part(weights, &blocks));
+        }
+        if wants.moments {
+            let place = now.cover.place(blocks)?;
+            read[1] = host::copied(&part(exp_avg, &place));
+            read[2] = host::copied(&part(exp_avg_sq, &place));
+        }
+        Some((now.step, read))
     }
 
-    /// Fills in blocks, from `first` on, that were read after `step`, if they are wanted.
-    pub fn put(&self, step: Step, first: usize, buffers: &[Vec<u8>; 3]) -> Put {
+    /// Fills in a block that was read after `step`.
+    pub fn put(&self, step: Step, block: usize, read: &[Vec<u8>; 3]) -> Put {
         let mut now = self.now();
         if step > now.step {
             return Put::Early;
@@ -122,13 +156,34 @@ impl Live {
         if step < now.step {
             return Put::Late;
         }
-        let blocks = first..first + buffers[0].len() / (4 * BLOCK);
-        for (buffer, bytes) in now.buffers.iter().zip(buffers) {
-            part(buffer, &blocks).copy_(&flat(bytes, buffer.device()));
+        let blocks = block..block + 1;
+        let (Some(buffers), Some(place)) = (&now.buffers, now.cover.place(blocks.clone())) else {
+            return Put::Taken;
+        };
+        if !now.missing.contains(&block) {
+            return Put::Taken;
         }
-        now.missing.retain(|block| !blocks.contains(block));
+        for (at, (buffer, bytes)) in buffers.iter().zip(read).enumerate() {
+            let place = if at == 0 { &blocks } else { &place };
+            if at > 0 || self.with_weights {
+                part(buffer, place).copy_(&flat(bytes, buffer.device()));
+            }
+        }
+        now.missing.remove(&block);
         self.missing.store(now.missing.len(), Ordering::Release);
         Put::Taken
+    }
+
+    /// What its blocks lack besides, of those that are not here.
+    pub fn wants(&self) -> Wants {
+        Wants { weights: self.with_weights, moments: true }
+    }
+
+    /// The state is nobody's to read or to fill in any more. Returns the blocks that were not sent.
+    pub fn close(&self) -> Cover {
+        let mut now = self.now.lock().expect("no holder panics");
+        now.buffers = None;
+        Cover::of(now.missing.iter().map(|block| *block..block + 1), self.blocks)
     }
 
     /// Blocks that were not sent yet.
@@ -136,7 +191,7 @@ impl Live {
         self.missing.load(Ordering::Acquire)
     }
 
-    /// Blocks of a buffer.
+    /// Blocks of the weights.
     pub fn blocks(&self) -> usize {
         self.blocks
     }
@@ -186,6 +241,61 @@ pub(super) mod tests {
         [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(host::copied)
     }
 
+    impl Wants {
+        const ALL: Self = Self { weights: true, moments: true };
+    }
+
+    #[test]
+    fn moments_come_to_where_there_is_room_and_nothing_else_does() {
+        let blocks = state(1).layout.blocks();
+        let cover = |range: Range<usize>| Cover::of([range], blocks);
+        let peer = state(1).with_cover(cover(1..3), &[]);
+        // Of its two blocks it lacks the second, which is not where the peer has it.
+        let mut learner = state(2).with_cover(cover(0..2), &[]);
+        learner.weights = peer.weights.copy();
+        let of_peer = Live::lacking_moments(Step(7), &peer, &Cover::none(blocks));
+        let of_learner = Live::lacking_moments(Step(7), &learner, &cover(1..2));
+        for (live, state) in [(&of_peer, &peer), (&of_learner, &learner)] {
+            live.update(|| advance(state, 7));
+        }
+        let own = learner.moments(0..1).map(|flat| flat.copy());
+        let (step, read) = of_peer.take(1..2, of_learner.wants()).unwrap();
+        assert!(read[0].is_empty(), "weights come with a step");
+        assert_eq!(of_learner.put(Step(7), 1, &read), Put::Late);
+        assert_eq!((of_learner.missing(), of_learner.put(step, 1, &read)), (1, Put::Taken));
+        assert_eq!(of_learner.missing(), 0);
+        for (at, flat) in learner.moments(1..2).iter().enumerate() {
+            assert!(flat.equal(&peer.moments(1..2)[at]) && learner.moments(0..1)[at].equal(&own[at]));
+        }
+        assert!(learner.weights.equal(&peer.weights));
+        // What has no room, or is not lacked, changes nothing.
+        let other = read.each_ref().map(|bytes| vec![0; bytes.len()]);
+        for block in [0, 1, 2, blocks] {
+            assert_eq!(of_learner.put(step, block, &other), Put::Taken);
+        }
+        assert!(learner.moments(1..2)[0].equal(&peer.moments(1..2)[0]));
+        assert!(learner.moments(0..1)[0].equal(&own[0]));
+    }
+
+    #[test]
+    fn what_is_closed_is_neither_read_nor_filled_in() {
+        let (peer, learner) = (state(1), state(2));
+        let blocks = peer.layout.blocks();
+        let of_peer = Live::new(Step(7), &peer, 0..0);
+        let of_learner = Live::new(Step(7), &learner, 0..blocks);
+        let (step, read) = of_peer.take(0..1, Wants::ALL).unwrap();
+        assert_eq!(of_learner.put(step, 0, &read), Put::Taken);
+        assert_eq!(
+            (of_peer.close(), of_learner.close()),
+            (Cover::none(blocks), Cover::of([1..blocks], blocks))
+        );
+        assert!(of_peer.take(0..1, Wants::ALL).is_none());
+        let before = bytes(&learner);
+        of_learner.put(step, 1, &read);
+        assert!(bytes(&learner) == before);
+        assert_eq!(of_learner.close(), Cover::of([1..blocks], blocks));
+    }
+
     #[test]
     fn a_state_that_comes_over_several_steps_is_that_of_the_peer() {
         let (peer, learner) = (state(1), state(2));
@@ -195,7 +305,7 @@ pub(super) mod tests {
             (Live::new(Step(7), &peer, 0..0), Live::new(Step(7), &learner, 0..blocks));
         for block in 0..blocks {
             let step = 7 + block as u64;
-            let (read, parts) = of_peer.take(block..block + 1).unwrap();
+            let (read, parts) = of_peer.take(block..block + 1, Wants::ALL).unwrap();
             assert_eq!(read, Step(step));
             match block % 3 {
                 // Before the update of both.
@@ -207,14 +317,14 @@ pub(super) mod tests {
                     of_learner.update(|| advance(&learner, step));
                     of_peer.update(|| advance(&peer, step));
                     assert_eq!(of_learner.put(read, block, &parts), Put::Late);
-                    let (read, parts) = of_peer.take(block..block + 1).unwrap();
+                    let (read, parts) = of_peer.take(block..block + 1, Wants::ALL).unwrap();
                     assert_eq!(of_learner.put(read, block, &parts), Put::Taken);
                     continue;
                 }
             }
             of_peer.update(|| advance(&peer, step));
             if block % 3 == 1 {
-                let (read, parts) = of_peer.take(block..block + 1).unwrap();
+                let (read, parts) = of_peer.take(block..block + 1, Wants::ALL).unwrap();
                 assert_eq!((read, of_learner.put(read, block, &parts)), (Step(step + 1), Put::Early));
                 of_learner.update(|| advance(&learner, step));
                 assert_eq!(of_learner.put(read, block, &parts), Put::Taken);
@@ -231,9 +341,9 @@ pub(super) mod tests {
         let learner = state(2);
         let blocks = learner.layout.blocks();
         let live = Live::new(Step(3), &learner, 1..blocks);
-        assert!(live.take(0..1).is_some());
+        assert!(live.take(0..1, Wants::ALL).is_some());
         for wrong in [0..2, 1..2, 0..0, 0..blocks + 1, blocks..blocks + 1] {
-            assert!(live.take(wrong.clone()).is_none(), "{wrong:?}");
+            assert!(live.take(wrong.clone(), Wants::ALL).is_none(), "{wrong:?}");
         }
     }
 
@@ -250,7 +360,7 @@ pub(super) mod tests {
             for _ in 0..3 {
                 scope.spawn(|| {
                     while !over.load(Ordering::Relaxed) {
-                        let (step, parts) = live.take(0..2).unwrap();
+                        let (step, parts) = live.take(0..2, Wants::ALL).unwrap();
                         let wanted = (step.0 as f32).to_le_bytes();
                         assert!(
                             parts.iter().all(|bytes| bytes.chunks(4).all(|value| value == wanted)),

@@ -28,10 +28,10 @@ use anello_proto::ring::{Cause, Formation, Generation, Member, Shard, Source, St
 use anello_proto::v1;
 use anello_store::{Cursor, ENVIRONMENT, Store, read_config};
 use anello_tls::Tls;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use tokio::sync::mpsc::UnboundedSender;
 
-use self::learning::{Learning, ToLearn};
+use self::learning::{Learning, Share, ToLearn};
 use super::circle::Rows;
 use super::gpus::{Gpus, Nccl};
 use super::live::Live;
@@ -40,6 +40,7 @@ use super::peers::{self, Shelf};
 use super::sum::Total;
 use super::{Load, WorkerOptions};
 use crate::account::{Epochs, Stamp};
+use crate::cover::Cover;
 use crate::device;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -145,6 +146,8 @@ struct Held {
     pending: Option<Pending>,
     /// What it was before a stage grew the stack, until the first step of that stage is applied.
     before: Option<State>,
+    /// Blocks for whose moments there is room, and which did not come.
+    missing: Cover,
 }
 
 /// What it takes to bring shared-out moments to the step after.
@@ -182,6 +185,8 @@ struct Thread {
     learning: Option<Learning>,
     /// What is to be learned, until all have met.
     to_learn: Option<ToLearn>,
+    /// Moments on their way that this worker will need when the learners are given lanes.
+    share: Option<Share>,
     /// Steps that were applied when the mathematics of the run last changed, as the log said in this generation.
     changed: Option<(Generation, Option<u64>)>,
     held_out: Option<HeldOut>,
@@ -270,6 +275,7 @@ impl Thread {
             live: None,
             learning: None,
             to_learn: None,
+            share: None,
             changed: None,
             held_out,
             total: None,
@@ -337,6 +343,7 @@ impl Thread {
         self.lend(&serving);
         self.take_share(&serving);
         let shard = self.held.as_ref().and_then(Held::shard);
+        self.grow_share(&serving);
         self.event(Event::Ready { generation, holds, shard });
         if save && !grows {
             self.snapshot(&serving);

@@ -22,7 +22,7 @@ use anello_tls::{Role, Tls};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 
-use super::live::Live;
+use super::live::{Live, Wants};
 use crate::cover::Cover;
 use crate::params::BLOCK;
 
@@ -36,9 +36,9 @@ const CHUNK_BLOCKS: usize = 4;
 const YIELDS: u32 = 50;
 const YIELD: Duration = Duration::from_millis(2);
 
-/// What a worker has, on the host, of the state after a step.
+/// What a worker has of the state after a step, for others that form a generation with it.
 #[derive(Debug)]
-pub(super) struct HostState {
+pub(super) struct Offered {
     /// The generation that forms.
     pub generation: Generation,
     /// Steps applied.
@@ -52,13 +52,50 @@ pub(super) struct HostState {
     /// Losses of the last steps of the stage.
     pub losses: Vec<f64>,
     /// The blocks whose weights it hands out.
-    pub weights_cover: Cover,
-    /// Those weights, one block after the other, little-endian.
-    pub weights: Vec<u8>,
-    /// The blocks whose moments it has.
-    pub cover: Cover,
-    /// First and second moments: those blocks, one after the other.
-    pub moments: [Vec<u8>; 2],
+    pub weights: Cover,
+    /// Those whose moments.
+    pub moments: Cover,
+    /// Where they are.
+    pub from: From,
+}
+
+/// Where blocks are that are handed out.
+#[derive(Debug)]
+pub(super) enum From {
+    /// Read of a checkpoint: weights, first and second moments of the blocks that are handed out, one after the other,
+    /// little-endian.
+    Checkpoint([Vec<u8>; 3]),
+    /// In the state itself, which does not change before all have what they lack.
+    State(Live),
+}
+
+impl Offered {
+    /// Some blocks: weights, first and second moments, as far as they are wanted. Absent: they are not here any more.
+    fn cut(&self, blocks: Range<usize>, wants: Wants) -> Option<[Vec<u8>; 3]> {
+        let buffers = match &self.from {
+            From::State(live) => return live.take(blocks, wants).map(|(_, read)| read),
+            From::Checkpoint(buffers) => buffers,
+        };
+        let mut read = [const { Vec::new() }; 3];
+        for (at, (read, buffer)) in read.iter_mut().zip(buffers).enumerate() {
+            let (cover, wanted) =
+                if at == 0 { (&self.weights, wants.weights) } else { (&self.moments, wants.moments) };
+            if wanted {
+                let place = cover.place(blocks.clone())?;
+                *read = buffer[place.start * BLOCK_BYTES..place.end * BLOCK_BYTES].to_vec();
+            }
+        }
+        Some(read)
+    }
+
+    /// A chunk of a state's stream.
+    fn chunk(&self, blocks: Range<usize>, wants: Wants) -> Result<StateChunk, Status> {
+        let gone = || Status::aborted(format!("blocks {blocks:?} are not handed out any more"));
+        let [weights, exp_avg, exp_avg_sq] = self.cut(blocks.clone(), wants).ok_or_else(gone)?;
+        let blake3 = digest([&weights, &exp_avg, &exp_avg_sq]);
+        let blocks = StateBlocks { first_block: blocks.start as u64, weights, exp_avg, exp_avg_sq, blake3 };
+        Ok(StateChunk { chunk: Some(Chunk::Blocks(blocks)) })
+    }
 }
 
 /// The figures of steps that are not in the run folder.
@@ -71,7 +108,7 @@ pub(super) struct Shelf(Arc<RwLock<Shelved>>);
 #[derive(Default)]
 struct Shelved {
     /// To members of a generation that forms.
-    forming: Option<Arc<HostState>>,
+    forming: Option<Arc<Offered>>,
     /// To learners of this generation, while it trains.
     live: Option<(Generation, Arc<Lent>)>,
 }
@@ -86,20 +123,31 @@ struct Lent {
 
 impl Shelf {
     /// Hands out this, and nothing else.
-    pub fn lay(&self, state: Arc<HostState>) {
-        *self.0.write().expect("no holder panics") = Shelved { forming: Some(state), ..Shelved::default() };
+    pub fn lay(&self, state: Arc<Offered>) {
+        self.put(Shelved { forming: Some(state), ..Shelved::default() });
     }
 
     /// Hands out to learners what trains in `generation`, and nothing else; at most so many bytes a second, to all together.
     pub fn lend(&self, generation: Generation, live: Arc<Live>, bytes_per_s: Option<u64>) {
         let lent = Lent { live, bytes_per_s, free: Mutex::new(Instant::now()) };
-        *self.0.write().expect("no holder panics") =
-            Shelved { live: Some((generation, Arc::new(lent))), ..Shelved::default() };
+        self.put(Shelved { live: Some((generation, Arc::new(lent))), ..Shelved::default() });
     }
 
     /// Hands out nothing.
     pub fn clear(&self) {
-        *self.0.write().expect("no holder panics") = Shelved::default();
+        self.put(Shelved::default());
+    }
+
+    /// What was handed out before may change from now on: nobody reads it any more, in the midst of an answer neither.
+    fn put(&self, shelved: Shelved) {
+        let Shelved { forming, live } =
+            std::mem::replace(&mut *self.0.write().expect("no holder panics"), shelved);
+        if let Some(From::State(live)) = forming.as_ref().map(|offered| &offered.from) {
+            live.close();
+        }
+        if let Some((_, lent)) = live {
+            lent.live.close();
+        }
     }
 }
 
@@ -125,9 +173,10 @@ impl Lent {
 
     /// One block, read when its turn has come.
     async fn block(self: Arc<Self>, block: usize) -> Result<LiveBlocks, Status> {
-        self.make_way(3 * BLOCK_BYTES).await;
+        let wants = self.live.wants();
+        self.make_way((2 + usize::from(wants.weights)) * BLOCK_BYTES).await;
         let read = tokio::task::spawn_blocking(move || {
-            let (step, [weights, exp_avg, exp_avg_sq]) = self.live.take(block..block + 1)?;
+            let (step, [weights, exp_avg, exp_avg_sq]) = self.live.take(block..block + 1, wants)?;
             let blake3 = digest([&weights, &exp_avg, &exp_avg_sq]);
             let blocks = StateBlocks { first_block: block as u64, weights, exp_avg, exp_avg_sq, blake3 };
             Some(LiveBlocks { step: step.0, blocks: Some(blocks) })
@@ -172,17 +221,19 @@ impl Peers for Service {
         let state = state
             .filter(|state| (state.generation.0, state.step.0) == (generation, step))
             .ok_or_else(|| Status::unavailable("this state is not on the shelf now; ask again"))?;
-        let all = state.cover.of_blocks() as u64;
+        let all = state.moments.of_blocks() as u64;
         let end = first_block.saturating_add(blocks);
         if end > all {
             return Err(Status::out_of_range(format!("blocks {first_block}..{end} of {all}")));
         }
         let (first, end) = (first_block as usize, end as usize);
-        let lacks =
-            |what: &str| Status::failed_precondition(format!("no {what} of blocks {first}..{end} here"));
-        let place_of = |cover: &Cover, what: &str| cover.place(first..end).ok_or_else(|| lacks(what));
-        let weights = weights.then(|| place_of(&state.weights_cover, "weights")).transpose()?;
-        let moments = moments.then(|| place_of(&state.cover, "moments")).transpose()?;
+        for (wanted, cover, what) in
+            [(weights, &state.weights, "weights"), (moments, &state.moments, "moments")]
+        {
+            if wanted && cover.place(first..end).is_none() {
+                return Err(Status::failed_precondition(format!("no {what} of blocks {first}..{end} here")));
+            }
+        }
         let range = |range: &Range<usize>| StateRange { first: range.start as u64, end: range.end as u64 };
         let head = StateHead {
             updates: state.updates,
@@ -190,28 +241,20 @@ impl Peers for Service {
             blocks: all,
             cursors: serde_json::to_string(&state.cursors).expect("maps have string keys"),
             losses: state.losses.clone(),
-            moments: state.cover.ranges().iter().map(range).collect(),
-            weights: state.weights_cover.ranges().iter().map(range).collect(),
+            moments: state.moments.ranges().iter().map(range).collect(),
+            weights: state.weights.ranges().iter().map(range).collect(),
         };
         let head = StateChunk { chunk: Some(Chunk::Head(head)) };
-        let chunks = (first..end).step_by(CHUNK_BLOCKS).map(move |at| {
-            let until = (at + CHUNK_BLOCKS).min(end);
-            let cut = |buffer: &[u8], place: &Option<Range<usize>>| match place {
-                Some(place) => {
-                    let from = place.start + at - first;
-                    buffer[from * BLOCK_BYTES..(from + until - at) * BLOCK_BYTES].to_vec()
-                }
-                None => Vec::new(),
-            };
-            let [exp_avg, exp_avg_sq] = state.moments.each_ref().map(|buffer| cut(buffer, &moments));
-            let weights = cut(&state.weights, &weights);
-            let blake3 = digest([&weights, &exp_avg, &exp_avg_sq]);
-            let first_block = at as u64;
-            let blocks = StateBlocks { first_block, weights, exp_avg, exp_avg_sq, blake3 };
-            StateChunk { chunk: Some(Chunk::Blocks(blocks)) }
+        let chunks = (first..end).step_by(CHUNK_BLOCKS).map(move |at| at..(at + CHUNK_BLOCKS).min(end));
+        let wants = Wants { weights, moments };
+        let chunks = tokio_stream::iter(chunks).then(move |blocks| {
+            let state = Arc::clone(&state);
+            async move {
+                let read = tokio::task::spawn_blocking(move || state.chunk(blocks, wants)).await;
+                read.map_err(|cause| Status::internal(cause.to_string()))?
+            }
         });
-        let stream = tokio_stream::iter(std::iter::once(head).chain(chunks).map(Ok));
-        Ok(Response::new(Box::pin(stream)))
+        Ok(Response::new(Box::pin(tokio_stream::once(Ok(head)).chain(chunks))))
     }
 
     type LiveStream = Pin<Box<dyn Stream<Item = Result<LiveBlocks, Status>> + Send>>;

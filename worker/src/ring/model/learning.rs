@@ -3,15 +3,18 @@
 //! ```text
 //!                          has after a step                                              then, at a boundary
 //! all moments with all     what was sent between two updates, until that is everything   lanes
-//! moments shared out       all weights, of the first step's spread; no moments           lanes, and the moments of its share
+//! moments shared out       all weights, of the first step's spread, and the moments of   lanes
+//!                          its share to be, as they were sent between two updates
 //! ```
+//! Where moments are shared out, all shares are cut anew when a learner is given lanes. What the others will need then that they do
+//! not have is sent to them meanwhile, too, so that nobody waits for moments at that boundary.
 
 use super::state::cause_of_failure;
 use super::*;
 use tokio::task::JoinHandle;
 
 use crate::ring::circle::{Circle, Failed, Head, Rows};
-use crate::ring::learner::Learner;
+use crate::ring::learner::{Learner, Piece};
 
 /// What a learner knows of the state before it has met the others.
 pub(super) struct ToLearn {
@@ -26,6 +29,12 @@ impl ToLearn {
     pub fn layers(&self) -> u32 {
         self.head.layers
     }
+}
+
+/// Moments that come to this worker while it trains, or learns, with others: those of its share once the learners have lanes.
+pub(super) struct Share {
+    learner: Learner,
+    ids: Vec<WorkerId>,
 }
 
 /// A state that comes to this worker while the others train, and the figures of its steps after it.
@@ -129,7 +138,9 @@ impl Thread {
             Coming::Spread(start)
         } else {
             let live = Arc::new(Live::new(start, &state, 0..blocks));
-            let mut learner = Learner::new(Arc::clone(&live), circle.clone());
+            let all: Vec<usize> = (0..ids.len()).collect();
+            let pieces = Piece::all_of(0..blocks, &all);
+            let mut learner = Learner::new(Arc::clone(&live), circle.clone(), pieces);
             learner.begin(&self.runtime);
             self.live = Some(live);
             Coming::Sent(learner)
@@ -157,6 +168,30 @@ impl Thread {
         }
     }
 
+    /// Makes room for the moments that this member will need when the learners are given lanes, asks for them, and lends its own: where
+    /// moments are shared out, and learners get the state while the others train.
+    pub(super) fn grow_share(&mut self, serving: &Serving<'_>) {
+        let Formation { generation, start, members, .. } = serving.formation;
+        if !serving.shared || serving.trainers == members.len() || !serving.meanwhile {
+            return;
+        }
+        let (circle, ids) = self.circle(serving, *start, |_| true);
+        let held = self.held.as_mut().expect("state was taken");
+        let blocks = held.engine.state().layout.blocks();
+        let have = held.engine.state().cover.clone();
+        let grows = Cover::of_rank(blocks, members.len(), serving.rank).without(&have);
+        let room = |range: &Range<usize>| {
+            let zeros = || Tensor::zeros([(range.len() * BLOCK) as i64], (Kind::Float, self.device));
+            (range.start, [zeros(), zeros()])
+        };
+        held.engine.set_cover(have.and(&grows), &grows.ranges().iter().map(room).collect::<Vec<_>>());
+        let live = Arc::new(Live::lacking_moments(*start, held.engine.state(), &grows));
+        self.shelf.lend(*generation, Arc::clone(&live), self.config.ring.state_bandwidth);
+        let mut learner = Learner::new(Arc::clone(&live), circle, pieces(&grows, serving, &ids).into_iter());
+        learner.begin(&self.runtime);
+        (self.live, self.share) = (Some(live), Some(Share { learner, ids }));
+    }
+
     /// Hands out nothing any more, and asks for nothing. What a learner has by now that lacks blocks is no state.
     pub(super) fn lend_no_more(&mut self) {
         self.shelf.clear();
@@ -164,11 +199,21 @@ impl Thread {
         if !self.holds_all() {
             (self.learning, self.held) = (None, None);
         }
-        self.live = None;
+        let missing = self.live.take().map(|live| live.close());
+        if let (Some(_), Some(missing), Some(held)) = (self.share.take(), missing, &mut self.held) {
+            held.missing = missing;
+            // What was made ready of a step has room for them too, and is needed as it is.
+            if held.pending.is_none() {
+                held.drop_missing();
+            }
+        }
     }
 
     /// Between two steps: see [`Learner::keep_up`].
     pub(super) fn keep_up(&self, serving: &Serving<'_>) -> Served<()> {
+        if let Some(Share { learner, ids }) = &self.share {
+            learner.keep_up(serving.abort).map_err(|failed| cause_of_failure(failed, ids))?;
+        }
         let Some(learning) = &self.learning else { return Ok(()) };
         let kept = match (&learning.failed, &learning.state) {
             (Some(failed), _) => Err(failed.clone()),
@@ -191,8 +236,10 @@ impl Thread {
         if !is_through || learning.figures.is_some() || learning.failed.is_some() {
             return is_through;
         }
+        if let Coming::Sent(_) = learning.state {
+            self.live = None;
+        }
         learning.has_all();
-        self.live = None;
         let held = self.held.as_mut().expect("it takes part in updates");
         held.engine.take_up_weights();
         // Room for the first gradient, made while the others compute and nobody waits for this worker.
@@ -204,9 +251,12 @@ impl Thread {
     }
 
     /// Whether others may have the state after the steps that this worker has applied from it: it is here, and with it the figures of
-    /// all steps before.
+    /// all steps before, and its share of the moments where they are shared out.
     pub(super) fn holds_all(&mut self) -> bool {
         let Some(learning) = &mut self.learning else { return true };
+        if self.share.as_ref().is_some_and(|share| !share.learner.is_through()) {
+            return false;
+        }
         let Some(rows) = learning.figures(&self.runtime) else { return false };
         self.learning = None;
         let held = self.held.as_ref().expect("it takes part in updates");
@@ -222,4 +272,26 @@ impl Thread {
         self.told.get_or_insert_default().not_told(events);
         let _ = self.tell.send(Told::Took(rows));
     }
+}
+
+/// Of whom in a generation to ask for the moments of some blocks: those that train have the blocks of their shares.
+fn pieces(blocks: &Cover, serving: &Serving<'_>, ids: &[WorkerId]) -> Vec<Piece> {
+    let Formation { members, .. } = serving.formation;
+    let shares = |rank| Cover::of_rank(blocks.of_blocks(), serving.trainers, rank);
+    let has: Vec<(usize, Cover)> = (0..serving.trainers)
+        .filter_map(|rank| Some((ids.iter().position(|id| *id == members[rank].worker)?, shares(rank))))
+        .collect();
+    let mut pieces: Vec<Piece> = Vec::new();
+    for block in blocks.ranges().iter().cloned().flatten() {
+        let able = has.iter().filter(|(_, cover)| cover.place(block..block + 1).is_some());
+        let peers: Vec<usize> = able.map(|(at, _)| *at).collect();
+        match pieces.last_mut().filter(|last| last.blocks.end == block && last.peers == peers) {
+            Some(last) => last.blocks.end += 1,
+            None => pieces.push(Piece { blocks: block..block + 1, peers }),
+        }
+    }
+    pieces
+        .into_iter()
+        .flat_map(|piece| Piece::all_of(piece.blocks, &piece.peers).collect::<Vec<_>>())
+        .collect()
 }

@@ -13,14 +13,14 @@ use super::*;
 use crate::checkpoint;
 use crate::cover::Cover;
 use crate::ring::circle::{Failed, Head, share_out};
-use crate::ring::peers::HostState;
+use crate::ring::peers::{From, Offered};
 
 /// What this worker has read of a checkpoint: it is on the shelf.
 pub(super) struct OnShelf {
     manifest: Manifest,
     layout: Layout,
     blocks: Range<usize>,
-    state: Arc<HostState>,
+    state: Arc<Offered>,
     /// Bytes that the store was asked for.
     read_bytes: u64,
 }
@@ -64,23 +64,21 @@ impl Thread {
             checkpoint::load_share(&self.store, step.0, model, serving.rank, of)
         })?;
         let read_bytes = self.store.traffic().read_bytes - before;
-        let checkpoint::Share { manifest, layout, blocks, buffers: [weights, exp_avg, exp_avg_sq] } =
-            match share {
-                Ok(share) => share,
-                Err(damaged) => return Ok(Err(damaged)),
-            };
+        let checkpoint::Share { manifest, layout, blocks, buffers } = match share {
+            Ok(share) => share,
+            Err(damaged) => return Ok(Err(damaged)),
+        };
         let own = Cover::of([blocks.clone()], layout.blocks());
-        let state = Arc::new(HostState {
+        let state = Arc::new(Offered {
             generation: serving.formation.generation,
             step,
             updates: manifest.updates,
             layers: manifest.layers,
             cursors: manifest.cursors.clone(),
             losses: manifest.losses.clone(),
-            weights_cover: own.clone(),
-            weights,
-            cover: own,
-            moments: [exp_avg, exp_avg_sq],
+            weights: own.clone(),
+            moments: own,
+            from: From::Checkpoint(buffers),
         });
         self.shelf.lay(Arc::clone(&state));
         Ok(Ok(OnShelf { manifest, layout, blocks, state, read_bytes }))
@@ -94,7 +92,7 @@ impl Thread {
         abort: &AbortHandle,
     ) -> Served<()> {
         let OnShelf { manifest, layout, blocks, state, read_bytes } = read;
-        let (step, own, all) = (state.step, &state.cover, layout.blocks());
+        let (step, own, all) = (state.step, &state.weights, layout.blocks());
         let (circle, ids) = self.circle(serving, step, |_| true);
         let cause = |failed: Failed| cause_of_failure(failed, &ids);
         let heads = self.runtime.block_on(circle.heads(abort)).map_err(cause)?;
@@ -115,9 +113,9 @@ impl Thread {
         }
         let (generation, peers_bytes) = (state.generation, gathered.bytes());
         tracing::info!(%generation, %step, read_bytes, peers_bytes, "took state from a checkpoint");
-        if !blocks.is_empty() {
-            gathered.weights.push((blocks.start, state.weights.clone()));
-            gathered.moments.push((blocks.start, state.moments.clone()));
+        if let (false, From::Checkpoint([weights, exp_avg, exp_avg_sq])) = (blocks.is_empty(), &state.from) {
+            gathered.weights.push((blocks.start, weights.clone()));
+            gathered.moments.push((blocks.start, [exp_avg.clone(), exp_avg_sq.clone()]));
         }
         let (updates, losses, cursors) = (manifest.updates, manifest.losses, manifest.cursors);
         let gathering = Gathering { layout, asked, updates, cursors, losses, cover: own.and(&needs) };

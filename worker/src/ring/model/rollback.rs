@@ -30,7 +30,7 @@ impl Thread {
         self.writer.wait();
         let cursors = self.held.as_ref().expect("state was taken").cursors.clone();
         // All that comes is of another state. Who learns has this one from the store, as all have.
-        self.live = None;
+        (self.live, self.share) = (None, None);
         if let Some(learning) = &mut self.learning {
             learning.has_all();
         }

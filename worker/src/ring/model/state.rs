@@ -11,12 +11,11 @@ use super::*;
 use crate::account::position_after;
 use crate::checkpoint::{Snapshot, flat};
 use crate::cover::Cover;
-use crate::host;
 use crate::init::initial_state;
 use crate::optimizer::State;
 use crate::ring::circle::{Asked, Circle, Failed, Gathered, Head, share_out};
 use crate::ring::parts::Copy;
-use crate::ring::peers::HostState;
+use crate::ring::peers::{From, Offered};
 
 /// Pause between two attempts to read a checkpoint from a store that does not answer.
 const RETRY: Duration = Duration::from_secs(2);
@@ -45,7 +44,20 @@ pub(super) struct Gathering {
 
 impl Held {
     pub(super) fn new(engine: Engine, step: Step, cursors: Vec<Cursor>) -> Self {
-        Self { engine, step, cursors, pending: None, before: None }
+        let missing = Cover::none(engine.state().layout.blocks());
+        Self { engine, step, cursors, pending: None, before: None, missing }
+    }
+
+    /// The blocks whose moments it has, of the state that it holds.
+    fn has(&self) -> Cover {
+        self.engine.state().cover.without(&self.missing)
+    }
+
+    /// Lets go of the room for moments that did not come.
+    pub(super) fn drop_missing(&mut self) {
+        let has = self.has();
+        self.missing = Cover::none(has.of_blocks());
+        self.engine.set_cover(has, &[]);
     }
 
     fn standing(&self, start: Step) -> Standing {
@@ -81,8 +93,8 @@ impl Held {
     /// The moments that it has, as the ring speaks of them.
     pub(super) fn shard(&self) -> Option<Shard> {
         match &self.pending {
-            Some(pending) => pending.prepared.cover.shard(true),
-            None => self.engine.state().cover.shard(false),
+            Some(pending) => pending.prepared.cover.without(&self.missing).shard(true),
+            None => self.has().shard(false),
         }
     }
 }
@@ -114,8 +126,8 @@ impl Thread {
             Source::Peers { holders } => self.take_from_peers(serving, holders, abort),
             Source::Seed => {
                 let is_there = |held: &Held| {
-                    let State { layout, cover, .. } = held.engine.state();
-                    held.step == *start && serving.needs(layout.blocks()).without(cover).is_empty()
+                    let has = held.has();
+                    held.step == *start && serving.needs(has.of_blocks()).without(&has).is_empty()
                 };
                 if self.held.as_ref().is_some_and(is_there) { Ok(()) } else { self.hold_seed() }
             }
@@ -142,6 +154,7 @@ impl Thread {
                 held.approach(plan);
             }
             let cover = serving.needs(held.engine.state().layout.blocks());
+            held.missing = Cover::none(cover.of_blocks());
             held.engine.set_cover(cover, &[]);
         }
         let state = held.engine.state();
@@ -176,8 +189,8 @@ impl Thread {
         // A stack grows where all moments are.
         let needs = |blocks| if grows { Cover::all(blocks) } else { serving.needs(blocks) };
         let is_whole = |held: &Held| {
-            let State { layout, cover, .. } = held.engine.state();
-            needs(layout.blocks()).without(cover).is_empty()
+            let has = held.has();
+            needs(has.of_blocks()).without(&has).is_empty()
         };
         if standing == Standing::Here && self.held.as_ref().is_some_and(is_whole) {
             return Ok(());
@@ -225,8 +238,7 @@ impl Thread {
         needs: impl Fn(usize) -> Cover,
         heads: &[Head],
     ) -> Served<Gathering> {
-        let state =
-            self.held.as_ref().filter(|_| standing != Standing::Nothing).map(|held| held.engine.state());
+        let held = self.held.as_ref().filter(|_| standing != Standing::Nothing);
         let has_some = |head: &&Head| !(head.weights.is_empty() && head.cover.is_empty());
         let nowhere = || fault("some moments of the state that the generation starts from are nowhere");
         let first = heads.iter().find(has_some).ok_or_else(nowhere)?;
@@ -235,14 +247,16 @@ impl Thread {
         let is_alike = |head: &Head| {
             (head.layers, head.updates) == (first.layers, first.updates) && head.cover.of_blocks() == blocks
         };
-        let is_ours = |state: &State| state.layout.layers() as u32 == first.layers;
-        if !heads.iter().filter(has_some).all(is_alike) || !state.is_none_or(is_ours) {
+        let is_ours = |held: &Held| held.engine.state().layout.layers() as u32 == first.layers;
+        if !heads.iter().filter(has_some).all(is_alike) || !held.is_none_or(is_ours) {
             return Err(fault("two peers hold states of different kinds"));
         }
-        let have = match (state, self.held.as_ref().and_then(|held| held.pending.as_ref())) {
-            (Some(_), Some(pending)) if standing == Standing::Next => pending.prepared.cover.clone(),
-            (Some(state), _) => state.cover.clone(),
-            (None, _) => Cover::none(blocks),
+        let have = match held {
+            Some(Held { pending: Some(pending), missing, .. }) if standing == Standing::Next => {
+                pending.prepared.cover.without(missing)
+            }
+            Some(held) => held.has(),
+            None => Cover::none(blocks),
         };
         let weights = match standing {
             Standing::Here => Cover::none(blocks),
@@ -280,10 +294,14 @@ impl Thread {
             whole
         });
         match (self.held.as_mut().filter(|_| standing != Standing::Nothing), weights) {
-            (Some(held), None) => held.engine.set_cover(cover, &others),
+            (Some(held), None) => {
+                held.drop_missing();
+                held.engine.set_cover(cover, &others);
+            }
             (Some(held), Some(weights)) => {
                 let Pending { prepared, cursors } = held.pending.take().expect("who is next has it");
                 held.engine.complete(prepared, &weights);
+                held.drop_missing();
                 held.engine.set_cover(cover, &others);
                 held.advance(start);
                 held.cursors = cursors;
@@ -299,45 +317,46 @@ impl Thread {
         }
     }
 
-    /// Lays what this worker has on the shelf, as it is after the generation's start: copies, since the step that comes next
-    /// changes it.
+    /// Lays what this worker has on the shelf, as it is after the generation's start. It is read where it is, since it does not change
+    /// before all have met.
     fn offer(&self, formation: &Formation, standing: Standing, with_moments: bool, with_weights: bool) {
-        let mut offered = HostState {
+        let held = self.held.as_ref().filter(|_| standing != Standing::Nothing);
+        let mut offered = Offered {
             generation: formation.generation,
             step: formation.start,
             updates: 0,
             layers: 0,
             cursors: Vec::new(),
             losses: Vec::new(),
-            weights_cover: Cover::none(0),
-            weights: Vec::new(),
-            cover: Cover::none(0),
-            moments: [Vec::new(), Vec::new()],
+            weights: Cover::none(0),
+            moments: Cover::none(0),
+            from: From::Checkpoint(Default::default()),
         };
-        if let Some(held) = self.held.as_ref().filter(|_| standing != Standing::Nothing) {
+        if let Some(held) = held {
             let state = held.engine.state();
+            let blocks = state.layout.blocks();
+            (offered.weights, offered.moments) = (Cover::none(blocks), Cover::none(blocks));
             offered.layers = state.layout.layers() as u32;
-            offered.cover = Cover::none(state.layout.blocks());
-            offered.weights_cover = Cover::none(state.layout.blocks());
-            offered.updates = state.updates;
-            if with_moments {
-                offered.cover = state.cover.clone();
-                offered.moments = [&state.exp_avg, &state.exp_avg_sq].map(host::copied);
-            }
+            let lend =
+                |state: &State| From::State(Live::lacking_moments(formation.start, state, &held.missing));
             match &held.pending {
                 Some(pending) if standing == Standing::Next => {
                     let mut ahead = state.copy();
                     ahead.complete(&pending.prepared, None);
-                    offered.cover = ahead.cover.clone();
                     offered.updates = ahead.updates;
-                    offered.moments = [&ahead.exp_avg, &ahead.exp_avg_sq].map(host::copied);
+                    offered.moments = ahead.cover.without(&held.missing);
+                    offered.from = lend(&ahead);
                 }
                 _ => {
+                    offered.updates = state.updates;
                     (offered.cursors, offered.losses) = (held.cursors.clone(), state.losses.clone());
                     if with_weights {
-                        offered.weights = host::copied(&state.weights);
-                        offered.weights_cover = Cover::all(state.layout.blocks());
+                        offered.weights = Cover::all(blocks);
                     }
+                    if with_moments {
+                        offered.moments = held.has();
+                    }
+                    offered.from = lend(state);
                 }
             }
         }

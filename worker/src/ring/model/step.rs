@@ -130,17 +130,14 @@ impl Thread {
             spread.map_err(|error| cause_of(&error, serving.formation))?;
             spreading = began.elapsed();
             let Pending { prepared, cursors } = held.pending.take().expect("just made");
-            let update = held.engine.complete(prepared, total.values());
+            let complete = || held.engine.complete(prepared, total.values());
+            let update = updated_by(live.as_deref(), complete);
             held.cursors = cursors;
             let back_to = guard::back_to(&self.config.guard, spike, plan.step);
             Outcome { sums, update, spike, back_to }
         } else {
             held.cursors = moved;
-            let update = || held.engine.finish_with(plan, total.values(), sums);
-            match live {
-                Some(live) => live.update(update),
-                None => update(),
-            }
+            updated_by(live.as_deref(), || held.engine.finish_with(plan, total.values(), sums))
         };
         held.advance(Step(plan.step + 1));
         if let Some(to) = outcome.back_to {
@@ -240,6 +237,14 @@ impl Thread {
             Ok(Some(diverged)) => Err(diverged),
             Err(error) => Err(cause_of(&error, formation)),
         }
+    }
+}
+
+/// Makes an update, while nobody reads or fills in the state that it changes.
+fn updated_by<T>(live: Option<&Live>, update: impl FnOnce() -> T) -> T {
+    match live {
+        Some(live) => live.update(update),
+        None => update(),
     }
 }
 

@@ -38,14 +38,15 @@ pub struct Report {
     pub spread: u64,
     pub taken: u64,
     pub asked: u64,
+    pub grown: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 30] {
+    pub fn counts(&self) -> [(&'static str, u64); 31] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 30] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 31] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -74,7 +75,8 @@ impl Report {
             ("a coordinator that slept", &mut self.sleeps),
             ("a checkpoint that was asked for", &mut self.wanted),
             ("a learner that holds the state", &mut self.learned),
-            ("a learner that holds the weights, and no moments", &mut self.spread),
+            ("a learner that holds the weights, and its share of the moments", &mut self.spread),
+            ("a share that grew before learners had lanes", &mut self.grown),
             ("figures that came with a state", &mut self.taken),
             ("a worker that was asked for figures", &mut self.asked),
         ]

@@ -395,6 +395,13 @@ impl World {
         let holds = Step(step.0 + 1);
         known.state = Some((holds, advance_state(state, step, (0..lanes).chain(0..twice))));
         known.moments_follow();
+        // What it will need when the learners have lanes comes meanwhile.
+        if shared && self.chance(3) {
+            let share = self.share_to_be(worker, &self.rings[&generation].formation);
+            let known = self.workers.get_mut(&worker).expect("known");
+            self.report.grown += u64::from(!known.moments.is_superset(&share));
+            known.moments.extend(share);
+        }
         self.report.steps += 1;
         if holds <= self.reached {
             self.report.replayed_steps +=
@@ -409,15 +416,17 @@ impl World {
 
     /// A learner has some more of the state after `step`, by what peers have that did not apply the next one yet, and it may be
     /// the last of it: then it takes part in applying that.
-    /// Where moments are shared out the weights are spread with the step, and it has none of the moments.
+    /// Where moments are shared out the weights are spread with every step, and what comes are the moments of its share to be.
     fn learn(&mut self, worker: WorkerId, generation: Generation, step: Step) -> Result<bool, String> {
         let ring = &self.rings[&generation];
         if self.shares(&ring.formation) {
             let spread = ring.handed.filter(|(at, _)| *at == step);
-            if !self.takes_rows(worker, generation, step)? {
+            let share = self.share_to_be(worker, &ring.formation);
+            if !self.chance(2) || !self.takes_rows(worker, generation, step)? {
                 return Ok(false);
             }
-            self.workers.get_mut(&worker).expect("known").state = spread;
+            let known = self.workers.get_mut(&worker).expect("known");
+            (known.state, known.pending) = (spread, Some(share));
             self.report.spread += 1;
             return Ok(true);
         }

@@ -104,6 +104,16 @@ impl World {
         }
     }
 
+    /// The blocks whose moments a member of a generation with learners will need once these have lanes.
+    pub(super) fn share_to_be(&self, worker: WorkerId, formation: &Formation) -> BTreeSet<u64> {
+        let members = formation.members.len();
+        let rank = formation.rank(worker).expect("a member");
+        match formation.trainers() < members {
+            true => shares(self.blocks, members, rank).into_iter().flatten().collect(),
+            false => BTreeSet::new(),
+        }
+    }
+
     pub(super) fn connect(&mut self, worker: WorkerId) {
         if self.workers[&worker].link.is_some() {
             return;
