@@ -32,6 +32,11 @@ pub struct Prepared {
     kernels: Option<Kernels>,
 }
 
+/// The elements of a block that move.
+fn moved_of(block: usize, moved: &Range<usize>) -> Range<usize> {
+    (block * BLOCK).max(moved.start)..((block + 1) * BLOCK).min(moved.end)
+}
+
 impl State {
     /// The first half of [`State::update`], of a gradient that is the same everywhere. The new weights of the blocks of `own`
     /// that move, whose moments are here, take the place of their gradient. What must be kept of it lies in `room`, a whole flat
@@ -53,10 +58,9 @@ impl State {
             Some(room) => part(room, 0..len).zero_(),
             None => Tensor::zeros([len as i64], (Kind::Float, gradient.device())),
         };
-        let slice = |block: usize| (block * BLOCK).max(moved.start)..((block + 1) * BLOCK).min(moved.end);
         if let Some(scale) = &scale {
             for (block, there) in self.places(blocks.clone()) {
-                let slice = slice(block);
+                let slice = moved_of(block, &moved);
                 let mut g = part(gradient, slice.clone());
                 g *= scale.gradient;
                 let from = there * BLOCK + slice.start - block * BLOCK;
@@ -67,7 +71,7 @@ impl State {
             let whole = block * BLOCK..(block + 1) * BLOCK;
             part(gradient, whole.clone()).copy_(&part(&self.weights, whole));
             let Some(scale) = &scale else { continue };
-            let slice = slice(block);
+            let slice = moved_of(block, &moved);
             let [m, v] = self.moments(block..block + 1);
             let within = slice.start - block * BLOCK..slice.end - block * BLOCK;
             let [mut m, mut v] = [m, v].map(|flat| {
@@ -101,9 +105,9 @@ impl State {
         if let Some(scale) = scale {
             self.updates += 1;
             for (block, there) in self.places(blocks.clone()) {
-                let start = (block * BLOCK).max(moved.start) - block * BLOCK;
-                let end = ((block + 1) * BLOCK).min(moved.end) - block * BLOCK;
-                let here = |flat: &Tensor| part(flat, there * BLOCK + start..there * BLOCK + end);
+                let slice = moved_of(block, moved);
+                let from = there * BLOCK + slice.start - block * BLOCK;
+                let here = |flat: &Tensor| part(flat, from..from + slice.len());
                 let (mut m, mut v) = (here(&self.exp_avg), here(&self.exp_avg_sq));
                 scale.moments(kernels.as_ref(), &mut m, &mut v, &here(gradient));
             }

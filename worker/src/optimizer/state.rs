@@ -33,21 +33,27 @@ pub struct State {
     pub(crate) reading: RefCell<Vec<Arc<Reading>>>,
 }
 
+/// First and second moments of `cover`.
+fn zero_moments(cover: &Cover, device: Device) -> [Tensor; 2] {
+    [0, 1].map(|_| Tensor::zeros([cover.elements() as i64], (Kind::Float, device)))
+}
+
 impl State {
     /// Fresh weights, moments at zero.
     pub fn new(layout: Layout, weights: Tensor) -> Self {
-        let zeros = || layout.zeros(weights.device());
-        let (exp_avg, exp_avg_sq) = (zeros(), zeros());
         let cover = Cover::all(layout.blocks());
-        let reading = RefCell::default();
-        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: 0, losses: Vec::new(), reading }
+        Self::at_zero(layout, weights, cover)
     }
 
     /// Weights alone: all moments are elsewhere.
     pub fn without_moments(layout: Layout, weights: Tensor) -> Self {
-        let nothing = || Tensor::zeros([0], (Kind::Float, weights.device()));
-        let (exp_avg, exp_avg_sq) = (nothing(), nothing());
         let cover = Cover::none(layout.blocks());
+        Self::at_zero(layout, weights, cover)
+    }
+
+    /// The moments of `cover`, at zero.
+    fn at_zero(layout: Layout, weights: Tensor, cover: Cover) -> Self {
+        let [exp_avg, exp_avg_sq] = zero_moments(&cover, weights.device());
         let reading = RefCell::default();
         Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: 0, losses: Vec::new(), reading }
     }
@@ -61,11 +67,7 @@ impl State {
 
     /// The same in memory of its own.
     pub fn copy(&self) -> Self {
-        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses, reading: _ } = self;
-        let (weights, exp_avg, exp_avg_sq) = (weights.copy(), exp_avg.copy(), exp_avg_sq.copy());
-        let (layout, cover, losses, reading) =
-            (layout.clone(), cover.clone(), losses.clone(), RefCell::default());
-        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: *updates, losses, reading }
+        self.with_flats(Tensor::copy)
     }
 
     /// The same on `device`; in the same memory when it is there already.
@@ -77,16 +79,20 @@ impl State {
 
     /// The same in the same memory.
     pub fn share(&self) -> Self {
-        let Self { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses, reading } = self;
+        Self { reading: self.reading.clone(), ..self.with_flats(Tensor::shallow_clone) }
+    }
+
+    /// The same with what `of` makes of weights and moments, which nobody copies yet.
+    fn with_flats(&self, of: impl Fn(&Tensor) -> Tensor) -> Self {
         Self {
-            layout: layout.clone(),
-            weights: weights.shallow_clone(),
-            exp_avg: exp_avg.shallow_clone(),
-            exp_avg_sq: exp_avg_sq.shallow_clone(),
-            cover: cover.clone(),
-            updates: *updates,
-            losses: losses.clone(),
-            reading: reading.clone(),
+            layout: self.layout.clone(),
+            weights: of(&self.weights),
+            exp_avg: of(&self.exp_avg),
+            exp_avg_sq: of(&self.exp_avg_sq),
+            cover: self.cover.clone(),
+            updates: self.updates,
+            losses: self.losses.clone(),
+            reading: RefCell::default(),
         }
     }
 
@@ -119,12 +125,8 @@ impl State {
     /// moments are elsewhere.
     pub fn upcycled(&self, layout: Layout) -> Self {
         assert!(self.cover.is_all(), "a stack grows where all moments are");
-        let spread = |flat: &Tensor| layout.upcycled(&self.layout, flat);
-        let (weights, exp_avg, exp_avg_sq) =
-            (spread(&self.weights), spread(&self.exp_avg), spread(&self.exp_avg_sq));
-        let (cover, losses) = (Cover::all(layout.blocks()), self.losses.clone());
-        let reading = RefCell::default();
-        Self { layout, weights, exp_avg, exp_avg_sq, cover, updates: self.updates, losses, reading }
+        let spread = self.with_flats(|flat| layout.upcycled(&self.layout, flat));
+        Self { cover: Cover::all(layout.blocks()), layout, ..spread }
     }
 
     /// The moments of `blocks`, which are next to one another; panics when some are elsewhere.
@@ -146,8 +148,7 @@ impl State {
         if cover == self.cover && others.is_empty() {
             return self;
         }
-        let device = self.weights.device();
-        let new = [0, 1].map(|_| Tensor::zeros([cover.elements() as i64], (Kind::Float, device)));
+        let new = zero_moments(&cover, self.weights.device());
         let mut filled = Cover::none(cover.of_blocks());
         let mut fill = |blocks: Range<usize>, from: [Tensor; 2]| {
             for Piece { blocks: part_of, at } in cover.pieces(blocks.clone()) {
