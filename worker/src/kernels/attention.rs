@@ -4,7 +4,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{FAILED, Kernels, Target, dense, int};
-use crate::ffi::gpu::Argument::{self, Elements, F32, I32, Null};
+use crate::ffi::argument::Argument::{self, Elements, F32, I32, Null};
 use crate::ffi::gpu::Module;
 use crate::ffi::node::with_backward;
 

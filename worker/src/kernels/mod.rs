@@ -38,9 +38,9 @@ pub use check::{Checked, Sizes, check};
 
 use crate::device;
 use crate::error::{Error, Result};
+use crate::ffi::argument::Argument::{self, Elements, F32, I32, I64, Null};
 #[cfg(test)]
 use crate::ffi::emulated::Emulated;
-use crate::ffi::gpu::Argument::{self, Elements, F32, I32, I64, Null};
 use crate::ffi::gpu::Module;
 use crate::ffi::library;
 use crate::ffi::node::with_backward;
