@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use anello_configs::{Compute, OnSpike, RunConfig, Stage, StepPlan, Trains};
+use anello_configs::{Compute, Guard, OnSpike, RunConfig, Stage, StepPlan, Trains};
 use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
@@ -186,6 +186,23 @@ impl Outcome {
 /// The objective, nats a token.
 fn mean_loss(sums: &LossSums) -> f64 {
     sums.loss / sums.counted.max(1) as f64
+}
+
+/// The sum of the step of `plan`, and whether its loss is a spike after `losses`. Its update is wanted unless that is to be left
+/// out, or the loss is no number.
+fn judged<'a>(
+    guard: &Guard,
+    losses: &[f64],
+    plan: &StepPlan<'_>,
+    gradient: &'a Tensor,
+    sums: &LossSums,
+    kernels: Option<&'a Kernels>,
+) -> (Summed<'a>, Option<Spike>) {
+    let spike = guard::spike(guard, losses, mean_loss(sums));
+    let left_out = spike.is_some() && matches!(guard.on_spike, OnSpike::Skip | OnSpike::Rollback);
+    let wanted = sums.loss.is_finite() && !left_out;
+    let sum = Summed { gradient, counted: sums.counted, wanted, fresh: plan.reset_optimizer, kernels };
+    (sum, spike)
 }
 
 /// The additions that a lane's gradient sets off in the tree, made as far as it is whole.
@@ -454,29 +471,20 @@ impl Engine {
     /// Ends the step with the total of all lanes of the run: the flat `gradient`, which is overwritten, and the sums.
     pub fn finish_with(&mut self, plan: &StepPlan<'_>, gradient: &Tensor, sums: LossSums) -> Outcome {
         let _span = tracing::trace_span!("update").entered();
-        let (guard, loss) = (&self.config.guard, mean_loss(&sums));
+        let Self { config, state, model, kernels, .. } = self;
+        let guard = &config.guard;
         if plan.first_of_stage {
-            self.state.losses.clear();
+            state.losses.clear();
         }
-        let (spike, wanted) = self.judge(&self.state.losses, &sums);
-        let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
-        let (counted, fresh, kernels) = (sums.counted, plan.reset_optimizer, self.kernels.as_ref());
-        let sum = Summed { gradient, counted, wanted, fresh, kernels };
-        let update = self.state.update(&self.config.optimizer, plan.lr, sum, moved);
-        guard::remember(guard, &mut self.state.losses, loss);
+        let (sum, spike) = judged(guard, &state.losses, plan, gradient, &sums, kernels.as_ref());
+        let moved = state.layout.moved(plan.stage.trains, plan.stage.loss);
+        let update = state.update(&config.optimizer, plan.lr, sum, moved);
+        guard::remember(guard, &mut state.losses, mean_loss(&sums));
         let back_to = guard::back_to(guard, spike, plan.step);
         if update.applied {
-            self.model.refresh();
+            model.refresh();
         }
         Outcome { sums, update, spike, back_to }
-    }
-
-    /// Whether the loss of a step is a spike after `losses`, and whether its update is wanted.
-    fn judge(&self, losses: &[f64], sums: &LossSums) -> (Option<Spike>, bool) {
-        let guard = &self.config.guard;
-        let spike = guard::spike(guard, losses, mean_loss(sums));
-        let left_out = spike.is_some() && matches!(guard.on_spike, OnSpike::Skip | OnSpike::Rollback);
-        (spike, sums.loss.is_finite() && !left_out)
     }
 
     /// [`Engine::finish_with`] where the moments are shared out over a ring, first half ([`State::prepare`]): the new weights of
@@ -489,17 +497,15 @@ impl Engine {
         own: Range<usize>,
     ) -> (Prepared, Option<Spike>) {
         let _span = tracing::trace_span!("update").entered();
-        let losses: &[f64] = if plan.first_of_stage { &[] } else { &self.state.losses };
-        let (spike, wanted) = self.judge(losses, sums);
-        let moved = self.state.layout.moved(plan.stage.trains, plan.stage.loss);
-        let (counted, fresh, kernels) = (sums.counted, plan.reset_optimizer, self.kernels.as_ref());
-        let sum = Summed { gradient, counted, wanted, fresh, kernels };
-        let room = self.spare.pop();
-        let mut prepared = self.state.prepare(&self.config.optimizer, plan.lr, sum, moved, own, room);
+        let Self { config, state, kernels, spare, .. } = self;
+        let losses: &[f64] = if plan.first_of_stage { &[] } else { &state.losses };
+        let (sum, spike) = judged(&config.guard, losses, plan, gradient, sums, kernels.as_ref());
+        let moved = state.layout.moved(plan.stage.trains, plan.stage.loss);
+        let mut prepared = state.prepare(&config.optimizer, plan.lr, sum, moved, own, spare.pop());
         if plan.first_of_stage {
             prepared.losses.clear();
         }
-        guard::remember(&self.config.guard, &mut prepared.losses, mean_loss(sums));
+        guard::remember(&config.guard, &mut prepared.losses, mean_loss(sums));
         (prepared, spike)
     }
 

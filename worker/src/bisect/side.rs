@@ -74,7 +74,7 @@ impl<'a> Side<'a> {
         notes: &mut Vec<String>,
     ) -> Result<Self> {
         let (step, config) = (start.step, run.config_at(start.step));
-        kernels::of(&config.compute, device)?;
+        let kernels = kernels::of(&config.compute, device)?;
         let (engine, cursors) = if start.checkpoint {
             let model = &config.model;
             let loaded = load(&run.store, step, model, device).or_else(|cause| {
@@ -84,14 +84,14 @@ impl<'a> Side<'a> {
                 notes.push(format!("{cause}: that of {place}, which is equal, was taken"));
                 Ok::<_, Error>(loaded)
             })?;
-            let mut engine = Engine::with_state(config, loaded.state);
+            let mut engine = Engine::with_kernels(config, loaded.state, kernels);
             if step > 0 && run.unchanged_from(step) == step {
                 engine.forget_losses();
             }
             (engine, loaded.manifest.cursors)
         } else {
             let state = initial_state(config, device)?;
-            (Engine::with_state(config, state), vec![Cursor::default(); config.lanes as usize])
+            (Engine::with_kernels(config, state, kernels), vec![Cursor::default(); config.lanes as usize])
         };
         let data = LoaderOptions::of(config)?;
         note_other_data(run, step, &data, notes);
@@ -110,12 +110,12 @@ impl<'a> Side<'a> {
             return Ok(());
         }
         let config = self.run.config_at(step);
-        kernels::of(&config.compute, self.engine.state().weights.device())?;
+        let kernels = kernels::of(&config.compute, self.engine.state().weights.device())?;
         let data = LoaderOptions::of(config)?;
         let cursors = Some(self.cursors.clone());
         self.loader = Loader::open(LoaderOptions { start_step: step, cursors, ..data.clone() })?;
         self.data = data;
-        self.engine = Engine::with_state(config, self.engine.state().copy());
+        self.engine = Engine::with_kernels(config, self.engine.state().copy(), kernels);
         self.engine.forget_losses();
         if config.guard.on_spike == OnSpike::Rollback {
             // What a spike leads back to is computed from here at the earliest, and there may be no checkpoint.

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-use super::gpu::Argument;
+use super::argument::{Argument, Packed};
 use super::library::words;
 
 /// The library.
@@ -31,14 +31,13 @@ impl Emulated {
     ) -> Result<(), String> {
         type Launch = unsafe extern "C" fn(*const c_char, c_uint, c_uint, *mut *mut u64) -> c_int;
         let symbol = CString::new(name).expect("names of kernels have no NUL");
-        let mut values: Vec<u64> = arguments.iter().map(|argument| argument.bits()).collect();
-        let mut pointers: Vec<*mut u64> = values.iter_mut().map(|value| &raw mut *value).collect();
+        let mut arguments = Packed::new(arguments);
         // It runs one kernel at a time.
         let library = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: declared as in host.cpp; that the arguments are those of the kernel is the caller's part of the bargain.
         let status = unsafe {
             let launch = library.get::<Launch>(b"anello_host_launch\0").map_err(|cause| words(&cause))?;
-            launch(symbol.as_ptr(), grid, block, pointers.as_mut_ptr())
+            launch(symbol.as_ptr(), grid, block, arguments.places())
         };
         match status {
             0 => Ok(()),

@@ -6,40 +6,11 @@ use std::ptr::null_mut;
 use std::sync::{Mutex, PoisonError};
 
 use libloading::os::unix::Library;
-use tch::{Device, Tensor};
+use tch::Device;
 
+use super::argument::{Argument, Packed};
 use super::library::{driver_call, open_driver};
 use super::torch::Stream;
-
-/// A value that a kernel is given.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Argument<'a> {
-    /// Where the elements of a contiguous tensor lie, or those of one whose kernel is told of its gaps.
-    Elements(&'a Tensor),
-    /// No tensor.
-    Null,
-    /// `float`
-    F32(f32),
-    /// `int`
-    I32(i32),
-    /// `long long`
-    I64(i64),
-}
-
-impl Argument<'_> {
-    /// As it lies in memory, in the first bytes of eight.
-    pub fn bits(self) -> u64 {
-        match self {
-            Self::Elements(tensor) => tensor.data_ptr() as u64,
-            Self::Null => 0,
-            Self::F32(value) => u64::from(value.to_bits()),
-            Self::I32(value) => u64::from(value.cast_unsigned()),
-            Self::I64(value) => value.cast_unsigned(),
-        }
-    }
-}
-
-const _: () = assert!(cfg!(target_endian = "little"), "the first bytes of eight are the low ones");
 
 /// Kernels that a GPU has loaded.
 #[derive(Debug)]
@@ -98,8 +69,7 @@ impl Module {
         let function = self.function(name, shared_bytes)?;
         let stream =
             Stream::current(self.device).and_then(Stream::native).map_err(|cause| cause.to_string())?;
-        let mut values: Vec<u64> = arguments.iter().map(|argument| argument.bits()).collect();
-        let mut pointers: Vec<*mut u64> = values.iter_mut().map(|value| &raw mut *value).collect();
+        let mut arguments = Packed::new(arguments);
         driver_call!(
             self.driver,
             "cuLaunchKernel",
@@ -126,7 +96,7 @@ impl Module {
                 1,
                 shared_bytes,
                 stream as *mut c_void,
-                pointers.as_mut_ptr(),
+                arguments.places(),
                 null_mut()
             )
         );

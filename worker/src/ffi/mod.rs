@@ -2,6 +2,7 @@
 //! LibTorch offers in C++ alone (`torch`, over `shim.cpp`) or only once its CUDA half is loaded (`library`).
 #![allow(unsafe_code)]
 
+pub(crate) mod argument;
 #[cfg(test)]
 pub(crate) mod emulated;
 pub(crate) mod gpu;

@@ -1,4 +1,4 @@
-// AdamW over flat fp32 buffers, by the formula of optimizer.rs and in its order of operations, and the squares of its norm.
+// AdamW over flat fp32 buffers, by the formula of the optimizer and in its order of operations, and the squares of its norm.
 // A thread has four elements a block's width apart, so that reads of a warp lie side by side wherever a range begins.
 
 static const int OF_A_THREAD = 4;

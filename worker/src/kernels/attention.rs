@@ -1,10 +1,12 @@
 //! Causal attention of packed documents, compiled beforehand for GPUs of Hopper (`attention/attention.py`, by
 //! `scripts/attention-kernels`): matrix units and asynchronous copies as NVRTC's C++ does not offer them without headers.
 
+use std::collections::BTreeMap;
+
 use tch::{Device, Kind, Tensor};
 
 use super::{FAILED, Kernels, Target, dense, int};
-use crate::ffi::gpu::Argument::{self, Elements, F32, I32, Null};
+use crate::ffi::argument::Argument::{self, Elements, F32, I32, Null};
 use crate::ffi::gpu::Module;
 use crate::ffi::node::with_backward;
 
@@ -45,9 +47,19 @@ struct Entry {
     shape: Shape,
 }
 
-/// The kernels that a GPU has loaded.
+/// Every kernel with its code: name, shape, cubin.
+fn compiled() -> impl Iterator<Item = (&'static str, Shape, &'static [u8])> {
+    let table = serde_json::from_str::<Table>(TABLE).expect("the table was written by the script").kernels;
+    CODE.into_iter().map(move |(name, head_size, code)| {
+        let of = |entry: &&Entry| entry.name == name && entry.shape.head_size == head_size;
+        let entry = table.iter().find(of).expect("the table has all kernels");
+        (name, entry.shape, code)
+    })
+}
+
+/// The kernels that a GPU has loaded, by name and head size.
 #[derive(Debug)]
-pub(super) struct Attention(Vec<(&'static str, Shape, Module)>);
+pub(super) struct Attention(BTreeMap<(&'static str, i64), (Shape, Module)>);
 
 impl Attention {
     /// Loads them for `device`, of this compute capability; none where they are for others.
@@ -58,23 +70,20 @@ impl Attention {
         if capability != CAPABILITY {
             return Ok(None);
         }
-        let table = table();
-        let load = |&(name, head_size, code): &(&'static str, i64, &[u8])| {
-            let of = |entry: &&Entry| entry.name == name && entry.shape.head_size == head_size;
-            let shape = table.iter().find(of).expect("the table has all kernels").shape;
-            Module::load(device, code).map(|module| (name, shape, module))
+        let load = |(name, shape, code): (&'static str, Shape, &[u8])| {
+            Module::load(device, code).map(|module| ((name, shape.head_size), (shape, module)))
         };
-        CODE.iter().map(load).collect::<Result<_, _>>().map(|loaded| Some(Self(loaded)))
+        compiled().map(load).collect::<Result<_, _>>().map(|loaded| Some(Self(loaded)))
     }
 
     fn has(&self, head_size: i64) -> bool {
-        self.0.iter().any(|(_, shape, _)| shape.head_size == head_size)
+        self.0.keys().any(|&(_, of)| of == head_size)
     }
 
     /// One kernel over `n` tokens of `heads` heads. Triton's kernels take two more pointers, to scratch memory that these do not use.
     fn launch(&self, name: &'static str, (n, heads, head_size): (i64, i64, i64), arguments: &[Argument<'_>]) {
-        let of = |loaded: &&(&str, Shape, Module)| loaded.0 == name && loaded.1.head_size == head_size;
-        let (_, shape, module) = self.0.iter().find(of).expect("who asks has asked whether there are such");
+        let (shape, module) =
+            self.0.get(&(name, head_size)).expect("who asks has asked whether there are such");
         let blocks = (n as usize).div_ceil(shape.rows) as u32;
         let arguments: Vec<_> = arguments.iter().copied().chain([Null, Null]).collect();
         if blocks > 0 {
@@ -83,10 +92,6 @@ impl Attention {
                 .unwrap_or_else(|cause| panic!("{FAILED}: {cause}"));
         }
     }
-}
-
-fn table() -> Vec<Entry> {
-    serde_json::from_str::<Table>(TABLE).expect("the table was written by the script").kernels
 }
 
 /// Where the document of each token begins and where it ends, `[n]` of int32 each.
@@ -223,11 +228,9 @@ mod tests {
 
     #[test]
     fn the_table_has_every_kernel_and_the_code_is_that_of_hopper() {
-        let table = table();
-        assert_eq!(table.len(), CODE.len());
-        for (name, head_size, code) in CODE {
-            let of = |entry: &&Entry| entry.name == name && entry.shape.head_size == head_size;
-            let shape = table.iter().find(of).unwrap().shape;
+        let table: Table = serde_json::from_str(TABLE).unwrap();
+        assert_eq!(table.kernels.len(), CODE.len());
+        for (name, shape, code) in compiled() {
             assert!(shape.rows.is_power_of_two() && shape.threads.is_multiple_of(32), "{name}: {shape:?}");
             assert!(shape.shared_bytes <= 227 << 10, "{name}: {shape:?}");
             assert_eq!(&code[..4], b"\x7fELF");

@@ -160,7 +160,7 @@ fn others(found: &[f32], right: &[f32]) -> f64 {
     found.iter().zip(right).filter(|(found, right)| found.to_bits() != right.to_bits()).count() as f64
 }
 
-/// AdamW as `optimizer.rs` has it, one IEEE operation after the other.
+/// AdamW as the optimizer has it, one IEEE operation after the other.
 fn ieee(scale: &Scale, [w, m, v, g]: &mut [Vec<f32>; 4], decayed: usize) {
     let [beta1, rest1, beta2, rest2] = scale.betas();
     let [correction2, eps, decay, rate] = scale.of_weights();

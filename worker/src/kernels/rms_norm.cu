@@ -7,6 +7,18 @@
 static const int ELEMENTS = 16;
 #define ROW_THREADS 768
 
+// `body` of each pack that this thread has of a row: its number among those of the thread, and where in the row it begins.
+template <int N, typename Body>
+__device__ inline void each_pack(int d, Body body) {
+#pragma unroll
+    for (int p = 0; p < ELEMENTS / N; ++p) {
+        int at = (p * blockDim.x + threadIdx.x) * N;
+        if (at < d) {
+            body(p, at);
+        }
+    }
+}
+
 // `inverse` gets 1 / sqrt(mean + eps) of each row, for the backward; a residual of null is none.
 template <typename T, int N>
 __device__ inline void norm_forward(T* y, float* inverse, const T* x, const float* w, const T* residual, int d, float eps) {
@@ -14,42 +26,34 @@ __device__ inline void norm_forward(T* y, float* inverse, const T* x, const floa
     Index start = static_cast<Index>(blockIdx.x) * d;
     Pack<T, N> xs[PACKS] = {};
     float squares = 0.0f;
+    each_pack<N>(d, [&](int p, int at) {
+        xs[p] = load<N>(x + start + at);
 #pragma unroll
-    for (int p = 0; p < PACKS; ++p) {
-        int at = (p * blockDim.x + threadIdx.x) * N;
-        if (at < d) {
-            xs[p] = load<N>(x + start + at);
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                float value = wide(xs[p].of[i]);
-                squares = squares + value * value;
-            }
+        for (int i = 0; i < N; ++i) {
+            float value = wide(xs[p].of[i]);
+            squares = squares + value * value;
         }
-    }
+    });
     float mean = block_sum(squares) / static_cast<float>(d);
     float scale = 1.0f / sqrtf(mean + eps);
     if (threadIdx.x == 0) {
         inverse[blockIdx.x] = scale;
     }
-#pragma unroll
-    for (int p = 0; p < PACKS; ++p) {
-        int at = (p * blockDim.x + threadIdx.x) * N;
-        if (at < d) {
-            float weights[N];
-            load_wide(weights, w + at);
-            Pack<T, N> before = {};
-            if (residual) {
-                before = load<N>(residual + start + at);
-            }
-            Pack<T, N> after;
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-                T normed = Narrow<T>::of(wide(xs[p].of[i]) * scale * weights[i]);
-                after.of[i] = residual ? Narrow<T>::of(wide(before.of[i]) + wide(normed)) : normed;
-            }
-            store<N>(y + start + at, after);
+    each_pack<N>(d, [&](int p, int at) {
+        float weights[N];
+        load_wide(weights, w + at);
+        Pack<T, N> before = {};
+        if (residual) {
+            before = load<N>(residual + start + at);
         }
-    }
+        Pack<T, N> after;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            T normed = Narrow<T>::of(wide(xs[p].of[i]) * scale * weights[i]);
+            after.of[i] = residual ? Narrow<T>::of(wide(before.of[i]) + wide(normed)) : normed;
+        }
+        store<N>(y + start + at, after);
+    });
 }
 
 // With n = x * inverse and a = g * w: the gradient of x is inverse * (a - n * mean(a * n)), that of w the sum of g * n over
@@ -68,50 +72,38 @@ __device__ inline void norm_backward(
         Pack<T, N> xs[PACKS] = {};
         Pack<T, N> gs[PACKS] = {};
         float products = 0.0f;
-#pragma unroll
-        for (int p = 0; p < PACKS; ++p) {
-            int at = (p * blockDim.x + threadIdx.x) * N;
-            if (at < d) {
-                xs[p] = load<N>(x + start + at);
-                gs[p] = load<N>(g + start + at);
-                float weights[N];
-                load_wide(weights, w + at);
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    float n = wide(xs[p].of[i]) * scale;
-                    float upstream = wide(gs[p].of[i]);
-                    products = products + upstream * weights[i] * n;
-                    sums[p][i] = sums[p][i] + upstream * n;
-                }
-            }
-        }
-        float mean = block_sum(products) / static_cast<float>(d);
-#pragma unroll
-        for (int p = 0; p < PACKS; ++p) {
-            int at = (p * blockDim.x + threadIdx.x) * N;
-            if (at < d) {
-                float weights[N];
-                load_wide(weights, w + at);
-                Pack<T, N> of;
-#pragma unroll
-                for (int i = 0; i < N; ++i) {
-                    float n = wide(xs[p].of[i]) * scale;
-                    of.of[i] = Narrow<T>::of(scale * (wide(gs[p].of[i]) * weights[i] - n * mean));
-                }
-                store<N>(of_x + start + at, of);
-            }
-        }
-    }
-#pragma unroll
-    for (int p = 0; p < PACKS; ++p) {
-        int at = (p * blockDim.x + threadIdx.x) * N;
-        if (at < d) {
+        each_pack<N>(d, [&](int p, int at) {
+            xs[p] = load<N>(x + start + at);
+            gs[p] = load<N>(g + start + at);
+            float weights[N];
+            load_wide(weights, w + at);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                partials[static_cast<Index>(blockIdx.x) * d + at + i] = sums[p][i];
+                float n = wide(xs[p].of[i]) * scale;
+                float upstream = wide(gs[p].of[i]);
+                products = products + upstream * weights[i] * n;
+                sums[p][i] = sums[p][i] + upstream * n;
             }
-        }
+        });
+        float mean = block_sum(products) / static_cast<float>(d);
+        each_pack<N>(d, [&](int p, int at) {
+            float weights[N];
+            load_wide(weights, w + at);
+            Pack<T, N> of;
+#pragma unroll
+            for (int i = 0; i < N; ++i) {
+                float n = wide(xs[p].of[i]) * scale;
+                of.of[i] = Narrow<T>::of(scale * (wide(gs[p].of[i]) * weights[i] - n * mean));
+            }
+            store<N>(of_x + start + at, of);
+        });
     }
+    each_pack<N>(d, [&](int p, int at) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            partials[static_cast<Index>(blockIdx.x) * d + at + i] = sums[p][i];
+        }
+    });
 }
 
 ROW_KERNEL rms_norm_forward_f32(

@@ -5,6 +5,7 @@ use std::path::Path;
 use anello_configs::{RunConfig, Schedule};
 use anello_dataloader::MicroBatch;
 
+use super::adamw::flat;
 use super::*;
 use crate::account::weights_digest;
 use crate::engine::Engine;

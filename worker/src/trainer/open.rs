@@ -12,6 +12,7 @@ use tch::Device;
 
 use crate::account::{Epochs, Stamp};
 use crate::checkpoint::{self, Loaded};
+use crate::device;
 use crate::engine::Engine;
 use crate::environment;
 use crate::error::{Error, Result};
@@ -130,7 +131,8 @@ impl Run {
     /// Builds engine and loader at the first step to train, and claims the run: of two processes one gets through
     /// the first record here, the other is fenced. Before that nothing in the run folder is changed.
     pub(super) fn start(&self, log: &mut EventLog) -> Result<Started> {
-        let device = kernels::ready(&self.config.compute)?;
+        let device = device::open(self.config.compute.device)?;
+        let kernels = kernels::of(&self.config.compute, device)?;
         let stamp = Stamp::new(&self.config, &self.data, device);
         let mut passed_over = Vec::new();
         let loaded = if self.resumed { self.newest_usable(device, &mut passed_over)? } else { None };
@@ -168,14 +170,17 @@ impl Run {
 
         let (engine, cursors) = match loaded {
             Some(Loaded { manifest, state }) => {
-                let mut engine = Engine::with_state(&self.config, state);
+                let mut engine = Engine::with_kernels(&self.config, state, kernels);
                 if events::changed_at(&self.store)? == Some(step) {
                     // Losses of another config are no measure, and a spike must not lead back behind the change.
                     engine.forget_losses();
                 }
                 (engine, Some(manifest.cursors))
             }
-            None => (Engine::with_state(&self.config, initial_state(&self.config, device)?), None),
+            None => {
+                let state = initial_state(&self.config, device)?;
+                (Engine::with_kernels(&self.config, state, kernels), None)
+            }
         };
         let loader =
             Loader::open(LoaderOptions { start_step: step, cursors: cursors.clone(), ..self.data.clone() })?;
