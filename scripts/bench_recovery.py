@@ -14,7 +14,7 @@ until five steps after it has entered, less the median step: in the joiner's who
 `--joins`: two workers train, and a third comes. What those that train wait for it is the time from where they leave a ring to
 where the next one has met and all have their state, at each boundary at which it enters (to be sent the state, and to be given
 lanes), summed. It is measured for two sizes of the state (BENCH_SHAPE=state-24 and state-384), and beside each with
-`ring.state_copies = 2`, where a joiner has the weights with a step of the others, and moments at the second boundary.
+`ring.state_copies = 2`, where a joiner has the weights with a step of the others, and its share of the moments meanwhile.
 """
 
 import argparse

@@ -49,7 +49,7 @@ fn serve(rank: u32, members: usize, host: IpAddr) {
     let case = Case::named("ring");
     tch::set_num_threads(1);
     let config = case.config("layer", 1);
-    let engine = Engine::new(&config, Device::Cpu);
+    let engine = Engine::new(&config, Device::Cpu).unwrap();
     let layout = engine.state().layout.clone();
     let whole = layout.backward_blocks(Trains::All);
     let order = whole.iter().cloned().flatten().map(|block| block as u32).collect();

@@ -254,7 +254,7 @@ fn generate() {
     let case = Case::named("d256");
     tch::set_num_threads(1);
     let config = case.config("none", 1);
-    let engine = Engine::new(&config, Device::Cpu);
+    let engine = Engine::new(&config, Device::Cpu).unwrap();
     let mut deepest = f64::NAN;
     for leave in (1..=LOOPS).rev() {
         let options = GenerateOptions {
@@ -296,7 +296,7 @@ impl Stepper {
     fn new(case: Case, recompute: &str, threads: u32) -> Self {
         tch::set_num_threads(threads as i32);
         let config = case.config(recompute, threads);
-        let engine = Engine::new(&config, Device::Cpu);
+        let engine = Engine::new(&config, Device::Cpu).unwrap();
         Self { engine, config, batches: case.batches(), next: 0 }
     }
 

@@ -17,6 +17,7 @@ use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
 use crate::cover::Cover;
+use crate::error::Result;
 use crate::evaluate::Evaluation;
 use crate::fold::Fold;
 use crate::guard::{self, Spike};
@@ -257,18 +258,15 @@ impl Chain {
 
 impl Engine {
     /// An engine at the first step of `config`, with the initial weights of its seed.
-    pub fn new(config: &RunConfig, device: Device) -> Self {
-        Self::with_state(config, State::of_seed(config, device))
+    ///
+    /// # Errors
+    /// Those of the kernels that the config asks for: [`crate::Error::Device`], [`crate::Error::Config`].
+    pub fn new(config: &RunConfig, device: Device) -> Result<Self> {
+        let kernels = kernels::of(&config.compute, device)?;
+        Ok(Self::with_kernels(config, State::of_seed(config, device), kernels))
     }
 
-    /// An engine that goes on from `state`. Panics where the config asks for kernels that cannot be had, which
-    /// [`crate::kernels::ready`] finds out before.
-    pub fn with_state(config: &RunConfig, state: State) -> Self {
-        let kernels = kernels::of(&config.compute, state.weights.device());
-        Self::with_kernels(config, state, kernels.unwrap_or_else(|cause| panic!("{cause}")))
-    }
-
-    /// The same with these kernels, or with LibTorch's.
+    /// An engine that goes on from `state` with these kernels, or with LibTorch's.
     pub(crate) fn with_kernels(config: &RunConfig, state: State, kernels: Option<Kernels>) -> Self {
         crate::ffi::keep_freed_memory();
         let device = state.weights.device();

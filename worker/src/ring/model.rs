@@ -44,7 +44,7 @@ use crate::cover::Cover;
 use crate::device;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::kernels;
+use crate::kernels::{self, Kernels};
 use crate::optimizer::{Prepared, State};
 use crate::params::{BLOCK, Layout};
 use crate::validate::HeldOut;
@@ -176,6 +176,8 @@ struct Thread {
     runtime: tokio::runtime::Handle,
     tell: UnboundedSender<Told>,
     device: Device,
+    /// Those of `compute.fused`.
+    kernels: Option<Kernels>,
     /// Where gradients travel by it.
     nccl: Option<Nccl>,
     held: Option<Held>,
@@ -240,7 +242,8 @@ impl Thread {
         }
         let data = LoaderOptions::of(&config)?;
         let held_out = HeldOut::open(&config)?;
-        let device = kernels::ready(&config.compute)?;
+        let device = device::open(config.compute.device)?;
+        let kernels = kernels::of(&config.compute, device)?;
         let nccl = match config.ring.transport {
             Transport::Tcp => None,
             Transport::Nccl => Some(load_nccl(device)?),
@@ -270,6 +273,7 @@ impl Thread {
             runtime,
             tell,
             device,
+            kernels,
             nccl,
             held: None,
             live: None,
@@ -468,6 +472,11 @@ impl Thread {
         let device = (self.device != Device::Cpu).then(|| environment.device.clone());
         let parts = [Some(environment.build()), device, self.nccl.as_ref().map(Nccl::version)];
         parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+    }
+
+    /// What trains on from `state`.
+    fn engine(&self, state: State) -> Engine {
+        Engine::with_kernels(&self.config, state, self.kernels.clone())
     }
 
     fn loader(&self, lanes: &Range<u32>, step: u64) -> Served<Loader> {

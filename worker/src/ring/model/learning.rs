@@ -146,7 +146,7 @@ impl Thread {
             Coming::Sent(learner)
         };
         self.learning = Some(Learning::new(coming, circle, ids));
-        let engine = Engine::with_state(&self.config, state);
+        let engine = self.engine(state);
         self.held = Some(Held::new(engine, start, cursors));
         tracing::info!(step = %start, blocks, "is sent the state while the others train");
     }

@@ -33,7 +33,7 @@ impl Thread {
             checkpoint::load_shard(&self.store, step.0, &self.config.model, self.device, cover)
         })?;
         let loaded = loaded.map_err(|damaged| Cause::NoState { reason: damaged.to_string() })?;
-        let engine = Engine::with_state(&self.config, loaded.state);
+        let engine = self.engine(loaded.state);
         self.held = Some(Held::new(engine, step, loaded.manifest.cursors));
         self.measure_anew(step, serving)
     }

@@ -311,7 +311,7 @@ impl Thread {
                 let mut state = State::without_moments(layout, weights);
                 (state.updates, state.losses) = (updates, losses);
                 let state = state.with_cover(cover, &others);
-                let engine = Engine::with_state(&self.config, state);
+                let engine = self.engine(state);
                 self.held = Some(Held::new(engine, start, cursors));
             }
         }
@@ -366,7 +366,7 @@ impl Thread {
     /// Makes this worker hold what the run begins with.
     pub(super) fn hold_seed(&mut self) -> Served<()> {
         let state = initial_state(&self.config, self.device).map_err(|error| fault(error.to_string()))?;
-        let engine = Engine::with_state(&self.config, state);
+        let engine = self.engine(state);
         let cursors = vec![Cursor::default(); self.config.lanes as usize];
         self.held = Some(Held::new(engine, Step(0), cursors));
         Ok(())

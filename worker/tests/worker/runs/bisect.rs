@@ -240,7 +240,7 @@ fn forget_checkpoints(store: &Store) {
 /// figures and checkpoints on record as a run does.
 fn computed_wrongly(config: &RunConfig, after: u64, element: usize) -> Store {
     let store = trained(config);
-    let mut engine = Engine::new(config, Device::Cpu);
+    let mut engine = Engine::new(config, Device::Cpu).unwrap();
     let mut loader = Loader::open(LoaderOptions::of(config).unwrap()).unwrap();
     let schedule = Schedule::new(config);
     let mut records = Vec::new();

@@ -144,7 +144,7 @@ fn engines_that_share_the_lanes_are_the_one_worker() {
     let mut loader = Loader::open(options).unwrap();
     let schedule = Schedule::new(&config);
     let store = Store::memory().unwrap();
-    let mut engines: Vec<Engine> = CUTS.iter().map(|_| Engine::new(&config, Device::Cpu)).collect();
+    let mut engines: Vec<Engine> = CUTS.iter().map(|_| Engine::new(&config, Device::Cpu).unwrap()).collect();
     let mut epochs = Epochs::default();
     let mut told = Vec::new();
 
