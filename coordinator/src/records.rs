@@ -78,6 +78,12 @@ pub(crate) fn event_of(entry: Entry) -> Logged {
             rest_ms: rest.0,
             reason,
         },
+        Entry::Broke { worker, generation, step, reason } => Logged::Broke {
+            worker: worker.to_string(),
+            generation: generation.0,
+            step: step.map(|step| step.0),
+            reason,
+        },
         Entry::FellBack { step, reason } => Logged::FellBack { step: step.0, reason },
         Entry::PassedOver { step, reason } => Logged::PassedOver { step: step.0, reason },
         Entry::CheckpointFailed { step, reason } => Logged::CheckpointFailed { step: step.0, cause: reason },

@@ -169,6 +169,17 @@ pub enum Event {
         /// The checkpoint that its state is from; absent: from members that held it.
         checkpoint: Option<u64>,
     },
+    /// A ring broke for a reason that is no death, and is formed anew.
+    Broke {
+        /// Who says why.
+        worker: String,
+        /// The ring's number.
+        generation: u64,
+        /// Steps applied in the state that it holds; absent: it holds none.
+        step: Option<u64>,
+        /// Why.
+        reason: String,
+    },
     /// State that workers held was given up: the run goes on from its last checkpoint, or begins anew.
     FellBack {
         /// Steps applied to it.

@@ -27,6 +27,10 @@ pub fn describe(event: &Event) -> String {
                 reason.replace('\n', " ")
             )
         }
+        Event::Broke { worker, generation, step, reason } => {
+            let step = step.map(|step| format!(" after step {}", grouped(step))).unwrap_or_default();
+            format!("ring {generation} broke{step}: worker {} says: {reason}", short_digest(worker))
+        }
         Event::Stage { step, stage } => format!("stage {stage} begins, after {} steps", grouped(*step)),
         Event::Skipped { step, loss } => {
             format!("step {} was skipped: it was not finite (loss {loss})", grouped(*step))
@@ -284,6 +288,15 @@ mod tests {
                 "worker 3f0000000000 lost (silent for 1.000 s); it held no state",
             ),
             (
+                Event::Broke {
+                    worker: worker(),
+                    generation: 4,
+                    step: Some(412),
+                    reason: "rank 1 sent a block with a wrong checksum".to_owned(),
+                },
+                "ring 4 broke after step 412: worker 3f0000000000 says: rank 1 sent a block with a wrong checksum",
+            ),
+            (
                 Event::Evicted {
                     worker: worker(),
                     machine: "node-7".to_owned(),
@@ -345,7 +358,7 @@ mod tests {
                     worker: worker(),
                     machine: "node-7".into(),
                     from: worker(),
-                    step: Some(1412),
+                    step: Some(412),
                     rest_ms: 40_000,
                     reason: "no answer from 10.0.0.7:4100".into(),
                 },

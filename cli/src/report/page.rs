@@ -182,6 +182,7 @@ fn event_list(records: &[Record]) -> String {
     let line = |record: &Record| {
         let kind = match record.event {
             Event::PassedOver { .. }
+            | Event::Broke { .. }
             | Event::Skipped { .. }
             | Event::Spike { .. }
             | Event::SkippedData { .. }

@@ -95,6 +95,7 @@ pub fn news(notice: &Notice) -> Option<String> {
                 Some(describe(&record.event))
             }
             Event::PassedOver { .. }
+            | Event::Broke { .. }
             | Event::Skipped { .. }
             | Event::Spike { .. }
             | Event::Epoch { .. }

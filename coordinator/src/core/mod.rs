@@ -311,6 +311,17 @@ pub enum Entry {
         /// What was seen of it.
         reason: String,
     },
+    /// A ring broke for a reason that is no death, and is formed anew.
+    Broke {
+        /// Who says why.
+        worker: WorkerId,
+        /// Which ring.
+        generation: Generation,
+        /// The step after which that worker holds state.
+        step: Option<Step>,
+        /// Why.
+        reason: String,
+    },
     /// The state that workers hold is not gone on from: the last checkpoint is, or the seed.
     FellBack {
         /// The step after which they hold it.

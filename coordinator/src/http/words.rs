@@ -308,6 +308,7 @@ impl From<&Record> for Event {
                 | Logged::Spike { .. }
                 | Logged::SkippedData { .. }
                 | Logged::CheckpointFailed { .. }
+                | Logged::Broke { .. }
                 | Logged::Lost { .. }
                 | Logged::Evicted { .. }
                 | Logged::FellBack { .. }

@@ -43,6 +43,7 @@ impl Standing {
             }
             Event::Finished { .. } => self.outcome = Some(Outcome::Completed),
             Event::PassedOver { .. }
+            | Event::Broke { .. }
             | Event::Stage { .. }
             | Event::Skipped { .. }
             | Event::Spike { .. }

@@ -202,6 +202,7 @@ impl Figures {
             }
             Event::Started { .. }
             | Event::PassedOver { .. }
+            | Event::Broke { .. }
             | Event::Stage { .. }
             | Event::Skipped { .. }
             | Event::Spike { .. }
@@ -349,7 +350,8 @@ impl Figures {
             Event::Checkpoint { .. }
             | Event::CheckpointFailed { .. }
             | Event::Skipped { .. }
-            | Event::Spike { .. } => {}
+            | Event::Spike { .. }
+            | Event::Broke { .. } => {}
             Event::Started { .. }
             | Event::Stage { .. }
             | Event::TakenUp { .. }

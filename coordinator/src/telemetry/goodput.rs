@@ -138,6 +138,7 @@ impl Goodput {
                 }
             }
             Event::PassedOver { .. }
+            | Event::Broke { .. }
             | Event::Stage { .. }
             | Event::Skipped { .. }
             | Event::Spike { .. }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! step     ├ data ┤├ compute ──────────┤├ reduce ┤├ update ┤├ checkpoint ┤├ eval ┤
-//! recovery ├ gather ──────────────┤├ form ────────┤        events: lost, evicted, left-out, fell-back, formed
+//! recovery ├ gather ──────────────┤├ form ────────┤        events: lost, evicted, left-out, broke, fell-back, formed
 //! ```
 //! A step ends when it is heard of. Where its time went is known, not in which pieces: a part that came in several is drawn
 //! as one, in the order in which they begin. What is drawn is a pure function of what happened; a thread of the exporter sends
@@ -201,6 +201,7 @@ fn is_told(event: &Event) -> Option<&'static str> {
         Event::Evicted { .. } => Some("evicted"),
         Event::LeftOut { .. } => Some("left-out"),
         Event::FellBack { .. } => Some("fell-back"),
+        Event::Broke { .. } => Some("broke"),
         Event::Formed { .. } => Some("formed"),
         Event::Started { .. }
         | Event::PassedOver { .. }
@@ -228,7 +229,8 @@ fn facts_of(event: &Event) -> Vec<KeyValue> {
     match event {
         Event::Lost { worker, reason, .. }
         | Event::Evicted { worker, reason, .. }
-        | Event::LeftOut { worker, reason, .. } => {
+        | Event::LeftOut { worker, reason, .. }
+        | Event::Broke { worker, reason, .. } => {
             vec![KeyValue::new("worker", worker.clone()), KeyValue::new("reason", reason.clone())]
         }
         Event::FellBack { step, reason } => {

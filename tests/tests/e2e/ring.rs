@@ -506,6 +506,26 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
     }
 }
 
+/// A bit that flips on its way is seen by whoever receives it, who says of whom it was; the step is made again.
+#[test]
+fn a_bit_that_flips_on_the_wire_is_found_and_changes_nothing() {
+    for (copies, rank) in [("all", 1), ("2", 0)] {
+        let run = format!("ring-flipped-wire-{copies}");
+        let (fault, copies) = (format!("ring.fault=wire@7/{rank}"), format!("ring.state_copies={copies}"));
+        start(&run, 3, &["--set", &fault, "--set", &copies]).wait().expect(0);
+        let told = events(&run);
+        let broke = told.lines().find(|line| line.contains(" broke after step 7: "));
+        let broke = broke.unwrap_or_else(|| panic!("{told}"));
+        assert!(
+            broke.contains("with a wrong checksum in its payload") && broke.contains("is worker "),
+            "{told}"
+        );
+        assert_eq!(told.matches(" broke after ").count(), 1, "{told}");
+        assert!(!told.contains("state from checkpoint") && !told.contains(" lost ("), "{told}");
+        assert_undisturbed(&run);
+    }
+}
+
 /// A gradient that one worker computes wrongly reaches all replicas alike: only a second computation can see it.
 #[test]
 fn a_wrong_gradient_is_found_before_it_is_applied() {

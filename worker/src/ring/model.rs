@@ -544,9 +544,10 @@ fn cause_of(error: &RingError, formation: &Formation) -> Cause {
         | RingError::Deadline { .. }
         | RingError::Dead { .. }
         | RingError::System { .. } => broken(None, reason),
-        RingError::Corrupt { .. }
-        | RingError::Protocol { .. }
-        | RingError::Refused { .. }
-        | RingError::Shape { .. } => fault(reason),
+        RingError::Corrupt { rank, .. } => {
+            let sender = formation.members.get(rank.index()).map(|member| member.worker.to_string());
+            fault(format!("{reason} ({rank} is worker {})", sender.unwrap_or_default()))
+        }
+        RingError::Protocol { .. } | RingError::Refused { .. } | RingError::Shape { .. } => fault(reason),
     }
 }

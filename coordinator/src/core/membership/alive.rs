@@ -98,15 +98,15 @@ impl Membership {
     pub(super) fn judge(&mut self, formation: &Formation, blameless: bool, out: &mut Vec<Effect>) {
         self.judge_replicas(formation, out);
         self.note_rifts(formation, out);
-        let reason = self.workers.values().find_map(|worker| match &worker.stance.activity {
+        let fault = self.workers.iter().find_map(|(id, worker)| match &worker.stance.activity {
             Activity::Holding { generation, cause: Cause::NoState { reason } | Cause::Fault { reason } }
                 if *generation == formation.generation =>
             {
-                Some(reason.clone())
+                Some((*id, worker.stance.holds, reason.clone()))
             }
             _ => None,
         });
-        let Some(reason) = reason.filter(|_| !blameless) else { return };
+        let Some((worker, holds, reason)) = fault.filter(|_| !blameless) else { return };
         if let Source::Checkpoint { step } = formation.source
             && self.workers.values().any(|worker| {
                 let Activity::Holding { generation, cause } = &worker.stance.activity else { return false };
@@ -124,6 +124,9 @@ impl Membership {
         if count > self.options.faults_max {
             let reason = format!("step {at} has failed {count} times: {reason}");
             self.over(Outcome::Failed { reason }, out);
+        } else {
+            let generation = formation.generation;
+            out.push(Effect::Record(Entry::Broke { worker, generation, step: holds, reason }));
         }
     }
 

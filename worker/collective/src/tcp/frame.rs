@@ -225,15 +225,23 @@ pub(crate) struct Sender {
     header: [u8; HEADER_BYTES],
     at: usize,
     begun: bool,
+    /// For tests: the next payload is to change on its way, and one that does.
+    flips: bool,
+    flipped: Option<Vec<u8>>,
 }
 
 impl Default for Sender {
     fn default() -> Self {
-        Self { header: [0; HEADER_BYTES], at: 0, begun: false }
+        Self { header: [0; HEADER_BYTES], at: 0, begun: false, flips: false, flipped: None }
     }
 }
 
 impl Sender {
+    /// For tests: one bit of the next payload flips after its checksum was taken.
+    pub fn flip_a_bit(&mut self) {
+        self.flips = true;
+    }
+
     /// Goes on with a frame. `checksum` is asked for once, when the frame begins; after `Blocked` the call must be
     /// repeated with the same address and payload.
     pub fn send(
@@ -246,7 +254,13 @@ impl Sender {
         if !self.begun {
             self.header = zerocopy::transmute!(Header::new(address, payload.len(), checksum()));
             (self.begun, self.at) = (true, 0);
+            self.flipped = std::mem::take(&mut self.flips).then(|| {
+                let mut flipped = payload.to_vec();
+                flipped[payload.len() / 2] ^= 1;
+                flipped
+            });
         }
+        let payload = self.flipped.as_deref().unwrap_or(payload);
         while self.at < HEADER_BYTES + payload.len() {
             let written = if self.at < HEADER_BYTES {
                 io.write_vectored(&[IoSlice::new(&self.header[self.at..]), IoSlice::new(payload)])

@@ -123,6 +123,11 @@ impl Tcp {
         self.net.sent_bytes()
     }
 
+    /// For tests: a bit of the next block that is sent flips on its way, after its checksum was taken.
+    pub fn flip_a_bit(&mut self) {
+        self.net.flip_a_bit();
+    }
+
     fn alive(&mut self) -> Result<()> {
         if let Some(cause) = &self.dead {
             return Err(Error::Dead { cause: cause.clone() });

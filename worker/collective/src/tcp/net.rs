@@ -109,6 +109,13 @@ fn told(error: &std::io::Error) -> String {
 }
 
 impl Net {
+    /// For tests: a bit of the next block that goes to the first of the others flips on its way.
+    pub fn flip_a_bit(&mut self) {
+        if let Some(link) = self.links.first_mut() {
+            link.sender.flip_a_bit();
+        }
+    }
+
     /// `silence` is how long what is sent may go without an acknowledgement.
     pub fn new(
         rank: Rank,

@@ -8,10 +8,10 @@ use crate::host::OnHost;
 impl Thread {
     /// For tests: flips the lowest bit of one number, once, when the config says so.
     pub(super) fn inject_fault(&mut self, at: u64, rank: usize) {
-        let fault =
-            self.config.ring.fault.take_if(|fault| {
-                (fault.step, fault.rank as usize) == (at, rank) && fault.buffer != "gradient"
-            });
+        let fault = self.config.ring.fault.take_if(|fault| {
+            let is_of_state = !["gradient", "wire"].contains(&fault.buffer.as_str());
+            (fault.step, fault.rank as usize) == (at, rank) && is_of_state
+        });
         if let (Some(fault), Some(held)) = (fault, &self.held) {
             let state = held.engine.state();
             let buffer = match fault.buffer.as_str() {
@@ -27,11 +27,11 @@ impl Thread {
         }
     }
 
-    /// For tests: whether this worker is to compute the lane that is checked at `step` wrongly, once.
-    pub(super) fn take_gradient_fault(&mut self, step: u64, rank: usize) -> bool {
-        let due = |fault: &mut Fault| {
-            fault.buffer == "gradient" && fault.step <= step && fault.rank as usize == rank
-        };
+    /// For tests: whether something is to go wrong in `step`, once: `gradient`, the lane that is checked is computed wrongly; `wire`,
+    /// a block changes on its way.
+    pub(super) fn take_fault_of(&mut self, what: &str, step: u64, rank: usize) -> bool {
+        let due =
+            |fault: &mut Fault| fault.buffer == what && fault.step <= step && fault.rank as usize == rank;
         self.config.ring.fault.take_if(due).is_some()
     }
 }

@@ -31,7 +31,7 @@ impl Thread {
         let every = self.config.ring.spot_check_every_steps;
         let spot = Spot::at(self.config.seed, every, plan.step, serving.formation, serving.trainers);
         let own_spot = spot.as_ref().is_some_and(|spot| spot.owner == serving.rank);
-        let faulty = own_spot && self.take_gradient_fault(plan.step, serving.rank);
+        let faulty = own_spot && self.take_fault_of("gradient", plan.step, serving.rank);
         let mut own_hash = Vec::new();
         let mut check_lane = |lane: u32, gradient: &mut Tensor| {
             if spot.as_ref().is_some_and(|spot| spot.lane == lane) {
@@ -41,6 +41,9 @@ impl Thread {
                 own_hash = spot::hash(gradient);
             }
         };
+        if self.take_fault_of("wire", plan.step, serving.rank) {
+            ring.flip_a_bit();
+        }
         let held = self.held.as_mut().expect("state was taken");
         held.approach(plan);
         let Held { engine, .. } = held;

@@ -8,7 +8,15 @@ fn a_step_that_fails_again_goes_back_to_the_checkpoint_and_then_fails_the_job() 
     let fault = Cause::Fault { reason: "row group 3 cannot be read".to_owned() };
     let mut sources = Vec::new();
     for generation in 1..=4 {
-        story.stands(1, stance(Some(15), holding(generation, fault.clone())));
+        let out = story.stands(1, stance(Some(15), holding(generation, fault.clone())));
+        // Each time but the last it is told why.
+        let broke = Entry::Broke {
+            worker: WorkerId(1),
+            generation: Generation(generation),
+            step: Some(Step(15)),
+            reason: "row group 3 cannot be read".to_owned(),
+        };
+        assert_eq!(out.contains(&Effect::Record(broke)), generation < 4, "{out:?}");
         if let Some(formation) = story.core.formation() {
             sources.push(formation.source.clone());
         }
