@@ -546,6 +546,42 @@ fn a_wrong_gradient_is_found_before_it_is_applied() {
     }
 }
 
+/// SIGTERM is noticed at any point of a step, and not only at its end, which is when the worker goes.
+#[test]
+fn a_worker_that_is_asked_to_go_in_the_midst_of_a_step_notices_within_a_second() {
+    let (run, port) = ("ring-asked-to-go", free_port().to_string());
+    // Three steps of some seconds each.
+    let long = [
+        "--set",
+        "stages=[\"warmup\"]",
+        "--set",
+        "stage.warmup.tokens=98304",
+        "--set",
+        "stage.warmup.batch=32768",
+    ];
+    let mut process = start(run, 2, &[&["--external", "--port", &port][..], &long].concat());
+    let address = format!("127.0.0.1:{port}");
+    let (stays, goes) = (worker(&address), worker(&address));
+    wait_until("it trains", || goes.log().contains("has its share of the state") || process.ended());
+    rest(Duration::from_millis(200));
+    let asked = Instant::now();
+    goes.signal("TERM");
+    wait_until("it notices", || goes.log().contains("asked to go"));
+    let noticed = asked.elapsed();
+    goes.wait().expect(0);
+    let left = asked.elapsed();
+    assert!(noticed < Duration::from_secs(1), "it noticed after {noticed:?}");
+    assert!(
+        left > noticed + Duration::from_millis(300),
+        "that was no midst of a step: it left after {left:?}"
+    );
+    process.wait().expect(0);
+    stays.wait().expect(0);
+    let told = events(run);
+    assert!(told.contains("with 1 worker") && !told.contains("state from checkpoint"), "{told}");
+    assert_no_strays(run);
+}
+
 /// A worker that is stopped for most of the time: it is named, the lanes move to the other, and the run is the same.
 #[test]
 fn a_slow_worker_is_named_and_serves_fewer_lanes_when_asked_and_changes_nothing() {

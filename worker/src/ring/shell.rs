@@ -177,6 +177,9 @@ impl Shell {
             }
             if terminate.load(Ordering::Relaxed) && !terminating {
                 terminating = true;
+                tracing::info!(
+                    "asked to go: at the next step boundary, once the coordinator has let others take over"
+                );
                 self.member.handle(Event::Terminate, &mut effects);
             }
             if let Some(left) = self.perform(effects) {
