@@ -358,7 +358,7 @@ mod tests {
                     worker: worker(),
                     machine: "node-7".into(),
                     from: worker(),
-                    step: Some(412),
+                    step: Some(1412),
                     rest_ms: 40_000,
                     reason: "no answer from 10.0.0.7:4100".into(),
                 },

@@ -2,6 +2,7 @@
 
 mod checkpoints;
 mod cut;
+pub(crate) mod invariants;
 mod membership;
 mod paces;
 mod rows;

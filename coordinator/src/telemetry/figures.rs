@@ -280,11 +280,12 @@ impl Figures {
         Some(goodput.at(now_ms))
     }
 
-    fn claim(&mut self, invariant: Invariant, holds: bool) {
-        if !holds {
+    fn claim(&mut self, invariant: Invariant, holds: Result<(), String>) {
+        if let Err(seen) = holds {
             *self.counts.violations.entry(invariant).or_default() += 1;
             tracing::error!(
                 invariant = invariant.name(),
+                seen,
                 "what must always be true is not; report this as a bug"
             );
         }
@@ -332,7 +333,13 @@ impl Figures {
                 *self.counts.deaths.entry(Death::Evicted).or_default() += 1;
                 self.counts.mismatches += 1;
             }
-            Event::Formed { generation, .. } => {
+            Event::Formed { generation, members, .. } => {
+                let members =
+                    members.iter().map(|member| (&member.worker, member.first_lane..member.end_lane));
+                self.claim(
+                    Invariant::LanesCoveredOnce,
+                    invariants::lanes_are_covered_once(members, self.lanes),
+                );
                 let rises = invariants::generations_rise(self.generation, *generation);
                 self.claim(Invariant::GenerationsRise, rises);
                 self.generation = Some(*generation);
@@ -439,6 +446,8 @@ impl Figures {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use anello_store::events::RingMember;
+
     use super::*;
 
     /// 32 steps of warmup and 384 of stable, of 8 Ki tokens.
@@ -530,13 +539,17 @@ pub(super) mod tests {
         let mut figures = figures();
         let row = row(0);
         figures.observe(&Notice::Step(StepRecord { tokens: row.tokens + 1, ..row }), 1);
-        let formed = |generation| {
-            let (source, holders, members) = ("seed".to_owned(), Vec::new(), Vec::new());
+        let lanes = figures.lanes;
+        let formed = |generation, end_lane| {
+            let (ring, peers) = (Vec::new(), String::new());
+            let members = vec![RingMember { worker: "1".to_owned(), ring, peers, first_lane: 0, end_lane }];
+            let (source, holders) = ("seed".to_owned(), Vec::new());
             logged(Event::Formed { generation, start: 0, source, holders, members, save_first: false })
         };
-        figures.observe(&formed(4), 2);
-        figures.observe(&formed(5), 2);
-        figures.observe(&formed(5), 2);
+        figures.observe(&formed(4, lanes), 2);
+        figures.observe(&formed(5, lanes), 2);
+        figures.observe(&formed(5, lanes), 2);
+        figures.observe(&formed(6, lanes - 1), 2);
         figures.observe(&Notice::Checkpoint { step: 1, seconds: 0.1, bytes: 9 }, 3);
         figures.observe(&Notice::Checkpoint { step: 2, seconds: 0.1, bytes: 9 }, 3);
         let each = Invariant::ALL.map(|invariant| (invariant, 1));

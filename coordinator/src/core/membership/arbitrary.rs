@@ -234,9 +234,15 @@ impl Watched {
     fn effect(&mut self, effect: Effect) -> Result<(), String> {
         match effect {
             Effect::Record(Entry::Formed(formation)) => {
-                lanes_are_covered_once(&formation, self.lanes)?;
+                lanes_are_covered_once(
+                    formation.members.iter().map(|member| (member.worker, member.lanes.clone())),
+                    self.lanes,
+                )?;
                 nobody_counts_on_learners(&formation, |id| self.said.get(&id).and_then(|said| said.holds))?;
-                generations_rise(self.formed.as_ref().map(|before| before.generation), formation.generation)?;
+                generations_rise(
+                    self.formed.as_ref().map(|before| before.generation.0),
+                    formation.generation.0,
+                )?;
                 if let Some(before) = &self.formed {
                     let running = |id| self.said[&id].activity.is_in(before.generation);
                     former_members_hold(before, running, |id| self.said.contains_key(&id))?;

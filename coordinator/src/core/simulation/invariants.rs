@@ -1,31 +1,12 @@
-//! What must always be true: one predicate each, by name.
+//! What must always be true, and can be seen by whoever looks into all processes at once: one predicate each, by name. What can be
+//! seen from outside is in [`crate::core::invariants`], and is checked here too.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use anello_proto::ring::{Formation, Generation, Source, Stance, Step, WorkerId};
 
-/// **Every step is applied with one global batch**: the lanes of a generation's members are all lanes, each once.
-pub fn lanes_are_covered_once(formation: &Formation, lanes: u32) -> Result<(), String> {
-    let mut next = 0;
-    for member in &formation.members {
-        if member.lanes.start != next || member.lanes.end < next {
-            return Err(format!(
-                "generation {}: lanes {:?} follow lane {next}",
-                formation.generation, member.lanes
-            ));
-        }
-        next = member.lanes.end;
-    }
-    let names: BTreeSet<WorkerId> = formation.members.iter().map(|member| member.worker).collect();
-    if names.len() != formation.members.len() {
-        return Err(format!("generation {}: a worker is in it twice", formation.generation));
-    }
-    match next == lanes {
-        true => Ok(()),
-        false => Err(format!("generation {}: {next} of {lanes} lanes are served", formation.generation)),
-    }
-}
+pub use crate::core::invariants::*;
 
 /// **Nobody counts on a learner**: who serves lanes from peers' state can have it from a member that held it, and learners come
 /// last, with no lanes and no state. `holds` is what the coordinator was told.
@@ -174,15 +155,6 @@ pub fn former_members_hold(
             "a generation was formed while worker {} was in the ring of generation {}",
             member.worker, before.generation
         )),
-    }
-}
-
-/// **Generations rise**: in the log each is one more than the one before, and no start is before a committed checkpoint
-/// unless that was found unreadable.
-pub fn generations_rise(before: Option<Generation>, now: Generation) -> Result<(), String> {
-    match now.0 == before.map_or(0, |generation| generation.0) + 1 {
-        true => Ok(()),
-        false => Err(format!("generation {now} follows {before:?}")),
     }
 }
 

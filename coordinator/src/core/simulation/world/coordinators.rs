@@ -182,7 +182,8 @@ impl World {
     }
 
     pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
-        lanes_are_covered_once(formation, self.options.lanes)?;
+        let members = formation.members.iter().map(|member| (member.worker, member.lanes.clone()));
+        lanes_are_covered_once(members, self.options.lanes)?;
         let attendants = self.coordinators[coordinator].core.status().attendants;
         let told = |id| attendants.iter().find(|known| known.worker == id)?.stance.holds;
         nobody_counts_on_learners(formation, told)?;
@@ -281,8 +282,8 @@ impl World {
         match entry {
             Entry::Formed(formation) => {
                 let generation = formation.generation;
-                let before = self.formations.last_key_value().map(|(generation, _)| *generation);
-                generations_rise(before, generation)?;
+                let before = self.formations.last_key_value().map(|(generation, _)| generation.0);
+                generations_rise(before, generation.0)?;
                 self.report.generations += 1;
                 self.formations.insert(generation, formation);
                 self.tell_core(coordinator, Event::Recorded { generation })
@@ -344,6 +345,7 @@ impl World {
         }
         // The figures first. One that was replaced when it had begun with that still commits.
         self.write_rows(coordinator);
+        checkpoint_after_its_steps(Some(self.coordinators[coordinator].rows.reported()), step.0)?;
         steps_are_logged(step, &self.metrics)?;
         manifest_is_whole(step, &self.formations[&generation], &self.parts, &self.reference)?;
         self.manifests.entry(step).or_insert(generation);
