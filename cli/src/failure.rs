@@ -6,7 +6,8 @@ use std::path::PathBuf;
 /// The section of `anello --help` on exit codes.
 pub const EXIT_CODES: &str = "\
 Exit codes:
-  0    done (also: `--until` was reached; of `watch`: the job is complete, or cancelled)
+  0    done (also: `--until` was reached; of `watch`: the job is complete, or cancelled; of `worker`: it was asked to
+       go, as SIGTERM does, handed over and left, unless --left-code gives another code for that)
   1    failed; of `checkpoint verify` and `data verify`: something is broken; of `checkpoint diff` and `bisect`: they
        differ; of `audit`: the run is not what its record says; of `doctor`: no run may live there
   2    the arguments or the config are wrong; of `checkpoint diff` and `bisect`: they could not be compared; of `audit`:

@@ -1,8 +1,9 @@
 //! The wire of Anello: the `.proto` files, the code generated from them, and the checked values that they carry.
 //!
 //! [`ring`] has the words that coordinator and workers speak, [`jobs`] those of users; [`convert`] turns them into messages and back, and is the
-//! one place where what comes in is checked. A message is at most 4 MiB (gRPC's own limit): the longest is a
-//! [`v1::Formation`] of 4096 members at about 100 bytes each, and a [`v1::StateChunk`] of 3 MiB.
+//! one place where what comes in is checked. A message is at most 4 MiB (gRPC's own limit), as a [`v1::Formation`] of 4096
+//! members at about 200 bytes each and a [`v1::StateChunk`] of 3 MiB are, with two exceptions: a request of a user is at most
+//! 2 MiB, and a word of a worker at most 48 MiB, since a [`v1::Stance`] lists parts of checkpoints.
 
 pub mod convert;
 pub mod jobs;

@@ -355,6 +355,32 @@ mod tests {
         assert!(crew.is_over());
     }
 
+    /// Ends of a slot's worker one after the other, without the waits between them.
+    #[test]
+    fn each_death_doubles_the_pause_up_to_the_longest_and_a_steady_worker_begins_anew() {
+        let fake = Fake::default();
+        let mut crew = Crew::start(fake.clone(), 2, 1000).unwrap();
+        let pause_after = |crew: &mut Crew<Fake>, lived: Duration| {
+            crew.slots[0].started = Instant::now() - lived;
+            end(&fake, 0, Exit::Died(None));
+            let before = Instant::now();
+            crew.tend();
+            let slot = &mut crew.slots[0];
+            let at = slot.again_at.expect("another is started");
+            assert!(slot.process.is_none() && at >= before + slot.pause, "not before the pause is over");
+            slot.again_at = Some(Instant::now());
+            crew.tend();
+            assert!(crew.slots[0].process.is_some(), "then at once");
+            crew.slots[0].pause.as_millis()
+        };
+        let soon = Crew::<Fake>::STEADY / 2;
+        let pauses: Vec<u128> = (0..10).map(|_| pause_after(&mut crew, soon)).collect();
+        assert_eq!(pauses, [400, 800, 1600, 3200, 6400, 12_800, 25_600, 30_000, 30_000, 30_000]);
+        assert_eq!(pause_after(&mut crew, Crew::<Fake>::STEADY), 200);
+        assert_eq!(pause_after(&mut crew, soon), 400);
+        assert_eq!(crew.slots[1].pause, PAUSE.0, "the other slot's worker has not died");
+    }
+
     #[test]
     fn what_a_run_needs_is_looked_for_a_few_times_and_the_reason_is_told() {
         let fake = Fake::default();

@@ -50,6 +50,14 @@ impl Coordinator {
         assert!(seen(self.process.out()), "{}\n{}", self.process.out(), self.process.log());
     }
 
+    /// The worker processes of a job that live.
+    fn workers_of(&self, job: &str) -> Vec<u32> {
+        let words =
+            |worker: &u32| std::fs::read_to_string(format!("/proc/{worker}/cmdline")).unwrap_or_default();
+        let named = format!("\0--job\0{job}\0");
+        self.process.children().into_iter().filter(|worker| words(worker).contains(&named)).collect()
+    }
+
     fn wait_for_checkpoint(&mut self, job: &str, step: u64) {
         let folder = self.folder(job);
         wait_until("it is so far", || newest_checkpoint(&folder) >= step || self.process.ended());
@@ -115,6 +123,37 @@ fn two_jobs_take_their_turn_at_one_slot() {
     assert!(told.contains("phase       completed") && told.contains("31 of 31 (100.0 %)"), "{told}");
     coordinator.assert_undisturbed("a");
     coordinator.assert_undisturbed("b");
+    coordinator.stop().expect(130);
+}
+
+/// Two jobs that train at the same time, a worker of each killed while they do: neither is the other's business.
+#[test]
+fn two_jobs_train_side_by_side_and_each_loses_a_worker() {
+    // Nobody is taken for dead: one job is frozen until the other trains too, so that both do at one moment.
+    let mut coordinator = Coordinator::start("jobs-side-by-side", 4, 60);
+    let jobs = ["a", "b"];
+    let mut workers = Vec::new();
+    for job in jobs {
+        coordinator.submit(job, 2);
+        coordinator.wait_for_checkpoint(job, 3);
+        let of_job = coordinator.workers_of(job);
+        assert_eq!(of_job.len(), 2, "{job}: {}", coordinator.process.out());
+        of_job.iter().for_each(|worker| signal(*worker, "STOP"));
+        workers.push(of_job);
+    }
+    for job in jobs {
+        let told = coordinator.ask(&["describe", job]).expect(0);
+        assert!(told.contains("phase       running") && told.contains("2 of 2 that are wanted"), "{told}");
+    }
+    workers.iter().for_each(|of_job| signal(of_job[1], "KILL"));
+    workers.iter().for_each(|of_job| signal(of_job[0], "CONT"));
+    for job in jobs {
+        coordinator.wait_for(job, "completed", 1);
+        let told = coordinator.ask(&["logs", job]).expect(0);
+        assert_eq!(told.matches(" lost (").count(), 1, "{job}: {told}");
+        assert!(told.contains("with 2 workers from step"), "{job}: {told}");
+        coordinator.assert_undisturbed(job);
+    }
     coordinator.stop().expect(130);
 }
 
@@ -436,4 +475,36 @@ fn a_coordinator_says_what_a_job_waits_for() {
     assert_eq!(told.matches("job a: waits for workers: ").count(), 2, "each is told once: {told}");
     first.wait().expect(0);
     second.wait().expect(0);
+}
+
+/// No worker is left, and none is started from here: the job waits, says so, and goes on with the first that comes.
+#[test]
+fn a_job_whose_workers_all_die_waits_for_others_and_says_so() {
+    let mut coordinator = Coordinator::start("jobs-deserted", 0, 1);
+    coordinator.submit("a", 2);
+    let worker = |coordinator: &Coordinator| {
+        let arguments = ["worker", "--coordinator", &coordinator.address, "--job", "a", "--threads", "1"];
+        Process::start(&world().folder, &arguments)
+    };
+    let workers = [worker(&coordinator), worker(&coordinator)];
+    coordinator.wait_for_checkpoint("a", 6);
+    for worker in workers {
+        assert!(worker.kill(), "it was over too soon");
+    }
+    let describe = |coordinator: &Coordinator| coordinator.ask(&["describe", "a"]).expect(0);
+    wait_until("it says what it waits for", || describe(&coordinator).contains("workers: 0 of "));
+    let told = describe(&coordinator);
+    assert!(told.contains("0 of 2 that are wanted"), "{told}");
+    // Unasked too, as it lasts.
+    let said =
+        |coordinator: &Coordinator| coordinator.process.out().contains("job a: waits for workers: 0 of ");
+    wait_until("it says so by itself", || said(&coordinator) || coordinator.process.ended());
+    let comes = worker(&coordinator);
+    coordinator.wait_for("a", "completed", 1);
+    comes.wait().expect(0);
+    let told = coordinator.ask(&["logs", "a"]).expect(0);
+    let (_, after) = told.split_once("state from checkpoint").unwrap_or_else(|| panic!("{told}"));
+    assert_eq!(after.matches(" joined from ").count(), 0, "nobody else came: {told}");
+    assert!(told.contains("with 1 worker from step"), "{told}");
+    coordinator.assert_undisturbed("a");
 }

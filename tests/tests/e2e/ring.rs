@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anello_tests::{
-    Dice, Process, free_port, newest_checkpoint, objects, signal, wait_until, without_seconds,
+    Dice, Done, Process, free_port, newest_checkpoint, objects, signal, wait_until, without_seconds,
 };
 use serde_json::Value;
 
@@ -21,8 +21,12 @@ pub(super) fn start(run: &str, workers: u32, more: &[&str]) -> Process {
 }
 
 pub(super) fn worker(coordinator: &str) -> Process {
+    worker_with(coordinator, &[])
+}
+
+fn worker_with(coordinator: &str, more: &[&str]) -> Process {
     let arguments = ["worker", "--coordinator", coordinator, "--job", "small", "--threads", "1"];
-    Process::start(&world().folder, &arguments)
+    Process::start(&world().folder, &[&arguments[..], more].concat())
 }
 
 fn rest(duration: Duration) {
@@ -86,6 +90,7 @@ fn the_sum_begins_while_the_last_lane_is_computed() {
         let of =
             |name: &str| spans(name).into_iter().filter(|e| e["pid"] == worker).map(at).collect::<Vec<_>>();
         let (reductions, lanes) = (of("reduce"), of("lane"));
+        let (folds, walks) = (of("fold"), of("backward"));
         assert!(reductions.len() >= 20, "{} reductions", reductions.len());
         // Not all of them: the lane of so small a model may be over before a thread has its turn.
         let during = reductions.iter().filter(|sum| lanes.iter().any(|lane| lane.contains(&sum.start)));
@@ -94,6 +99,16 @@ fn the_sum_begins_while_the_last_lane_is_computed() {
             "of {} reductions none begins while a lane is computed",
             reductions.len()
         );
+        // Whatever the threads do: the first block of a last lane is in its sum before the walk back through the layers ends.
+        let last_lanes: Vec<_> =
+            lanes.iter().filter(|lane| folds.iter().any(|fold| lane.contains(&fold.start))).collect();
+        assert!(last_lanes.len() >= 20, "{} lanes with folds", last_lanes.len());
+        for lane in last_lanes {
+            let first =
+                folds.iter().map(|fold| fold.end).filter(|end| lane.contains(end)).fold(f64::MAX, f64::min);
+            let walked = walks.iter().map(|walk| walk.start).filter(|start| lane.contains(start));
+            assert!(walked.clone().any(|start| start >= first), "{lane:?}: {:?}", walked.collect::<Vec<_>>());
+        }
     }
 }
 
@@ -407,15 +422,38 @@ fn workers_that_die_freeze_and_leave_change_nothing_2() {
     (9..=16).for_each(disturbed);
 }
 
+/// Of three one dies: the others are the same processes to the end, and what they hold is what they held.
 #[test]
 fn a_death_is_told_in_plain_words_and_costs_no_step() {
-    let run = "ring-one-death";
+    let (run, port) = ("ring-one-death", free_port().to_string());
     let place = world().folder.join(run);
-    let mut process = start(run, 3, &[]);
+    let address = format!("127.0.0.1:{port}");
+    let mut process = start(run, 3, &["--external", "--port", &port]);
+    let [victim, survivors @ ..] = [worker(&address), worker(&address), worker(&address)];
     wait_until("it is so far", || newest_checkpoint(&place) >= 9 || process.ended());
-    let victim = process.children()[1];
-    signal(victim, "KILL");
+    let until_here = survivors.each_ref().map(|survivor| survivor.log().len());
+    assert!(victim.kill(), "it was over too soon");
     process.wait().expect(0);
+    let after = survivors.into_iter().zip(until_here).map(|(survivor, until_here)| {
+        let done = survivor.wait();
+        let log = done.log[until_here..].to_owned();
+        // Nobody starts workers here: whoever trained at the end has never ended before.
+        done.expect(0);
+        log
+    });
+    let after: Vec<String> = after.collect();
+    let held = |log: &String| {
+        let left = log.lines().find(|line| line.contains("left the ring"));
+        let step = left.and_then(|line| line.split_once("holds=Some(Step("))?.1.split_once(')')?.0;
+        step.parse::<u64>().ok()
+    };
+    let held: Vec<u64> = after.iter().map(|log| held(log).unwrap_or_else(|| panic!("{log}"))).collect();
+    let newest = held.iter().max();
+    for (log, held) in after.iter().zip(&held) {
+        assert!(!log.contains("took state from a checkpoint") && !log.contains("is sent the state"), "{log}");
+        // Only one whose step the death cut short, while it was done for the other, takes anything.
+        assert!(!log.contains("took state from peers") || Some(held) < newest, "{log}");
+    }
     let told = events(run);
     assert!(told.contains("lost (it closed its connections to the coordinator and to its peers)"), "{told}");
     assert!(told.contains("with 2 workers from step"), "{told}");
@@ -459,16 +497,44 @@ fn a_coordinator_that_is_killed_is_taken_over_while_training_goes_on() {
     let place = world().folder.join(run);
     let address = format!("127.0.0.1:{port}");
     let mut first = start(run, 2, &["--external", "--port", &port]);
-    let workers = [worker(&address), worker(&address)];
+    let workers = [&["--log", "anello_worker=debug"][..], &[]].map(|more| worker_with(&address, more));
     wait_until("it is so far", || newest_checkpoint(&place) >= 6 || first.ended());
     assert!(first.kill(), "it was over too soon");
-    rest(Duration::from_millis(200));
+    // What a worker had applied when the coordinator was gone: two more, and the second was begun after that.
+    let applied = || workers[0].log().matches("applied a step").count();
+    let before = applied();
+    wait_until("steps are made without a coordinator", || applied() >= before + 2);
     let resume =
         ["run", "--resume", run, "--workers", "2", "--external", "--port", &port, "--detection", "1s"];
     Process::start(&world().folder, &[&resume[..], &["--sample", "0"]].concat()).wait().expect(0);
     for worker in workers {
         worker.wait().expect(0);
     }
+    assert_undisturbed(run);
+}
+
+/// Whoever starts workers tells by their exit codes what became of them.
+#[test]
+fn the_exit_code_of_a_worker_says_how_it_ended() {
+    let (run, port) = ("ring-exit-codes", free_port().to_string());
+    let place = world().folder.join(run);
+    let address = format!("127.0.0.1:{port}");
+    let mut coordinator = start(run, 3, &["--external", "--port", &port]);
+    let (stays, goes) = (worker(&address), worker(&address));
+    let goes_with_code = worker_with(&address, &["--left-code", "75"]);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 3 || coordinator.ended());
+    goes.signal("TERM");
+    goes_with_code.signal("TERM");
+    for (worker, code) in [(goes, 0), (goes_with_code, 75)] {
+        let done = worker.wait();
+        assert!(done.log.contains("dismissed"), "{done:?}");
+        done.expect(code);
+    }
+    // Its standard input has ended, as when whoever started it is gone.
+    worker_with(&address, &["--until-eof"]).wait().expect(4);
+    stays.wait().expect(0);
+    coordinator.wait().expect(0);
+    assert!(events(run).contains("with 1 worker from step"), "{}", events(run));
     assert_undisturbed(run);
 }
 
@@ -491,7 +557,16 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
     for (workers, fault) in [(3, "weights@16/1"), (3, "exp_avg@7/0"), (2, "exp_avg_sq@16/1")] {
         let run = format!("ring-flipped-{}", fault.replace(['@', '/'], "-"));
         let set = format!("ring.fault={fault}");
-        start(&run, workers, &["--set", &set]).wait().expect(0);
+        let port = free_port().to_string();
+        let coordinator = start(&run, workers, &["--set", &set, "--external", "--port", &port]);
+        let address = format!("127.0.0.1:{port}");
+        let processes: Vec<Process> = (0..workers).map(|_| worker(&address)).collect();
+        let done: Vec<Done> = processes.into_iter().map(Process::wait).collect();
+        coordinator.wait().expect(0);
+        let mut codes: Vec<Option<i32>> = done.iter().map(|done| done.status.code()).collect();
+        codes.sort_unstable();
+        let evicted = if workers == 3 { Some(5) } else { Some(0) };
+        assert_eq!((codes[0], codes[codes.len() - 1]), (Some(0), evicted), "{done:?}");
         let told = events(&run);
         if workers == 3 {
             assert!(

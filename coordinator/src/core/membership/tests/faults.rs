@@ -71,6 +71,28 @@ fn a_replica_that_differs_is_sent_away_and_its_machine_with_it() {
     assert!(matches!(&told[..], [Effect::Send { order: Order::Leave { why: Leave::Evicted { .. } }, .. }]));
 }
 
+/// The log tells the next coordinator whom the one before sent away.
+#[test]
+fn a_quarantine_outlives_the_coordinator() {
+    let found = Found { quarantined: vec!["bad".to_owned()], ..Found::default() };
+    let core = Membership::new(options(2), Epoch(2), found, Millis(0));
+    let mut story = Story { core, now: 0 };
+    let from = |id, machine: &str| Event::Linked {
+        worker: WorkerId(id),
+        endpoints: endpoints(id),
+        machine: machine.to_owned(),
+        stance: stance(None, Activity::Outside),
+    };
+    let out = story.event(from(1, "bad"));
+    let reason = "machine bad is quarantined: a worker's state there differed from all others'".to_owned();
+    let order = Order::Leave { why: Leave::Evicted { reason } };
+    assert_eq!(out, [Effect::Send { worker: WorkerId(1), epoch: Epoch(2), order }]);
+    let status = story.core.status();
+    assert_eq!((status.workers, status.attendants), (0, Vec::new()), "it is not known");
+    assert_eq!(status.quarantined, ["bad"]);
+    assert_eq!(story.event(from(2, "m")), [joined(2)], "any other machine is welcome");
+}
+
 #[test]
 fn with_no_majority_nobody_is_blamed_and_the_checkpoint_is_right() {
     let mut story = Story::running(2);
