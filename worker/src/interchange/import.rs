@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use anello_configs::Model;
-use anello_store::Store;
+use anello_store::{Fetched, Store};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as Format, TensorView};
 use serde_json::{Map, Value};
@@ -115,7 +115,9 @@ pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
     }
     let layout = Layout::new(model, layers);
     let files = files(store, &layout, &mut problems)?;
-    let mut weights = vec![0f32; layout.len()];
+    // The sizes are anybody's claim: they are given memory once there are files that can hold so much.
+    let fits = can_hold(store, &layout, files.keys(), &mut problems)?;
+    let mut weights = vec![0f32; if fits { layout.len() } else { 0 }];
     let mut missing: BTreeSet<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
     for (file, named) in &files {
         let Some(bytes) = store.get(file)? else {
@@ -133,7 +135,7 @@ pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
             match layout.find(name) {
                 Some(entry) if named.as_ref().is_none_or(|named| named.contains(name)) => {
                     missing.remove(entry.name.as_str());
-                    take(entry, &tensor, &mut weights[entry.range()])
+                    take(entry, &tensor, weights.get_mut(entry.range()))
                         .unwrap_or_else(|fact| problems.push(format!("{name} in {file} {fact}")));
                 }
                 Some(_) => problems.push(format!("{name} is in {file}, which the index does not say")),
@@ -224,18 +226,43 @@ fn files(
     Ok(files)
 }
 
+/// Whether `files` are large enough for the tensors of `layout`, in the shortest format that is read; a problem otherwise.
+/// Nothing of them is read.
+fn can_hold<'a>(
+    store: &Store,
+    layout: &Layout,
+    files: impl Iterator<Item = &'a String>,
+    problems: &mut Vec<String>,
+) -> Result<bool> {
+    let mut held = 0u64;
+    for file in files {
+        if let Fetched::Other(bytes) = store.get_sized(file, |_| false)? {
+            held = held.saturating_add(bytes);
+        }
+    }
+    let (parameters, shortest) = (layout.parameters() as u64, 2);
+    let fits = parameters.saturating_mul(shortest) <= held;
+    if !fits {
+        problems.push(format!(
+            "{CONFIG_JSON} tells of {parameters} parameters, and the files of weights have {held} bytes"
+        ));
+    }
+    Ok(fits)
+}
+
 /// Whether `file` names a safetensors file beside the index, and nothing elsewhere.
 fn is_plain(file: &str) -> bool {
     let harmless = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     file.chars().all(harmless) && !file.starts_with('.') && file.ends_with(".safetensors")
 }
 
-fn take(entry: &Entry, tensor: &TensorView<'_>, out: &mut [f32]) -> std::result::Result<(), String> {
+/// Reads `tensor` into `out`; where there is none it is looked at only.
+fn take(entry: &Entry, tensor: &TensorView<'_>, out: Option<&mut [f32]>) -> std::result::Result<(), String> {
     let shape: Vec<i64> = tensor.shape().iter().map(|size| *size as i64).collect();
     if shape != entry.shape {
         return Err(format!("has the shape {shape:?}, not {:?}", entry.shape));
     }
-    let bytes = tensor.data();
+    let (bytes, out) = (tensor.data(), out.unwrap_or_default());
     match tensor.dtype() {
         Format::F32 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),
         Format::BF16 => out

@@ -315,6 +315,24 @@ fn a_use_that_cannot_be_is_refused() {
     assert_eq!(said, Use { rope_base: 10_000.0, ..USED });
 }
 
+/// No memory is asked for on the word of a `config.json` alone: these sizes would be more than there are addresses.
+#[test]
+fn sizes_that_no_file_can_hold_are_refused_before_they_are_given_memory() {
+    let scratch = tempfile::tempdir().unwrap();
+    let large = json!({ "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 24,
+        "num_hidden_layers": 4096, "head_dim": 1 << 18 });
+    let store = claiming(&scratch.path().join("hf"), large);
+    let model = interchange::published_model(&store).unwrap();
+    let error = interchange::read(&store, &model).unwrap_err().to_string();
+    for part in [
+        " parameters, and the files of weights have ",
+        "model.norm.weight in model.safetensors has the shape [32], not [1048576]",
+        "more; give the folder of an Ouro checkpoint",
+    ] {
+        assert!(error.contains(part), "{part:?} is not in: {error}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
 
