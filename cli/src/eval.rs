@@ -31,15 +31,17 @@ pub struct Args {
     /// RUN, RUN@STEP, or a folder in the published Ouro layout.
     #[arg(value_name = "CKPT")]
     name: String,
+    /// The questions of `--task multiple-choice`, as of --choices.
+    #[arg(value_name = "FILE", requires = "task", conflicts_with_all = ["choices", "data"])]
+    questions: Option<PathBuf>,
     /// A token set: loss and accuracy of the tokens that count.
     #[arg(long, value_name = "SET", required_unless_present_any = ["choices", "task"])]
     data: Option<String>,
-    /// A task with exact answers. Its test set is the one beside the data that the model was trained on, unless --data
-    /// gives one.
-    #[arg(long, value_enum, conflicts_with = "choices")]
+    /// A task with exact answers.
+    #[arg(long, value_enum)]
     task: Option<Task>,
     /// A file of questions, one JSON object a line: {"prompt": "…", "choices": ["…", …], "answer": 0}. The choice whose tokens
-    /// are most probable after the prompt is the model's.
+    /// are most probable after the prompt is the model's. Means `--task multiple-choice`.
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     choices: Option<PathBuf>,
     /// Tokens of the set to read at most.
@@ -69,8 +71,41 @@ pub struct Args {
 /// Tasks that are known by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Task {
-    /// Prefix arithmetic (`anello data synth mano`): accuracy of the answers, beside the paper's.
+    /// Prefix arithmetic (`anello data synth mano`): accuracy of the answers, beside the paper's. Its test set is the one
+    /// beside the data that the model was trained on, unless --data gives one.
     Mano,
+    /// Questions with several answers, from the FILE after it: `--task multiple-choice FILE`.
+    MultipleChoice,
+}
+
+/// What is measured.
+enum Measured<'a> {
+    /// Of a token set; of a task's own where none is named.
+    Data(Option<&'a str>, Option<Task>),
+    /// Of the questions in a file.
+    Questions(&'a Path),
+}
+
+/// What the arguments ask for; an error before anything is loaded where that is not clear.
+fn measured(args: &Args) -> Result<Measured<'_>, Failure> {
+    let usage = |text: &str| Err(Failure::Usage(text.to_owned()));
+    let file = args.questions.as_ref().or(args.choices.as_ref());
+    match (args.task, file, &args.data) {
+        (Some(Task::MultipleChoice), _, Some(_)) => {
+            usage("--task multiple-choice asks questions, not a token set; leave --data out")
+        }
+        (Some(Task::MultipleChoice), None, None) => {
+            usage("--task multiple-choice has no questions; give it a file: --task multiple-choice FILE")
+        }
+        (Some(Task::Mano), Some(file), _) => usage(&format!(
+            "--task mano has a test set, and no questions as in {}; give --data SET, or --task multiple-choice",
+            file.display()
+        )),
+        (Some(Task::MultipleChoice) | None, Some(file), None) => Ok(Measured::Questions(file)),
+        (task, _, Some(set)) => Ok(Measured::Data(Some(set), task)),
+        (Some(Task::Mano), None, None) => Ok(Measured::Data(None, args.task)),
+        (None, None, None) => usage("give --data SET, --choices FILE or --task TASK"),
+    }
 }
 
 /// `anello eval`
@@ -78,17 +113,15 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     if let Some(threads) = args.threads {
         tch::set_num_threads(threads as i32);
     }
+    let measured = measured(args)?;
     let device = device::open(args.device)?;
     let weights = Weights::load(&args.name, device)?;
     let loops = args.loops.unwrap_or(weights.loops);
-    match (&args.data, &args.choices, args.task) {
-        (_, Some(file), _) => choices(args, &weights, loops, file, screen),
-        (Some(set), None, task) => data(args, &weights, loops, set, task, screen),
-        (None, None, Some(Task::Mano)) => {
-            data(args, &weights, loops, &mano::test_set(&weights.sources)?, args.task, screen)
-        }
-        (None, None, None) => {
-            Err(Failure::Usage("give --data SET, --choices FILE or --task TASK".to_owned()))
+    match measured {
+        Measured::Questions(file) => choices(args, &weights, loops, file, screen),
+        Measured::Data(Some(set), task) => data(args, &weights, loops, set, task, screen),
+        Measured::Data(None, task) => {
+            data(args, &weights, loops, &mano::test_set(&weights.sources)?, task, screen)
         }
     }
 }

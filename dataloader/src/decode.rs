@@ -354,12 +354,18 @@ fn read_list<T: DataType>(
     let reader = Arc::new(Chunk { start: meta.byte_range().0, bytes: bytes.clone() });
     let pages = SerializedPageReader::new(reader, meta, rows, None)?;
     let mut column = ColumnReaderImpl::<T>::new(meta.column_descr_ptr(), Box::new(pages));
+    // The footer's count is anybody's claim: no more is reserved than eight values a byte, and lists that are
+    // packed more tightly grow as they are read.
+    let reserved = slots.min(bytes.len().saturating_mul(8));
     let (mut values, mut defs, mut reps) =
-        (Vec::with_capacity(slots), Vec::with_capacity(slots), Vec::with_capacity(slots));
+        (Vec::with_capacity(reserved), Vec::with_capacity(reserved), Vec::with_capacity(reserved));
     let (read, there, levels) = column.read_records(rows, Some(&mut defs), Some(&mut reps), &mut values)?;
     let more = column.read_records(1, Some(&mut vec![]), Some(&mut vec![]), &mut vec![])?.0;
     if read != rows || more != 0 {
         return Err(Fault::Corrupt(format!("the footer tells of {rows} rows, the pages of {}", read + more)));
+    }
+    if levels != slots {
+        return Err(Fault::Corrupt(format!("the footer tells of {slots} values, the pages of {levels}")));
     }
 
     let mut starts = Vec::with_capacity(rows + 1);

@@ -74,10 +74,21 @@ impl Index {
             let from = Shard { store, cache: None, path };
             let footer = Footer::read(from, *bytes, "")?;
             let entry = footer.entry(from, *bytes, checksums)?;
+            if let Some(what) = beyond_reason(entry.row_groups.iter()) {
+                let detail = format!("its Parquet footer claims more than {MOST} {what}; restore the file");
+                return Err(Error::Shard { file: store.place_of(path), detail });
+            }
             meter.add(1, entry.row_groups.iter().map(|g| g.tokens).sum())?;
             Ok(entry)
         })?;
-        Ok(Self { version: VERSION, tokenizer: Self::tokenizer_of(store)?, shards })
+        let index = Self { version: VERSION, tokenizer: Self::tokenizer_of(store)?, shards };
+        match beyond_reason(index.row_groups()) {
+            None => Ok(index),
+            Some(what) => Err(Error::Index {
+                url: store.place().to_owned(),
+                detail: format!("its shards claim more than {MOST} {what}; restore them"),
+            }),
+        }
     }
 
     /// The stored index of the folder if there is one and it is up to date, else one built in memory.
@@ -102,12 +113,8 @@ impl Index {
         if index.version != VERSION {
             return Err(fault(format!("has version {}, this build reads {VERSION}", index.version)));
         }
-        for (what, of) in [("documents", (|g| g.rows) as fn(&RowGroupEntry) -> u64), ("tokens", |g| g.tokens)]
-        {
-            let total = index.row_groups().try_fold(0u64, |sum, group| sum.checked_add(of(group)));
-            if total.is_none_or(|total| total > MOST) {
-                return Err(fault(format!("claims more than {MOST} {what}")));
-            }
+        if let Some(what) = beyond_reason(index.row_groups()) {
+            return Err(fault(format!("claims more than {MOST} {what}")));
         }
         let listed: BTreeMap<_, _> =
             shards_of(store.list("")?).into_iter().map(|o| (o.path, o.bytes)).collect();
@@ -208,6 +215,16 @@ impl Index {
 /// What an index calls a tokenizer whose file holds `json`: BLAKE3, hex.
 pub fn tokenizer_digest(json: &[u8]) -> String {
     blake3::hash(json).to_hex().to_string()
+}
+
+/// What these row groups have more of together than can be, if anything.
+fn beyond_reason<'a>(groups: impl Iterator<Item = &'a RowGroupEntry>) -> Option<&'static str> {
+    let (mut documents, mut tokens) = (0u64, 0u64);
+    for group in groups {
+        documents = documents.saturating_add(group.rows);
+        tokens = tokens.saturating_add(group.tokens);
+    }
+    [("documents", documents), ("tokens", tokens)].into_iter().find(|(_, n)| *n > MOST).map(|(what, _)| what)
 }
 
 /// The token shards among a folder's objects: `*.parquet`, and no part of its path hidden by `.` or `_`.

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use anello_tests::objects;
+use anello_tests::{newest_checkpoint, objects};
+use serde_json::Value;
 
 use super::world;
 
@@ -57,6 +58,40 @@ fn runs_that_begin_with_the_same_weights_are_the_same_run() {
         .expect(0);
     world.anello(&["run", "small.toml", "--set", &set, "--resume", "halves", "--sample", "0"]).expect(0);
     world.anello(&["checkpoint", "diff", "halves", "warm"]).expect(0);
+}
+
+/// The card says what the weights are, as the run's manifest and metrics have it.
+#[test]
+fn the_card_tells_where_the_weights_come_from() {
+    let world = world();
+    world.anello(&["export", "undisturbed", "--to", "carded"]).expect(0);
+    let card = std::fs::read_to_string(world.folder.join("carded/README.md")).unwrap();
+    let step = newest_checkpoint(&world.folder.join("undisturbed"));
+    let manifest = world.folder.join(format!("undisturbed/checkpoints/{step:010}/manifest.json"));
+    let manifest: Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
+    let quoted = |what: &str, digest: &Value| format!("| {what} | `{}` |", digest.as_str().unwrap());
+    let mut expected =
+        vec![quoted("config digest", &manifest["config"]), quoted("weights digest", &manifest["weights"])];
+    let data = manifest["data"].as_object().unwrap();
+    assert_eq!(data.keys().collect::<Vec<_>>(), ["lists", "tales"]);
+    expected.extend(data.iter().map(|(name, digest)| quoted(&format!("data index digest, {name}"), digest)));
+    // 512, 1 792, 768, 1 280 and 768 of the stages.
+    assert_eq!(manifest["tokens"], 5120);
+    expected.push("| tokens seen | 5 120 |".to_owned());
+    let metrics = world.anello(&["metrics", "undisturbed", "--jsonl"]).expect(0);
+    let last: Value = serde_json::from_str(metrics.lines().next_back().unwrap()).unwrap();
+    assert_eq!(last["step"].as_u64().unwrap() + 1, step);
+    expected.extend((1..=3).map(|t| {
+        let of = |what: &str| last[what][t - 1].as_f64().unwrap();
+        format!("| {t} | {:.4} | {:.1} % |", of("loop_loss"), of("exit") * 100.0)
+    }));
+    for line in expected {
+        assert!(
+            card.lines().any(|of_card| of_card.replace(['\u{a0}', '\u{202f}'], " ") == line),
+            "{line}: {card}"
+        );
+    }
+    assert!(!card.contains("| 4 |"), "{card}");
 }
 
 #[test]

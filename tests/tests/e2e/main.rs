@@ -1,5 +1,5 @@
 //! The `anello` command over real processes: killed, interrupted, doubled, on a full disk, in a ring, as jobs, over TLS, in a
-//! bucket, cut off; compared; weights out and in, and used; over HTTP, as Prometheus and a browser see it, as a person
+//! bucket, cut off; compared; handed what is broken; weights out and in, and used; over HTTP, as Prometheus and a browser see it, as a person
 //! acts on the page, and as a collector of traces does.
 
 mod acts;
@@ -10,6 +10,7 @@ mod clouds;
 mod cut;
 mod disk;
 mod gpu;
+mod hostile;
 mod http;
 mod interchange;
 mod jobs;

@@ -98,6 +98,16 @@ fn questions_are_answered_at_each_loop_step() {
         panic!("one line")
     };
     let steps = found["steps"].as_array().unwrap();
+    for words in [
+        &["--task", "multiple-choice", "questions.jsonl"][..],
+        &["--task", "multiple-choice", "--choices", "questions.jsonl"],
+    ] {
+        assert_eq!(
+            &json(&[&["eval", "undisturbed", "--json"], words].concat())[..],
+            [found.clone()],
+            "{words:?}"
+        );
+    }
     // The same question with each answer: one of the three is what the model says.
     assert_eq!(steps.len(), 3);
     assert!(
@@ -137,6 +147,19 @@ fn what_cannot_be_used_is_refused() {
         (vec!["generate", "data", "--prompt", "x"], "data holds no run"),
         (vec!["generate", "undisturbed"], "--prompt"),
         (vec!["eval", "undisturbed"], "--data"),
+        (
+            vec!["eval", "undisturbed", "--task", "multiple-choice"],
+            "--task multiple-choice has no questions; give it a file: --task multiple-choice FILE",
+        ),
+        (
+            vec!["eval", "undisturbed", "--task", "multiple-choice", "--data", "data/tales"],
+            "asks questions, not a token set; leave --data out",
+        ),
+        (
+            vec!["eval", "undisturbed", "--task", "mano", "questions.jsonl"],
+            "--task mano has a test set, and no questions as in questions.jsonl",
+        ),
+        (vec!["eval", "undisturbed", "questions.jsonl"], "--task"),
         (vec!["eval", "undisturbed", "--task", "mano"], "give it with --data SET/eval"),
     ] {
         let done = world().anello(&arguments);

@@ -1,9 +1,10 @@
 //! Weights in. Nothing of a folder is believed before it was checked, and all that is wrong is said at once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
 use anello_configs::Model;
-use anello_store::Store;
+use anello_store::{Fetched, Store};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as Format, TensorView};
 use serde_json::{Map, Value};
@@ -14,6 +15,8 @@ use crate::params::{Entry, Layout};
 
 /// Problems that are told of one by one.
 const SHOWN: usize = 20;
+/// Longest sequence of a stage, tokens.
+const POSITIONS_MAX: f64 = (1u64 << 24) as f64;
 
 /// Whether `store` is such a folder.
 pub fn is_published_layout(store: &Store) -> Result<bool> {
@@ -50,8 +53,13 @@ pub fn published_model(store: &Store) -> Result<Model> {
         embed_std: 0.02,
         post_norm: 1.0,
     };
-    if let Some(std) = config.get("initializer_range").and_then(Value::as_f64) {
-        (model.init_std, model.embed_std) = (std, std);
+    // Of how they are used all is said now, too: nobody wants to hear of it after the weights were read.
+    let used = usage(&config, &mut problems);
+    (model.init_std, model.embed_std) = (used.init_std, used.init_std);
+    if !(model.rms_eps > 0.0 && model.rms_eps <= 0.01) {
+        let found = model.rms_eps;
+        problems
+            .push(format!("{CONFIG_JSON}: rms_norm_eps is {found}; a number above 0, up to 0.01, is wanted"));
     }
     if problems.is_empty() && (!model.hidden.is_multiple_of(2 * heads) || !heads.is_multiple_of(kv_heads)) {
         problems.push(format!(
@@ -68,14 +76,29 @@ pub fn published_model(store: &Store) -> Result<Model> {
 /// # Errors
 /// As [`published_model`].
 pub fn published_use(store: &Store) -> Result<Use> {
-    let config = config(store)?;
-    let number = |key: &str, default: f64| config.get(key).and_then(Value::as_f64).unwrap_or(default);
-    Ok(Use {
-        loops: number("total_ut_steps", 4.0) as u32,
-        rope_base: number("rope_theta", 10_000.0),
-        positions: number("max_position_embeddings", 32_768.0) as u32,
-        init_std: number("initializer_range", 0.02),
-    })
+    let mut problems = Vec::new();
+    let used = usage(&config(store)?, &mut problems);
+    if problems.is_empty() { Ok(used) } else { Err(wrong(store, problems)) }
+}
+
+/// As a stage of a run may have them: what is beyond has no meaning, or takes for ever.
+fn usage(config: &Map<String, Value>, problems: &mut Vec<String>) -> Use {
+    let mut number = |key: &str, default: f64, accepted: &str, accepts: &dyn Fn(f64) -> bool| {
+        let Some(found) = config.get(key).filter(|found| !found.is_null()) else { return default };
+        found.as_f64().filter(|value| accepts(*value)).unwrap_or_else(|| {
+            problems.push(format!("{CONFIG_JSON}: {key} is {found}; {accepted} is wanted"));
+            default
+        })
+    };
+    let whole = |range: RangeInclusive<f64>| move |value: f64| value.fract() == 0.0 && range.contains(&value);
+    let positions = whole(2.0..=POSITIONS_MAX);
+    Use {
+        loops: number("total_ut_steps", 4.0, "a whole number, 1 to 64,", &whole(1.0..=64.0)) as u32,
+        rope_base: number("rope_theta", 10_000.0, "a number, 2 to 1e12,", &|v| (2.0..=1e12).contains(&v)),
+        positions: number("max_position_embeddings", 32_768.0, "a whole number, 2 to 16777216,", &positions)
+            as u32,
+        init_std: number("initializer_range", 0.02, "a number above 0, up to 1,", &|v| v > 0.0 && v <= 1.0),
+    }
 }
 
 /// The flat weights of a model of `model`'s sizes, and their layout. The folder may have fewer layers, of which `model`'s
@@ -92,7 +115,9 @@ pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
     }
     let layout = Layout::new(model, layers);
     let files = files(store, &layout, &mut problems)?;
-    let mut weights = vec![0f32; layout.len()];
+    // The sizes are anybody's claim: they are given memory once there are files that can hold so much.
+    let fits = can_hold(store, &layout, files.keys(), &mut problems)?;
+    let mut weights = vec![0f32; if fits { layout.len() } else { 0 }];
     let mut missing: BTreeSet<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
     for (file, named) in &files {
         let Some(bytes) = store.get(file)? else {
@@ -110,7 +135,7 @@ pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
             match layout.find(name) {
                 Some(entry) if named.as_ref().is_none_or(|named| named.contains(name)) => {
                     missing.remove(entry.name.as_str());
-                    take(entry, &tensor, &mut weights[entry.range()])
+                    take(entry, &tensor, weights.get_mut(entry.range()))
                         .unwrap_or_else(|fact| problems.push(format!("{name} in {file} {fact}")));
                 }
                 Some(_) => problems.push(format!("{name} is in {file}, which the index does not say")),
@@ -201,18 +226,43 @@ fn files(
     Ok(files)
 }
 
+/// Whether `files` are large enough for the tensors of `layout`, in the shortest format that is read; a problem otherwise.
+/// Nothing of them is read.
+fn can_hold<'a>(
+    store: &Store,
+    layout: &Layout,
+    files: impl Iterator<Item = &'a String>,
+    problems: &mut Vec<String>,
+) -> Result<bool> {
+    let mut held = 0u64;
+    for file in files {
+        if let Fetched::Other(bytes) = store.get_sized(file, |_| false)? {
+            held = held.saturating_add(bytes);
+        }
+    }
+    let (parameters, shortest) = (layout.parameters() as u64, 2);
+    let fits = parameters.saturating_mul(shortest) <= held;
+    if !fits {
+        problems.push(format!(
+            "{CONFIG_JSON} tells of {parameters} parameters, and the files of weights have {held} bytes"
+        ));
+    }
+    Ok(fits)
+}
+
 /// Whether `file` names a safetensors file beside the index, and nothing elsewhere.
 fn is_plain(file: &str) -> bool {
     let harmless = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     file.chars().all(harmless) && !file.starts_with('.') && file.ends_with(".safetensors")
 }
 
-fn take(entry: &Entry, tensor: &TensorView<'_>, out: &mut [f32]) -> std::result::Result<(), String> {
+/// Reads `tensor` into `out`; where there is none it is looked at only.
+fn take(entry: &Entry, tensor: &TensorView<'_>, out: Option<&mut [f32]>) -> std::result::Result<(), String> {
     let shape: Vec<i64> = tensor.shape().iter().map(|size| *size as i64).collect();
     if shape != entry.shape {
         return Err(format!("has the shape {shape:?}, not {:?}", entry.shape));
     }
-    let bytes = tensor.data();
+    let (bytes, out) = (tensor.data(), out.unwrap_or_default());
     match tensor.dtype() {
         Format::F32 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),
         Format::BF16 => out

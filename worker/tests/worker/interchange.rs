@@ -259,6 +259,80 @@ fn a_broken_folder_is_refused_with_all_that_is_wrong() {
     }
 }
 
+/// A folder whose `config.json` has these keys changed.
+fn claiming(folder: &Path, keys: Value) -> Store {
+    export(folder, &sizes(), Dtype::Fp32, u64::MAX);
+    let path = folder.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    fs::write(path, config.to_string()).unwrap();
+    Store::open(folder.to_str().unwrap()).unwrap()
+}
+
+/// What a folder says of how its weights are used is within what a stage may have, and all that is not is said at once,
+/// before the weights are read.
+#[test]
+fn a_use_that_cannot_be_is_refused() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = |name: &str, keys| claiming(&scratch.path().join(name), keys);
+    let none = folder(
+        "none",
+        json!({ "total_ut_steps": 0, "max_position_embeddings": 0, "rope_theta": 0, "initializer_range": -1,
+                "rms_norm_eps": 0 }),
+    );
+    let told = [
+        interchange::published_use(&none).unwrap_err().to_string(),
+        interchange::published_model(&none).unwrap_err().to_string(),
+    ];
+    for error in &told {
+        for part in [
+            "total_ut_steps is 0; a whole number, 1 to 64, is wanted",
+            "max_position_embeddings is 0; a whole number, 2 to 16777216, is wanted",
+            "rope_theta is 0; a number, 2 to 1e12, is wanted",
+            "initializer_range is -1; a number above 0, up to 1, is wanted",
+        ] {
+            assert!(error.contains(part), "{part:?} is not in: {error}");
+        }
+    }
+    assert!(told[1].contains("rms_norm_eps is 0; a number above 0, up to 0.01, is wanted"), "{}", told[1]);
+    for (at, (key, value)) in [
+        ("total_ut_steps", json!(1e12)),
+        ("total_ut_steps", json!(65)),
+        ("total_ut_steps", json!(2.5)),
+        ("total_ut_steps", json!("4")),
+        ("max_position_embeddings", json!(u64::MAX)),
+        ("max_position_embeddings", json!(-2)),
+        ("rope_theta", json!(1e300)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let error = interchange::published_use(&folder(&at.to_string(), json!({ key: value.clone() })));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(&format!("config.json: {key} is {value}; a")), "{error}");
+    }
+    let said = interchange::published_use(&folder("null", json!({ "rope_theta": null }))).unwrap();
+    assert_eq!(said, Use { rope_base: 10_000.0, ..USED });
+}
+
+/// No memory is asked for on the word of a `config.json` alone: these sizes would be more than there are addresses.
+#[test]
+fn sizes_that_no_file_can_hold_are_refused_before_they_are_given_memory() {
+    let scratch = tempfile::tempdir().unwrap();
+    let large = json!({ "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 24,
+        "num_hidden_layers": 4096, "head_dim": 1 << 18 });
+    let store = claiming(&scratch.path().join("hf"), large);
+    let model = interchange::published_model(&store).unwrap();
+    let error = interchange::read(&store, &model).unwrap_err().to_string();
+    for part in [
+        " parameters, and the files of weights have ",
+        "model.norm.weight in model.safetensors has the shape [32], not [1048576]",
+        "more; give the folder of an Ouro checkpoint",
+    ] {
+        assert!(error.contains(part), "{part:?} is not in: {error}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
 

@@ -1,0 +1,146 @@
+//! Broken things that someone hands in: each is an error with a message, whatever it claims, and never a panic or memory that
+//! only a claim asks for.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anello_tests::{Done, Process, objects};
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, ParquetMetaDataWriter};
+use serde_json::{Value, json};
+
+use super::world;
+
+/// Runs `anello ARGUMENTS` where addresses end after 16 GB: LibTorch takes a few, and each claim below far more.
+fn limited(arguments: &[&str]) -> Done {
+    let before = ["sh", "-c", "ulimit -v 16000000 && exec \"$@\"", "sh"].map(str::to_owned);
+    Process::start_by(&before, &world().folder, arguments, &[]).wait()
+}
+
+/// Asserts that it is an error, told once and in words.
+fn assert_refused(arguments: &[&str], code: i32, expected: &str) {
+    let done = limited(arguments);
+    let log = done.log.clone();
+    done.expect(code);
+    let errors = log.lines().filter(|line| line.starts_with("error: ")).count();
+    assert!(errors == 1 && log.contains(expected), "{arguments:?}, {expected:?}: {log}");
+    for word in ["panicked", "memory allocation", "RUST_BACKTRACE", "bad_alloc"] {
+        assert!(!log.contains(word), "{arguments:?}: {log}");
+    }
+}
+
+/// A checkpoint in the published layout, with these keys of its `config.json` changed.
+fn published(name: &str, keys: Value) {
+    let folder = world().folder.join(name);
+    world().anello(&["export", "undisturbed@4", "--to", name, "--dtype", "fp32"]).expect(0);
+    let path = folder.join("config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+    fs::write(path, config.to_string()).unwrap();
+}
+
+#[test]
+fn a_folder_whose_config_claims_what_cannot_be_is_refused() {
+    published("claims-nothing", json!({}));
+    let sizes = ["--data", "data/tales", "--tokens", "256", "--threads", "1"];
+    limited(&[&["eval", "claims-nothing"], &sizes[..]].concat()).expect(0);
+    for (name, keys, expected) in [
+        (
+            "claims-no-positions",
+            json!({ "max_position_embeddings": 0 }),
+            "max_position_embeddings is 0; a whole number, 2 to 16777216, is wanted",
+        ),
+        (
+            "claims-no-loops",
+            json!({ "total_ut_steps": 0 }),
+            "total_ut_steps is 0; a whole number, 1 to 64, is",
+        ),
+        ("claims-loops", json!({ "total_ut_steps": 1e12 }), "total_ut_steps is 1000000000000.0"),
+        (
+            "claims-vocab",
+            json!({ "vocab_size": 1 << 24, "hidden_size": 1 << 16, "head_dim": 1 << 14 }),
+            "parameters, and the files of weights have",
+        ),
+    ] {
+        published(name, keys);
+        assert_refused(&[&["eval", name], &sizes[..]].concat(), 2, expected);
+        assert_refused(&["generate", name, "--prompt", "x", "--tokens", "2"], 2, expected);
+        assert_refused(&["import", name, "--config", "small.toml", "--out", "never"], 2, expected);
+        assert!(!world().folder.join("never").exists(), "{name}: a run was begun");
+    }
+}
+
+/// A shard of the tales in a folder of its own, whose footer claims so many rows, or values, of its first row group.
+fn lying(name: &str, rows: Option<i64>, values: Option<i64>) {
+    let tales = objects(&world().folder.join("data/tales"));
+    let shard = tales.iter().find(|path| path.extension().is_some_and(|end| end == "parquet")).unwrap();
+    let good = fs::read(shard).unwrap();
+    let footer = u32::from_le_bytes(*good[..good.len() - 4].last_chunk().unwrap()) as usize;
+    let metadata = ParquetMetaDataReader::new().parse_and_finish(&fs::File::open(shard).unwrap()).unwrap();
+    let claims = metadata.row_groups().iter().enumerate().map(|(at, group)| {
+        let (rows, values) = if at == 0 { (rows, values) } else { (None, None) };
+        let columns = group.columns().iter().map(|column| {
+            let values = values.unwrap_or(column.num_values());
+            column.clone().into_builder().set_num_values(values).build().unwrap()
+        });
+        let builder = group.clone().into_builder().set_num_rows(rows.unwrap_or(group.num_rows()));
+        builder.set_column_metadata(columns.collect()).build().unwrap()
+    });
+    let claimed = ParquetMetaData::new(metadata.file_metadata().clone(), claims.collect());
+    let mut bad = good[..good.len() - 8 - footer].to_vec();
+    ParquetMetaDataWriter::new(&mut bad, &claimed).finish().unwrap();
+    let folder = world().folder.join(name);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("a.parquet"), bad).unwrap();
+}
+
+#[test]
+fn a_shard_whose_footer_claims_what_cannot_be_is_refused() {
+    let eval = |set| ["eval", "undisturbed", "--data", set, "--tokens", "256", "--threads", "1"];
+    lying("lying-not", None, None);
+    limited(&eval("lying-not")).expect(0);
+    for (name, rows, values, expected) in [
+        ("lying-rows", Some(1 << 62), None, "lying-rows/a.parquet"),
+        ("lying-values", None, Some(1 << 62), "lying-values/a.parquet"),
+        // 34 GB of tokens, if it were believed.
+        ("lying-little", None, Some((1 << 32) - 2), "the footer tells of 4294967294 values, the pages of "),
+    ] {
+        lying(name, rows, values);
+        assert_refused(&eval(name), 1, expected);
+    }
+}
+
+/// Every file of a folder with what it holds.
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    objects(folder).into_iter().map(|path| (path.clone(), fs::read(path).unwrap())).collect()
+}
+
+#[test]
+fn a_run_whose_log_cannot_be_read_is_left_as_it_is() {
+    let world = world();
+    world.anello(&["run", "small.toml", "--out", "unread", "--until", "5", "--sample", "0"]).expect(0);
+    let folder = world.folder.join("unread");
+    let last = objects(&folder.join("events")).into_iter().next_back().unwrap();
+    let good = fs::read(&last).unwrap();
+    let mut newer: Value = serde_json::from_slice(&good).unwrap();
+    newer["kind"] = json!("of-a-newer-build");
+    for (bad, expected) in [
+        (&newer.to_string().into_bytes()[..], "unknown variant `of-a-newer-build`"),
+        (&good[..good.len() / 2], "EOF while parsing"),
+        (b"\xff\xfe", "expected value"),
+        (b"", "EOF while parsing"),
+    ] {
+        fs::write(&last, bad).unwrap();
+        let before = contents(&folder);
+        let done = world.anello(&["run", "--resume", "unread", "--sample", "0"]);
+        let log = done.log.clone();
+        done.expect(1);
+        let name = last.file_name().unwrap().to_str().unwrap();
+        let place = format!("unread/events/{name} does not parse: {expected}");
+        assert!(log.contains(&place) && log.contains("; restore it, or use a build that wrote it"), "{log}");
+        assert!(!log.contains("panicked"), "{log}");
+        assert!(contents(&folder) == before, "{expected}: the folder has changed");
+    }
+    fs::write(&last, good).unwrap();
+    world.anello(&["run", "--resume", "unread", "--sample", "0"]).expect(0);
+}
