@@ -5,6 +5,7 @@
 //! | `s3://BUCKET/PREFIX` | `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, …; else those of the machine |
 //! | `gs://BUCKET/PREFIX` | `GOOGLE_APPLICATION_CREDENTIALS`, `GOOGLE_BASE_URL`, …; else those of the machine |
 //! | `az://CONTAINER/PREFIX` | `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY`, `AZURE_ENDPOINT`, …; else those of the machine |
+//! | `memory://` | none: it is empty each time that it is opened, and gone with whoever opened it |
 //!
 //! Only variables that begin with the cloud's own prefix count: others (`TIMEOUT`, `TOKEN`) belong to somebody else. With it
 //! they set what is not set here, as `AWS_READ_TIMEOUT=10s` or `AWS_CHECKSUM_ALGORITHM=sha256`.
@@ -43,7 +44,7 @@ pub(crate) struct Remote {
 /// The store that `url` means, with the process's environment; the error is in words.
 pub(crate) fn open(url: &str) -> Result<Remote, String> {
     let parsed = Url::parse(url).map_err(|cause| cause.to_string())?;
-    let known = "give s3://, gs://, az:// or file://, or the path of a folder";
+    let known = "give s3://, gs://, az://, file:// or memory://, or the path of a folder";
     let (scheme, path) = ObjectStoreScheme::parse(&parsed)
         .map_err(|_| format!("{}:// is no store that is known here; {known}", parsed.scheme()))?;
     let prefix = Path::parse(path).map_err(|cause| cause.to_string())?;

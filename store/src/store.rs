@@ -130,7 +130,9 @@ impl Store {
 
     fn remote(url: &str) -> Result<Self> {
         let Remote { patient, once, prefix } = remote::open(url).map_err(|e| wrong_place(url, &e))?;
-        let store = Self::with_prefix(patient, prefix, url.trim_end_matches('/').to_owned(), None)?;
+        let place =
+            Some(url.trim_end_matches('/')).filter(|place| place.contains("://")).unwrap_or("memory://");
+        let store = Self::with_prefix(patient, prefix, place.to_owned(), None)?;
         Ok(Self { once, attempts: CREATE, ..store })
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Rank 0 reports every step, in order. A coordinator that comes later, or a rank 0 that dies, leaves a hole: a step is
 //! reported, or a checkpoint is whole, though figures of steps before it are not here. Any worker that was in the ring at the
-//! time has them, and anyone that holds the state after them (see [`anello_member::KeptRows`]), so that one after the other is
+//! time has them, and anyone that holds the state after them (see `anello_member::KeptRows`), so that one after the other is
 //! asked. Rows that died with all who knew them come when their steps are trained again: so as long as nobody here holds the
 //! state after them, they are waited for.
 

@@ -38,10 +38,20 @@ fn every_store_conforms() {
     let root = tempfile::tempdir().unwrap();
     let at = |name: &str| root.path().join(name).to_str().unwrap().to_owned();
     conforms(&Store::memory().unwrap());
+    conforms(&Store::open("memory://").unwrap());
     conforms(&Store::open(&at("open")).unwrap());
     conforms(&Store::open(&format!("file://{}/", at("open"))).unwrap());
     conforms(&Store::durable(&at("durable/run")).unwrap());
     conforms(&Store::durable(&format!("file://{}", at("durable/run"))).unwrap());
+}
+
+#[test]
+fn memory_is_a_place_that_is_empty_each_time() {
+    let store = Store::durable("memory://").unwrap();
+    store.put("a", "x").unwrap();
+    assert_eq!(store.get("a").unwrap().unwrap(), "x");
+    assert_eq!((store.place(), store.folder()), ("memory://", None));
+    assert_eq!(Store::open(store.place()).unwrap().list("").unwrap(), vec![]);
 }
 
 #[test]
@@ -71,7 +81,7 @@ fn a_place_that_is_none_says_what_to_do() {
         };
         let text = fault("ftp://host/folder");
         assert!(
-            text.starts_with("ftp://host/folder: ftp:// is no store that is known here; give s3://"),
+            text.starts_with("ftp://host/folder: ftp:// is no store that is known here; give s3://, gs://, az://, file:// or memory://"),
             "{text}"
         );
         let text = fault("file://host/folder");

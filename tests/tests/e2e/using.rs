@@ -104,7 +104,7 @@ fn questions_are_answered_at_each_loop_step() {
     ] {
         assert_eq!(
             &json(&[&["eval", "undisturbed", "--json"], words].concat())[..],
-            [found.clone()],
+            std::slice::from_ref(found),
             "{words:?}"
         );
     }
