@@ -180,7 +180,7 @@ mod tests {
         fn new() -> Self {
             let (runtime, shelf) = (Runtime::new().unwrap(), Shelf::default());
             let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
-            let rows = peers::Rows::default();
+            let rows = peers::SharedRows::default();
             let address = runtime.block_on(peers::start(here, None, shelf.clone(), rows)).unwrap();
             let states = [state(1), state(2)];
             let blocks = states[0].layout.blocks();
@@ -282,7 +282,7 @@ mod tests {
         let runtime = Runtime::new().unwrap();
         let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let row = |step| StepReport { step, loss: step as f64, ..StepReport::default() };
-        let rows = peers::Rows::default();
+        let rows = peers::SharedRows::default();
         rows.lock().unwrap().took(2, (2..5).map(|step| (step, row(step))).collect()).for_each(drop);
         let address = runtime.block_on(peers::start(here, None, Shelf::default(), rows.clone())).unwrap();
         let silence = Duration::from_millis(500);

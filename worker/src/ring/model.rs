@@ -79,7 +79,7 @@ pub(super) struct Outside {
     /// Where state for peers that lack it is laid.
     pub shelf: Shelf,
     /// The figures of steps, which the shell keeps.
-    pub rows: peers::Rows,
+    pub rows: peers::SharedRows,
     /// On the way to peers that have state.
     pub tls: Option<Tls>,
     /// What drives the connections to peers that have state.
@@ -169,7 +169,7 @@ struct Thread {
     told: Option<Epochs>,
     listener: tcp::Listener,
     shelf: Shelf,
-    rows: peers::Rows,
+    rows: peers::SharedRows,
     tls: Option<Tls>,
     /// Of a peer, after which it cannot be reached.
     silence: Duration,

@@ -99,7 +99,7 @@ impl Offered {
 }
 
 /// The figures of steps that are not in the run folder.
-pub(super) type Rows = Arc<Mutex<KeptRows<StepReport>>>;
+pub(super) type SharedRows = Arc<Mutex<KeptRows<StepReport>>>;
 
 /// What the service hands out now, of state.
 #[derive(Clone, Default)]
@@ -191,7 +191,7 @@ pub(super) async fn start(
     address: IpAddr,
     tls: Option<&Tls>,
     shelf: Shelf,
-    rows: Rows,
+    rows: SharedRows,
 ) -> std::io::Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind((address, 0)).await?;
     let address = listener.local_addr()?;
@@ -208,7 +208,7 @@ pub(super) async fn start(
 
 struct Service {
     shelf: Shelf,
-    rows: Rows,
+    rows: SharedRows,
 }
 
 #[tonic::async_trait]

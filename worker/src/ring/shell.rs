@@ -48,7 +48,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         listener = listener.with_tls(tls.clone());
     }
     let ring = listener.address().map_err(system("listening for peers"))?;
-    let (shelf, rows) = (peers::Shelf::default(), peers::Rows::default());
+    let (shelf, rows) = (peers::Shelf::default(), peers::SharedRows::default());
     let peers = runtime
         .block_on(peers::start(options.address, tls, shelf.clone(), rows.clone()))
         .map_err(system("listening for peers that lack state"))?;
@@ -121,7 +121,7 @@ struct Shell {
     /// The coordinator has said over this connection where the run is.
     welcomed: bool,
     /// Figures of steps that are not known to be in the run folder.
-    rows: peers::Rows,
+    rows: peers::SharedRows,
     /// Time of the steps since the last word about it.
     tally: Tally,
     heartbeat: Duration,

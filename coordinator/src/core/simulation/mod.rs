@@ -80,6 +80,20 @@ fn a_network_that_is_cut_in_two_costs_one_ring() {
     assert!(healed > 2000, "{healed} rings were broken by a cut");
 }
 
+/// Members that go or die while a ring recovers from the one before, again and again: it converges once that is over.
+#[test]
+fn a_ring_that_loses_a_member_whenever_it_forms_forms_in_the_end() {
+    let mut total = Report::default();
+    for seed in 0..3000 {
+        match World::hunted(seed, false).run() {
+            Ok(report) => total.add(&report),
+            Err(failure) => panic!("seed {seed}: {failure}"),
+        }
+    }
+    let struck = total.preemptions + total.kills;
+    assert!(struck > 30_000 && total.preemptions > 10_000 && total.kills > 10_000, "{total:?}");
+}
+
 /// Each classic mistake, put in by hand, is found.
 #[test]
 fn planted_bugs_are_found() {
@@ -103,7 +117,8 @@ fn one_seed() {
     let seed =
         std::env::var("ANELLO_SEED").ok().map(|seed| seed.parse::<u64>().expect("ANELLO_SEED is a number"));
     for at in seed.map_or(0..3, |seed| seed..seed + 1) {
-        for world in [World::new(at, None, seed.is_some()), World::halved(at, seed.is_some())] {
+        let told = seed.is_some();
+        for world in [World::new(at, None, told), World::halved(at, told), World::hunted(at, told)] {
             let outcome = world.run();
             assert!(outcome.is_ok(), "seed {at}: {outcome:?}");
         }

@@ -94,6 +94,8 @@ pub struct World {
     rifts: BTreeMap<(WorkerId, WorkerId), Rift>,
     /// Nothing happens but that the network is cut in two.
     calm: bool,
+    /// So many rings to come lose a member while they form.
+    hunted: u32,
     reached: Step,
     completed: bool,
     report: Report,
@@ -149,6 +151,7 @@ impl World {
             rings: BTreeMap::new(),
             rifts: BTreeMap::new(),
             calm: false,
+            hunted: 0,
             reached: Step(0),
             completed: false,
             report: Report::default(),
@@ -181,6 +184,18 @@ impl World {
         world.begin(seed);
         let at = 200 + world.below(1500);
         world.at(at, Happening::Halve);
+        world
+    }
+
+    /// A run to which nothing happens but that of the first rings each loses a member while it forms: one that is asked to go, or dies.
+    pub fn hunted(seed: u64, verbose: bool) -> Self {
+        let mut world = Self::new(seed, None, verbose);
+        world.queue.clear();
+        (world.hunted, world.chaos_until) = (12, 0);
+        world.options.desired = 2 + world.below(4) as u32;
+        world.options.total = Step(40);
+        world.reference.clear();
+        world.begin(seed);
         world
     }
 
@@ -385,6 +400,7 @@ impl World {
                 }
             }
             Happening::StartCoordinator => self.start_coordinator(),
+            Happening::Kill { worker } => self.kill(worker),
             Happening::Terminate { worker } => return self.tell_worker(worker, Happens::Terminate),
             Happening::Launch => self.launch(),
             Happening::Chaos => return self.wreak(),

@@ -341,7 +341,9 @@ impl Thread {
                 |state: &State| From::State(Live::lacking_moments(formation.start, state, &held.missing));
             match &held.pending {
                 Some(pending) if standing == Standing::Next => {
-                    let mut ahead = state.copy();
+                    // The weights after the step are with others.
+                    let [exp_avg, exp_avg_sq] = [&state.exp_avg, &state.exp_avg_sq].map(Tensor::copy);
+                    let mut ahead = State { exp_avg, exp_avg_sq, ..state.share() };
                     ahead.complete(&pending.prepared, None);
                     offered.updates = ahead.updates;
                     offered.moments = ahead.cover.without(&held.missing);

@@ -157,6 +157,25 @@ impl World {
         Ok(())
     }
 
+    /// Whether a message arrives twice: a link keeps order and loses its tail alone, but what was said is said again.
+    pub(super) fn says_twice(&mut self) -> bool {
+        let twice = self.chaos() && self.chance(25);
+        self.report.repeated += u64::from(twice);
+        twice
+    }
+
+    /// A member of a ring that forms is asked to go, or dies, as long as there are such rings to come.
+    pub(super) fn hunt(&mut self, formation: &Formation) {
+        let Some(left) = self.hunted.checked_sub(1) else { return };
+        self.hunted = left;
+        let victim = self.below(formation.members.len() as u64) as usize;
+        let (worker, delay) = (formation.members[victim].worker, self.below(80));
+        let asked = self.chance(2);
+        self.report.preemptions += u64::from(asked);
+        let happening = if asked { Happening::Terminate { worker } } else { Happening::Kill { worker } };
+        self.after(delay, happening);
+    }
+
     /// Kill -9, at times in the midst of handing out a step's result: then some peers have it and some have not.
     pub(super) fn kill(&mut self, victim: WorkerId) {
         self.report.kills += 1;

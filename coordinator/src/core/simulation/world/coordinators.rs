@@ -176,8 +176,11 @@ impl World {
         let Some(known) = self.workers.get_mut(&worker) else { return };
         if known.link == Some((coordinator, link)) && known.mute_until <= self.now {
             known.sent_down = known.sent_down.max(self.now + delay);
-            let at = known.sent_down;
-            self.at(at, what(link));
+            let (at, message) = (known.sent_down, what(link));
+            if self.says_twice() {
+                self.at(at, message.clone());
+            }
+            self.at(at, message);
         }
     }
 
@@ -285,6 +288,7 @@ impl World {
                 let before = self.formations.last_key_value().map(|(generation, _)| generation.0);
                 generations_rise(before, generation.0)?;
                 self.report.generations += 1;
+                self.hunt(&formation);
                 self.formations.insert(generation, formation);
                 self.tell_core(coordinator, Event::Recorded { generation })
             }

@@ -114,6 +114,9 @@ pub(super) enum Happening {
         coordinator: usize,
     },
     StartCoordinator,
+    Kill {
+        worker: WorkerId,
+    },
     Terminate {
         worker: WorkerId,
     },
@@ -137,6 +140,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::PeerLost { worker, .. }
         | Happening::Unanswered { worker, .. }
         | Happening::Wrote { worker, .. }
+        | Happening::Kill { worker }
         | Happening::Terminate { worker } => Some(*worker),
         Happening::ToCoordinator { .. }
         | Happening::Paced { .. }
@@ -183,6 +187,7 @@ pub(super) fn addressee(happening: &Happening) -> Option<usize> {
         | Happening::Unanswered { .. }
         | Happening::Wrote { .. }
         | Happening::StartCoordinator
+        | Happening::Kill { .. }
         | Happening::Terminate { .. }
         | Happening::Launch
         | Happening::Chaos
@@ -220,6 +225,7 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Halve => 26,
         Happening::Rows { .. } => 27,
         Happening::Welcome { .. } => 28,
+        Happening::Kill { .. } => 29,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

@@ -39,14 +39,15 @@ pub struct Report {
     pub taken: u64,
     pub asked: u64,
     pub grown: u64,
+    pub repeated: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 31] {
+    pub fn counts(&self) -> [(&'static str, u64); 32] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 31] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 32] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -76,6 +77,7 @@ impl Report {
             ("a checkpoint that was asked for", &mut self.wanted),
             ("a learner that holds the state", &mut self.learned),
             ("a learner that holds the weights, and its share of the moments", &mut self.spread),
+            ("a message that came twice", &mut self.repeated),
             ("a share that grew before learners had lanes", &mut self.grown),
             ("figures that came with a state", &mut self.taken),
             ("a worker that was asked for figures", &mut self.asked),

@@ -20,8 +20,11 @@ impl World {
         let Some((coordinator, link)) = known.link.filter(|_| !steps.is_empty()) else { return };
         if known.mute_until <= self.now {
             known.sent_up = known.sent_up.max(self.now + delay);
-            let at = known.sent_up;
-            self.at(at, Happening::Rows { coordinator, link, worker, steps });
+            let (at, message) = (known.sent_up, Happening::Rows { coordinator, link, worker, steps });
+            if self.says_twice() {
+                self.at(at, message.clone());
+            }
+            self.at(at, message);
         }
     }
 

@@ -153,7 +153,11 @@ impl World {
         }
         known.sent_up = known.sent_up.max(self.now + delay);
         let at = known.sent_up;
-        self.at(at, Happening::ToCoordinator { coordinator, link, worker, hello, stance });
+        let message = Happening::ToCoordinator { coordinator, link, worker, hello, stance };
+        if !hello && self.says_twice() {
+            self.at(at, message.clone());
+        }
+        self.at(at, message);
     }
 
     pub(super) fn say(&mut self, worker: WorkerId, stance: Stance) {
