@@ -353,7 +353,7 @@ impl Running {
     /// Asks for figures that are missing before others, or before a checkpoint.
     fn look_for_rows(&mut self) {
         let waiting = self.waiting.iter().map(|waiting| waiting.step.0);
-        let held = self.core.held_here().unwrap_or_default().0;
+        let held = || self.core.held_here().unwrap_or_default().0;
         let look = self.rows.look(self.now(), waiting, self.links.keys().copied(), held);
         match look.missing {
             Some(Missing::Lost(Range { start: from, end: to })) => {

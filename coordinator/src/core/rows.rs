@@ -101,13 +101,14 @@ impl Rows {
     }
 
     /// Looks for rows that are missing before one that is here, or before a step of `waiting`, whose whole checkpoints wait for
-    /// them. `connected` are those that can be asked, and one of them holds the state after `held` steps, and none of more.
+    /// them. `connected` are those that can be asked, and one of them holds the state after `held` steps, and none of more: that is
+    /// looked for only when a look is due, since this is called with every word that anyone says.
     pub fn look(
         &mut self,
         now: Millis,
         waiting: impl Iterator<Item = u64>,
         connected: impl ExactSizeIterator<Item = WorkerId>,
-        held: u64,
+        held: impl FnOnce() -> u64,
     ) -> Look {
         let reported = self.reported;
         self.ahead = self.ahead.filter(|ahead| *ahead > reported);
@@ -126,7 +127,7 @@ impl Rows {
         if now < search.looked + pace {
             return Look::default();
         }
-        let is_trained = held >= hole_end;
+        let is_trained = held() >= hole_end;
         let goes_on = search.is_trained == is_trained && now < search.looked + pace + pace;
         search.looks = if goes_on { search.looks + 1 } else { 1 };
         (search.looked, search.is_trained) = (now, is_trained);
@@ -181,7 +182,7 @@ mod tests {
         connected: &[u64],
         held: u64,
     ) -> Vec<(u64, Look)> {
-        let look = |at: u64| (at, rows.look(Millis(at), wanted.into_iter(), ids(connected), held));
+        let look = |at: u64| (at, rows.look(Millis(at), wanted.into_iter(), ids(connected), || held));
         times.step_by(100).map(look).filter(|(_, look)| *look != Look::default()).collect()
     }
 
@@ -198,9 +199,9 @@ mod tests {
         let mut rows = Rows::new(3, LEASE);
         rows.take(5);
         // The row may be on its way: the first is asked after a look's time.
-        assert_eq!(rows.look(Millis(0), std::iter::empty(), ids(&[1, 2]), 9), asks(&[]));
+        assert_eq!(rows.look(Millis(0), std::iter::empty(), ids(&[1, 2]), || 9), asks(&[]));
         assert_eq!(rows.deadline(), Some(Millis(100)));
-        assert_eq!(rows.look(Millis(99), std::iter::empty(), ids(&[1, 2]), 9), asks(&[]));
+        assert_eq!(rows.look(Millis(99), std::iter::empty(), ids(&[1, 2]), || 9), asks(&[]));
         assert_eq!(looks(&mut rows, 100, 3, None, &[1, 2]), [(100, asks(&[1])), (200, asks(&[2]))]);
         // Whoever has a row may have the next one too, and whoever had none of this may have that.
         assert!(rows.take(3));
@@ -227,8 +228,8 @@ mod tests {
         rows.take(9);
         // It sleeps for an hour between two looks: nobody had the time to answer.
         let asked = [
-            rows.look(Millis(0), std::iter::once(6), ids(&[]), 9),
-            rows.look(Millis(3_600_000), std::iter::once(6), ids(&[]), 9),
+            rows.look(Millis(0), std::iter::once(6), ids(&[]), || 9),
+            rows.look(Millis(3_600_000), std::iter::once(6), ids(&[]), || 9),
         ];
         assert_eq!(asked, [asks(&[]), asks(&[])]);
         let lost = Look { ask: Vec::new(), missing: Some(Missing::Lost(3..6)) };

@@ -106,7 +106,7 @@ impl World {
         if !known.alive {
             return Ok(());
         }
-        let held = known.core.held_here().unwrap_or_default().0;
+        let held = || known.core.held_here().unwrap_or_default().0;
         let waiting = known.waiting.iter().map(|(step, _)| step.0);
         let look = known.rows.look(now, waiting, known.links.keys().copied(), held);
         match look.missing {
