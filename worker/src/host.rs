@@ -1,7 +1,8 @@
 //! Flat buffers of a device, as memory of the host: in place on a CPU, a copy from a GPU.
 
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anello_collective::Partials;
@@ -104,7 +105,12 @@ impl Beside {
     /// either, but who has made the stream in question wait for the event.
     pub fn start(self, copies: impl IntoIterator<Item = (Tensor, Tensor)>) -> Event {
         let computed = Stream::current(self.device).and_then(Stream::record).expect(FAILED);
-        self.copies.wait(&computed).expect(FAILED);
+        self.start_after(&computed, copies)
+    }
+
+    /// The same, after `event` and no more of what this thread computes.
+    fn start_after(self, event: &Event, copies: impl IntoIterator<Item = (Tensor, Tensor)>) -> Event {
+        self.copies.wait(event).expect(FAILED);
         let copied =
             self.copies.scope(|| copies.into_iter().try_for_each(|(from, to)| torch::copy_async(&to, &from)));
         copied.and_then(|copied| copied).expect(FAILED);
@@ -132,39 +138,40 @@ pub(crate) enum Reading {
     Beside(Copies),
 }
 
-/// Copies into memory that a GPU writes to without a detour.
+/// Copies in ordinary memory of the host, which a thread makes by way of two pieces of pinned memory:
+///
+/// ```text
+/// GPU        ─ own stream ─▶ pinned ┬ piece 0 ▶ ┬ piece 2 ▶ …
+///                            pinned │           ├ piece 1 ▶ …
+/// its memory       free to change ──┼───────────┼──────────── … ┘ once the last piece has left
+/// ```
+///
+/// Pinned memory for all of it would be there for good, rounded up to a power of two, and takes longer to be had than a step: a GPU's
+/// driver locks it page by page.
 #[derive(Debug)]
 pub(crate) struct Copies {
-    beside: Beside,
-    under_way: Mutex<UnderWay>,
+    read: Arc<Latch>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     to: Arc<ffi::Shared>,
 }
 
-#[derive(Debug)]
-struct UnderWay {
-    done: Event,
-    /// Kept in place until they are made.
-    from: Vec<Tensor>,
-}
-
-/// The host looks so often whether copies are made: a state takes tenths of a second.
-const LOOK: Duration = Duration::from_millis(1);
+/// Threads that copy from pinned memory: one alone is slower than a GPU's link.
+const COPY_THREADS: usize = 8;
 
 impl Reading {
-    /// Copies of `from`, as these are once all that this thread has computed so far is done. Who changes them then calls
-    /// [`Reading::compute_after`] first.
+    /// Copies of `from`, as these are once all that this thread has computed so far is done. Who changes them calls
+    /// [`Reading::wait_until_read`] first.
     pub fn start<const N: usize>(from: [Tensor; N]) -> Self {
         match from[0].device() {
             Device::Cpu => Self::Made(from.iter().map(|flat| copied(flat).into()).collect()),
-            _ => Self::Beside(Copies::start(from)),
+            _ => Self::Beside(Copies::start(from, COPY_PIECE)),
         }
     }
 
-    /// Has what this thread computes from now on wait for the copies.
-    pub fn compute_after(&self) {
-        if let Self::Beside(Copies { beside, under_way, .. }) = self {
-            let under_way = under_way.lock().unwrap_or_else(PoisonError::into_inner);
-            beside.compute_after(&under_way.done);
+    /// Waits until the buffers may change.
+    pub fn wait_until_read(&self) {
+        if let Self::Beside(Copies { read, .. }) = self {
+            read.wait();
         }
     }
 
@@ -178,25 +185,28 @@ impl Reading {
 }
 
 impl Copies {
-    fn start<const N: usize>(from: [Tensor; N]) -> Self {
-        let beside = Beside::of(from[0].device());
-        let to = from.each_ref().map(room);
-        let pairs = from.iter().zip(&to);
-        let done = beside.start(pairs.map(|(from, to)| (from.shallow_clone(), to.shallow_clone())));
-        let under_way = Mutex::new(UnderWay { done, from: from.into() });
-        Self { beside, under_way, to: Arc::new(ffi::Shared::new(to.into())) }
+    /// Starts them, so many elements at a time.
+    fn start<const N: usize>(from: [Tensor; N], piece: usize) -> Self {
+        let device = from[0].device();
+        let computed = Stream::current(device).and_then(Stream::record).expect(FAILED);
+        let to = from.each_ref().map(|flat| Tensor::empty(flat.size(), (flat.kind(), Device::Cpu)));
+        let shared = Arc::new(ffi::Shared::new(to.each_ref().map(Tensor::shallow_clone).into()));
+        let read = Arc::new(Latch::default());
+        let reader = Reader(Arc::clone(&read));
+        let copy = move || {
+            if device != Device::Cpu {
+                torch::use_device(device).expect(FAILED);
+            }
+            copy_in_pieces(&computed, from, to, reader, piece);
+        };
+        let thread = thread::Builder::new().name("copy to the host".to_owned()).spawn(copy);
+        Self { read, thread: Mutex::new(Some(thread.expect("a thread can be started"))), to: shared }
     }
 
-    fn wait(&self) {
-        loop {
-            let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-            if under_way.done.is_done().expect(FAILED) {
-                under_way.from.clear();
-                return;
-            }
-            drop(under_way);
-            std::thread::sleep(LOOK);
-        }
+    /// Waits until they are made.
+    fn wait(&self) -> thread::Result<()> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.take().map_or(Ok(()), JoinHandle::join)
     }
 
     fn bytes(&self, index: usize) -> Bytes {
@@ -207,8 +217,96 @@ impl Copies {
                 bytes(all.elements(*index, 0..all.lens()[*index]))
             }
         }
-        self.wait();
+        self.wait().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Bytes::from_owner(Copied(Arc::clone(&self.to), index))
+    }
+}
+
+/// Copies what `from` is after `computed` into `to`; `reader` is let go once `from` is read.
+fn copy_in_pieces<const N: usize>(
+    computed: &Event,
+    from: [Tensor; N],
+    to: [Tensor; N],
+    reader: Reader,
+    piece: usize,
+) {
+    let beside = Beside::of(from[0].device());
+    let largest = from.iter().map(Tensor::numel).max().unwrap_or(0).min(piece);
+    let mut pinned = [0, 1].map(|_| room(&from[0].narrow(0, 0, largest as i64)));
+    let mut on_its_way: Option<Leaving> = None;
+    for (from, to) in from.iter().zip(&to) {
+        for start in (0..from.numel()).step_by(piece) {
+            let len = piece.min(from.numel() - start) as i64;
+            let [from, to] = [from, to].map(|flat| flat.narrow(0, start as i64, len));
+            let here = pinned[0].narrow(0, 0, len);
+            let left = beside.start_after(computed, [(from, here.shallow_clone())]);
+            if let Some(before) = on_its_way.replace(Leaving { left, here, to }) {
+                before.arrive();
+            }
+            pinned.swap(0, 1);
+        }
+    }
+    on_its_way.iter().for_each(Leaving::wait);
+    drop((from, reader));
+    on_its_way.into_iter().for_each(Leaving::arrive);
+}
+
+/// A piece on its way from a GPU to `here`, in pinned memory, and then to `to`.
+struct Leaving {
+    left: Event,
+    here: Tensor,
+    to: Tensor,
+}
+
+impl Leaving {
+    /// Waits until it has left the GPU.
+    fn wait(&self) {
+        while !self.left.is_done().expect(FAILED) {
+            thread::sleep(LOOK);
+        }
+    }
+
+    fn arrive(mut self) {
+        self.wait();
+        copy_by_threads(&OnHost(self.here), ffi::as_mut_slice(&mut self.to));
+    }
+}
+
+/// The host looks so often whether a piece has left: it takes milliseconds.
+const LOOK: Duration = Duration::from_micros(100);
+
+/// What is copied at a time: 128 MiB.
+const COPY_PIECE: usize = 128 << 20 >> 2;
+
+/// Copies numbers within the host's memory, by several threads.
+fn copy_by_threads(from: &[f32], to: &mut [f32]) {
+    let threads = thread::available_parallelism().map_or(1, |n| n.get()).min(COPY_THREADS);
+    let share = from.len().div_ceil(threads).max(1);
+    thread::scope(|scope| {
+        for (from, to) in from.chunks(share).zip(to.chunks_mut(share)) {
+            scope.spawn(|| to.copy_from_slice(from));
+        }
+    });
+}
+
+/// Opened once, and waited for.
+#[derive(Debug, Default)]
+struct Latch(Mutex<bool>, Condvar);
+
+impl Latch {
+    fn wait(&self) {
+        let open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.1.wait_while(open, |open| !*open));
+    }
+}
+
+/// Opens a latch when it is let go, also by a panic: who waited goes on, and learns of it in the next operation.
+struct Reader(Arc<Latch>);
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        *self.0.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.1.notify_all();
     }
 }
 
@@ -231,16 +329,28 @@ mod tests {
     #[test]
     fn a_copy_is_what_was_there_when_it_was_started() {
         let starts: [fn([Tensor; 2]) -> Reading; 2] =
-            [Reading::start, |from| Reading::Beside(Copies::start(from))];
+            [Reading::start, |from| Reading::Beside(Copies::start(from, 3))];
         for start in starts {
-            let mut flat = Tensor::from_slice(&[1f32, -2.5]);
-            let reading = start([flat.shallow_clone(), &flat * 2.0]);
-            reading.compute_after();
+            // Of pieces of 3: three of one buffer, the last one cut short, and one of the other.
+            let values: Vec<f32> = (0..8).map(|at| at as f32 - 2.5).collect();
+            let (mut flat, two) = (Tensor::from_slice(&values), Tensor::from_slice(&values[..2]));
+            let reading = start([flat.shallow_clone(), two]);
+            reading.wait_until_read();
             let _ = flat.zero_();
-            let expected = [[1f32, -2.5], [2.0, -5.0]].map(|two| two.map(f32::to_le_bytes).concat());
-            let bytes = [0, 1].map(|index| reading.bytes(index));
+            let found = [0, 1].map(|index| reading.bytes(index));
             drop(reading);
-            assert_eq!(bytes.map(|bytes| bytes.to_vec()), expected);
+            assert_eq!(
+                found.map(|found| found.to_vec()),
+                [&values[..], &values[..2]].map(|of| bytes(of).to_vec())
+            );
         }
+    }
+
+    #[test]
+    fn nothing_is_copied_too() {
+        let nothing = || Tensor::from_slice::<f32>(&[]);
+        let reading = Reading::Beside(Copies::start([nothing(), nothing()], 3));
+        reading.wait_until_read();
+        assert_eq!([0, 1].map(|index| reading.bytes(index).len()), [0, 0]);
     }
 }

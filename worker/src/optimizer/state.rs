@@ -110,7 +110,7 @@ impl State {
 
     /// What is computed from now on may change the buffers.
     pub(super) fn settle(&self) {
-        self.reading.take().iter().for_each(|reading| reading.compute_after());
+        self.reading.take().iter().for_each(|reading| reading.wait_until_read());
     }
 
     /// Sets moments and their count to zero.
