@@ -4,16 +4,15 @@ use std::collections::BTreeMap;
 
 use anello_configs::{RunConfig, Schedule, StepPlan};
 use anello_dataloader::{LaneStep, LoaderOptions};
-use anello_store::checkpoint::{BLOCK, Facts, Position, digest_of_blocks};
+use anello_store::checkpoint::{Facts, Position, digest_of_blocks};
 use anello_store::events::{self, Event};
 use anello_store::{Cursor, Environment, Store};
 use tch::Device;
 
-use crate::checkpoint::block_digest;
+use crate::digest;
 use crate::engine::Outcome;
 use crate::environment;
 use crate::guard::Spike;
-use crate::host;
 use crate::optimizer::State;
 
 /// What is stamped on every checkpoint that a process writes.
@@ -50,27 +49,9 @@ impl Stamp {
 /// Digest of the weights, as a manifest has it: of the digests of their blocks, in order.
 pub fn weights_digest(state: &State) -> String {
     let _span = tracing::trace_span!("digest of the weights").entered();
-    let digests: Vec<String> = host::pieces(&state.weights).flat_map(|piece| block_digests(&piece)).collect();
-    digest_of_blocks(&digests)
+    let digests = digest::of_blocks(&state.weights);
+    digest_of_blocks(&digests.iter().map(|digest| digest.to_hex().to_string()).collect::<Vec<_>>())
 }
-
-/// Digests of the blocks of `weights`, by several threads.
-fn block_digests(weights: &[f32]) -> Vec<String> {
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(DIGEST_THREADS);
-    let share = weights.len().div_ceil(threads).next_multiple_of(BLOCK).max(BLOCK);
-    let of_share = |values: &[f32]| values.chunks(BLOCK).map(block_digest).collect::<Vec<String>>();
-    std::thread::scope(|scope| {
-        let mut shares = weights.chunks(share);
-        let own = shares.next().unwrap_or(&[]);
-        let others: Vec<_> = shares.map(|values| scope.spawn(move || of_share(values))).collect();
-        let mut digests = of_share(own);
-        digests.extend(others.into_iter().flat_map(|other| other.join().expect("hashing does not panic")));
-        digests
-    })
-}
-
-/// Threads that hash at most: past so many the memory is what they wait for.
-const DIGEST_THREADS: usize = 8;
 
 /// How far a run is once `step` steps are done. Panics past the last step of `schedule`.
 pub fn position_after(schedule: &Schedule, step: u64) -> Position {

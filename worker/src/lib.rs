@@ -25,6 +25,7 @@ pub mod bisect;
 pub mod checkpoint;
 mod cover;
 pub mod device;
+mod digest;
 mod engine;
 mod environment;
 mod error;

@@ -9,6 +9,7 @@ use super::{Kernels, Spans};
 use crate::ffi::torch::{Stream, flash_packed, vjp};
 use crate::model::{Angles, Rotary, rms_norm, swiglu};
 use crate::optimizer::{Scale, halved};
+use crate::params::BLOCK;
 
 /// What kernels are tried out on.
 #[derive(Clone, Copy, Debug)]
@@ -61,7 +62,7 @@ pub struct Checked {
     pub bytes: u64,
     /// Seconds of a run.
     pub seconds: Option<f64>,
-    /// Seconds of LibTorch's chain.
+    /// Seconds of LibTorch's chain, where it has one.
     pub chain_seconds: Option<f64>,
 }
 
@@ -87,9 +88,11 @@ impl std::fmt::Display for Checked {
         if !repeatable {
             write!(f, ", NOT THE SAME BITS TWICE")?;
         }
-        if let (Some(seconds), Some(chain)) = (seconds, chain_seconds) {
-            let rate = *bytes as f64 / seconds / 1e9;
-            write!(f, ", {rate:.0} GB/s, {:.2} times LibTorch's chain", chain / seconds)?;
+        if let Some(seconds) = seconds {
+            write!(f, ", {:.0} GB/s", *bytes as f64 / seconds / 1e9)?;
+            if let Some(chain) = chain_seconds {
+                write!(f, ", {:.2} times LibTorch's chain", chain / seconds)?;
+            }
         }
         Ok(())
     }
@@ -97,7 +100,11 @@ impl std::fmt::Display for Checked {
 
 /// Tries out all kernels on `device`, whose they are.
 pub fn check(kernels: &Kernels, device: Device, sizes: Sizes) -> Vec<Checked> {
-    let mut found = vec![update(kernels, device, sizes), squares(kernels, device, sizes)];
+    let mut found = vec![
+        update(kernels, device, sizes),
+        squares(kernels, device, sizes),
+        digests(kernels, device, sizes),
+    ];
     for kind in [Kind::Float, Kind::BFloat16] {
         found.extend(norms(kernels, (device, kind), sizes));
         found.extend(gates(kernels, (device, kind), sizes));
@@ -176,6 +183,24 @@ fn ieee(scale: &Scale, [w, m, v, g]: &mut [Vec<f32>; 4], decayed: usize) {
 
 fn format_of(kind: Kind) -> &'static str {
     if kind == Kind::BFloat16 { "bf16" } else { "fp32" }
+}
+
+fn digests(kernels: &Kernels, device: Device, sizes: Sizes) -> Checked {
+    let blocks = (sizes.flat as usize).div_ceil(BLOCK);
+    let flat = drawn(5, &[(blocks * BLOCK) as i64], Kind::Float, device);
+    let flat = flat.copy();
+    let right: Vec<_> =
+        host(&flat).chunks(BLOCK).map(|block| blake3::hash(crate::host::bytes(block))).collect();
+    let [found, again] = [0, 1].map(|_| kernels.block_digests(&flat));
+    Checked {
+        name: "BLAKE3 of blocks".to_owned(),
+        off: found.iter().zip(&right).filter(|(found, right)| found != right).count() as f64,
+        exact: true,
+        repeatable: found == again && found.len() == right.len(),
+        bytes: (flat.numel() * size_of::<f32>()) as u64,
+        seconds: timed(device, sizes.runs, &mut || drop(kernels.block_digests(&flat))),
+        chain_seconds: None,
+    }
 }
 
 fn update(kernels: &Kernels, device: Device, sizes: Sizes) -> Checked {

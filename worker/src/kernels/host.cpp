@@ -163,7 +163,7 @@ const Entry ENTRIES[] = {
     ENTRY(rms_norm_forward_f32), ENTRY(rms_norm_forward_bf16), ENTRY(rms_norm_backward_f32),
     ENTRY(rms_norm_backward_bf16), ENTRY(rms_norm_weight), ENTRY(swiglu_forward_f32), ENTRY(swiglu_forward_bf16),
     ENTRY(swiglu_backward_f32), ENTRY(swiglu_backward_bf16), ENTRY(rope_f32), ENTRY(rope_bf16),
-    ENTRY(cross_entropy_f32), ENTRY(cross_entropy_bf16),
+    ENTRY(cross_entropy_f32), ENTRY(cross_entropy_bf16), ENTRY(blake3_blocks),
 };
 
 }  // namespace

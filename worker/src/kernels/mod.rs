@@ -5,12 +5,13 @@
 //! rms_norm.cu   RMSNorm, with the residual it is added to; forward and backward
 //! swiglu.cu     SwiGLU; forward and backward              rope.cu  rotary embeddings; both ways
 //! cross_entropy.cu   cross-entropy of logits and its gradient, in place
+//! blake3.cu     digests of blocks, in every run on a GPU
 //! common.cuh    the two formats, several elements at once, and sums of written order
 //! host.cpp      what runs the same text on a CPU, for tests
 //! attention/    attention on Hopper, compiled beforehand
 //! ```
-//! Each `.cu` has the Rust that launches it beside it. The sources are part of this build. NVRTC compiles them when a run with
-//! `compute.fused` opens its GPU, for that GPU, once a process: no toolkit, no header and no driver's own compiler has a part in it.
+//! Each `.cu` has the Rust that launches it beside it. The sources are part of this build. NVRTC compiles them when a run
+//! opens its GPU, for that GPU, once a process: no toolkit, no header and no driver's own compiler has a part in it.
 //!
 //! The bits of a kernel follow from its inputs: the order of every sum is written and depends on shapes alone, nothing is added
 //! with atomics, and what the compiler might take liberties with is fixed (`OPTIONS`). AdamW has those
@@ -22,6 +23,7 @@
 
 mod adamw;
 mod attention;
+mod blake3;
 mod check;
 mod cross_entropy;
 #[cfg(test)]
@@ -54,13 +56,14 @@ use crate::ffi::nvrtc::Nvrtc;
 pub const NVRTC: &str = "ANELLO_NVRTC";
 
 /// The text that is compiled: one program.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     include_str!("common.cuh"),
     include_str!("adamw.cu"),
     include_str!("rms_norm.cu"),
     include_str!("swiglu.cu"),
     include_str!("rope.cu"),
     include_str!("cross_entropy.cu"),
+    include_str!("blake3.cu"),
 ];
 
 /// What the bits rest on: no contraction of a product and a sum, numbers below the normal ones kept, division and root rounded
@@ -92,25 +95,47 @@ enum Target {
 /// [`Error::Device`], [`Error::Config`].
 pub fn ready(compute: &Compute) -> Result<Device> {
     let device = device::open(compute.device)?;
-    of(compute, device).map(|_| device)
+    if of(compute, device)?.is_none() && device.is_cuda() {
+        // Compiled before the first step, and not within one.
+        drop(if_there(device));
+    }
+    Ok(device)
 }
+
+/// Those of each GPU that were asked for; none where they cannot be had.
+static OPENED: Mutex<Vec<(Device, Option<Kernels>)>> = Mutex::new(Vec::new());
 
 /// The kernels that `compute` asks for on `device`, if it does; they are compiled once a process and GPU.
 ///
 /// # Errors
 /// As [`Kernels::open`].
 pub(crate) fn of(compute: &Compute, device: Device) -> Result<Option<Kernels>> {
-    static OPENED: Mutex<Vec<(Device, Kernels)>> = Mutex::new(Vec::new());
-    if !compute.fused {
-        return Ok(None);
+    if compute.fused { opened(device).map(Some) } else { Ok(None) }
+}
+
+/// The kernels of a GPU, for what can be had without them too.
+pub(crate) fn if_there(device: Device) -> Option<Kernels> {
+    let mut found = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, kernels)) = found.iter().find(|(of, _)| *of == device) {
+        return kernels.clone();
     }
-    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((_, kernels)) = opened.iter().find(|(of, _)| *of == device) {
-        return Ok(Some(kernels.clone()));
+    let kernels = Kernels::open(device)
+        .inspect_err(|cause| tracing::warn!(%cause, "digests are computed on the host, which takes seconds"))
+        .ok();
+    found.push((device, kernels.clone()));
+    kernels
+}
+
+fn opened(device: Device) -> Result<Kernels> {
+    let mut found = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(kernels) = found.iter().find(|(of, _)| *of == device).and_then(|(_, kernels)| kernels.clone())
+    {
+        return Ok(kernels);
     }
     let kernels = Kernels::open(device)?;
-    opened.push((device, kernels.clone()));
-    Ok(Some(kernels))
+    found.retain(|(of, _)| *of != device);
+    found.push((device, Some(kernels.clone())));
+    Ok(kernels)
 }
 
 /// The place of the NVRTC of this process; in words where it was looked for.

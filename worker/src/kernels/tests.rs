@@ -32,7 +32,7 @@ fn every_kernel_is_right_forward_and_backward_in_both_formats() {
     let kernels = Kernels::emulated();
     for sizes in SIZES {
         let found = check(&kernels, Device::Cpu, sizes);
-        assert_eq!(found.len(), 2 + 2 * 9);
+        assert_eq!(found.len(), 3 + 2 * 9);
         for checked in found {
             assert!(checked.is_right(), "{checked} with {sizes:?}");
         }

@@ -13,9 +13,8 @@ use std::collections::BTreeMap;
 use anello_collective::{Collective, Error as RingError, Rank, Step as RingStep, tcp};
 use anello_proto::ring::{Cause, Formation};
 
-use crate::host::{self, OnHost};
+use crate::digest;
 use crate::optimizer::State;
-use crate::params::BLOCK;
 
 /// Bytes of a block's hash that are compared.
 const SHORT: usize = 8;
@@ -59,11 +58,6 @@ pub(super) fn compare(
     Ok(Some(verdict(step, &roots, &all, state, formation)))
 }
 
-/// Takes in numbers as little-endian bytes.
-pub(super) fn hash_floats(hasher: &mut blake3::Hasher, values: &[f32]) {
-    hasher.update(host::bytes(values));
-}
-
 /// Compares the moments of each member's blocks with the second copy that the one before it has.
 fn compare_pairs(
     ring: &mut tcp::Tcp,
@@ -74,12 +68,8 @@ fn compare_pairs(
 ) -> Result<Option<Cause>, RingError> {
     let rank = ring.ring().rank().index();
     let of = |rank: usize| {
-        let mut hasher = blake3::Hasher::new();
-        for block in ring.ring().blocks(Rank(rank as u32)) {
-            let moments = state.moments(block..block + 1);
-            moments.iter().for_each(|moment| hash_floats(&mut hasher, &OnHost::of(moment)));
-        }
-        hasher.finalize()
+        let [exp_avg, exp_avg_sq] = state.moments(ring.ring().blocks(Rank(rank as u32)));
+        digest::of_all(&[&exp_avg, &exp_avg_sq])
     };
     let said = match rank < trainers {
         true => [of(rank), of((rank + 1) % trainers)].map(|hash| *hash.as_bytes()).concat(),
@@ -106,19 +96,17 @@ fn differing_pair(said: &[Vec<u8>]) -> Option<(usize, usize)> {
         .find(|(second, owner)| said[*second].get(blake3::OUT_LEN..) != said[*owner].get(..blake3::OUT_LEN))
 }
 
+/// A hash of each block of the state: of the digests of its weights and moments.
 fn hashes(state: &State, weights_alone: bool) -> Vec<blake3::Hash> {
-    let all = [&state.weights, &state.exp_avg, &state.exp_avg_sq];
-    let buffers = if weights_alone { &all[..1] } else { &all[..] };
-    let mut pieces: Vec<_> = buffers.iter().map(|buffer| host::pieces(buffer)).collect();
-    let mut hashes = Vec::with_capacity(state.layout.blocks());
-    while let Some(now) = pieces.iter_mut().map(Iterator::next).collect::<Option<Vec<OnHost>>>() {
-        for at in (0..now[0].len()).step_by(BLOCK) {
-            let mut hasher = blake3::Hasher::new();
-            now.iter().for_each(|piece| hash_floats(&mut hasher, &piece[at..at + BLOCK]));
-            hashes.push(hasher.finalize());
-        }
+    let weights = digest::of_blocks(&state.weights);
+    if weights_alone {
+        return weights;
     }
-    hashes
+    let [exp_avg, exp_avg_sq] = [&state.exp_avg, &state.exp_avg_sq].map(digest::of_blocks);
+    let of_block = |((weights, exp_avg), exp_avg_sq): ((blake3::Hash, blake3::Hash), blake3::Hash)| {
+        blake3::hash(&[weights, exp_avg, exp_avg_sq].map(|digest| *digest.as_bytes()).concat())
+    };
+    weights.into_iter().zip(exp_avg).zip(exp_avg_sq).map(of_block).collect()
 }
 
 /// Who differs from the majority, and where.

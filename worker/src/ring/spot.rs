@@ -8,9 +8,7 @@ use anello_configs::random::Stream;
 use anello_proto::ring::{Cause, Formation, WorkerId};
 use tch::Tensor;
 
-use super::replicas::hash_floats;
-use crate::host;
-use crate::params::BLOCK;
+use crate::digest;
 
 /// Who computes which lane of a step.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,11 +78,7 @@ impl Spot {
 
 /// Hash of a flat gradient.
 pub(super) fn hash(gradient: &Tensor) -> Vec<u8> {
-    let mut hasher = blake3::Hasher::new();
-    for piece in host::pieces(gradient) {
-        piece.chunks(BLOCK).for_each(|values| hash_floats(&mut hasher, values));
-    }
-    hasher.finalize().as_bytes().to_vec()
+    digest::of_all(&[gradient]).as_bytes().to_vec()
 }
 
 #[cfg(test)]
