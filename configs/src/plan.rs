@@ -166,7 +166,8 @@ pub struct Memory {
     pub inputs: u64,
     /// Of `compute.offload`, in the host's pinned memory and no part of the total: all of them.
     pub on_host: u64,
-    /// Activations inside layers that are held at a time: of one layer (`layer`), one loop step (`loop`), or all (`none`).
+    /// Activations inside layers that are held at a time: of one layer (`layer`), one loop step (`loop`), or all (`none`); and the
+    /// gradients of those of one layer.
     pub activations: u64,
     /// h(T), and the gradients of h(1..T).
     pub hidden: u64,
@@ -196,15 +197,21 @@ impl Memory {
             9 * d + 3 * kv + 3 * f
         } else {
             // Both sub-layers' inputs, norms, projections and sums (11 D), keys and values (2 KV), and gate, up, silu and
-            // product (4 F).
-            11 * d + 2 * kv + 4 * f
+            // product (4 F). In bf16 each of the four norms keeps its input, and that over its root, in fp32 too (16 D).
+            let wide = if element == 2 { 16 * d } else { 0 };
+            11 * d + wide + 2 * kv + 4 * f
         };
         let in_layer = product([tokens, of_token, element]);
+        // Gradients of one layer on its way back: of the outputs of its products (queries, keys, values, both sub-layers, gate, up:
+        // 3 D, 2 KV, 2 F), of the product of gate and up (F), and of its output and input (2 D).
+        let back = product([tokens, 5 * d + 2 * kv + 3 * f, element]);
         let (inputs, activations) = match (stage.trains, config.compute.recompute) {
             (Trains::Gate, _) => (0, in_layer),
-            (Trains::All, Recompute::None) => (0, product([l, t, in_layer])),
-            (Trains::All, Recompute::Layer) => (product([l, t, hidden_state]), in_layer),
-            (Trains::All, Recompute::Loop) => (product([t, hidden_state]), product([l, in_layer])),
+            (Trains::All, Recompute::None) => (0, product([l, t, in_layer]).saturating_add(back)),
+            (Trains::All, Recompute::Layer) => (product([l, t, hidden_state]), in_layer.saturating_add(back)),
+            (Trains::All, Recompute::Loop) => {
+                (product([t, hidden_state]), product([l, in_layer]).saturating_add(back))
+            }
         };
         let (inputs, on_host) = match config.compute.offload {
             true => (inputs.min(product([3, hidden_state])), inputs),

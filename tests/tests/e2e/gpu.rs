@@ -44,6 +44,7 @@ fn the_script_for_gpus_works_without_one() {
         "ouro-1.4b, T 4, S 4096, by",
         "time that waits for data",
         "memory, S 65536, compute.offload",
+        "memory, ouro-2.6b",
         "cost of fixed bits",
         "stall of the second checkpoint",
         "bus bandwidth",
