@@ -25,6 +25,21 @@ pub enum Fate {
     Silence,
 }
 
+/// A request that was passed on and answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Its method; `DELETE` also for one that has what is to be deleted in its body.
+    pub method: String,
+    /// The objects that it is about, each with the bucket's name first.
+    pub paths: Vec<String>,
+    /// Whether it asks for an object that is not there yet.
+    pub if_absent: bool,
+    /// Its body, when it is text.
+    pub body: String,
+    /// When it came and when it was answered, in ticks of one counter.
+    pub ticks: [u64; 2],
+}
+
 /// Longest body of a request: an upload's piece.
 const BODY_MAX: usize = 64 << 20;
 
@@ -47,6 +62,9 @@ struct Shared {
     harmed: Vec<AtomicU64>,
     /// Heads of the requests that write an object.
     writes: Mutex<Vec<String>>,
+    /// Requests, in the order of their answers.
+    asked: Mutex<Vec<Asked>>,
+    ticks: AtomicU64,
 }
 
 impl Proxy {
@@ -62,6 +80,8 @@ impl Proxy {
             fates: fates.to_vec(),
             harmed: fates.iter().map(|_| AtomicU64::new(0)).collect(),
             writes: Mutex::default(),
+            asked: Mutex::default(),
+            ticks: AtomicU64::new(0),
         });
         let of_thread = shared.clone();
         std::thread::spawn(move || {
@@ -87,6 +107,11 @@ impl Proxy {
     /// Heads of the requests so far that write an object or a piece of one.
     pub fn writes(&self) -> Vec<String> {
         self.shared.writes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// The requests so far that the server has answered, in the order of their answers.
+    pub fn asked(&self) -> Vec<Asked> {
+        self.shared.asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
 
     /// Where it listens.
@@ -138,7 +163,13 @@ impl Shared {
             client.write_all(format!("{head}{body}").as_bytes())?;
             return client.shutdown(Shutdown::Write);
         }
+        let came = self.ticks.fetch_add(1, Ordering::Relaxed);
         let answer = self.ask(&request)?;
+        if let Some(mut about) = about(&request) {
+            let mut asked = self.asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            about.ticks = [came, self.ticks.fetch_add(1, Ordering::Relaxed)];
+            asked.push(about);
+        }
         let body = answer.windows(4).position(|four| four == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
         match fate {
             Fate::Done => client.write_all(&answer)?,
@@ -170,6 +201,27 @@ impl Shared {
         server.read_to_end(&mut answer)?;
         Ok(answer)
     }
+}
+
+/// What a request is about; `None` for one that asks for a listing.
+fn about(request: &[u8]) -> Option<Asked> {
+    let end = request.windows(4).position(|four| four == b"\r\n\r\n")?;
+    let head = String::from_utf8_lossy(&request[..end]);
+    let body = std::str::from_utf8(&request[end + 4..]).unwrap_or_default().to_owned();
+    let mut words = head.split(' ');
+    let (method, target) = (words.next()?, words.next()?);
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let path = path.trim_matches('/');
+    let (method, paths) = if method == "POST" && query.starts_with("delete") {
+        let keys = body.split("<Key>").skip(1).filter_map(|rest| rest.split_once("</Key>"));
+        ("DELETE", keys.map(|(key, _)| format!("{path}/{key}")).collect())
+    } else if path.contains('/') {
+        (method, vec![path.to_owned()])
+    } else {
+        return None;
+    };
+    let if_absent = head.to_ascii_lowercase().contains("\r\nif-none-match: *");
+    Some(Asked { method: method.to_owned(), paths, if_absent, body, ticks: [0, 0] })
 }
 
 /// A request with its body, made to ask for one answer on its connection; `None` when the client sent none.

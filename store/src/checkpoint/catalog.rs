@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::damaged;
 use super::{Manifest, Part};
+use super::manifest::damaged;
 use crate::events::{self, Event};
 use crate::{CONFIG, Error, Fetched, Object, Result, Store};
 
@@ -52,10 +52,10 @@ pub fn steps(store: &Store) -> Result<Vec<u64>> {
 }
 
 /// Steps of the checkpoints whose manifests are among `objects`, in their order.
-pub(super) fn steps_in(objects: &[Object]) -> impl Iterator<Item = u64> {
+pub(super) fn steps_in<'a>(objects: impl IntoIterator<Item = &'a Object>) -> impl Iterator<Item = u64> {
     let step_of =
         |path: &str| path.strip_prefix("checkpoints/")?.strip_suffix("/manifest.json")?.parse::<u64>().ok();
-    objects.iter().filter_map(move |object| step_of(&object.path))
+    objects.into_iter().filter_map(move |object| step_of(&object.path))
 }
 
 /// [`steps`] of a run that is to go on. [`Error::Checkpoint`]: there is none, and the log tells of some. Nothing may be written

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use anello_tests::{Done, Fate, Process, Proxy, S3, free_port, signal, wait_until};
+use anello_tests::{Asked, Done, Fate, Process, Proxy, S3, free_port, signal, wait_until};
 
 use super::http::Serving;
 use super::world;
@@ -294,4 +294,80 @@ fn hex_of_base64(text: &str) -> String {
     });
     let bytes = (0..bits.len() / 8).map(|at| u8::from_str_radix(&bits[at * 8..at * 8 + 8], 2).unwrap());
     bytes.map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Of each checkpoint the store is asked, one after the other was answered, for its parts, what was written of them, its manifest,
+/// `latest.json`, and then for old ones to go: their manifests first, then their parts. One process does so, and a ring.
+#[test]
+fn what_a_checkpoint_asks_of_the_store_comes_in_its_order() {
+    for (name, workers) in [("ordered", &[][..]), ("ordered-ring", &["--workers", "3"])] {
+        let proxy = Proxy::start(s3().port(), 0, &[], 1);
+        let url = s3().url(name);
+        let run = ["run", "small.toml", "--out", &url, "--sample", "0", "--set", "checkpoint.keep_last=2"];
+        Process::start_with(&world().folder, &[&run[..], workers].concat(), &s3().variables_by(proxy.port()))
+            .wait()
+            .expect(0);
+        let asked = proxy.asked();
+        let prefix = format!("anello/{name}/");
+        let of = |method: &str, is_it: &dyn Fn(&str) -> bool| -> Vec<&Asked> {
+            let of_it = |path: &String| path.strip_prefix(&prefix).is_some_and(is_it);
+            asked.iter().filter(|asked| asked.method == method && asked.paths.iter().any(of_it)).collect()
+        };
+        let came = |of: &[&Asked]| of.iter().map(|asked| asked.ticks[0]).min();
+        let answered = |of: &[&Asked]| of.iter().map(|asked| asked.ticks[1]).max();
+        let step_of = |asked: &Asked| {
+            let path = asked.paths[0].strip_prefix(&prefix)?.strip_prefix("checkpoints/")?;
+            path.strip_suffix("/manifest.json")?.parse::<u64>().ok()
+        };
+        let puts = asked.iter().filter(|asked| asked.method == "PUT");
+        let steps: Vec<u64> = puts.filter_map(step_of).collect();
+        assert!(steps.len() >= 8 && steps.is_sorted(), "{name}: {steps:?}");
+        let mut pruned = 0;
+        for step in steps {
+            let folder = format!("checkpoints/{step:010}/");
+            let is_manifest = |path: &str| path == format!("{folder}manifest.json");
+            let manifest = of("PUT", &is_manifest);
+            let [created_by] = &manifest[..] else { panic!("{name}, {step}: {manifest:?}") };
+            // A ring's second copies of blocks, which it does not name, may come at any time.
+            let is_part = |path: &str| {
+                path.strip_prefix(&folder).is_some_and(|part| {
+                    part.starts_with("part-") && created_by.body.contains(&format!("\"{part}\""))
+                })
+            };
+            let written = of("PUT", &is_part);
+            assert!(written.len() >= 2, "{name}, {step}: {written:?}");
+            assert!(created_by.if_absent, "{name}, {step}: {created_by:?}");
+            let created = came(&manifest);
+            for part in &written {
+                let read = of("GET", &|path| format!("{prefix}{path}") == part.paths[0]);
+                let back =
+                    read.iter().filter(|read| read.ticks[0] > part.ticks[1] && Some(read.ticks[1]) < created);
+                assert!(
+                    back.count() >= 1,
+                    "{name}, {step}: {part:?} is read back before the manifest: {read:?}"
+                );
+            }
+            assert!(answered(&written) < created, "{name}, {step}: parts, then the manifest");
+            let latest = of("PUT", &|path| path == "latest.json");
+            let moved = latest.into_iter().find(|moved| Some(moved.ticks[0]) > answered(&manifest));
+            let moved = moved.unwrap_or_else(|| panic!("{name}, {step}: latest.json was not moved"));
+            // What goes after this one goes after latest.json was moved, manifest by manifest and then parts.
+            let next = of("PUT", &|path| path.ends_with("/manifest.json"));
+            let next = next.into_iter().map(|next| next.ticks[0]).filter(|next| Some(*next) > created).min();
+            let since = |asked: &&Asked| {
+                Some(asked.ticks[0]) > created && next.is_none_or(|next| asked.ticks[0] < next)
+            };
+            let gone: Vec<&Asked> =
+                of("DELETE", &|path| path.starts_with("checkpoints/")).into_iter().filter(since).collect();
+            assert!(came(&gone).is_none_or(|first| first > moved.ticks[1]), "{name}, {step}: {gone:?}");
+            let manifests = gone.iter().filter(|gone| gone.paths[0].ends_with("/manifest.json")).count();
+            let (first, rest) = gone.split_at(manifests);
+            assert!(first.iter().all(|gone| gone.paths[0].ends_with("/manifest.json")), "{name}: {gone:?}");
+            assert!(rest.len() >= 2 * manifests, "{name}, {step}: the parts of those that go: {gone:?}");
+            pruned += manifests;
+        }
+        assert!(pruned >= 3, "{name}: {pruned} were pruned");
+        anello(&["checkpoint", "verify", &url]).expect(0);
+        anello(&["checkpoint", "diff", "undisturbed", &url]).expect(0);
+    }
 }
