@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Manifest, Part};
+use super::Manifest;
 use super::manifest::damaged;
 use crate::events::{self, Event};
 use crate::{CONFIG, Error, Fetched, Object, Result, Store};
@@ -159,8 +159,14 @@ pub(super) fn missing_part(store: &Store, manifest: &Manifest) -> Result<Option<
     for step in folders {
         there.extend(store.list(&folder(step))?.into_iter().map(|object| (object.path, object.bytes)));
     }
-    let is_missing = |part: &&Part| there.get(&part.path(manifest.step)) != Some(&part.bytes);
-    Ok(manifest.parts.iter().find(is_missing).map(|part| part.path(manifest.step)))
+    for part in &manifest.parts {
+        let path = part.path(manifest.step);
+        // A listing may be late.
+        if there.get(&path) != Some(&part.bytes) && store.size(&path)? != Some(part.bytes) {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 /// The object that names the newest checkpoint, for people and programs that read a run folder. Nothing stands or falls with

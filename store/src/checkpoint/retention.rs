@@ -107,10 +107,20 @@ impl Survey {
             }
             Err(other) => Err(other),
         };
-        let known: Vec<Known> = steps(store)?.into_iter().map(read).collect::<Result<_>>()?;
+        let mut known: Vec<Known> = steps(store)?.into_iter().map(read).collect::<Result<_>>()?;
         let entries = store.entries("checkpoints")?.into_iter();
         let objects: BTreeMap<_, _> =
             entries.map(|(object, written)| (object.path, (object.bytes, written))).collect();
+        // A listing may be late: parts are nobody's where there is no manifest, and not where none is listed.
+        let newest = known.last().map_or(0, |known| known.step);
+        let folders: BTreeSet<u64> = objects.keys().filter_map(|path| Some(split(path)?.0)).collect();
+        for step in folders.into_iter().filter(|step| *step < newest) {
+            if let Err(at) = known.binary_search_by_key(&step, |known| known.step)
+                && store.size(&manifest_path(step))?.is_some()
+            {
+                known.insert(at, read(step)?);
+            }
+        }
         let mut survey = Self { known, objects };
         for at in 0..survey.known.len() {
             if let Some(flaw) = survey.missing(store, &survey.known[at])? {

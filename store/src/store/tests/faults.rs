@@ -378,7 +378,7 @@ fn an_object_that_is_written_anew_while_it_is_read_is_read_again() {
     assert!(read == other || read == large(), "a mixture of two versions");
 }
 
-fn facts() -> Facts {
+pub(super) fn facts() -> Facts {
     let environment: crate::Environment = serde_json::from_value(serde_json::json!({
         "anello": "0", "revision": null, "libtorch": "0", "device": "a CPU", "threads": 1, "system": "linux"
     }))
@@ -460,6 +460,23 @@ fn a_checkpoint_that_listings_do_not_show_yet_is_known_by_the_pointer() {
     // Nor does pruning take its parts for nobody's.
     let nothing = checkpoint::plan_pruning(&store, |_| Vec::new(), |_| Some(9)).unwrap();
     assert_eq!((nothing.kept, nothing.objects), (vec![3], vec![]));
+}
+
+/// One that listings do not show yet, while they show a later one, loses no part when what nobody names is removed.
+#[test]
+fn parts_of_a_checkpoint_that_listings_do_not_show_yet_stay() {
+    let network = Network { unlisted: "0000000003/manifest.json", ..Network::new() };
+    let store = network.store();
+    for step in 3..=5 {
+        let mut facts = facts();
+        facts.position.step = step;
+        let bytes = [1, 2, 3].map(|byte| Bytes::from(vec![byte * 10 + step as u8; BLOCK_BYTES]));
+        let written = checkpoint::write_blocks(&store, step, 1, 1 << 20, 0, &bytes).unwrap();
+        checkpoint::commit(&store, Manifest::new(facts, written)).unwrap();
+    }
+    assert_eq!(checkpoint::steps(&store).unwrap(), [4, 5]);
+    let nothing = checkpoint::plan_pruning(&store, |_| Vec::new(), |_| Some(9)).unwrap();
+    assert_eq!((nothing.kept, nothing.objects), (vec![3, 4, 5], vec![]));
 }
 
 /// A copy that a bad network cuts short after any request is no run and no checkpoint, and goes on where it was.
