@@ -15,6 +15,8 @@ pub enum Fate {
     Done,
     /// Nothing is done; the answer is this status.
     Status(u16),
+    /// Half of its body comes to the server, and the connections are closed.
+    Cut,
     /// It is done, and the connection is closed without an answer.
     AnswerLost,
     /// It is done, and the answer ends in the middle of its body.
@@ -56,6 +58,8 @@ struct Shared {
     stopped: AtomicBool,
     /// Of a hundred requests so many come to harm.
     percent: AtomicU64,
+    /// Those alone that have this in their first line.
+    only: Mutex<String>,
     dice: Mutex<Dice>,
     fates: Vec<Fate>,
     /// Requests that came to each kind of harm, in the order of `fates`.
@@ -76,6 +80,7 @@ impl Proxy {
             upstream,
             stopped: AtomicBool::new(false),
             percent: AtomicU64::new(percent),
+            only: Mutex::default(),
             dice: Mutex::new(Dice(seed)),
             fates: fates.to_vec(),
             harmed: fates.iter().map(|_| AtomicU64::new(0)).collect(),
@@ -102,6 +107,11 @@ impl Proxy {
     /// From now on so many of a hundred requests come to harm.
     pub fn harm(&self, percent: u64) {
         self.shared.percent.store(percent, Ordering::Relaxed);
+    }
+
+    /// From now on no requests come to harm but those that have `words` in their first line.
+    pub fn harm_only(&self, words: &str) {
+        words.clone_into(&mut self.shared.only.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
     }
 
     /// Heads of the requests so far that write an object or a piece of one.
@@ -135,7 +145,12 @@ impl Drop for Proxy {
 }
 
 impl Shared {
-    fn fate(&self) -> Fate {
+    fn fate(&self, request: &[u8]) -> Fate {
+        let line = request.split(|byte| *byte == b'\r').next().unwrap_or_default();
+        let only = self.only.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if !String::from_utf8_lossy(line).contains(only.as_str()) {
+            return Fate::Done;
+        }
         let mut dice = self.dice.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if dice.below(100) >= self.percent.load(Ordering::Relaxed) {
             return Fate::Done;
@@ -153,7 +168,7 @@ impl Shared {
             let head = String::from_utf8_lossy(&request[..end]).into_owned();
             self.writes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(head);
         }
-        let fate = self.fate();
+        let fate = self.fate(&request);
         if let Fate::Status(status) = fate {
             let body = "<Error><Code>SlowDown</Code></Error>";
             let head = format!(
@@ -162,6 +177,11 @@ impl Shared {
             );
             client.write_all(format!("{head}{body}").as_bytes())?;
             return client.shutdown(Shutdown::Write);
+        }
+        if fate == Fate::Cut {
+            let head = request.windows(4).position(|four| four == b"\r\n\r\n").map_or(0, |at| at + 4);
+            let mut server = TcpStream::connect(("127.0.0.1", self.upstream))?;
+            return server.write_all(&request[..head + (request.len() - head) / 2]);
         }
         let came = self.ticks.fetch_add(1, Ordering::Relaxed);
         let answer = self.ask(&request)?;
@@ -173,7 +193,7 @@ impl Shared {
         let body = answer.windows(4).position(|four| four == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
         match fate {
             Fate::Done => client.write_all(&answer)?,
-            Fate::AnswerLost | Fate::Status(_) => {}
+            Fate::AnswerLost | Fate::Status(_) | Fate::Cut => {}
             Fate::Short => client.write_all(&answer[..body + (answer.len() - body) / 2])?,
             Fate::Slow => {
                 for some in answer.chunks(answer.len().div_ceil(8).max(1)) {

@@ -371,3 +371,53 @@ fn what_a_checkpoint_asks_of_the_store_comes_in_its_order() {
         anello(&["checkpoint", "diff", "undisturbed", &url]).expect(0);
     }
 }
+
+/// Parts that go in pieces, each request of which may be refused, cut off, done and not told of, or answered short: what is
+/// there is whole or is not there, and it is all there in the end.
+#[test]
+fn an_upload_in_pieces_over_a_bad_network_is_a_whole_object_or_none() {
+    // 31 MB in one part: four pieces.
+    let run = ["run", "small.toml", "--out", "pieces", "--until", "1", "--sample", "0"];
+    let sizes = ["model.hidden=384", "model.ffn=512", "checkpoint.part_bytes=64MiB"];
+    world().anello(&[&run[..], &sizes.map(|set| ["--set", set]).concat()].concat()).expect(0);
+    let fates =
+        [Fate::Status(500), Fate::Status(503), Fate::Cut, Fate::AnswerLost, Fate::Short, Fate::Silence];
+    let (mut failed, mut harmed) = (0, 0);
+    for seed in 1..=4 {
+        let name = format!("pieces-{seed}");
+        // One request in two, of those that an upload in pieces is made of: it begins, its pieces, it is complete.
+        let proxy = Proxy::start(s3().port(), 50, &fates, seed);
+        proxy.harm_only("upload");
+        let mut variables = s3().variables_by(proxy.port());
+        variables.push(("AWS_READ_TIMEOUT", "1s".to_owned()));
+        let copy = || {
+            let copy = ["checkpoint", "copy", "pieces@1", &s3().url(&name)];
+            Process::start_with(&world().folder, &copy, &variables).wait()
+        };
+        let prefix = format!("{name}/");
+        let assert_whole = |what: &str| {
+            let keys = s3().keys(&format!("{name}/checkpoints/"));
+            for part in keys.iter().filter(|key| key.contains("/part-")) {
+                let here = world().folder.join("pieces").join(part.strip_prefix(&prefix).unwrap());
+                let here = std::fs::read(here).unwrap();
+                assert!(here.len() > 24 << 20, "{} bytes are four pieces", here.len());
+                assert!(s3().bytes(part) == here, "{what}: {part} is not what was sent");
+            }
+        };
+        for attempt in 1.. {
+            let done = copy();
+            assert_whole(&format!("{name}, attempt {attempt}"));
+            if done.status.success() {
+                break;
+            }
+            failed += 1;
+            assert!(attempt < 20 && done.log.contains("error: "), "{done:?}");
+        }
+        anello(&["checkpoint", "verify", &s3().url(&name)]).expect(0);
+        harmed += proxy.harmed().iter().map(|(_, count)| count).sum::<u64>();
+        let pieces = proxy.writes().iter().filter(|head| head.contains("partNumber=")).count();
+        assert!(pieces >= 4, "{name}: {pieces} pieces");
+    }
+    println!("{failed} copies failed, {harmed} requests came to harm");
+    assert!(harmed > 12, "{harmed} requests came to harm");
+}
