@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anello_proto::ring::{Generation, Step};
 use anello_store::checkpoint::{
-    Manifest, Parts, Retention, commit, let_go, point_at, prune, set_aside, steps,
+    Manifest, Parts, Pruning, Retention, commit, let_go, point_at, prune, set_aside, steps,
 };
 use anello_store::events::{Event, EventLog, Record};
 use anello_store::metrics::{self, StepRecord};
@@ -135,8 +135,9 @@ impl<F: Fn(Done)> Work<F> {
             Task::Tidy => {
                 self.log.check()?;
                 self.store.sweep();
-                if let Err(cause) = prune(&self.store, &self.retention) {
-                    tracing::warn!(%cause, "what workers left unfinished could not be removed");
+                match prune(&self.store, &self.retention) {
+                    Ok(pruning) => warn_of(&pruning),
+                    Err(cause) => tracing::warn!(%cause, "what workers left unfinished could not be removed"),
                 }
             }
             Task::SetAside { step } => self.again(|work| set_aside(&work.store, step.0))?,
@@ -204,8 +205,11 @@ impl<F: Fn(Done)> Work<F> {
                 if let Err(cause) = point_at(&self.store, &manifest) {
                     tracing::warn!(%cause, "latest.json cannot be written now; the next checkpoint moves it");
                 }
-                if let Err(cause) = let_go(&self.store, &self.retention) {
-                    tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
+                match let_go(&self.store, &self.retention) {
+                    Ok(pruning) => warn_of(&pruning),
+                    Err(cause) => {
+                        tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
+                    }
                 }
                 Ok(())
             }
@@ -215,5 +219,11 @@ impl<F: Fn(Done)> Work<F> {
                 Ok(())
             }
         }
+    }
+}
+
+fn warn_of(pruning: &Pruning) {
+    for (step, flaw) in &pruning.flawed {
+        tracing::warn!(step, flaw, "a checkpoint is damaged; it stays, and an older one in its place");
     }
 }

@@ -1,11 +1,12 @@
 //! What a coordinator's services say to whoever speaks gRPC with them, and what they do not take.
 
+mod common;
+
 use std::net::SocketAddr;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use anello_configs::{LoadOptions, RunConfig};
-use anello_coordinator::launch::Local;
 use anello_coordinator::telemetry::Board;
 use anello_coordinator::{
     Job, JobOptions, Jobs, News, Opened, Registry, RegistryOptions, Server, Timings, create,
@@ -60,16 +61,10 @@ impl Coordinator {
             timings,
             board: Board::default(),
         };
-        let nobody = |_: &str, _: &_, _| Local {
-            program: "false".into(),
-            machine: String::new(),
-            arguments: Vec::new(),
-            environment: Vec::new(),
-        };
         let jobs = Jobs::default();
         let (said, _) = channel();
         let (registry, _) =
-            Registry::start(options, runtime.handle().clone(), jobs.clone(), said, nobody).unwrap();
+            Registry::start(options, runtime.handle().clone(), jobs.clone(), said, common::nobody).unwrap();
         let (job, server) = runtime.block_on(async {
             let (notices, _) = channel();
             let (job, _) = opened.start(notices, News::default()).unwrap();

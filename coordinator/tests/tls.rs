@@ -1,11 +1,12 @@
 //! Who gets into a coordinator's services, and what those who do not are told.
 
+mod common;
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use anello_coordinator::launch::Local;
 use anello_coordinator::telemetry::Board;
 use anello_coordinator::{Error, Jobs, Rates, Registry, RegistryOptions, Server, Timings};
 use anello_proto::v1;
@@ -50,15 +51,10 @@ impl Coordinator {
             timings: Timings::new(Duration::from_secs(1)),
             board: Board::default(),
         };
-        let nobody = |_: &str, _: &_, _| Local {
-            program: "false".into(),
-            machine: String::new(),
-            arguments: Vec::new(),
-            environment: Vec::new(),
-        };
         let (said, _) = channel();
         let (registry, _) =
-            Registry::start(options, runtime.handle().clone(), Jobs::default(), said, nobody).unwrap();
+            Registry::start(options, runtime.handle().clone(), Jobs::default(), said, common::nobody)
+                .unwrap();
         let server = runtime.block_on(async {
             let bound = Server::bind(([127, 0, 0, 1], 0).into(), protection).await.unwrap();
             bound.limited(rates).serve(Jobs::default(), Some(registry)).await.unwrap()

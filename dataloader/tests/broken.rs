@@ -1,6 +1,9 @@
 //! Broken things that someone hands in as data: each is one clear error, never a panic, and never memory that only the
 //! broken number asks for.
 
+#[path = "common/footer.rs"]
+mod footer;
+
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -11,7 +14,7 @@ use anello_dataloader::{
     SourceCursor, StepData,
 };
 use anello_store::Store;
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, ParquetMetaDataWriter};
+use footer::lying;
 use proptest::prelude::*;
 
 /// Documents of 0 to 16 tokens in a few row groups.
@@ -73,29 +76,9 @@ fn a_shard_that_is_cut_short_says_so() {
     }
 }
 
-/// [`shard`] with a footer that claims so many rows, and values, of its first row group.
-fn with_footer(rows: Option<i64>, values: Option<i64>) -> Vec<u8> {
-    let good = shard();
-    let footer = u32::from_le_bytes(*good[..good.len() - 4].last_chunk().unwrap()) as usize;
-    let metadata = ParquetMetaDataReader::new().parse_and_finish(&bytes::Bytes::from(good.clone())).unwrap();
-    let claims = metadata.row_groups().iter().enumerate().map(|(at, group)| {
-        let (rows, values) = if at == 0 { (rows, values) } else { (None, None) };
-        let columns = group.columns().iter().map(|column| {
-            let values = values.unwrap_or(column.num_values());
-            column.clone().into_builder().set_num_values(values).build().unwrap()
-        });
-        let builder = group.clone().into_builder().set_num_rows(rows.unwrap_or(group.num_rows()));
-        builder.set_column_metadata(columns.collect()).build().unwrap()
-    });
-    let claimed = ParquetMetaData::new(metadata.file_metadata().clone(), claims.collect());
-    let mut bad = good[..good.len() - 8 - footer].to_vec();
-    ParquetMetaDataWriter::new(&mut bad, &claimed).finish().unwrap();
-    bad
-}
-
 #[test]
 fn a_footer_that_claims_what_cannot_be_is_one_clear_error() {
-    assert_eq!(read_all(store_of(&with_footer(None, None))), Ok(40));
+    assert_eq!(read_all(store_of(&lying(&shard(), None, None))), Ok(40));
     for (rows, values, expected) in [
         (
             Some(1 << 62),
@@ -112,7 +95,7 @@ fn a_footer_that_claims_what_cannot_be_is_one_clear_error() {
         (None, Some(1 << 32), "4294967296 tokens in one row group; write smaller row groups"),
         (Some(1 << 32), None, "the footer tells of 4294967296 rows, the pages of "),
     ] {
-        let error = read_all(store_of(&with_footer(rows, values))).unwrap_err();
+        let error = read_all(store_of(&lying(&shard(), rows, values))).unwrap_err();
         assert!(error.contains("a.parquet") && error.contains(expected), "{rows:?} {values:?}: {error}");
     }
 }

@@ -283,9 +283,12 @@ fn path_of(number: u64) -> String {
 }
 
 impl EventLog {
-    /// The log of `store`, positioned after its last record.
+    /// The log of `store`, positioned after its last record, whether a listing shows it yet or not.
     pub fn open(store: &Store) -> Result<Self> {
-        let next = last_number(store)? + 1;
+        let mut next = last_number(store)? + 1;
+        while store.size(&path_of(next))?.is_some() {
+            next += 1;
+        }
         Ok(Self { store: store.clone(), session: next, next, unsure: None })
     }
 

@@ -203,15 +203,21 @@ impl Store {
 
     /// Everything below `folder` (`""`: everything), ordered by path.
     pub fn list(&self, folder: &str) -> Result<Vec<Object>> {
+        Ok(self.entries(folder)?.into_iter().map(|(object, _)| object).collect())
+    }
+
+    /// [`Store::list`], and when each was written by the store's clock, microseconds since 1970.
+    pub(crate) fn entries(&self, folder: &str) -> Result<Vec<(Object, i64)>> {
         let at = self.at(folder);
         let list = || self.runtime.block_on(self.inner.list(Some(&at)).try_collect::<Vec<_>>());
         let found = self.patiently(Operation::List, list).map_err(|e| self.failed("listing", folder, e))?;
-        let mut objects: Vec<Object> = found
+        let mut objects: Vec<(Object, i64)> = found
             .into_iter()
             .filter_map(|meta| {
                 let parts = meta.location.prefix_match(&self.prefix)?;
                 let path = parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/");
-                (!path.is_empty()).then_some(Object { path, bytes: meta.size })
+                let written_us = meta.last_modified.timestamp_micros();
+                (!path.is_empty()).then_some((Object { path, bytes: meta.size }, written_us))
             })
             .collect();
         objects.sort_unstable();

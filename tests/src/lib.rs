@@ -19,7 +19,7 @@ pub use cluster::{Cluster, kube_definition, kube_tool};
 pub use collector::Collector;
 pub use command::{Done, Process, anello, binary, free_port, signal, wait_until};
 pub use network::Network;
-pub use proxy::{Fate, Proxy};
+pub use proxy::{Asked, Fate, Proxy};
 pub use run::{World, checkpoint_in_writing, newest_checkpoint, objects, without_seconds, world};
 pub use s3::S3;
 pub use server::Server;

@@ -15,6 +15,8 @@ pub enum Fate {
     Done,
     /// Nothing is done; the answer is this status.
     Status(u16),
+    /// Half of its body comes to the server, and the connections are closed.
+    Cut,
     /// It is done, and the connection is closed without an answer.
     AnswerLost,
     /// It is done, and the answer ends in the middle of its body.
@@ -23,6 +25,21 @@ pub enum Fate {
     Slow,
     /// It is done, and the answer never comes, nor is the connection closed.
     Silence,
+}
+
+/// A request that was passed on and answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Its method; `DELETE` also for one that has what is to be deleted in its body.
+    pub method: String,
+    /// The objects that it is about, each with the bucket's name first.
+    pub paths: Vec<String>,
+    /// Whether it asks for an object that is not there yet.
+    pub if_absent: bool,
+    /// Its body, when it is text.
+    pub body: String,
+    /// When it came and when it was answered, in ticks of one counter.
+    pub ticks: [u64; 2],
 }
 
 /// Longest body of a request: an upload's piece.
@@ -41,12 +58,17 @@ struct Shared {
     stopped: AtomicBool,
     /// Of a hundred requests so many come to harm.
     percent: AtomicU64,
+    /// Those alone that have this in their first line.
+    only: Mutex<String>,
     dice: Mutex<Dice>,
     fates: Vec<Fate>,
     /// Requests that came to each kind of harm, in the order of `fates`.
     harmed: Vec<AtomicU64>,
     /// Heads of the requests that write an object.
     writes: Mutex<Vec<String>>,
+    /// Requests, in the order of their answers.
+    asked: Mutex<Vec<Asked>>,
+    ticks: AtomicU64,
 }
 
 impl Proxy {
@@ -58,10 +80,13 @@ impl Proxy {
             upstream,
             stopped: AtomicBool::new(false),
             percent: AtomicU64::new(percent),
+            only: Mutex::default(),
             dice: Mutex::new(Dice(seed)),
             fates: fates.to_vec(),
             harmed: fates.iter().map(|_| AtomicU64::new(0)).collect(),
             writes: Mutex::default(),
+            asked: Mutex::default(),
+            ticks: AtomicU64::new(0),
         });
         let of_thread = shared.clone();
         std::thread::spawn(move || {
@@ -84,9 +109,19 @@ impl Proxy {
         self.shared.percent.store(percent, Ordering::Relaxed);
     }
 
+    /// From now on no requests come to harm but those that have `words` in their first line.
+    pub fn harm_only(&self, words: &str) {
+        words.clone_into(&mut self.shared.only.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
+    }
+
     /// Heads of the requests so far that write an object or a piece of one.
     pub fn writes(&self) -> Vec<String> {
         self.shared.writes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    /// The requests so far that the server has answered, in the order of their answers.
+    pub fn asked(&self) -> Vec<Asked> {
+        self.shared.asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
 
     /// Where it listens.
@@ -110,7 +145,12 @@ impl Drop for Proxy {
 }
 
 impl Shared {
-    fn fate(&self) -> Fate {
+    fn fate(&self, request: &[u8]) -> Fate {
+        let line = request.split(|byte| *byte == b'\r').next().unwrap_or_default();
+        let only = self.only.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if !String::from_utf8_lossy(line).contains(only.as_str()) {
+            return Fate::Done;
+        }
         let mut dice = self.dice.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if dice.below(100) >= self.percent.load(Ordering::Relaxed) {
             return Fate::Done;
@@ -128,7 +168,7 @@ impl Shared {
             let head = String::from_utf8_lossy(&request[..end]).into_owned();
             self.writes.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(head);
         }
-        let fate = self.fate();
+        let fate = self.fate(&request);
         if let Fate::Status(status) = fate {
             let body = "<Error><Code>SlowDown</Code></Error>";
             let head = format!(
@@ -138,11 +178,22 @@ impl Shared {
             client.write_all(format!("{head}{body}").as_bytes())?;
             return client.shutdown(Shutdown::Write);
         }
+        if fate == Fate::Cut {
+            let head = request.windows(4).position(|four| four == b"\r\n\r\n").map_or(0, |at| at + 4);
+            let mut server = TcpStream::connect(("127.0.0.1", self.upstream))?;
+            return server.write_all(&request[..head + (request.len() - head) / 2]);
+        }
+        let came = self.ticks.fetch_add(1, Ordering::Relaxed);
         let answer = self.ask(&request)?;
+        if let Some(mut about) = about(&request) {
+            let mut asked = self.asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            about.ticks = [came, self.ticks.fetch_add(1, Ordering::Relaxed)];
+            asked.push(about);
+        }
         let body = answer.windows(4).position(|four| four == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
         match fate {
             Fate::Done => client.write_all(&answer)?,
-            Fate::AnswerLost | Fate::Status(_) => {}
+            Fate::AnswerLost | Fate::Status(_) | Fate::Cut => {}
             Fate::Short => client.write_all(&answer[..body + (answer.len() - body) / 2])?,
             Fate::Slow => {
                 for some in answer.chunks(answer.len().div_ceil(8).max(1)) {
@@ -170,6 +221,27 @@ impl Shared {
         server.read_to_end(&mut answer)?;
         Ok(answer)
     }
+}
+
+/// What a request is about; `None` for one that asks for a listing.
+fn about(request: &[u8]) -> Option<Asked> {
+    let end = request.windows(4).position(|four| four == b"\r\n\r\n")?;
+    let head = String::from_utf8_lossy(&request[..end]);
+    let body = std::str::from_utf8(&request[end + 4..]).unwrap_or_default().to_owned();
+    let mut words = head.split(' ');
+    let (method, target) = (words.next()?, words.next()?);
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let path = path.trim_matches('/');
+    let (method, paths) = if method == "POST" && query.starts_with("delete") {
+        let keys = body.split("<Key>").skip(1).filter_map(|rest| rest.split_once("</Key>"));
+        ("DELETE", keys.map(|(key, _)| format!("{path}/{key}")).collect())
+    } else if path.contains('/') {
+        (method, vec![path.to_owned()])
+    } else {
+        return None;
+    };
+    let if_absent = head.to_ascii_lowercase().contains("\r\nif-none-match: *");
+    Some(Asked { method: method.to_owned(), paths, if_absent, body, ticks: [0, 0] })
 }
 
 /// A request with its body, made to ask for one answer on its connection; `None` when the client sent none.

@@ -83,8 +83,23 @@ impl S3 {
         self.request("GET", &format!("/{BUCKET}/{key}"))
     }
 
+    /// The bytes of the object at `key`.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn bytes(&self, key: &str) -> Vec<u8> {
+        let answer = self.answer("GET", &format!("/{BUCKET}/{key}"));
+        assert!(answer.starts_with(b"HTTP/1.1 200"), "there is no {key}");
+        let body = answer.windows(4).position(|four| four == b"\r\n\r\n").map_or(0, |at| at + 4);
+        answer[body..].to_vec()
+    }
+
     /// The answer to a request without a body, head included.
     fn request(&self, method: &str, path: &str) -> String {
+        String::from_utf8_lossy(&self.answer(method, path)).into_owned()
+    }
+
+    fn answer(&self, method: &str, path: &str) -> Vec<u8> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).expect("the S3 server listens");
         let head = format!(
             "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -92,6 +107,6 @@ impl S3 {
         stream.write_all(head.as_bytes()).expect("the S3 server reads");
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).expect("the S3 server answers");
-        String::from_utf8_lossy(&answer).into_owned()
+        answer
     }
 }

@@ -27,14 +27,17 @@ pub fn prune(
         return Err(none_yet(&store));
     }
     // The last that is whole, so that it stays, whatever became of those after it.
-    let mut whole = None;
+    let (mut whole, mut damaged) = (None, Vec::new());
     for &step in all.iter().rev() {
         match checkpoint::verify(&store, step) {
             Ok(_) => {
                 whole = Some(step);
                 break;
             }
-            Err(damaged @ Error::Checkpoint { .. }) => screen.line(&damaged.to_string())?,
+            Err(flaw @ Error::Checkpoint { .. }) => {
+                damaged.push(step);
+                screen.line(&flaw.to_string())?;
+            }
             Err(other) => return Err(other.into()),
         }
     }
@@ -45,11 +48,15 @@ pub fn prune(
         )));
     };
     let gone = |kept: &[(u64, bool)]| {
-        superseded(&retention, kept).into_iter().filter(|step| *step != whole).collect::<Vec<_>>()
+        let kept: Vec<_> = kept.iter().filter(|(step, _)| !damaged.contains(step)).copied().collect();
+        superseded(&retention, &kept).into_iter().filter(|step| *step != whole).collect::<Vec<_>>()
     };
     // A run may be at work: parts near its newest checkpoints may be those of one that it is writing.
     let leftovers = |kept: &[u64]| kept.len().checked_sub(2).map(|second| kept[second]);
     let pruning = plan_pruning(&store, gone, leftovers)?;
+    for (_, flaw) in pruning.flawed.iter().filter(|(step, _)| !damaged.contains(step)) {
+        screen.line(flaw)?;
+    }
     screen.line(&told(&pruning, whole, dry_run))?;
     if !dry_run {
         pruning.carry_out(&store)?;
@@ -101,7 +108,7 @@ mod tests {
     fn pruning_says_what_goes_and_what_stays() {
         let object = |path: &str, bytes| anello_store::Object { path: path.to_owned(), bytes };
         let objects = vec![object("a", 1000), object("b", 3000)];
-        let pruning = Pruning { gone: vec![1000], kept: vec![2000, 3000], objects };
+        let pruning = Pruning { gone: vec![1000], kept: vec![2000, 3000], objects, ..Pruning::default() };
         assert_eq!(
             told(&pruning, 3000, true),
             "checkpoint 3 000 is whole\nwould go: 1 000\nstay: 2 000, 3 000\nwould free 4.00 kB in 2 objects"

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 
 use bytes::Bytes;
 
-use super::catalog::{read_manifest, steps_in};
+use super::catalog::{manifest_path, read_manifest, steps_in};
 use super::parallel::each;
 use super::part::{Stamp, write_part};
 use super::{BLOCK_BYTES, BUFFERS, Manifest, Part, Written};
@@ -106,18 +106,22 @@ impl<'a> Digests<'a> {
     }
 }
 
-/// The newest checkpoint, whose parts one after `step` steps may name, and those of its parts that are there. Only what is
-/// newest: it stays, with all that it names, until a newer one is there.
+/// The newest checkpoint, whose parts one after `step` steps may name, and those of its parts that are there and that the store has
+/// not written anew since. Only what is newest: it stays, with all that it names, until a newer one is there.
 fn base(store: &Store, step: u64) -> Option<(Manifest, Vec<Part>)> {
     // What cannot be read now is no reason not to write: everything then is.
-    let objects = store.list("checkpoints").ok()?;
-    let newest = steps_in(&objects).last().filter(|newest| *newest <= step)?;
+    let entries = store.entries("checkpoints").ok()?;
+    let newest =
+        steps_in(entries.iter().map(|(object, _)| object)).last().filter(|newest| *newest <= step)?;
     let manifest = read_manifest(store, newest).ok()?;
+    let entry = |path: &str| {
+        let at = entries.binary_search_by(|(object, _)| object.path.as_str().cmp(path)).ok()?;
+        Some((entries[at].0.bytes, entries[at].1))
+    };
+    let (_, created) = entry(&manifest_path(newest))?;
     let is_there = |part: &&Part| {
-        let path = part.path(newest);
-        objects
-            .binary_search_by(|object| object.path.cmp(&path))
-            .is_ok_and(|at| objects[at].bytes == part.bytes)
+        let found = entry(&part.path(newest));
+        found.is_some_and(|(bytes, written)| bytes == part.bytes && written <= created)
     };
     let there = manifest.parts.iter().filter(is_there).cloned().collect();
     Some((manifest, there))

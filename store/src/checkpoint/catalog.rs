@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use super::Manifest;
 use super::manifest::damaged;
-use super::{Manifest, Part};
 use crate::events::{self, Event};
 use crate::{CONFIG, Error, Fetched, Object, Result, Store};
 
@@ -52,10 +52,10 @@ pub fn steps(store: &Store) -> Result<Vec<u64>> {
 }
 
 /// Steps of the checkpoints whose manifests are among `objects`, in their order.
-pub(super) fn steps_in(objects: &[Object]) -> impl Iterator<Item = u64> {
+pub(super) fn steps_in<'a>(objects: impl IntoIterator<Item = &'a Object>) -> impl Iterator<Item = u64> {
     let step_of =
         |path: &str| path.strip_prefix("checkpoints/")?.strip_suffix("/manifest.json")?.parse::<u64>().ok();
-    objects.iter().filter_map(move |object| step_of(&object.path))
+    objects.into_iter().filter_map(move |object| step_of(&object.path))
 }
 
 /// [`steps`] of a run that is to go on. [`Error::Checkpoint`]: there is none, and the log tells of some. Nothing may be written
@@ -159,8 +159,14 @@ pub(super) fn missing_part(store: &Store, manifest: &Manifest) -> Result<Option<
     for step in folders {
         there.extend(store.list(&folder(step))?.into_iter().map(|object| (object.path, object.bytes)));
     }
-    let is_missing = |part: &&Part| there.get(&part.path(manifest.step)) != Some(&part.bytes);
-    Ok(manifest.parts.iter().find(is_missing).map(|part| part.path(manifest.step)))
+    for part in &manifest.parts {
+        let path = part.path(manifest.step);
+        // A listing may be late.
+        if there.get(&path) != Some(&part.bytes) && store.size(&path)? != Some(part.bytes) {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
 }
 
 /// The object that names the newest checkpoint, for people and programs that read a run folder. Nothing stands or falls with

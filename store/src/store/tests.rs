@@ -1,4 +1,5 @@
 mod faults;
+mod lag;
 
 use super::*;
 

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use anello_tests::{Done, Fate, Process, Proxy, S3, free_port, signal, wait_until};
+use anello_tests::{Asked, Done, Fate, Process, Proxy, S3, free_port, signal, wait_until};
 
 use super::http::Serving;
 use super::world;
@@ -294,4 +294,130 @@ fn hex_of_base64(text: &str) -> String {
     });
     let bytes = (0..bits.len() / 8).map(|at| u8::from_str_radix(&bits[at * 8..at * 8 + 8], 2).unwrap());
     bytes.map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Of each checkpoint the store is asked, one after the other was answered, for its parts, what was written of them, its manifest,
+/// `latest.json`, and then for old ones to go: their manifests first, then their parts. One process does so, and a ring.
+#[test]
+fn what_a_checkpoint_asks_of_the_store_comes_in_its_order() {
+    for (name, workers) in [("ordered", &[][..]), ("ordered-ring", &["--workers", "3"])] {
+        let proxy = Proxy::start(s3().port(), 0, &[], 1);
+        let url = s3().url(name);
+        let run = ["run", "small.toml", "--out", &url, "--sample", "0", "--set", "checkpoint.keep_last=2"];
+        Process::start_with(&world().folder, &[&run[..], workers].concat(), &s3().variables_by(proxy.port()))
+            .wait()
+            .expect(0);
+        let asked = proxy.asked();
+        let prefix = format!("anello/{name}/");
+        let of = |method: &str, is_it: &dyn Fn(&str) -> bool| -> Vec<&Asked> {
+            let of_it = |path: &String| path.strip_prefix(&prefix).is_some_and(is_it);
+            asked.iter().filter(|asked| asked.method == method && asked.paths.iter().any(of_it)).collect()
+        };
+        let came = |of: &[&Asked]| of.iter().map(|asked| asked.ticks[0]).min();
+        let answered = |of: &[&Asked]| of.iter().map(|asked| asked.ticks[1]).max();
+        let step_of = |asked: &Asked| {
+            let path = asked.paths[0].strip_prefix(&prefix)?.strip_prefix("checkpoints/")?;
+            path.strip_suffix("/manifest.json")?.parse::<u64>().ok()
+        };
+        let puts = asked.iter().filter(|asked| asked.method == "PUT");
+        let steps: Vec<u64> = puts.filter_map(step_of).collect();
+        assert!(steps.len() >= 8 && steps.is_sorted(), "{name}: {steps:?}");
+        let mut pruned = 0;
+        for step in steps {
+            let folder = format!("checkpoints/{step:010}/");
+            let is_manifest = |path: &str| path == format!("{folder}manifest.json");
+            let manifest = of("PUT", &is_manifest);
+            let [created_by] = &manifest[..] else { panic!("{name}, {step}: {manifest:?}") };
+            // A ring's second copies of blocks, which it does not name, may come at any time.
+            let is_part = |path: &str| {
+                path.strip_prefix(&folder).is_some_and(|part| {
+                    part.starts_with("part-") && created_by.body.contains(&format!("\"{part}\""))
+                })
+            };
+            let written = of("PUT", &is_part);
+            assert!(written.len() >= 2, "{name}, {step}: {written:?}");
+            assert!(created_by.if_absent, "{name}, {step}: {created_by:?}");
+            let created = came(&manifest);
+            for part in &written {
+                let read = of("GET", &|path| format!("{prefix}{path}") == part.paths[0]);
+                let back =
+                    read.iter().filter(|read| read.ticks[0] > part.ticks[1] && Some(read.ticks[1]) < created);
+                assert!(
+                    back.count() >= 1,
+                    "{name}, {step}: {part:?} is read back before the manifest: {read:?}"
+                );
+            }
+            assert!(answered(&written) < created, "{name}, {step}: parts, then the manifest");
+            let latest = of("PUT", &|path| path == "latest.json");
+            let moved = latest.into_iter().find(|moved| Some(moved.ticks[0]) > answered(&manifest));
+            let moved = moved.unwrap_or_else(|| panic!("{name}, {step}: latest.json was not moved"));
+            // What goes after this one goes after latest.json was moved, manifest by manifest and then parts.
+            let next = of("PUT", &|path| path.ends_with("/manifest.json"));
+            let next = next.into_iter().map(|next| next.ticks[0]).filter(|next| Some(*next) > created).min();
+            let since = |asked: &&Asked| {
+                Some(asked.ticks[0]) > created && next.is_none_or(|next| asked.ticks[0] < next)
+            };
+            let gone: Vec<&Asked> =
+                of("DELETE", &|path| path.starts_with("checkpoints/")).into_iter().filter(since).collect();
+            assert!(came(&gone).is_none_or(|first| first > moved.ticks[1]), "{name}, {step}: {gone:?}");
+            let manifests = gone.iter().filter(|gone| gone.paths[0].ends_with("/manifest.json")).count();
+            let (first, rest) = gone.split_at(manifests);
+            assert!(first.iter().all(|gone| gone.paths[0].ends_with("/manifest.json")), "{name}: {gone:?}");
+            assert!(rest.len() >= 2 * manifests, "{name}, {step}: the parts of those that go: {gone:?}");
+            pruned += manifests;
+        }
+        assert!(pruned >= 3, "{name}: {pruned} were pruned");
+        anello(&["checkpoint", "verify", &url]).expect(0);
+        anello(&["checkpoint", "diff", "undisturbed", &url]).expect(0);
+    }
+}
+
+/// Parts that go in pieces, each request of which may be refused, cut off, done and not told of, or answered short: what is
+/// there is whole or is not there, and it is all there in the end.
+#[test]
+fn an_upload_in_pieces_over_a_bad_network_is_a_whole_object_or_none() {
+    // 31 MB in one part: four pieces.
+    let run = ["run", "small.toml", "--out", "pieces", "--until", "1", "--sample", "0"];
+    let sizes = ["model.hidden=384", "model.ffn=512", "checkpoint.part_bytes=64MiB"];
+    world().anello(&[&run[..], &sizes.map(|set| ["--set", set]).concat()].concat()).expect(0);
+    let fates =
+        [Fate::Status(500), Fate::Status(503), Fate::Cut, Fate::AnswerLost, Fate::Short, Fate::Silence];
+    let (mut failed, mut harmed) = (0, 0);
+    for seed in 1..=4 {
+        let name = format!("pieces-{seed}");
+        // One request in two, of those that an upload in pieces is made of: it begins, its pieces, it is complete.
+        let proxy = Proxy::start(s3().port(), 50, &fates, seed);
+        proxy.harm_only("upload");
+        let mut variables = s3().variables_by(proxy.port());
+        variables.push(("AWS_READ_TIMEOUT", "1s".to_owned()));
+        let copy = || {
+            let copy = ["checkpoint", "copy", "pieces@1", &s3().url(&name)];
+            Process::start_with(&world().folder, &copy, &variables).wait()
+        };
+        let prefix = format!("{name}/");
+        let assert_whole = |what: &str| {
+            let keys = s3().keys(&format!("{name}/checkpoints/"));
+            for part in keys.iter().filter(|key| key.contains("/part-")) {
+                let here = world().folder.join("pieces").join(part.strip_prefix(&prefix).unwrap());
+                let here = std::fs::read(here).unwrap();
+                assert!(here.len() > 24 << 20, "{} bytes are four pieces", here.len());
+                assert!(s3().bytes(part) == here, "{what}: {part} is not what was sent");
+            }
+        };
+        for attempt in 1.. {
+            let done = copy();
+            assert_whole(&format!("{name}, attempt {attempt}"));
+            if done.status.success() {
+                break;
+            }
+            failed += 1;
+            assert!(attempt < 20 && done.log.contains("error: "), "{done:?}");
+        }
+        anello(&["checkpoint", "verify", &s3().url(&name)]).expect(0);
+        harmed += proxy.harmed().iter().map(|(_, count)| count).sum::<u64>();
+        let pieces = proxy.writes().iter().filter(|head| head.contains("partNumber=")).count();
+        assert!(pieces >= 4, "{name}: {pieces} pieces");
+    }
+    println!("{failed} copies failed, {harmed} requests came to harm");
+    assert!(harmed > 12, "{harmed} requests came to harm");
 }

@@ -1,12 +1,14 @@
 //! Broken things that someone hands in: each is an error with a message, whatever it claims, and never a panic or memory that
 //! only a claim asks for.
 
+#[path = "../../../dataloader/tests/common/footer.rs"]
+mod footer;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anello_tests::{Done, Process, objects};
-use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader, ParquetMetaDataWriter};
 use serde_json::{Value, json};
 
 use super::world;
@@ -74,24 +76,9 @@ fn a_folder_whose_config_claims_what_cannot_be_is_refused() {
 fn lying(name: &str, rows: Option<i64>, values: Option<i64>) {
     let tales = objects(&world().folder.join("data/tales"));
     let shard = tales.iter().find(|path| path.extension().is_some_and(|end| end == "parquet")).unwrap();
-    let good = fs::read(shard).unwrap();
-    let footer = u32::from_le_bytes(*good[..good.len() - 4].last_chunk().unwrap()) as usize;
-    let metadata = ParquetMetaDataReader::new().parse_and_finish(&fs::File::open(shard).unwrap()).unwrap();
-    let claims = metadata.row_groups().iter().enumerate().map(|(at, group)| {
-        let (rows, values) = if at == 0 { (rows, values) } else { (None, None) };
-        let columns = group.columns().iter().map(|column| {
-            let values = values.unwrap_or(column.num_values());
-            column.clone().into_builder().set_num_values(values).build().unwrap()
-        });
-        let builder = group.clone().into_builder().set_num_rows(rows.unwrap_or(group.num_rows()));
-        builder.set_column_metadata(columns.collect()).build().unwrap()
-    });
-    let claimed = ParquetMetaData::new(metadata.file_metadata().clone(), claims.collect());
-    let mut bad = good[..good.len() - 8 - footer].to_vec();
-    ParquetMetaDataWriter::new(&mut bad, &claimed).finish().unwrap();
     let folder = world().folder.join(name);
     fs::create_dir_all(&folder).unwrap();
-    fs::write(folder.join("a.parquet"), bad).unwrap();
+    fs::write(folder.join("a.parquet"), footer::lying(&fs::read(shard).unwrap(), rows, values)).unwrap();
 }
 
 #[test]

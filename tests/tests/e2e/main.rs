@@ -6,6 +6,7 @@ mod acts;
 mod alerts;
 mod bisect;
 mod bucket;
+mod chat;
 mod clouds;
 mod cut;
 mod disk;

@@ -217,6 +217,53 @@ fn a_ring_goes_back_after_a_spike_as_one_worker_does() {
     assert!(audited.contains("is what its record says"), "{audited}");
 }
 
+/// The update of a spike is left out by every worker, by the losses that all of them have: one process and any ring come to the
+/// same, whoever dies meanwhile.
+#[test]
+fn a_ring_leaves_out_the_update_of_a_spike_as_one_worker_does() {
+    let skip: Vec<String> = WILD.iter().map(|set| set.replace("\"rollback\"", "\"skip\"")).collect();
+    let skip: Vec<&str> = skip.iter().map(String::as_str).collect();
+    world()
+        .anello(&[&["run", "small.toml", "--out", "skip-one", "--sample", "0"], &skip[..]].concat())
+        .expect(0);
+    let left_out = |run: &str| -> BTreeSet<String> {
+        let told = events(run);
+        let spikes = told.lines().filter_map(|line| line.split_once("the loss of step "));
+        spikes.map(|(_, told)| told.to_owned()).collect()
+    };
+    let expected = left_out("skip-one");
+    assert!(expected.len() >= 2, "the run is wild: {expected:?}");
+    assert!(expected.iter().all(|told| told.ends_with("; its update was left out")), "{expected:?}");
+    let figures = |run| without_seconds(&world().anello(&["metrics", run, "--csv"]).expect(0));
+    let of_one = figures("skip-one");
+    let applied = of_one[0].iter().position(|name| name == "applied").expect("a column");
+    let skipped = of_one.iter().filter(|row| row[applied] == "false").count();
+    assert_eq!((of_one.len(), skipped), (41, expected.len()), "{of_one:?}");
+    let shared: &[&str] = &["--set", "ring.state_copies=2"];
+    for (run, workers, kills, more) in
+        [("skip-two", 2, 0, &[][..]), ("skip-killed", 3, 3, &[]), ("skip-shared", 3, 2, shared)]
+    {
+        let mut ring = start(run, workers, &[&skip[..], more].concat());
+        for kill in 1..=kills {
+            wait_until("it is so far", || {
+                newest_checkpoint(&world().folder.join(run)) >= 8 * kill || ring.ended()
+            });
+            if let Some(worker) = ring.children().first() {
+                signal(*worker, "KILL");
+            }
+        }
+        ring.wait().expect(0);
+        assert_eq!(figures(run), of_one, "{run}");
+        assert_eq!(left_out(run), expected, "{run}");
+        for step in ["@30", "@35", ""] {
+            let (ours, theirs) = (format!("{run}{step}"), format!("skip-one{step}"));
+            world().anello(&["checkpoint", "diff", &theirs, &ours]).expect(0);
+        }
+    }
+    let audited = world().anello(&["audit", "skip-two", "--workers", "2"]).expect(0);
+    assert!(audited.contains("is what its record says"), "{audited}");
+}
+
 /// Where the mathematics changes losses are measured anew, so that no spike leads back behind it: one process and a ring that
 /// begins right there come to the same.
 #[test]

@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvErr
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anello_store::checkpoint::{Manifest, Retention, commit, point_at, prune};
+use anello_store::checkpoint::{Manifest, Pruning, Retention, commit, point_at, prune};
 use anello_store::events::{Event, EventLog};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::{Error as StoreError, Notice, Store};
@@ -229,8 +229,15 @@ impl Desk {
     }
 
     fn prune(&self) {
-        if let Err(cause) = prune(&self.store, &self.retention) {
-            tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again");
+        match prune(&self.store, &self.retention) {
+            Ok(Pruning { flawed, .. }) => flawed.iter().for_each(|(step, flaw)| {
+                tracing::warn!(
+                    step,
+                    flaw,
+                    "a checkpoint is damaged; it stays, and an older one in its place"
+                );
+            }),
+            Err(cause) => tracing::warn!(%cause, "old checkpoints could not be removed; it is tried again"),
         }
     }
 }

@@ -31,7 +31,7 @@ enum Fate {
     Conflict,
     /// It is done, a while later.
     Late,
-    /// The body ends before its time.
+    /// The body ends before its time: that of an answer, or that of a piece that is sent, and nobody notices.
     Short,
     /// That of a listing does.
     BrokenOff,
@@ -123,11 +123,13 @@ impl ObjectStore for Network {
     async fn put_multipart_opts(
         &self,
         path: &Path,
-        options: PutMultipartOptions,
+        _: PutMultipartOptions,
     ) -> object_store::Result<Box<dyn MultipartUpload>> {
-        self.fate().await?;
-        let inner = self.inner.put_multipart_opts(path, options).await?;
-        Ok(Box::new(Upload { inner, network: self.clone(), under_way: Arc::default() }))
+        if self.fate().await? == Fate::AnswerLost {
+            return Err(lost());
+        }
+        let (path, network) = (path.clone(), self.clone());
+        Ok(Box::new(Upload { path, pieces: Arc::default(), network, under_way: Arc::default() }))
     }
 
     async fn get_opts(&self, path: &Path, options: GetOptions) -> object_store::Result<GetResult> {
@@ -175,10 +177,12 @@ impl ObjectStore for Network {
     }
 }
 
-/// An upload in pieces.
+/// An upload in pieces: the object is there once it is complete.
 #[derive(Debug)]
 struct Upload {
-    inner: Box<dyn MultipartUpload>,
+    path: Path,
+    /// Those that came.
+    pieces: Arc<Mutex<Vec<Option<Bytes>>>>,
     network: Network,
     under_way: Arc<AtomicUsize>,
 }
@@ -186,8 +190,10 @@ struct Upload {
 #[async_trait::async_trait]
 impl MultipartUpload for Upload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
-        let (sent, network, under_way) =
-            (self.inner.put_part(data), self.network.clone(), self.under_way.clone());
+        let (network, under_way) = (self.network.clone(), self.under_way.clone());
+        let (pieces, data) = (self.pieces.clone(), Bytes::from(data));
+        pieces.lock().unwrap().push(None);
+        let number = pieces.lock().unwrap().len() - 1;
         Box::pin(async move {
             let now = under_way.fetch_add(1, Ordering::Relaxed) + 1;
             network.seen[2].fetch_max(now, Ordering::Relaxed);
@@ -195,17 +201,24 @@ impl MultipartUpload for Upload {
             let fate = network.fate().await;
             tokio::task::yield_now().await;
             under_way.fetch_sub(1, Ordering::Relaxed);
-            fate?;
-            sent.await
+            let fate = fate?;
+            let came = if fate == Fate::Short { data.slice(..data.len() / 2) } else { data };
+            pieces.lock().unwrap()[number] = Some(came);
+            if fate == Fate::AnswerLost { Err(lost()) } else { Ok(()) }
         })
     }
 
     async fn complete(&mut self) -> object_store::Result<PutResult> {
-        self.inner.complete().await
+        let fate = self.network.fate().await?;
+        let pieces: Option<Vec<Bytes>> = self.pieces.lock().unwrap().drain(..).collect();
+        let all = pieces.expect("a piece that did not come is an error before").concat();
+        let put = self.network.inner.put(&self.path, all.into()).await?;
+        if fate == Fate::AnswerLost { Err(lost()) } else { Ok(put) }
     }
 
     async fn abort(&mut self) -> object_store::Result<()> {
-        self.inner.abort().await
+        self.pieces.lock().unwrap().clear();
+        Ok(())
     }
 }
 
@@ -356,6 +369,45 @@ fn large_objects_go_in_bounded_pieces_and_appear_whole_or_not_at_all() {
     assert!(network.store().get("large").unwrap().unwrap() == large());
 }
 
+/// Whatever becomes of each request of an upload in pieces: the object is the new one whole, or what was there before; whoever is
+/// told that it was written and proved has it; and the next attempt succeeds.
+#[test]
+fn no_fault_in_pieces_leaves_a_part_of_an_object() {
+    use Fate::{AnswerLost, Done, Refused, Short};
+    // Three pieces: the upload begins, its pieces go, it is complete, its size is asked for, and it is read back.
+    let new: Bytes = large().slice(..2 * PIECE + 5);
+    let fates = [Done, Refused, AnswerLost, Short];
+    let mut outcomes = [0; 2];
+    for before in [None, Some(Bytes::from(vec![7u8; 2 * PIECE + 9]))] {
+        for number in 0..fates.len().pow(5) {
+            let chosen: [Fate; 5] =
+                std::array::from_fn(|at| fates[number / fates.len().pow(at as u32) % fates.len()]);
+            // Of two that come to harm the first alone counts.
+            if chosen.iter().filter(|fate| **fate != Done).count() > 2 {
+                continue;
+            }
+            let what = format!("{chosen:?}, {}", before.is_some());
+            let network = Network::new();
+            let beyond = network.beyond();
+            if let Some(before) = &before {
+                beyond.put("large", before.clone()).unwrap();
+            }
+            network.next(&chosen);
+            let told = network.store().put_proved("large", std::slice::from_ref(&new), |_| ());
+            outcomes[usize::from(told.is_ok())] += 1;
+            let there = beyond.get("large").unwrap();
+            let whole = there == before || there.as_ref() == Some(&new);
+            let cut = chosen[1..4].contains(&Short);
+            assert!(whole || cut && told.is_err(), "{what}: {told:?}");
+            assert!(told.is_err() || there.as_ref() == Some(&new), "{what}");
+            network.next(&[]);
+            network.store().put_proved("large", std::slice::from_ref(&new), |_| ()).unwrap();
+            assert!(beyond.get("large").unwrap().as_ref() == Some(&new), "{what}");
+        }
+    }
+    assert!(outcomes[0] > 100 && outcomes[1] > 4, "{outcomes:?}");
+}
+
 #[test]
 fn an_object_that_is_written_anew_while_it_is_read_is_read_again() {
     // Its first piece is of one version, and the next would be of another.
@@ -378,7 +430,7 @@ fn an_object_that_is_written_anew_while_it_is_read_is_read_again() {
     assert!(read == other || read == large(), "a mixture of two versions");
 }
 
-fn facts() -> Facts {
+pub(super) fn facts() -> Facts {
     let environment: crate::Environment = serde_json::from_value(serde_json::json!({
         "anello": "0", "revision": null, "libtorch": "0", "device": "a CPU", "threads": 1, "system": "linux"
     }))
@@ -460,6 +512,23 @@ fn a_checkpoint_that_listings_do_not_show_yet_is_known_by_the_pointer() {
     // Nor does pruning take its parts for nobody's.
     let nothing = checkpoint::plan_pruning(&store, |_| Vec::new(), |_| Some(9)).unwrap();
     assert_eq!((nothing.kept, nothing.objects), (vec![3], vec![]));
+}
+
+/// One that listings do not show yet, while they show a later one, loses no part when what nobody names is removed.
+#[test]
+fn parts_of_a_checkpoint_that_listings_do_not_show_yet_stay() {
+    let network = Network { unlisted: "0000000003/manifest.json", ..Network::new() };
+    let store = network.store();
+    for step in 3..=5 {
+        let mut facts = facts();
+        facts.position.step = step;
+        let bytes = [1, 2, 3].map(|byte| Bytes::from(vec![byte * 10 + step as u8; BLOCK_BYTES]));
+        let written = checkpoint::write_blocks(&store, step, 1, 1 << 20, 0, &bytes).unwrap();
+        checkpoint::commit(&store, Manifest::new(facts, written)).unwrap();
+    }
+    assert_eq!(checkpoint::steps(&store).unwrap(), [4, 5]);
+    let nothing = checkpoint::plan_pruning(&store, |_| Vec::new(), |_| Some(9)).unwrap();
+    assert_eq!((nothing.kept, nothing.objects), (vec![3, 4, 5], vec![]));
 }
 
 /// A copy that a bad network cuts short after any request is no run and no checkpoint, and goes on where it was.
