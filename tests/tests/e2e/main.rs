@@ -10,6 +10,7 @@ mod chat;
 mod clouds;
 mod cut;
 mod disk;
+mod faults;
 mod gpu;
 mod hostile;
 mod http;

@@ -3,15 +3,13 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use anello_tests::{
-    Dice, Done, Process, free_port, newest_checkpoint, objects, signal, wait_until, without_seconds,
-};
+use anello_tests::{Process, free_port, newest_checkpoint, objects, signal, wait_until, without_seconds};
 use serde_json::Value;
 
 use super::world;
 
 /// Steps of the run.
-const STEPS: u64 = 31;
+pub(super) const STEPS: u64 = 31;
 
 pub(super) fn start(run: &str, workers: u32, more: &[&str]) -> Process {
     let workers = workers.to_string();
@@ -29,7 +27,7 @@ fn worker_with(coordinator: &str, more: &[&str]) -> Process {
     Process::start(&world().folder, &[&arguments[..], more].concat())
 }
 
-fn rest(duration: Duration) {
+pub(super) fn rest(duration: Duration) {
     let began = Instant::now();
     wait_until("its time has come", || began.elapsed() >= duration);
 }
@@ -303,172 +301,6 @@ fn a_ring_goes_back_behind_no_change_of_the_mathematics() {
     assert_eq!(figures("changed-ring"), figures("changed-one"));
 }
 
-fn disturbed(seed: u64) {
-    let mut dice = Dice(seed);
-    let workers = 2 + dice.below(3) as u32;
-    let run = format!("ring-disturbed-{seed}");
-    disturb(seed, dice, &run, workers, &[]);
-    assert_undisturbed(&run);
-}
-
-/// Kills, freezes and preempts workers at random moments.
-pub(super) fn disturb(seed: u64, mut dice: Dice, run: &str, workers: u32, set: &[&str]) {
-    let place = world().folder.join(run);
-    let mut process = start(run, workers, set);
-    let (mut struck, mut preempted) = (Vec::new(), 0);
-    for fault in 0..4 {
-        let from = fault * STEPS / 5 + dice.below(STEPS / 5);
-        wait_until("it is so far", || newest_checkpoint(&place) >= from || process.ended());
-        rest(Duration::from_millis(dice.below(60)));
-        let children = process.children();
-        if children.is_empty() {
-            continue;
-        }
-        let victim = children[dice.below(children.len() as u64) as usize];
-        match dice.below(4) {
-            // One that goes when it is asked to is not replaced: one must stay.
-            0 if preempted + 1 < workers => {
-                preempted += 1;
-                signal(victim, "TERM");
-                struck.push("preempted");
-            }
-            1 => {
-                signal(victim, "STOP");
-                rest(Duration::from_millis(200 + dice.below(1500)));
-                signal(victim, "CONT");
-                struck.push("frozen");
-            }
-            _ => {
-                signal(victim, "KILL");
-                struck.push("killed");
-            }
-        }
-    }
-    let done = process.wait();
-    println!("seed {seed}, {workers} workers: {struck:?}");
-    done.expect(0);
-    assert!(!struck.is_empty(), "seed {seed}: it was over too soon");
-}
-
-fn disturbed_from_outside(seed: u64) {
-    let mut dice = Dice(seed);
-    let wanted = (2 + dice.below(3)) as u32;
-    let run = format!("ring-outside-{seed}");
-    disturb_from_outside(seed, dice, &run, wanted, &[]);
-    assert_undisturbed(&run);
-}
-
-/// Workers that nobody starts again, and a coordinator that is not spared: killed and taken over, frozen, joined, left.
-pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted: u32, set: &[&str]) {
-    let port = free_port().to_string();
-    let (place, address) = (world().folder.join(run), format!("127.0.0.1:{port}"));
-    let more = ["--external", "--port", &port];
-    let mut coordinator = start(run, wanted, &[&more[..], set].concat());
-    let mut workers: Vec<Process> =
-        (0..1 + dice.below(u64::from(wanted))).map(|_| worker(&address)).collect();
-    wait_until("the run is there", || place.join("events/00000001.json").exists() || coordinator.ended());
-    let mut struck = Vec::new();
-    for fault in 0..6 {
-        let from = fault * STEPS / 7 + dice.below(STEPS / 7);
-        wait_until("it is so far", || newest_checkpoint(&place) >= from || coordinator.ended());
-        rest(Duration::from_millis(dice.below(60)));
-        if coordinator.ended() {
-            break;
-        }
-        let at = dice.below(workers.len() as u64) as usize;
-        let frozen = Duration::from_millis(200 + dice.below(1500));
-        match dice.below(6) {
-            0 => {
-                workers.push(worker(&address));
-                struck.push("joined");
-            }
-            1 => {
-                workers.push(worker(&address));
-                signal(workers[at].id(), "TERM");
-                struck.push("asked to go");
-            }
-            2 => {
-                for (name, pause) in [("STOP", frozen), ("CONT", Duration::ZERO)] {
-                    signal(workers[at].id(), name);
-                    rest(pause);
-                }
-                struck.push("frozen");
-            }
-            3 => {
-                for (name, pause) in [("STOP", frozen), ("CONT", Duration::ZERO)] {
-                    signal(coordinator.id(), name);
-                    rest(pause);
-                }
-                struck.push("coordinator frozen");
-            }
-            4 => {
-                coordinator.kill();
-                rest(Duration::from_millis(dice.below(1200)));
-                let (wanted, resume) = (wanted.to_string(), ["run", "--resume", run, "--detection", "1s"]);
-                let more = ["--workers", &wanted, "--sample", "0"];
-                let external = ["--external", "--port", &port];
-                coordinator = Process::start(&world().folder, &[&resume[..], &more, &external].concat());
-                struck.push("coordinator killed");
-            }
-            _ => {
-                workers.push(worker(&address));
-                workers.swap_remove(at).kill();
-                struck.push("killed");
-            }
-        }
-    }
-    println!("seed {seed}, {wanted} workers wanted: {struck:?}");
-    coordinator.wait().expect(0);
-    drop(workers);
-}
-
-/// Says how to see a failure again.
-struct Replay(u64);
-
-impl Drop for Replay {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let command = "cargo test -p anello-tests --test e2e -- --ignored ring::soak --nocapture";
-            eprintln!("replay: ANELLO_SEED={} ANELLO_SOAK_RUNS=1 {command}", self.0);
-        }
-    }
-}
-
-/// `make soak`: whole runs with faults of new seeds, `ANELLO_SOAK_RUNS` of them from `ANELLO_SEED` on.
-#[test]
-#[ignore = "runs for hours; see `make soak`"]
-fn soak() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let first = number("ANELLO_SEED").unwrap_or(1 << 32);
-    for seed in first..first.saturating_add(number("ANELLO_SOAK_RUNS").unwrap_or(300)) {
-        let _replay = Replay(seed);
-        let run = if seed.is_multiple_of(2) {
-            disturbed(seed);
-            format!("ring-disturbed-{seed}")
-        } else {
-            disturbed_from_outside(seed);
-            format!("ring-outside-{seed}")
-        };
-        // What was right need not be kept: hundreds of runs.
-        let _ = std::fs::remove_dir_all(world().folder.join(run));
-    }
-}
-
-#[test]
-fn whatever_happens_to_workers_and_coordinator_changes_nothing() {
-    (1..=5).for_each(disturbed_from_outside);
-}
-
-#[test]
-fn workers_that_die_freeze_and_leave_change_nothing_1() {
-    (1..=8).for_each(disturbed);
-}
-
-#[test]
-fn workers_that_die_freeze_and_leave_change_nothing_2() {
-    (9..=16).for_each(disturbed);
-}
-
 /// Of three one dies: the others are the same processes to the end, and what they hold is what they held.
 #[test]
 fn a_death_is_told_in_plain_words_and_costs_no_step() {
@@ -595,77 +427,6 @@ fn a_worker_of_no_job_is_told_so() {
     assert!(done.log.contains("there is no job other; there are: small"), "{done:?}");
     assert_eq!(done.status.code(), Some(3));
     drop(process);
-}
-
-/// A bit that flips in one replica: of three, the one that differs is named and sent away; of two, nobody can tell, and
-/// the run goes on from its checkpoint. Either way it is the undisturbed run.
-#[test]
-fn a_flipped_bit_is_found_and_changes_nothing() {
-    for (workers, fault) in [(3, "weights@16/1"), (3, "exp_avg@7/0"), (2, "exp_avg_sq@16/1")] {
-        let run = format!("ring-flipped-{}", fault.replace(['@', '/'], "-"));
-        let set = format!("ring.fault={fault}");
-        let port = free_port().to_string();
-        let coordinator = start(&run, workers, &["--set", &set, "--external", "--port", &port]);
-        let address = format!("127.0.0.1:{port}");
-        let processes: Vec<Process> = (0..workers).map(|_| worker(&address)).collect();
-        let done: Vec<Done> = processes.into_iter().map(Process::wait).collect();
-        coordinator.wait().expect(0);
-        let mut codes: Vec<Option<i32>> = done.iter().map(|done| done.status.code()).collect();
-        codes.sort_unstable();
-        let evicted = if workers == 3 { Some(5) } else { Some(0) };
-        assert_eq!((codes[0], codes[codes.len() - 1]), (Some(0), evicted), "{done:?}");
-        let told = events(&run);
-        if workers == 3 {
-            assert!(
-                told.contains("sent away after step") && told.contains("in block 0 (model.embed_tokens"),
-                "{told}"
-            );
-            assert!(told.contains("with 2 workers"), "{told}");
-        } else {
-            assert!(told.contains("state from checkpoint"), "{told}");
-        }
-        assert_undisturbed(&run);
-    }
-}
-
-/// A bit that flips on its way is seen by whoever receives it, who says of whom it was; the step is made again.
-#[test]
-fn a_bit_that_flips_on_the_wire_is_found_and_changes_nothing() {
-    for (copies, rank) in [("all", 1), ("2", 0)] {
-        let run = format!("ring-flipped-wire-{copies}");
-        let (fault, copies) = (format!("ring.fault=wire@7/{rank}"), format!("ring.state_copies={copies}"));
-        start(&run, 3, &["--set", &fault, "--set", &copies]).wait().expect(0);
-        let told = events(&run);
-        let broke = told.lines().find(|line| line.contains(" broke after step 7: "));
-        let broke = broke.unwrap_or_else(|| panic!("{told}"));
-        assert!(
-            broke.contains("with a wrong checksum in its payload") && broke.contains("is worker "),
-            "{told}"
-        );
-        assert_eq!(told.matches(" broke after ").count(), 1, "{told}");
-        assert!(!told.contains("state from checkpoint") && !told.contains(" lost ("), "{told}");
-        assert_undisturbed(&run);
-    }
-}
-
-/// A gradient that one worker computes wrongly reaches all replicas alike: only a second computation can see it.
-#[test]
-fn a_wrong_gradient_is_found_before_it_is_applied() {
-    for workers in [3, 2] {
-        let run = format!("ring-wrong-gradient-{workers}");
-        let set = ["--set", "ring.fault=gradient@5/1", "--set", "ring.spot_check_every_steps=1"];
-        start(&run, workers, &set).wait().expect(0);
-        let told = events(&run);
-        if workers == 3 {
-            assert!(
-                told.contains("computes another gradient of lane") && told.contains("with 2 workers"),
-                "{told}"
-            );
-        } else {
-            assert!(told.contains("state from checkpoint"), "{told}");
-        }
-        assert_undisturbed(&run);
-    }
 }
 
 /// SIGTERM is noticed at any point of a step, and not only at its end, which is when the worker goes.

@@ -5,9 +5,8 @@ use std::collections::BTreeSet;
 
 use anello_tests::{Dice, Process, free_port, http, newest_checkpoint, signal, wait_until, without_seconds};
 
-use super::ring::{
-    assert_undisturbed, disturb, disturb_from_outside, events, start, train_stages_that_freeze, worker,
-};
+use super::faults::{disturb, disturb_from_outside};
+use super::ring::{assert_undisturbed, events, start, train_stages_that_freeze, worker};
 use super::world;
 
 const TWO: [&str; 2] = ["--set", "ring.state_copies=2"];
