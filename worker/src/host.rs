@@ -151,8 +151,16 @@ pub(crate) enum Reading {
 #[derive(Debug)]
 pub(crate) struct Copies {
     read: Arc<Latch>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    progress: Mutex<Progress>,
     to: Arc<ffi::Shared>,
+}
+
+#[derive(Debug)]
+enum Progress {
+    By(JoinHandle<()>),
+    Made,
+    /// What there is of them is not to be used.
+    Failed,
 }
 
 /// Threads that copy from pinned memory: one alone is slower than a GPU's link.
@@ -200,13 +208,19 @@ impl Copies {
             copy_in_pieces(&computed, from, to, reader, piece);
         };
         let thread = thread::Builder::new().name("copy to the host".to_owned()).spawn(copy);
-        Self { read, thread: Mutex::new(Some(thread.expect("a thread can be started"))), to: shared }
+        let progress = Progress::By(thread.expect("a thread can be started"));
+        Self { read, progress: Mutex::new(progress), to: shared }
     }
 
-    /// Waits until they are made.
-    fn wait(&self) -> thread::Result<()> {
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        thread.take().map_or(Ok(()), JoinHandle::join)
+    /// Waits until they are made. Panics when they have failed, as often as it is asked.
+    fn wait(&self) {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        match std::mem::replace(&mut *progress, Progress::Failed) {
+            Progress::By(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Progress::Made => {}
+            Progress::Failed => panic!("{FAILED}"),
+        }
+        *progress = Progress::Made;
     }
 
     fn bytes(&self, index: usize) -> Bytes {
@@ -217,7 +231,7 @@ impl Copies {
                 bytes(all.elements(*index, 0..all.lens()[*index]))
             }
         }
-        self.wait().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        self.wait();
         Bytes::from_owner(Copied(Arc::clone(&self.to), index))
     }
 }
@@ -231,8 +245,9 @@ fn copy_in_pieces<const N: usize>(
     piece: usize,
 ) {
     let beside = Beside::of(from[0].device());
-    let largest = from.iter().map(Tensor::numel).max().unwrap_or(0).min(piece);
-    let mut pinned = [0, 1].map(|_| room(&from[0].narrow(0, 0, largest as i64)));
+    let largest = from.iter().max_by_key(|flat| flat.numel()).expect("one buffer at least");
+    let largest = largest.narrow(0, 0, piece.min(largest.numel()) as i64);
+    let mut pinned = [0, 1].map(|_| room(&largest));
     let mut on_its_way: Option<Leaving> = None;
     for (from, to) in from.iter().zip(&to) {
         for start in (0..from.numel()).step_by(piece) {
@@ -334,15 +349,33 @@ mod tests {
             // Of pieces of 3: three of one buffer, the last one cut short, and one of the other.
             let values: Vec<f32> = (0..8).map(|at| at as f32 - 2.5).collect();
             let (mut flat, two) = (Tensor::from_slice(&values), Tensor::from_slice(&values[..2]));
-            let reading = start([flat.shallow_clone(), two]);
+            let reading = start([two, flat.shallow_clone()]);
             reading.wait_until_read();
             let _ = flat.zero_();
             let found = [0, 1].map(|index| reading.bytes(index));
             drop(reading);
             assert_eq!(
                 found.map(|found| found.to_vec()),
-                [&values[..], &values[..2]].map(|of| bytes(of).to_vec())
+                [&values[..2], &values[..]].map(|of| bytes(of).to_vec())
             );
+        }
+    }
+
+    /// Whoever waits for copies that fail is told each time, and nobody waits for ever.
+    #[test]
+    fn copies_that_fail_are_told() {
+        let read = Arc::new(Latch::default());
+        let reader = Reader(Arc::clone(&read));
+        let fails = thread::spawn(move || {
+            let _reader = reader;
+            panic!("the GPU is gone");
+        });
+        let (progress, to) = (Mutex::new(Progress::By(fails)), Arc::new(ffi::Shared::new(Vec::new())));
+        let reading = Reading::Beside(Copies { read, progress, to });
+        reading.wait_until_read();
+        for _ in 0..2 {
+            let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| reading.bytes(0)));
+            assert!(told.is_err());
         }
     }
 
