@@ -24,7 +24,7 @@ use anello_store::Notice;
 use anello_store::events::{Event as Logged, Record};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::core::{Effect, Entry, Event, Goal, Membership, Millis, Missing, Outcome, Rows, Status};
+use crate::core::{Effect, Entry, Event, Goal, Look, Membership, Millis, Outcome, Rows, Status};
 use crate::desk::{Desk, Done, Task};
 use crate::news::{Herald, News};
 use crate::records::{event_of, goal_name};
@@ -151,12 +151,6 @@ struct Kind {
     device: String,
 }
 
-/// A checkpoint whose parts are all there, and whose steps are not all reported.
-struct Waiting {
-    step: Step,
-    parts: Vec<String>,
-}
-
 struct Running {
     epoch: Epoch,
     run: String,
@@ -170,8 +164,8 @@ struct Running {
     first: Option<Kind>,
     /// Steps of the whole run.
     total: u64,
-    rows: Rows,
-    waiting: Vec<Waiting>,
+    /// And the parts of checkpoints that wait for some.
+    rows: Rows<Vec<String>>,
     /// What the user wants and the log does not hold yet, in the order in which the desk was asked.
     amending: VecDeque<(Goal, oneshot::Sender<()>)>,
     last_wait: Option<String>,
@@ -206,7 +200,6 @@ impl Running {
                 Err(_) => self.core_event(Event::Tick),
             }
             self.look_for_rows();
-            self.commit_waiting();
             self.say_what_it_waits_for();
             if let Some(outcome) = self.core.outcome().cloned() {
                 self.news.0.tell();
@@ -329,44 +322,25 @@ impl Running {
                 self.desk.ask(Task::Append { event: event_of(entry), formed });
             }
             Effect::Commit { step, parts, .. } => {
-                let parts = parts.into_iter().map(|written| written.parts).collect();
-                // Of two that are whole, from two generations, one is enough.
-                if self.waiting.iter().all(|waiting| waiting.step != step) {
-                    self.waiting.push(Waiting { step, parts });
-                }
+                self.rows.whole(step.0, parts.into_iter().map(|written| written.parts).collect());
             }
             Effect::List => self.desk.ask(Task::List),
         }
     }
 
-    /// Commits what has its steps reported: a checkpoint never stands after steps that are not in the metrics.
-    fn commit_waiting(&mut self) {
-        let reported = self.rows.reported();
-        let (ready, waiting) =
-            std::mem::take(&mut self.waiting).into_iter().partition(|w: &Waiting| w.step.0 <= reported);
-        self.waiting = waiting;
-        for Waiting { step, parts } in ready {
-            self.desk.ask(Task::Commit { step, parts });
-        }
-    }
-
-    /// Asks for figures that are missing before others, or before a checkpoint.
+    /// Asks for figures that are missing before others, or before a checkpoint, and commits the checkpoints that lack none.
     fn look_for_rows(&mut self) {
-        let waiting = self.waiting.iter().map(|waiting| waiting.step.0);
         let held = || self.core.held_here().unwrap_or_default().0;
-        let look = self.rows.look(self.now(), waiting, self.links.keys().copied(), held);
-        match look.missing {
-            Some(Missing::Lost(Range { start: from, end: to })) => {
-                tracing::error!(from, to, "the figures of these steps are lost with all who knew them");
-            }
-            Some(Missing::Untrained) => {
-                for Waiting { step, .. } in std::mem::take(&mut self.waiting) {
-                    self.core_event(Event::Withdrawn { step });
-                }
-            }
-            None => {}
+        let Look { ask, lost, withdrawn, ready } =
+            self.rows.look(self.now(), self.links.keys().copied(), held);
+        if let Some(Range { start: from, end: to }) = lost {
+            tracing::error!(from, to, "the figures of these steps are lost with all who knew them");
         }
-        look.ask.into_iter().for_each(|worker| self.welcome(worker));
+        withdrawn.into_iter().for_each(|step| self.core_event(Event::Withdrawn { step: Step(step) }));
+        ask.into_iter().for_each(|worker| self.welcome(worker));
+        for (step, parts) in ready {
+            self.desk.ask(Task::Commit { step: Step(step), parts });
+        }
     }
 
     fn say_what_it_waits_for(&mut self) {

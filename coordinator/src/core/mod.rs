@@ -17,7 +17,7 @@ use anello_proto::ring::{Endpoints, Formation, Generation, Order, Pace, Stance, 
 
 pub use membership::{Found, Membership};
 pub use paces::Straggling;
-pub(crate) use rows::{Missing, Rows};
+pub(crate) use rows::{Look, Rows};
 
 /// Milliseconds on the shell's monotonic clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]

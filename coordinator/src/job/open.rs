@@ -132,7 +132,6 @@ impl Opened {
             first: None,
             total: schedule.total_steps(),
             rows: Rows::new(reported, millis(timings.lease)),
-            waiting: Vec::new(),
             amending: VecDeque::new(),
             last_wait: None,
             stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),

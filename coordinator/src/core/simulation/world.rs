@@ -20,7 +20,7 @@ use anello_member::{Effect as Do, Event as Happens, KeptRows, Member as Machine}
 use anello_proto::ring::*;
 
 use super::super::{
-    Attendant, Effect, Entry, Event, Found, Goal, Membership, Millis, Missing, Options, Outcome, Rows,
+    Attendant, Effect, Entry, Event, Found, Goal, Look, Membership, Millis, Options, Outcome, Rows,
     Straggling,
 };
 use super::invariants::*;

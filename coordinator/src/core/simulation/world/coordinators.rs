@@ -11,9 +11,8 @@ pub(super) struct Coordinator {
     /// Workers that it has told to go.
     pub(super) sent_away: BTreeSet<WorkerId>,
     /// Which figures are here, those of them that are not in the store yet, and the checkpoints that wait for others.
-    pub(super) rows: Rows,
+    pub(super) rows: Rows<Generation>,
     pub(super) unwritten: BTreeSet<u64>,
-    pub(super) waiting: Vec<(Step, Generation)>,
     pub(super) tick_at: Option<u64>,
     pub(super) appended_at: u64,
     /// Suspended with its machine: until then it does nothing, and then it finds all that came meanwhile.
@@ -45,7 +44,6 @@ impl World {
             sent_away: BTreeSet::new(),
             rows: self.found_rows(),
             unwritten: BTreeSet::new(),
-            waiting: Vec::new(),
             tick_at: None,
             appended_at: self.now,
             asleep_until: 0,
@@ -156,10 +154,7 @@ impl World {
                 self.after(delay, Happening::Listed { coordinator });
             }
             Effect::Commit { step, generation, .. } => {
-                let waiting = &mut self.coordinators[coordinator].waiting;
-                if waiting.iter().all(|(waits, _)| *waits != step) {
-                    waiting.push((step, generation));
-                }
+                self.coordinators[coordinator].rows.whole(step.0, generation);
             }
         }
         Ok(())

@@ -61,7 +61,7 @@ impl World {
     }
 
     /// The figures that a coordinator finds in the store.
-    pub(super) fn found_rows(&self) -> Rows {
+    pub(super) fn found_rows(&self) -> Rows<Generation> {
         let rows = self.metrics.last().map_or(0, |last| last + 1);
         let checkpoint = self.manifests.last_key_value().map_or(0, |(step, _)| step.0);
         Rows::new(rows.max(checkpoint), self.options.lease)
@@ -107,30 +107,20 @@ impl World {
             return Ok(());
         }
         let held = || known.core.held_here().unwrap_or_default().0;
-        let waiting = known.waiting.iter().map(|(step, _)| step.0);
-        let look = known.rows.look(now, waiting, known.links.keys().copied(), held);
-        match look.missing {
-            Some(Missing::Lost(steps)) => figures_are_somewhere(steps, &self.metrics)?,
-            Some(Missing::Untrained) => {
-                for (step, _) in std::mem::take(&mut known.waiting) {
-                    self.tell_core(coordinator, Event::Withdrawn { step })?;
-                }
-            }
-            None => {}
+        let Look { ask, lost, withdrawn, ready } = known.rows.look(now, known.links.keys().copied(), held);
+        if let Some(steps) = lost {
+            figures_are_somewhere(steps, &self.metrics)?;
         }
-        for worker in look.ask {
+        for step in withdrawn {
+            self.tell_core(coordinator, Event::Withdrawn { step: Step(step) })?;
+        }
+        for worker in ask {
             self.report.asked += 1;
             self.welcome(coordinator, worker);
         }
-        let known = &mut self.coordinators[coordinator];
-        let reported = known.rows.reported();
-        let (ready, waiting) =
-            std::mem::take(&mut known.waiting).into_iter().partition(|(step, _)| step.0 <= reported);
-        known.waiting = waiting;
-        let ready: Vec<(Step, Generation)> = ready;
         for (step, generation) in ready {
             let delay = 1 + self.below(30);
-            self.after(delay, Happening::Commit { coordinator, step, generation });
+            self.after(delay, Happening::Commit { coordinator, step: Step(step), generation });
         }
         Ok(())
     }
