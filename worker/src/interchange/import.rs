@@ -131,7 +131,10 @@ pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
                 continue;
             }
         };
-        for (name, tensor) in tensors.iter() {
+        // Problems are told in one order, whatever that of the file's table.
+        let mut tensors: Vec<_> = tensors.iter().collect();
+        tensors.sort_unstable_by_key(|(name, _)| *name);
+        for (name, tensor) in tensors {
             match layout.find(name) {
                 Some(entry) if named.as_ref().is_none_or(|named| named.contains(name)) => {
                     missing.remove(entry.name.as_str());
