@@ -21,8 +21,8 @@ const MEMORY: (&str, &str) = (
     "expandable_segments:True,pinned_use_cuda_host_register:True,pinned_num_register_threads:8",
 );
 
-/// Sets the wait policy, MKL's kernels, the workspace and how a GPU's memory is taken, unless the user has, and starts this program anew: the OpenMP runtime reads the
-/// first before `main`.
+/// Sets the wait policy, MKL's kernels, the workspace and how a GPU's memory is taken, unless the user has, and starts this program
+/// anew: the OpenMP runtime reads the first before `main`.
 ///
 /// The process id stays. Where it cannot be done (a program that was replaced meanwhile), whoever opens a device says what is not set.
 pub fn sleep_while_waiting() {

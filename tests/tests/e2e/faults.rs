@@ -64,6 +64,13 @@ fn disturbed_from_outside(seed: u64) {
     assert_undisturbed(&run);
 }
 
+/// A coordinator that takes a run up whose coordinator is dead.
+fn taken_up(run: &str, wanted: u32, port: &str) -> Process {
+    let wanted = wanted.to_string();
+    let resume = ["run", "--resume", run, "--detection", "1s", "--workers", &wanted, "--sample", "0"];
+    Process::start(&world().folder, &[&resume[..], &["--external", "--port", port]].concat())
+}
+
 /// Workers that nobody starts again, and a coordinator that is not spared: killed and taken over, frozen, joined, left.
 pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted: u32, set: &[&str]) {
     let port = free_port().to_string();
@@ -110,10 +117,7 @@ pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted:
             4 => {
                 coordinator.kill();
                 rest(Duration::from_millis(dice.below(1200)));
-                let (wanted, resume) = (wanted.to_string(), ["run", "--resume", run, "--detection", "1s"]);
-                let more = ["--workers", &wanted, "--sample", "0"];
-                let external = ["--external", "--port", &port];
-                coordinator = Process::start(&world().folder, &[&resume[..], &more, &external].concat());
+                coordinator = taken_up(run, wanted, &port);
                 struck.push("coordinator killed");
             }
             _ => {
@@ -152,9 +156,7 @@ fn aimed(seed: u64) -> usize {
         match dice.below(3) {
             0 => {
                 coordinator.kill();
-                let resume =
-                    ["run", "--resume", &run, "--detection", "1s", "--workers", "3", "--sample", "0"];
-                coordinator = Process::start(&world().folder, &[&resume[..], &external].concat());
+                coordinator = taken_up(&run, 3, &port);
                 struck.push("the coordinator");
             }
             number => {

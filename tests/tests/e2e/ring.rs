@@ -185,6 +185,20 @@ pub(super) fn spikes(run: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// Trains in a ring of which a worker is killed every eight steps, so often.
+fn with_deaths(run: &str, workers: u32, kills: u64, more: &[&str]) {
+    let mut ring = start(run, workers, more);
+    for kill in 1..=kills {
+        wait_until("it is so far", || {
+            newest_checkpoint(&world().folder.join(run)) >= 8 * kill || ring.ended()
+        });
+        if let Some(worker) = ring.children().first() {
+            signal(*worker, "KILL");
+        }
+    }
+    ring.wait().expect(0);
+}
+
 /// After a loss spike the state is that of some steps before: one process and any ring come to it, whoever dies meanwhile.
 #[test]
 fn a_ring_goes_back_after_a_spike_as_one_worker_does() {
@@ -197,16 +211,7 @@ fn a_ring_goes_back_after_a_spike_as_one_worker_does() {
     for (run, workers, kills, more) in
         [("wild-two", 2, 0, &[][..]), ("wild-killed", 3, 3, &[]), ("wild-shared", 3, 2, shared)]
     {
-        let mut ring = start(run, workers, &[&WILD[..], more].concat());
-        for kill in 1..=kills {
-            wait_until("it is so far", || {
-                newest_checkpoint(&world().folder.join(run)) >= 8 * kill || ring.ended()
-            });
-            if let Some(worker) = ring.children().first() {
-                signal(*worker, "KILL");
-            }
-        }
-        ring.wait().expect(0);
+        with_deaths(run, workers, kills, &[&WILD[..], more].concat());
         world().anello(&["checkpoint", "diff", "wild-one", run]).expect(0);
         assert_eq!(figures(run), figures("wild-one"), "{run}");
         assert_eq!(spikes(run), expected, "{run}");
@@ -241,16 +246,7 @@ fn a_ring_leaves_out_the_update_of_a_spike_as_one_worker_does() {
     for (run, workers, kills, more) in
         [("skip-two", 2, 0, &[][..]), ("skip-killed", 3, 3, &[]), ("skip-shared", 3, 2, shared)]
     {
-        let mut ring = start(run, workers, &[&skip[..], more].concat());
-        for kill in 1..=kills {
-            wait_until("it is so far", || {
-                newest_checkpoint(&world().folder.join(run)) >= 8 * kill || ring.ended()
-            });
-            if let Some(worker) = ring.children().first() {
-                signal(*worker, "KILL");
-            }
-        }
-        ring.wait().expect(0);
+        with_deaths(run, workers, kills, &[&skip[..], more].concat());
         assert_eq!(figures(run), of_one, "{run}");
         assert_eq!(left_out(run), expected, "{run}");
         for step in ["@30", "@35", ""] {
