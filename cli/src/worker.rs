@@ -29,9 +29,10 @@ pub struct Args {
     /// The job to work for.
     #[arg(long, value_name = "NAME")]
     job: String,
-    /// Address of this machine that the other workers reach. One that other machines reach needs --tls, or --insecure.
-    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
-    address: IpAddr,
+    /// Address of this machine that the other workers reach; of a machine on several networks once for each, best first. One
+    /// that other machines reach needs --tls, or --insecure.
+    #[arg(long = "address", value_name = "IP", default_value = "127.0.0.1", value_parser = reachable)]
+    addresses: Vec<IpAddr>,
     /// Name of this machine, for people (default: its host name).
     #[arg(long, value_name = "NAME")]
     machine: Option<String>,
@@ -52,6 +53,18 @@ pub struct Args {
     http: HttpArgs,
     #[command(flatten)]
     protection: ListenArgs,
+}
+
+/// An address that others can be told.
+fn reachable(text: &str) -> Result<IpAddr, String> {
+    match text.parse::<IpAddr>() {
+        Ok(address) if address.is_unspecified() => {
+            Err("others do not reach a worker there: give the address of this machine on their network"
+                .to_owned())
+        }
+        Ok(address) => Ok(address),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// `anello worker`
@@ -76,7 +89,7 @@ pub fn run(args: &Args) -> Outcome {
     let options = WorkerOptions {
         coordinator: args.coordinator.clone(),
         job: args.job.clone(),
-        address: args.address,
+        addresses: args.addresses.clone(),
         protection,
         machine: args.machine.clone().unwrap_or_else(host_name),
         threads: args.threads,

@@ -141,7 +141,7 @@ async fn worker(coordinator: String, id: u64) {
         job: JOB.to_owned(),
         worker: id,
         connection: 1,
-        endpoints: Some(v1::Endpoints { ring: vec![address.clone()], peers: address }),
+        endpoints: Some(v1::Endpoints { ring: vec![address.clone()], peers: vec![address] }),
         machine: format!("machine-{id}"),
         build: "bench".to_owned(),
         device: "cpu".to_owned(),

@@ -105,7 +105,7 @@ fn hello(worker: u64, build: &str, device: &str) -> v1::Hello {
         job: "tiny".to_owned(),
         worker,
         connection: 1,
-        endpoints: Some(v1::Endpoints { ring: vec![address.clone()], peers: address }),
+        endpoints: Some(v1::Endpoints { ring: vec![address.clone()], peers: vec![address] }),
         machine: format!("machine-{worker}"),
         build: build.to_owned(),
         device: device.to_owned(),

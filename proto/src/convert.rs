@@ -313,11 +313,12 @@ impl TryFrom<v1::Endpoints> for Endpoints {
     /// An address that is none is refused here: in a formation it would be a fault of all members.
     fn try_from(message: v1::Endpoints) -> Result<Self, Malformed> {
         let v1::Endpoints { ring, peers } = message;
-        let count = ring.len();
-        if count == 0 || count > ADDRESSES_MAX {
-            return Err(malformed(format!("{count} addresses of a worker, of 1 to {ADDRESSES_MAX}")));
+        for count in [ring.len(), peers.len()] {
+            if count == 0 || count > ADDRESSES_MAX {
+                return Err(malformed(format!("{count} addresses of a worker, of 1 to {ADDRESSES_MAX}")));
+            }
         }
-        if let Some(none) = ring.iter().chain([&peers]).find(|text| text.parse::<SocketAddr>().is_err()) {
+        if let Some(none) = ring.iter().chain(&peers).find(|text| text.parse::<SocketAddr>().is_err()) {
             return Err(malformed(format!("{:?}, which is no ip:port", head(none))));
         }
         Ok(Self { ring, peers })

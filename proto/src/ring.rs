@@ -282,8 +282,8 @@ impl Formation {
 pub struct Endpoints {
     /// Addresses of the collective, best first: `ip:port`.
     pub ring: Vec<String>,
-    /// Address of the service that hands out state: `ip:port`.
-    pub peers: String,
+    /// Addresses of the service that hands out state, best first: `ip:port`.
+    pub peers: Vec<String>,
 }
 
 /// A worker introduces itself.

@@ -248,12 +248,26 @@ pub struct RingMember {
     pub worker: String,
     /// Addresses of its collective, best first: `ip:port`.
     pub ring: Vec<String>,
-    /// Address of its service that hands out state: `ip:port`.
-    pub peers: String,
+    /// Addresses of its service that hands out state, best first: `ip:port`. Older builds wrote one, by itself.
+    #[serde(deserialize_with = "one_or_more")]
+    pub peers: Vec<String>,
     /// The first lane that it serves.
     pub first_lane: u32,
     /// The lane after the last: that of `first_lane` when it serves none.
     pub end_lane: u32,
+}
+
+fn one_or_more<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Found {
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match Found::deserialize(deserializer)? {
+        Found::One(one) => vec![one],
+        Found::More(more) => more,
+    })
 }
 
 /// A record of the log.
@@ -449,7 +463,7 @@ mod tests {
         let member = RingMember {
             worker: text("3f00000000000001"),
             ring: vec![text("10.0.0.1:1"), text("127.0.0.1:1")],
-            peers: text("10.0.0.1:2"),
+            peers: vec![text("10.0.0.1:2"), text("127.0.0.1:2")],
             first_lane: 0,
             end_lane: 4,
         };
@@ -499,6 +513,9 @@ mod tests {
         }
         let back: Vec<Event> = read(&store).unwrap().into_iter().map(|record| record.event).collect();
         assert_eq!(back, cases.map(|(event, _)| event));
+        // Older builds knew one address of that service.
+        let old = r#"{"worker":"3f","ring":["a:1"],"peers":"a:2","first_lane":0,"end_lane":4}"#;
+        assert_eq!(serde_json::from_str::<RingMember>(old).unwrap().peers, ["a:2"]);
         let numbers = |after, most| -> Vec<u64> {
             read_after(&store, after, most).unwrap().into_iter().map(|record| record.number).collect()
         };

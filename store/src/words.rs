@@ -246,7 +246,7 @@ mod tests {
         let member = |first_lane| RingMember {
             worker: worker(),
             ring: vec!["10.0.0.1:1".into()],
-            peers: "10.0.0.1:2".into(),
+            peers: vec!["10.0.0.1:2".into()],
             first_lane,
             end_lane: first_lane + 2,
         };

@@ -1,12 +1,13 @@
-//! Hosts of a network of their own: network namespaces on one switch, whose cables can be pulled.
+//! Hosts of networks of their own: network namespaces on one switch or several, whose cables can be pulled.
 
 use std::process::Command;
 
-/// Hosts that reach one another, and nothing else, over a switch of their own.
+/// Hosts that reach one another, and nothing else, over switches of their own: each has a card and an address at each.
 #[derive(Debug)]
 pub struct Network {
     name: String,
     hosts: u32,
+    switches: u32,
 }
 
 /// `ip WORDS`: what it prints; the error is what it says.
@@ -29,14 +30,24 @@ fn busiest(told: &str) -> Option<(u16, u16)> {
     seen.max().map(|(_, ports)| ports)
 }
 
+/// A host's card at a switch.
+fn card(switch: u32) -> String {
+    format!("net{switch}")
+}
+
+/// The end of its cable there.
+fn cable(host: u32, switch: u32) -> String {
+    format!("cable{host}-{switch}")
+}
+
 impl Network {
-    /// A network of `hosts`, or why this user may not make one here.
+    /// A network of `hosts` on so many switches, or why this user may not make one here.
     ///
     /// # Errors
     /// In words, when `ip` is missing or the kernel refuses.
-    pub fn new(name: &str, hosts: u32) -> Result<Self, String> {
+    pub fn new(name: &str, hosts: u32, switches: u32) -> Result<Self, String> {
         let name = format!("anello-{}-{name}", std::process::id());
-        let network = Self { name, hosts };
+        let network = Self { name, hosts, switches };
         network.make()?;
         Ok(network)
     }
@@ -44,20 +55,26 @@ impl Network {
     fn make(&self) -> Result<(), String> {
         let switch = self.switch();
         ip(&format!("netns add {switch}"))?;
-        ip(&format!("-n {switch} link add switch type bridge"))?;
-        ip(&format!("-n {switch} link set switch up"))?;
+        for at in 0..self.switches {
+            ip(&format!("-n {switch} link add switch{at} type bridge"))?;
+            ip(&format!("-n {switch} link set switch{at} up"))?;
+        }
         for host in 0..self.hosts {
-            let (space, address) = (self.space(host), self.address(host));
+            let space = self.space(host);
             ip(&format!("netns add {space}"))?;
-            ip(&format!("-n {space} link add net type veth peer name cable{host} netns {switch}"))?;
-            ip(&format!("-n {space} address add {address}/24 dev net"))?;
             ip(&format!("-n {space} link set lo up"))?;
-            ip(&format!("-n {space} link set net up"))?;
-            ip(&format!("-n {switch} link set cable{host} master switch up"))?;
+            for at in 0..self.switches {
+                let (card, cable, address) = (card(at), cable(host, at), self.address_at(host, at));
+                ip(&format!("-n {space} link add {card} type veth peer name {cable} netns {switch}"))?;
+                ip(&format!("-n {space} address add {address}/24 dev {card}"))?;
+                ip(&format!("-n {space} link set {card} up"))?;
+                ip(&format!("-n {switch} link set {cable} master switch{at} up"))?;
+            }
         }
         Ok(())
     }
 
+    /// Where the switches are.
     fn switch(&self) -> String {
         format!("{}-switch", self.name)
     }
@@ -66,9 +83,14 @@ impl Network {
         format!("{}-{host}", self.name)
     }
 
-    /// The address of a host.
+    /// The address of a host at the first switch.
     pub fn address(&self, host: u32) -> String {
-        format!("10.213.7.{}", host + 1)
+        self.address_at(host, 0)
+    }
+
+    /// That at another one.
+    pub fn address_at(&self, host: u32, switch: u32) -> String {
+        format!("10.213.{}.{}", 7 + switch, host + 1)
     }
 
     /// What a command line begins with that is to run on a host.
@@ -76,28 +98,30 @@ impl Network {
         ["ip", "netns", "exec", &self.space(host)].map(str::to_owned).to_vec()
     }
 
-    /// Pulls the cable of a host: from now on what is sent to it or by it is lost without a word.
+    /// Pulls the cables of a host: from now on what is sent to it or by it is lost without a word.
     pub fn cut(&self, host: u32) {
-        self.cable(host, "down");
+        self.set_cables(host, "down");
     }
 
-    /// Puts the cable back.
+    /// Puts the cables back.
     pub fn mend(&self, host: u32) {
-        self.cable(host, "up");
+        self.set_cables(host, "up");
     }
 
-    /// From now on what one host sends to another is lost without a word; what the other sends to it arrives.
+    /// From now on what one host sends to another by the first switch is lost without a word; what the other sends to it arrives.
     pub fn drop_way(&self, from: u32, to: u32) {
         // A card that nobody has: the switch knows no way to it.
         let (space, address) = (self.space(from), self.address(to));
-        ip(&format!("-n {space} neighbour replace {address} lladdr 02:00:00:00:00:01 dev net nud permanent"))
-            .expect("the host is ours");
+        ip(&format!(
+            "-n {space} neighbour replace {address} lladdr 02:00:00:00:00:01 dev net0 nud permanent"
+        ))
+        .expect("the host is ours");
     }
 
     /// What it sends arrives again.
     pub fn mend_way(&self, from: u32, to: u32) {
         let (space, address) = (self.space(from), self.address(to));
-        ip(&format!("-n {space} neighbour delete {address} dev net")).expect("the host is ours");
+        ip(&format!("-n {space} neighbour delete {address} dev net0")).expect("the host is ours");
     }
 
     /// From now on the busiest of the connections between two hosts loses all that is sent on it, both ways and without a word;
@@ -109,14 +133,14 @@ impl Network {
     pub fn drop_connection(&self, one: u32, other: u32) -> Result<(), String> {
         for host in [one, other] {
             let tc = format!("netns exec {} tc", self.space(host));
-            ip(&format!("{tc} qdisc replace dev net root handle 1: htb default 1"))?;
+            ip(&format!("{tc} qdisc replace dev net0 root handle 1: htb default 1"))?;
             for class in ["1:1", "1:2"] {
                 ip(&format!(
-                    "{tc} class replace dev net parent 1: classid {class} htb rate 10gbit quantum 60000"
+                    "{tc} class replace dev net0 parent 1: classid {class} htb rate 10gbit quantum 60000"
                 ))?;
             }
             // A queue with room for nothing.
-            ip(&format!("{tc} qdisc replace dev net parent 1:2 handle 2: bfifo limit 0"))?;
+            ip(&format!("{tc} qdisc replace dev net0 parent 1:2 handle 2: bfifo limit 0"))?;
         }
         let filter = format!("netns exec {} ss -Htin dst {}", self.space(one), self.address(other));
         let told = ip(&filter)?;
@@ -124,13 +148,16 @@ impl Network {
         for (host, from, to) in [(one, here, there), (other, there, here)] {
             let matches = format!("match ip sport {from} 0xffff match ip dport {to} 0xffff");
             let tc = format!("netns exec {} tc", self.space(host));
-            ip(&format!("{tc} filter add dev net parent 1: protocol ip u32 {matches} flowid 1:2"))?;
+            ip(&format!("{tc} filter add dev net0 parent 1: protocol ip u32 {matches} flowid 1:2"))?;
         }
         Ok(())
     }
 
-    fn cable(&self, host: u32, state: &str) {
-        ip(&format!("-n {} link set cable{host} {state}", self.switch())).expect("the switch is ours");
+    fn set_cables(&self, host: u32, state: &str) {
+        for at in 0..self.switches {
+            let cable = cable(host, at);
+            ip(&format!("-n {} link set {cable} {state}", self.switch())).expect("the switch is ours");
+        }
     }
 }
 

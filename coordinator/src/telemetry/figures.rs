@@ -541,7 +541,7 @@ pub(super) mod tests {
         figures.observe(&Notice::Step(StepRecord { tokens: row.tokens + 1, ..row }), 1);
         let lanes = figures.lanes;
         let formed = |generation, end_lane| {
-            let (ring, peers) = (Vec::new(), String::new());
+            let (ring, peers) = (Vec::new(), Vec::new());
             let members = vec![RingMember { worker: "1".to_owned(), ring, peers, first_lane: 0, end_lane }];
             let (source, holders) = ("seed".to_owned(), Vec::new());
             logged(Event::Formed { generation, start: 0, source, holders, members, save_first: false })

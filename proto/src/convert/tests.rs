@@ -25,7 +25,7 @@ fn address() -> impl Strategy<Value = String> {
 }
 
 fn endpoints() -> impl Strategy<Value = v1::Endpoints> {
-    (vec(address(), 0..4), address()).prop_map(|(ring, peers)| v1::Endpoints { ring, peers })
+    (vec(address(), 0..4), vec(address(), 0..4)).prop_map(|(ring, peers)| v1::Endpoints { ring, peers })
 }
 
 fn written() -> impl Strategy<Value = v1::Written> {
@@ -292,7 +292,7 @@ fn what_is_wrong_is_said() {
     let blocks = vec![v1::BlockRange { first: 3, end: 5 }];
     let told = Written::try_from(v1::Written { all_blocks: 4, blocks, ..written }).unwrap_err().to_string();
     assert!(told.contains("blocks 3 to 5 of checkpoint 9, of 4"), "{told}");
-    let endpoints = v1::Endpoints { ring: vec!["here".to_owned()], peers: "127.0.0.1:1".to_owned() };
+    let endpoints = v1::Endpoints { ring: vec!["here".to_owned()], peers: vec!["127.0.0.1:1".to_owned()] };
     let told = Endpoints::try_from(endpoints).unwrap_err().to_string();
     assert!(told.contains("\"here\", which is no ip:port"), "{told}");
 }

@@ -17,6 +17,8 @@ struct Cluster {
     address: String,
     workers: Vec<Process>,
     place: String,
+    /// Networks that the workers are told to use: each has an address at each.
+    networks: u32,
 }
 
 impl Cluster {
@@ -27,17 +29,18 @@ impl Cluster {
 
     /// The same, where fewer may train, and with something done to the network before there are workers.
     fn start_with(name: &str, workers: u32, min: u32, prepare: impl FnOnce(&Network)) -> Option<Self> {
-        Self::start_detecting("1s", name, (workers, min), prepare)
+        Self::start_detecting("1s", name, (workers, min), 1, prepare)
     }
 
-    /// The same, with another time after which something silent is found.
+    /// The same, with another time after which something silent is found, and on so many networks.
     fn start_detecting(
         detection: &str,
         name: &str,
         (workers, min): (u32, u32),
+        networks: u32,
         prepare: impl FnOnce(&Network),
     ) -> Option<Self> {
-        let network = match Network::new(name, workers + 1) {
+        let network = match Network::new(name, workers + 1, networks) {
             Ok(network) => network,
             Err(why) => {
                 println!("NOT RUN, for this user may make no network namespaces: {why}");
@@ -54,7 +57,7 @@ impl Cluster {
             address(&coordinator.out()).is_some() || coordinator.ended()
         });
         let address = address(&coordinator.out()).unwrap_or_else(|| panic!("{}", coordinator.log()));
-        let mut cluster = Self { network, coordinator, address, workers: Vec::new(), place };
+        let mut cluster = Self { network, coordinator, address, workers: Vec::new(), place, networks };
         let (count, min) = (workers.to_string(), min.to_string());
         cluster.ask(&["submit", "small.toml", "--name", "a", "--workers", &count, "--min", &min]).expect(0);
         prepare(&cluster.network);
@@ -63,11 +66,12 @@ impl Cluster {
     }
 
     fn worker(&self, host: u32) -> Process {
-        let here = self.network.address(host);
-        let arguments = ["worker", "--coordinator", &self.address, "--job", "a", "--threads", "1"];
-        let more = ["--address", &here, "--insecure"];
+        let here: Vec<String> = (0..self.networks).map(|at| self.network.address_at(host, at)).collect();
+        let mut arguments = vec!["worker", "--coordinator", &self.address, "--job", "a", "--threads", "1"];
+        arguments.extend(here.iter().flat_map(|here| ["--address", here]));
+        arguments.push("--insecure");
         let on = self.network.on(host);
-        Process::start_by(&on, &world().folder, &[&arguments[..], &more].concat(), &[])
+        Process::start_by(&on, &world().folder, &arguments, &[])
     }
 
     fn ask(&self, arguments: &[&str]) -> Done {
@@ -173,13 +177,31 @@ fn two_that_do_not_reach_one_another_do_not_hold_up_the_others() {
     });
 }
 
+/// Of two networks one breaks between the workers: they go on by the other, and nobody is left out.
+#[test]
+fn workers_on_two_networks_go_on_when_one_of_them_is_cut() {
+    in_one_of_three("the cut was found and nobody taken for dead", |again| {
+        let name = format!("networks{again}");
+        let started = Cluster::start_detecting("2s", &name, (2, 2), 2, |_| {});
+        let Some(mut cluster) = started else { return true };
+        cluster.wait_for_checkpoint(3);
+        for (from, to) in [(1, 2), (2, 1)] {
+            cluster.network.drop_way(from, to);
+        }
+        let told = cluster.finish();
+        let formed = told.matches(" formed with 2 workers").count();
+        assert!(formed >= 2 && !told.contains("do not reach one another"), "{told}");
+        told.contains(" broke after step ") && !told.contains("lost (silent for")
+    });
+}
+
 /// A switch between two halves of the workers breaks: one of them goes on at once, and not after one ring for each pair.
 #[test]
 fn a_network_that_is_cut_in_two_costs_one_ring() {
     in_one_of_three("a half was the next ring", |again| {
         // Half of it may lie between two that notice, and the cuts are made one after the other.
         let name = format!("halves{again}");
-        let Some(mut cluster) = Cluster::start_detecting("8s", &name, (4, 2), |_| {}) else { return true };
+        let Some(mut cluster) = Cluster::start_detecting("8s", &name, (4, 2), 1, |_| {}) else { return true };
         cluster.wait_for_checkpoint(3);
         for (here, there) in [1, 2].into_iter().flat_map(|here| [3, 4].map(|there| (here, there))) {
             cluster.network.drop_way(here, there);

@@ -32,7 +32,7 @@ fn usage() {
 
 fn serve_steps(rank: u32, members: usize, mib: usize, host: IpAddr) {
     let mut listener = Listener::bind(SocketAddr::new(host, 0)).expect("a free port");
-    println!("{}", json!({ "address": listener.address().expect("a bound port").to_string() }));
+    println!("{}", json!({ "address": listener.addresses().expect("a bound port")[0].to_string() }));
     let mut lines = std::io::stdin().lock().lines().map(|line| line.expect("standard input"));
     let addresses: Vec<SocketAddr> =
         serde_json::from_str(&lines.next().expect("the addresses")).expect("a list of addresses");

@@ -24,7 +24,7 @@ fn a_ring_leaves_no_descriptor_and_no_thread() {
 
 fn leaves_nothing(mut listeners: Vec<Listener>) {
     let shape = Shape::balanced(4, 3, 4, 1000);
-    let members: Vec<_> = listeners.iter().map(|listener| vec![listener.address().unwrap()]).collect();
+    let members: Vec<_> = listeners.iter().map(|listener| vec![listener.addresses().unwrap()[0]]).collect();
     let before = held();
     // The handles outlive their rings, as the coordinator's side may.
     let mut handles = Vec::new();

@@ -25,6 +25,8 @@ use crate::cover::Cover;
 
 /// Blocks of a state at most: what is said of one that is larger is not believed.
 const BLOCKS_MAX: u64 = 1 << 32;
+/// For a better address of a peer to answer, before the next is tried too.
+const PREFERENCE: Duration = Duration::from_millis(250);
 /// Pause before a peer is asked again that has not got there yet.
 const AGAIN: Duration = Duration::from_millis(10);
 
@@ -177,7 +179,8 @@ impl Rows {
 /// Peers that form the same generation, and the state that is asked of them.
 #[derive(Clone)]
 pub(super) struct Circle {
-    peers: Vec<To>,
+    /// Of each its addresses, best first.
+    peers: Vec<Vec<To>>,
     generation: Generation,
     step: Step,
     /// Of one of them, after which it cannot be reached.
@@ -185,35 +188,51 @@ pub(super) struct Circle {
 }
 
 impl Circle {
-    /// Those at `addresses`.
+    /// Those at `addresses`, of which each has some, best first.
     pub fn new(
-        addresses: Vec<String>,
+        addresses: Vec<Vec<String>>,
         tls: Option<&Tls>,
         silence: Duration,
         generation: Generation,
         step: Step,
     ) -> Self {
         let to = |address| To { address, role: Role::Worker, tls: tls.cloned() };
-        Self { peers: addresses.into_iter().map(to).collect(), generation, step, silence }
+        let peers = addresses.into_iter().map(|of_one| of_one.into_iter().map(to).collect()).collect();
+        Self { peers, generation, step, silence }
     }
 
-    /// A connection to one of them: it cannot be reached when there was no answer at all for `silence`, or the two do not believe
-    /// one another. With it comes how to say what fails later.
+    /// A connection to one of them: it cannot be reached when there was no answer at all for `silence` at any of its addresses, or
+    /// the two do not believe one another. With it comes how to say what fails later.
     async fn client(
         &self,
         at: usize,
     ) -> Result<(PeersClient<Channel>, impl Fn(String) -> Failed + use<>), Failed> {
-        let peer = &self.peers[at];
-        let address = peer.address.clone();
-        let failed = move |what: String| Failed::from(format!("state from {address}: {what}"));
-        match peer.connect_watched(self.silence).await {
-            Ok(channel) => Ok((PeersClient::new(channel), failed)),
-            Err(cause) => {
-                let is_apart = matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
-                let unreachable = Vec::from_iter(is_apart.then_some(at));
-                Err(Failed { unreachable, ..failed(cause.to_string()) })
+        let failed = |address: &str, what: &str| Failed::from(format!("state from {address}: {what}"));
+        // All are tried at once, but for a little that the better ones are given: the first that is there is taken.
+        let mut tries = tokio::task::JoinSet::new();
+        for (to, place) in self.peers[at].iter().cloned().zip(0..) {
+            let silence = self.silence;
+            tries.spawn(async move {
+                tokio::time::sleep(PREFERENCE.min(silence / 8) * place).await;
+                let connected = to.connect_watched(silence).await;
+                (to.address, connected)
+            });
+        }
+        let (mut reasons, mut is_apart) = (Vec::new(), true);
+        while let Some(tried) = tries.join_next().await {
+            let (address, connected) = tried.map_err(|cause| Failed::from(cause.to_string()))?;
+            match connected {
+                Ok(channel) => {
+                    let failed = move |what: String| failed(&address, &what);
+                    return Ok((PeersClient::new(channel), failed));
+                }
+                Err(cause) => {
+                    is_apart &= matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
+                    reasons.push(failed(&address, &cause.to_string()).reason);
+                }
             }
         }
+        Err(Failed { unreachable: Vec::from_iter(is_apart.then_some(at)), reason: reasons.join("; ") })
     }
 
     /// One peer's part. A peer that has not got there yet is asked again.

@@ -181,7 +181,7 @@ mod tests {
             let (runtime, shelf) = (Runtime::new().unwrap(), Shelf::default());
             let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
             let rows = peers::SharedRows::default();
-            let address = runtime.block_on(peers::start(here, None, shelf.clone(), rows)).unwrap();
+            let address = runtime.block_on(peers::start(&[here], None, shelf.clone(), rows)).unwrap();
             let states = [state(1), state(2)];
             let blocks = states[0].layout.blocks();
             let missing = [0..0, 0..blocks].into_iter();
@@ -189,7 +189,8 @@ mod tests {
                 states.iter().zip(missing).map(|(s, m)| Arc::new(Live::new(Step(7), s, m))).collect();
             let lives: [Arc<Live>; 2] = lives.try_into().ok().unwrap();
             let (generation, silence) = (Generation(4), Duration::from_secs(60));
-            let circle = Circle::new(vec![address.to_string()], None, silence, generation, Step(7));
+            let peer = vec![address[0].to_string()];
+            let circle = Circle::new(vec![peer], None, silence, generation, Step(7));
             let mut learner = Learner::new(lives[1].clone(), circle, Piece::all_of(0..blocks, &[0]));
             learner.begin(runtime.handle());
             Self { runtime, shelf, states, lives, learner }
@@ -257,7 +258,7 @@ mod tests {
         let (live, circle) = (
             learner.desk.live.clone(),
             Circle::new(
-                vec!["127.0.0.1:1".to_owned()],
+                vec![vec!["127.0.0.1:1".to_owned()]],
                 None,
                 Duration::from_millis(200),
                 Generation(4),
@@ -284,9 +285,10 @@ mod tests {
         let row = |step| StepReport { step, loss: step as f64, ..StepReport::default() };
         let rows = peers::SharedRows::default();
         rows.lock().unwrap().took(2, (2..5).map(|step| (step, row(step))).collect()).for_each(drop);
-        let address = runtime.block_on(peers::start(here, None, Shelf::default(), rows.clone())).unwrap();
+        let address = runtime.block_on(peers::start(&[here], None, Shelf::default(), rows.clone())).unwrap();
         let silence = Duration::from_millis(500);
-        let circle = Circle::new(vec![address.to_string()], None, silence, Generation(4), Step(5));
+        let peer = vec![address[0].to_string()];
+        let circle = Circle::new(vec![peer], None, silence, Generation(4), Step(5));
         let ask = |first, end| runtime.block_on(circle.rows(0, first, end));
         let came = ask(0, 5).unwrap();
         assert_eq!((came.durable, came.rows), (2, (2..5).map(row).collect()));

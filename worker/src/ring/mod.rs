@@ -47,8 +47,8 @@ pub struct WorkerOptions {
     pub coordinator: String,
     /// The job.
     pub job: String,
-    /// Address of this machine that peers reach; ports are free ones.
-    pub address: IpAddr,
+    /// Addresses of this machine that peers reach, best first, at least one; ports are free ones.
+    pub addresses: Vec<IpAddr>,
     /// Of all connections: those of peers and that to the coordinator.
     pub protection: Protection,
     /// Where this runs, for people.

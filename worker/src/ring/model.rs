@@ -436,7 +436,11 @@ impl Thread {
             silence: self.silence,
             abort: abort.clone(),
         };
-        tcp::connect(&mut self.listener, &options).map_err(|error| cause_of(&error, serving.formation))
+        // All of a member's addresses were tried.
+        tcp::connect(&mut self.listener, &options).map_err(|error| match &error {
+            RingError::Unreachable { ranks, .. } => unreachable(ranks, error.to_string(), serving.formation),
+            _ => cause_of(&error, serving.formation),
+        })
     }
 
     /// Where parameters lie in a generation that begins with this step, and the order in which its blocks become whole in a
@@ -530,12 +534,22 @@ fn unreachable(ranks: &[Rank], reason: String, formation: &Formation) -> Cause {
     if peers.is_empty() { broken(None, reason) } else { Cause::Unreachable { peers, reason } }
 }
 
+fn has_more_addresses(rank: Rank, formation: &Formation) -> bool {
+    formation.members.get(rank.index()).is_some_and(|member| member.endpoints.ring.len() > 1)
+}
+
 /// Why the ring is left, by what ended the collective.
 fn cause_of(error: &RingError, formation: &Formation) -> Cause {
     let reason = error.to_string();
     match error {
         RingError::Lost { rank, .. } => {
             broken(formation.members.get(rank.index()).map(|member| member.worker), reason)
+        }
+        // It was tried at one of its addresses: the next ring tries the others.
+        RingError::Unreachable { ranks, .. }
+            if ranks.iter().all(|rank| has_more_addresses(*rank, formation)) =>
+        {
+            broken(None, reason)
         }
         RingError::Unreachable { ranks, .. } => unreachable(ranks, reason, formation),
         // Certificates are exchanged on one machine after the other: until all have theirs, some do not believe others.

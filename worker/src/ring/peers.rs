@@ -186,26 +186,32 @@ impl Lent {
     }
 }
 
-/// Serves what is on `shelf`, and `rows`, at a free port of `address`, with TLS to workers alone.
+/// Serves what is on `shelf`, and `rows`, at a free port of each of `addresses`, with TLS to workers alone.
 pub(super) async fn start(
-    address: IpAddr,
+    addresses: &[IpAddr],
     tls: Option<&Tls>,
     shelf: Shelf,
     rows: SharedRows,
-) -> std::io::Result<SocketAddr> {
-    let listener = tokio::net::TcpListener::bind((address, 0)).await?;
-    let address = listener.local_addr()?;
-    let server = tonic::transport::Server::builder()
-        .add_service(PeersServer::new(Service { shelf, rows }))
-        .serve_with_incoming(incoming(listener, tls.map(|tls| (tls, &[Role::Worker][..]))));
-    tokio::spawn(async move {
-        if let Err(error) = server.await {
-            tracing::error!(%error, "the service that hands out state has ended");
-        }
-    });
-    Ok(address)
+) -> std::io::Result<Vec<SocketAddr>> {
+    let service = Service { shelf, rows };
+    let mut bound = Vec::new();
+    for address in addresses {
+        let listener = tokio::net::TcpListener::bind((*address, 0)).await?;
+        let address = listener.local_addr()?;
+        bound.push(address);
+        let server = tonic::transport::Server::builder()
+            .add_service(PeersServer::new(service.clone()))
+            .serve_with_incoming(incoming(listener, tls.map(|tls| (tls, &[Role::Worker][..]))));
+        tokio::spawn(async move {
+            if let Err(error) = server.await {
+                tracing::error!(%address, %error, "the service that hands out state has ended");
+            }
+        });
+    }
+    Ok(bound)
 }
 
+#[derive(Clone)]
 struct Service {
     shelf: Shelf,
     rows: SharedRows,

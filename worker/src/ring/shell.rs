@@ -1,6 +1,6 @@
 //! The shell: connection, heartbeats, signals and the model thread around the pure [`Member`].
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -40,24 +40,25 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         .enable_all()
         .build()
         .map_err(system("starting the worker's runtime"))?;
-    options.protection.check(options.address)?;
+    options.addresses.iter().try_for_each(|address| options.protection.check(*address))?;
     let tls = options.protection.tls();
-    let mut listener =
-        tcp::Listener::bind(SocketAddr::new(options.address, 0)).map_err(system("listening for peers"))?;
-    if let Some(tls) = tls {
-        listener = listener.with_tls(tls.clone());
-    }
-    let ring = listener.address().map_err(system("listening for peers"))?;
+    let listener = listen(&options.addresses).map_err(system("listening for peers"))?;
+    let listener = match tls {
+        Some(tls) => listener.with_tls(tls.clone()),
+        None => listener,
+    };
+    let ring = listener.addresses().map_err(system("listening for peers"))?;
     let (shelf, rows) = (peers::Shelf::default(), peers::SharedRows::default());
     let peers = runtime
-        .block_on(peers::start(options.address, tls, shelf.clone(), rows.clone()))
+        .block_on(peers::start(&options.addresses, tls, shelf.clone(), rows.clone()))
         .map_err(system("listening for peers that lack state"))?;
+    let texts = |addresses: &[SocketAddr]| addresses.iter().map(SocketAddr::to_string).collect();
     let here = environment::of(device::named(options.device.unwrap_or_default()), options.threads);
     let hello = v1::Hello {
         job: options.job.clone(),
         worker: draw_id(),
         connection: 0,
-        endpoints: Some(v1::Endpoints { ring: vec![ring.to_string()], peers: peers.to_string() }),
+        endpoints: Some(v1::Endpoints { ring: texts(&ring), peers: texts(&peers) }),
         machine: options.machine.clone(),
         build: here.build(),
         device: here.device.clone(),
@@ -90,6 +91,13 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
     // What is left of the runtime are connections that nobody waits for.
     runtime.shutdown_background();
     left
+}
+
+/// The ring's listener at a free port of each of `addresses`.
+fn listen(addresses: &[IpAddr]) -> std::io::Result<tcp::Listener> {
+    let (first, more) = addresses.split_first().ok_or(std::io::ErrorKind::AddrNotAvailable)?;
+    let at = |address: &IpAddr| SocketAddr::new(*address, 0);
+    more.iter().try_fold(tcp::Listener::bind(at(first))?, |listener, address| listener.and_at(at(address)))
 }
 
 /// A number that no other process has: the hash of a map's random keys, which the system draws.

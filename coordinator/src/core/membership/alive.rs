@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// How a member begins to say that it left because it was told to.
+const ABORTED: &str = "aborted: ";
+
 impl Membership {
     /// A living generation: does it break, or is a change due?
     pub(super) fn watch(&self, formation: &Arc<Formation>, changing: Option<&Change>) -> Option<Ring> {
@@ -94,6 +97,40 @@ impl Membership {
         (now != self.ring).then_some(now)
     }
 
+    /// A ring that ended though nobody died, was at fault or is out of reach, as when one of two networks fails: the log says why.
+    fn note_break(&self, formation: &Formation, out: &mut Vec<Effect>) {
+        let generation = formation.generation;
+        let held = self.workers.iter().filter_map(|(id, worker)| match &worker.stance.activity {
+            Activity::Holding { generation: of, cause } if *of == generation => {
+                Some((*id, worker.stance.holds, cause))
+            }
+            _ => None,
+        });
+        if formation.members.iter().any(|member| !self.workers.contains_key(&member.worker)) {
+            return;
+        }
+        let mut broke = None;
+        for (worker, step, cause) in held {
+            match cause {
+                Cause::Broken { reason, .. } if reason.starts_with(ABORTED) => {}
+                Cause::Broken { reason, .. } => {
+                    broke.get_or_insert((worker, step, reason.clone()));
+                }
+                Cause::Ordered | Cause::Ended => {}
+                // That is what the log says.
+                Cause::Unreachable { .. }
+                | Cause::NoState { .. }
+                | Cause::Diverged { .. }
+                | Cause::Fault { .. } => {
+                    return;
+                }
+            }
+        }
+        if let Some((worker, step, reason)) = broke {
+            out.push(Effect::Record(Entry::Broke { worker, generation, step, reason }));
+        }
+    }
+
     /// After a generation's end: a failure that no death explains is counted, and the second distrusts held state.
     pub(super) fn judge(&mut self, formation: &Formation, blameless: bool, out: &mut Vec<Effect>) {
         self.judge_replicas(formation, out);
@@ -106,7 +143,9 @@ impl Membership {
             }
             _ => None,
         });
-        let Some((worker, holds, reason)) = fault.filter(|_| !blameless) else { return };
+        let Some((worker, holds, reason)) = fault.filter(|_| !blameless) else {
+            return self.note_break(formation, out);
+        };
         if let Source::Checkpoint { step } = formation.source
             && self.workers.values().any(|worker| {
                 let Activity::Holding { generation, cause } = &worker.stance.activity else { return false };

@@ -38,7 +38,7 @@ fn blocks(range: Range<u64>) -> Vec<Range<u64>> {
 }
 
 fn endpoints(id: u64) -> Endpoints {
-    Endpoints { ring: vec![format!("w{id}:1")], peers: format!("w{id}:2") }
+    Endpoints { ring: vec![format!("w{id}:1")], peers: vec![format!("w{id}:2")] }
 }
 
 fn running(generation: u64) -> Activity {

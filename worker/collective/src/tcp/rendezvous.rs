@@ -42,7 +42,7 @@ use strangers::Stranger;
 #[derive(Clone, Copy)]
 enum Mark {
     Wake,
-    Listener,
+    Listener(usize),
     Dial(usize),
     Stranger(usize),
     Connected(Rank),
@@ -103,8 +103,9 @@ pub(crate) fn meet(
     if let Some(rank) = (0..ring.rank().index()).find(|rank| options.members[*rank].is_empty()) {
         return Err(Error::shape(format!("rank {rank} has no address")));
     }
-    set_buffers(&listener.socket, options.socket_buffer_bytes)
-        .map_err(Error::system("setting socket buffers"))?;
+    for socket in &listener.sockets {
+        set_buffers(socket, options.socket_buffer_bytes).map_err(Error::system("setting socket buffers"))?;
+    }
     let own = Hello {
         job: options.job.clone(),
         generation: options.generation.0,
@@ -167,7 +168,7 @@ impl Rendezvous<'_> {
             for (mark, flags) in self.poll(wake).wait(Some(next.saturating_duration_since(now)))? {
                 match mark {
                     Mark::Wake => {}
-                    Mark::Listener => self.accept()?,
+                    Mark::Listener(at) => self.accept(at)?,
                     Mark::Dial(at) => self.go_on_dialing(at)?,
                     Mark::Stranger(at) => self.greet(at)?,
                     Mark::Connected(rank) => {
@@ -200,7 +201,9 @@ impl Rendezvous<'_> {
     fn poll<'a>(&'a self, wake: &'a Wake) -> Poll<'a, Mark> {
         let mut poll = Poll::new();
         poll.push(wake.fd(), PollFlags::IN, Mark::Wake);
-        poll.push(&self.listener.socket, PollFlags::IN, Mark::Listener);
+        for (at, socket) in self.listener.sockets.iter().enumerate() {
+            poll.push(socket, PollFlags::IN, Mark::Listener(at));
+        }
         for (at, dial) in self.dials.iter().enumerate() {
             match &dial.state {
                 Dialing::Connecting(stream, _) => poll.push(stream, PollFlags::OUT, Mark::Dial(at)),

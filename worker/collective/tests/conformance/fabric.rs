@@ -95,7 +95,7 @@ pub fn options(rank: usize, addresses: &[SocketAddr], shape: &Shape, generation:
 }
 
 pub fn addresses(listeners: &[Listener]) -> Vec<SocketAddr> {
-    listeners.iter().map(|listener| listener.address().unwrap()).collect()
+    listeners.iter().map(|listener| listener.addresses().unwrap()[0]).collect()
 }
 
 /// The rendezvous of all listeners at once.

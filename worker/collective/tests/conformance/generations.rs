@@ -98,7 +98,7 @@ fn an_address_that_nobody_answers_is_passed_over_for_the_next() {
     let mut listeners = listeners(2);
     let mut addresses = addresses(&listeners);
     let (zero, one) = listeners.split_at_mut(1);
-    let free = anello_collective::tcp::Listener::bind(localhost()).unwrap().address().unwrap();
+    let free = anello_collective::tcp::Listener::bind(localhost()).unwrap().addresses().unwrap()[0];
     std::thread::scope(|scope| {
         let first = options(0, &addresses, &shape, Generation(1));
         let zero = scope.spawn(move || connect(&mut zero[0], &first));

@@ -3,11 +3,11 @@
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use anello_collective::tcp::connect;
+use anello_collective::tcp::{Listener, connect};
 use anello_collective::{Collective, Error, Generation, Rank, Shape, Step};
 use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
 
-use crate::fabric::{listeners, localhost, meet, options};
+use crate::fabric::{listeners, localhost, meet, meet_with, options};
 
 /// An address whose kernel answers nobody any more: room for one connection that nobody takes, and those that fill it.
 fn silent() -> (TcpListener, Vec<TcpStream>) {
@@ -30,7 +30,7 @@ fn a_member_that_does_not_answer_is_named_and_one_that_refuses_is_waited_for() {
     let shape = Shape::balanced(2, 2, 1, 4);
     let mut own = listeners(1);
     let mut meet_at = |address: SocketAddr, deadline| {
-        let addresses = [address, own[0].address().unwrap()];
+        let addresses = [address, own[0].addresses().unwrap()[0]];
         let mut options = options(1, &addresses, &shape, Generation(3));
         (options.silence, options.deadline) = (Duration::from_secs(1), deadline);
         connect(&mut own[0], &options).unwrap_err()
@@ -45,13 +45,47 @@ fn a_member_that_does_not_answer_is_named_and_one_that_refuses_is_waited_for() {
     assert!(matches!(error, Error::Deadline { .. }), "{error:?}");
 }
 
+/// A machine on several networks, of which the best is cut: it is met by another one.
+#[test]
+fn a_member_is_met_at_the_first_of_its_addresses_that_answers() {
+    let (full, _inside) = silent();
+    let nobody = TcpListener::bind(localhost()).unwrap().local_addr().unwrap();
+    let shape = Shape::balanced(2, 2, 1, 4);
+    let two = |listener: Listener| listener.and_at("127.0.0.2:0".parse().unwrap()).unwrap();
+    let mut own: Vec<Listener> = listeners(2).into_iter().map(two).collect();
+    let all: Vec<Vec<SocketAddr>> = own.iter().map(|listener| listener.addresses().unwrap()).collect();
+    assert_eq!(all[0].iter().map(|a| a.ip().to_string()).collect::<Vec<_>>(), ["127.0.0.1", "127.0.0.2"]);
+    let away = full.local_addr().unwrap();
+    for (generation, first) in
+        (1..).zip([vec![all[0][0]], vec![all[0][1]], vec![nobody, all[0][1]], vec![away, all[0][1]]])
+    {
+        let rings = meet_with(&mut own, |rank| {
+            let mut options = options(rank, &[away, all[1][0]], &shape, Generation(generation));
+            options.members[0] = first.clone();
+            options.silence = Duration::from_secs(2);
+            options
+        });
+        let words: Vec<_> = std::thread::scope(|scope| {
+            let said = rings.into_iter().map(|ring| {
+                scope.spawn(move || {
+                    let mut ring = ring.unwrap();
+                    let own = ring.ring().rank().0 as u8;
+                    ring.exchange(Step(1), &[own]).unwrap()
+                })
+            });
+            said.collect::<Vec<_>>().into_iter().map(|said| said.join().unwrap()).collect()
+        });
+        assert_eq!(words, [[[0], [1]], [[0], [1]]]);
+    }
+}
+
 /// Whoever gives up names all that do not answer, and so does whoever is told to leave before it would.
 #[test]
 fn all_that_do_not_answer_are_named() {
     let (full, _inside) = silent();
     let (away, shape) = (full.local_addr().unwrap(), Shape::balanced(4, 4, 1, 4));
     let mut own = listeners(2);
-    let here = own.iter().map(|listener| listener.address().unwrap());
+    let here = own.iter().map(|listener| listener.addresses().unwrap()[0]);
     let addresses: Vec<SocketAddr> = [away, away].into_iter().chain(here).collect();
     let errors: Vec<Error> = std::thread::scope(|scope| {
         let meeting = own.iter_mut().zip(2..).map(|(listener, rank)| {

@@ -113,7 +113,7 @@ fn a_member_whose_ca_is_another_is_told_and_who_waits_goes_on_waiting() {
     let right = addresses[0];
     let shape = shape();
     // The address of rank 0 is that of the stray.
-    addresses[0] = stray.address().unwrap();
+    addresses[0] = stray.addresses().unwrap()[0];
     let waiting = options(0, &addresses, &shape, Generation(1));
     let handle = waiting.abort.clone();
     std::thread::scope(|scope| {

@@ -50,7 +50,7 @@ impl Scripted {
             let address = listener.local_addr().unwrap().to_string();
             let server = tonic::transport::Server::builder().add_service(PeersServer::new(self));
             tokio::spawn(server.serve_with_incoming(incoming(listener, None)));
-            ask(Circle::new(vec![address], None, Duration::from_secs(60), Generation(4), Step(7))).await
+            ask(Circle::new(vec![vec![address]], None, Duration::from_secs(60), Generation(4), Step(7))).await
         })
     }
 }
@@ -279,4 +279,25 @@ fn a_head_that_makes_no_sense_is_refused() {
     ] {
         assert!(Head::read(&wrong).is_err(), "{wrong:?}");
     }
+}
+
+/// A peer on two networks is asked by the one that it answers on; it is out of reach when it answers on none.
+#[test]
+fn a_peer_is_reached_by_any_of_its_addresses() {
+    let nobody =
+        || std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().to_string();
+    let rows = vec![RowsItem { durable: Some(9), row: None }];
+    let came = Scripted { rows, ..Scripted::default() }.asked(|circle| async move {
+        let [peer] = &circle.peers[..] else { panic!("one is asked") };
+        let better = To { address: nobody(), ..peer[0].clone() };
+        let circle = Circle { peers: vec![[&[better], &peer[..]].concat()], ..circle };
+        circle.rows(0, 3, 6).await.map(|came| came.durable)
+    });
+    assert_eq!(came, Ok(9));
+    let (one, other) = (nobody(), nobody());
+    let none = vec![one.clone(), other.clone()];
+    let circle = Circle::new(vec![none], None, Duration::from_millis(800), Generation(4), Step(7));
+    let failed = Runtime::new().unwrap().block_on(circle.rows(0, 3, 6)).unwrap_err();
+    assert!(failed.reason.contains(&one) && failed.reason.contains(&other), "{failed:?}");
+    assert!(failed.unreachable.is_empty(), "its machine says that nobody is there: {failed:?}");
 }

@@ -227,7 +227,7 @@ impl Thread {
             .iter()
             .filter(|member| member.worker != own && may(member.worker))
             .map(|member| (member.worker, member.endpoints.peers.clone()));
-        let (ids, addresses): (Vec<WorkerId>, Vec<String>) = asked.unzip();
+        let (ids, addresses): (Vec<WorkerId>, Vec<Vec<String>>) = asked.unzip();
         (Circle::new(addresses, self.tls.as_ref(), self.silence, *generation, step), ids)
     }
 

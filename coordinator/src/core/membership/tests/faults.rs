@@ -35,6 +35,30 @@ fn a_step_that_fails_again_goes_back_to_the_checkpoint_and_then_fails_the_job() 
     assert_eq!(story.core.status().outcome, Some(Outcome::Failed { reason }));
 }
 
+/// One of two networks fails, say: it is no fault that is counted, and the log says why there is another ring.
+#[test]
+fn a_ring_that_broke_though_nobody_died_is_explained_and_not_counted() {
+    let mut story = Story::running(2);
+    for generation in 1..=5 {
+        let broken = |reason: &str| Cause::Broken { lost: None, reason: reason.to_owned() };
+        let silent = "nothing of what is sent to it has arrived";
+        let mut out = story.stands(1, stance(Some(15), holding(generation, broken(silent))));
+        let left = broken("aborted: a member has left the ring");
+        out.extend(story.stands(2, stance(Some(15), holding(generation, left))));
+        let broke = Entry::Broke {
+            worker: WorkerId(1),
+            generation: Generation(generation),
+            step: Some(Step(15)),
+            reason: silent.to_owned(),
+        };
+        assert!(out.contains(&Effect::Record(broke)), "{out:?}");
+        assert_eq!(story.core.formation().map(|next| next.source.clone()), Some(peers(&[1, 2])));
+        story.event(Event::Recorded { generation: Generation(generation + 1) });
+        (1..=2).for_each(|id| drop(story.stands(id, stance(Some(15), running(generation + 1)))));
+    }
+    assert_eq!(story.core.status().outcome, None);
+}
+
 #[test]
 fn with_no_checkpoint_that_can_be_read_the_job_fails_instead_of_starting_over() {
     let found =

@@ -10,8 +10,13 @@ use crate::Generation;
 
 /// Between two attempts to reach a worker.
 const RETRY: Duration = Duration::from_millis(50);
-/// For a connection attempt that gets no answer, before the next address is tried.
+/// For a connection attempt that gets no answer at most, before the next address is tried.
 const CONNECT: Duration = Duration::from_secs(2);
+
+/// For one attempt to reach a worker of so many addresses: each is tried twice before the worker is given up.
+fn patience(silence: Duration, addresses: usize) -> Duration {
+    CONNECT.min(silence / (2 * addresses as u32))
+}
 
 pub(super) enum Dialing {
     Idle(Instant),
@@ -46,7 +51,7 @@ impl Rendezvous<'_> {
                     let dialed = dial(address, self.options.socket_buffer_bytes)
                         .and_then(|socket| watch(&socket, silence, messages).map(|()| socket));
                     dialing.state = match dialed {
-                        Ok(stream) => Dialing::Connecting(stream, now + CONNECT.min(silence)),
+                        Ok(stream) => Dialing::Connecting(stream, now + patience(silence, addresses.len())),
                         Err(error) if has_no_way(&error) => {
                             dialing.unanswered(now, format!("{address}: {error}"))
                         }

@@ -1,4 +1,4 @@
-//! The port of a worker.
+//! The ports of a worker.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -22,10 +22,11 @@ pub struct Refusals {
     pub untrusted: u64,
 }
 
-/// The port of a worker. It outlives generations: each rendezvous takes the connections that came meanwhile.
+/// The ports of a worker, one at each of its addresses. It outlives generations: each rendezvous takes the connections that
+/// came meanwhile.
 #[derive(Debug)]
 pub struct Listener {
-    pub(super) socket: TcpListener,
+    pub(super) sockets: Vec<TcpListener>,
     pub(super) security: Option<Security>,
     pub(super) refusals: Refusals,
 }
@@ -36,9 +37,18 @@ impl Listener {
     /// # Errors
     /// Those of the system.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
+        Self { sockets: Vec::new(), security: None, refusals: Refusals::default() }.and_at(address)
+    }
+
+    /// Listens on `address` too, as where a machine is reached by several networks: members try one after the other.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn and_at(mut self, address: SocketAddr) -> io::Result<Self> {
         let socket = TcpListener::bind(address)?;
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, security: None, refusals: Refusals::default() })
+        self.sockets.push(socket);
+        Ok(self)
     }
 
     /// The same with TLS, here and on the way to others: all members must have it.
@@ -47,12 +57,12 @@ impl Listener {
         Self { security: Some(Security::new(tls)), ..self }
     }
 
-    /// Where it listens.
+    /// Where it listens, in the order in which that was asked for.
     ///
     /// # Errors
     /// Those of the system.
-    pub fn address(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
+    pub fn addresses(&self) -> io::Result<Vec<SocketAddr>> {
+        self.sockets.iter().map(TcpListener::local_addr).collect()
     }
 
     /// What was refused since it was bound.

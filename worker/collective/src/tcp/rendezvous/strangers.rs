@@ -17,12 +17,13 @@ pub(super) struct Stranger {
 }
 
 impl Rendezvous<'_> {
-    pub(super) fn accept(&mut self) -> Result<()> {
+    /// Takes those who came to one of our addresses.
+    pub(super) fn accept(&mut self, at: usize) -> Result<()> {
         // A few at a time; the rest waits in the kernel. Beyond the bound the oldest goes, so that strangers who say
         // nothing keep nobody out.
         let strangers_max = 64 + 2 * self.pairs.len();
         for _ in 0..64 {
-            match self.listener.socket.accept() {
+            match self.listener.sockets[at].accept() {
                 Ok((stream, _)) => {
                     // Those who came before this rendezvous have the buffers of a listener that knew of none.
                     let prepared = stream
