@@ -83,7 +83,7 @@ fn write_event_file(folder: &Path, records: &[StepRecord], begun_ms: u64) -> Res
 }
 
 /// The columns that every record has, in the order of the Parquet files.
-fn columns(record: &StepRecord) -> [(&'static str, Value); 20] {
+fn columns(record: &StepRecord) -> [(&'static str, Value); 21] {
     let seconds = &record.seconds;
     [
         ("step", json!(record.step)),
@@ -105,6 +105,7 @@ fn columns(record: &StepRecord) -> [(&'static str, Value); 20] {
         ("checkpoint_s", json!(seconds.checkpoint)),
         ("reduce_s", json!(seconds.reduce)),
         ("eval_s", json!(seconds.eval)),
+        ("forward_s", json!(seconds.forward)),
         ("weights", json!(record.weights)),
     ]
 }

@@ -82,7 +82,7 @@ fn masked_crc(bytes: &[u8]) -> u32 {
 /// The figures of a step; those of one chart share what is before the slash.
 fn scalars(record: &StepRecord) -> Vec<Scalar> {
     let seconds = &record.seconds;
-    let named: [(&str, f64); 16] = [
+    let named: [(&str, f64); 17] = [
         ("loss/objective", record.loss),
         ("exit/depth", record.depth()),
         ("exit/entropy", record.entropy),
@@ -95,6 +95,7 @@ fn scalars(record: &StepRecord) -> Vec<Scalar> {
         ("seconds/step", seconds.step),
         ("seconds/data", seconds.data),
         ("seconds/compute", seconds.compute),
+        ("seconds/forward", seconds.forward),
         ("seconds/reduce", seconds.reduce),
         ("seconds/update", seconds.update),
         ("seconds/checkpoint", seconds.checkpoint),

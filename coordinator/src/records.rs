@@ -137,6 +137,7 @@ pub fn record_of(report: v1::StepReport) -> StepRecord {
         update: second(4),
         checkpoint: second(5),
         eval: second(6),
+        forward: second(7),
     };
     StepRecord {
         step: report.step,

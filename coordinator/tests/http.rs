@@ -56,6 +56,7 @@ fn row(step: u64) -> StepRecord {
             step: 0.5,
             data: 0.1,
             compute: 0.3,
+            forward: 0.1,
             reduce: 0.05,
             update: 0.05,
             checkpoint: 0.0,

@@ -255,7 +255,7 @@ const SPENT_US_MAX: u64 = 1 << 47;
 impl From<&Pace> for v1::Pace {
     fn from(pace: &Pace) -> Self {
         let Pace { generation, lanes, steps, spent } = *pace;
-        let Spent { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us } = spent;
+        let Spent { step_us, data_us, compute_us, forward_us, reduce_us, update_us, checkpoint_us } = spent;
         Self {
             generation: generation.0,
             lanes,
@@ -263,6 +263,7 @@ impl From<&Pace> for v1::Pace {
             step_us,
             data_us,
             compute_us,
+            forward_us,
             reduce_us,
             update_us,
             checkpoint_us,
@@ -274,15 +275,16 @@ impl TryFrom<v1::Pace> for Pace {
     type Error = Malformed;
     fn try_from(message: v1::Pace) -> Result<Self, Malformed> {
         let v1::Pace { generation, lanes, steps, .. } = message;
-        let v1::Pace { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us, .. } = message;
+        let v1::Pace { step_us, data_us, compute_us, forward_us, reduce_us, .. } = message;
+        let v1::Pace { update_us, checkpoint_us, .. } = message;
         if lanes == 0 || steps == 0 {
             return Err(malformed(format!("the time of {steps} steps of {lanes} lanes")));
         }
-        let all = [step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us];
+        let all = [step_us, data_us, compute_us, forward_us, reduce_us, update_us, checkpoint_us];
         if let Some(long) = all.into_iter().find(|us| *us > SPENT_US_MAX) {
             return Err(malformed(format!("steps of {long} µs, of at most {SPENT_US_MAX}")));
         }
-        let spent = Spent { step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us };
+        let spent = Spent { step_us, data_us, compute_us, forward_us, reduce_us, update_us, checkpoint_us };
         Ok(Self { generation: Generation(generation), lanes, steps, spent })
     }
 }

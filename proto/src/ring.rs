@@ -422,6 +422,8 @@ pub struct Spent {
     pub data_us: u64,
     /// Forward and backward of the worker's lanes.
     pub compute_us: u64,
+    /// Of it, forward.
+    pub forward_us: u64,
     /// In the collective, waiting for the others included.
     pub reduce_us: u64,
     /// Norm, clip and update.
@@ -437,6 +439,7 @@ impl std::ops::Add for Spent {
             step_us: self.step_us.saturating_add(other.step_us),
             data_us: self.data_us.saturating_add(other.data_us),
             compute_us: self.compute_us.saturating_add(other.compute_us),
+            forward_us: self.forward_us.saturating_add(other.forward_us),
             reduce_us: self.reduce_us.saturating_add(other.reduce_us),
             update_us: self.update_us.saturating_add(other.update_us),
             checkpoint_us: self.checkpoint_us.saturating_add(other.checkpoint_us),

@@ -76,6 +76,9 @@ pub struct Seconds {
     /// Forward and backward of all lanes.
     #[serde(with = "bits")]
     pub compute: f64,
+    /// Of `compute`, the way from the embeddings to the hidden states; the rest are losses and the way back. 0 of older builds.
+    #[serde(with = "bits", default = "bits::zero")]
+    pub forward: f64,
     /// In the collective that adds the gradients of several workers; 0 with one.
     #[serde(with = "bits")]
     pub reduce: f64,
@@ -151,7 +154,7 @@ impl StepRecord {
     }
 }
 
-const NUMBERS: [&str; 13] = [
+const NUMBERS: [&str; 14] = [
     "lr",
     "loss",
     "entropy",
@@ -165,18 +168,22 @@ const NUMBERS: [&str; 13] = [
     "checkpoint_s",
     REDUCE,
     EVAL,
+    FORWARD,
 ];
 /// Columns that older files do not have.
 const REDUCE: &str = "reduce_s";
 const EVAL: &str = "eval_s";
+const FORWARD: &str = "forward_s";
 const WEIGHTS: &str = "weights";
 
-fn numbers(record: &StepRecord) -> [f64; 13] {
+fn numbers(record: &StepRecord) -> [f64; 14] {
     let s = &record.seconds;
     let (kl, depth) = (record.kl(), record.depth());
     let of_step = [record.lr, record.loss, record.entropy, kl, depth, record.grad_norm];
     let [lr, loss, entropy, kl, depth, norm] = of_step;
-    [lr, loss, entropy, kl, depth, norm, s.step, s.data, s.compute, s.update, s.checkpoint, s.reduce, s.eval]
+    let of_time = [s.step, s.data, s.compute, s.update, s.checkpoint, s.reduce, s.eval, s.forward];
+    let [step, data, compute, update, checkpoint, reduce, eval, forward] = of_time;
+    [lr, loss, entropy, kl, depth, norm, step, data, compute, update, checkpoint, reduce, eval, forward]
 }
 
 /// The records as one Arrow batch: the columns of a metrics object.
@@ -231,7 +238,7 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
         let missing = |name: &str| format!("column {name} is missing or of another type");
         let array = |name: &str| batch.column_by_name(name).ok_or_else(|| missing(name));
         let number = |name: &str| -> std::result::Result<Float64Array, String> {
-            if [REDUCE, EVAL].contains(&name) && batch.column_by_name(name).is_none() {
+            if [REDUCE, EVAL, FORWARD].contains(&name) && batch.column_by_name(name).is_none() {
                 return Ok(vec![0.0; batch.num_rows()].into());
             }
             array(name)?.as_any().downcast_ref::<Float64Array>().cloned().ok_or_else(|| missing(name))
@@ -275,6 +282,7 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
                 checkpoint,
                 reduce,
                 eval,
+                forward,
             ] = columns.iter().map(|c| c.value(row)).collect::<Vec<_>>()[..]
             else {
                 return Err("the columns are incomplete".to_owned());
@@ -294,7 +302,7 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
                 applied: applied.value(row),
                 weights: weights.filter(|w| w.is_valid(row)).map(|w| w.value(row).to_owned()),
                 evals: evals.at(row),
-                seconds: Seconds { step: s_step, data, compute, reduce, update, checkpoint, eval },
+                seconds: Seconds { step: s_step, data, compute, forward, reduce, update, checkpoint, eval },
             });
         }
     }

@@ -1,4 +1,4 @@
-//! The step: lanes in, one update out. No I/O, no clock: what is called when is the trainer's business.
+//! The step: lanes in, one update out. No I/O, and no clock but one that is read: what is called when is the trainer's business.
 //!
 //! 1. [`Engine::enter`] prepares for a step (upcycling, moment reset and rotary table at stage boundaries);
 //!    [`Engine::approach`] leaves to the update what can wait for it.
@@ -27,6 +27,7 @@ use crate::model::{Context, Model, Rotary, Tokens};
 use crate::objective::{self, Goal, LossSums};
 use crate::optimizer::{Prepared, State, Summed, Update};
 use crate::params::{BLOCK, Layout};
+use crate::stopwatch::{Point, Spent, Stopwatch};
 use crate::tape::Tape;
 
 /// Model, state and the sums of the step under way, on one device and one thread.
@@ -43,6 +44,7 @@ pub struct Engine {
     /// Gradient buffers that are free, zeroed when taken.
     spare: Vec<Tensor>,
     fold: Fold<(Tensor, LossSums)>,
+    stopwatch: Stopwatch,
 }
 
 /// What a forward and backward depends on besides model and tokens.
@@ -59,6 +61,8 @@ pub struct Pass<'a> {
 /// How far the way back through a micro-batch is.
 #[derive(Debug)]
 pub enum Walked<'a> {
+    /// The hidden states are known: what follows are the losses and the way back.
+    Hidden,
     /// The loss sums are known, and the gradients of lm_head and gate are whole.
     Losses(&'a LossSums),
     /// That of this layer is whole.
@@ -107,6 +111,7 @@ fn walk(
     if pass.goal.trains == Trains::Gate {
         let hidden = hidden(model, context, embedded_nd, pass.loops);
         drop(forward);
+        walked(Walked::Hidden);
         let _losses = tracing::trace_span!("losses").entered();
         let (sums, _) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
         walked(Walked::Losses(&sums));
@@ -114,6 +119,7 @@ fn walk(
     }
     let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute);
     drop(forward);
+    walked(Walked::Hidden);
     let losses = tracing::trace_span!("losses").entered();
     let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
     let of_hidden = of_hidden.expect("all parameters move");
@@ -272,7 +278,8 @@ impl Engine {
         let device = state.weights.device();
         let model = Self::model_of(config, &state, kernels.as_ref());
         let (config, rotary, spare, fold) = (config.clone(), None, Vec::new(), Fold::default());
-        Self { config, device, state, model, kernels, rotary, spare, fold }
+        let stopwatch = Stopwatch::new(device);
+        Self { config, device, state, model, kernels, rotary, spare, fold, stopwatch }
     }
 
     fn model_of(config: &RunConfig, state: &State, kernels: Option<&Kernels>) -> Model {
@@ -352,7 +359,9 @@ impl Engine {
         let gradient = self.zeros();
         let mut sums = LossSums::zero(stage.loops as usize);
         for micro_batch in micro_batches {
-            sums.add(&self.walk(stage, micro_batch, &gradient, &mut |_| {}));
+            let (of_batch, points) = self.walk(stage, micro_batch, &gradient, &mut |_| {});
+            sums.add(&of_batch);
+            self.stopwatch.add(points);
         }
         (gradient, sums)
     }
@@ -376,10 +385,13 @@ impl Engine {
         let (last, before) = micro_batches.split_last().expect("a lane has at least one micro-batch a step");
         let mut sums = LossSums::zero(stage.loops as usize);
         for micro_batch in before {
-            sums.add(&self.walk(stage, micro_batch, &gradient, &mut |_| {}));
+            let (of_batch, points) = self.walk(stage, micro_batch, &gradient, &mut |_| {});
+            sums.add(&of_batch);
+            self.stopwatch.add(points);
         }
         let (mut grown, mut chain) = (Fold::default(), Chain::default());
-        self.walk(stage, last, &gradient, &mut |walked| match walked {
+        let (_, points) = self.walk(stage, last, &gradient, &mut |walked| match walked {
+            Walked::Hidden => {}
             Walked::Losses(of_last) => {
                 sums.add(of_last);
                 grown = self.fold.map(|(gradient, sums)| (gradient.shallow_clone(), sums.clone()));
@@ -413,6 +425,7 @@ impl Engine {
         chain.rest(tell);
         self.spare.extend(chain.into_free());
         self.fold = grown;
+        self.stopwatch.add(points);
     }
 
     /// Puts a lane's gradient and sums into the tree: lanes come in order, each once a step.
@@ -431,11 +444,24 @@ impl Engine {
         batch: &MicroBatch,
         gradient: &Tensor,
         walked: &mut dyn FnMut(Walked<'_>),
-    ) -> LossSums {
+    ) -> (LossSums, [Point; 3]) {
+        let begin = self.stopwatch.point();
         let (context, ids_n, targets_n) = self.on_device(stage, batch);
         let goal = Goal { loss: stage.loss, beta: stage.beta, trains: stage.trains };
         let pass = Pass { loops: stage.loops, goal, compute: &self.config.compute };
-        walk(&self.model, &context, &ids_n, &targets_n, pass, gradient, walked)
+        let mut hidden = Point::Nowhere;
+        let sums = walk(&self.model, &context, &ids_n, &targets_n, pass, gradient, &mut |at| {
+            if let Walked::Hidden = at {
+                hidden = self.stopwatch.point();
+            }
+            walked(at);
+        });
+        (sums, [begin, hidden, self.stopwatch.point()])
+    }
+
+    /// Time that the device spent on the micro-batches since this was asked last. To be asked when the step is over.
+    pub fn take_spent(&mut self) -> Spent {
+        self.stopwatch.take()
     }
 
     /// Adds the tokens of `batch` to `sums`: what the model is worth on them as `stage` trains it. Nothing changes.

@@ -7,6 +7,7 @@
 //!                   shelf      inputs of layers on the host meanwhile
 //!                   optimizer  AdamW over the flat buffer         engine     a step of these
 //!                   kernels    fused ones for GPUs, for norms, SwiGLU, RoPE and AdamW
+//!                   stopwatch  how long forward and backward take
 //!                   guard      what a loss spike is         cover      which blocks' moments are here
 //!                   rollback   the state before a spike, made again
 //!                   generate   texts, with early exit         evaluate   figures of each loop step
@@ -45,6 +46,7 @@ mod params;
 pub mod ring;
 mod rollback;
 mod shelf;
+mod stopwatch;
 mod tape;
 mod trainer;
 mod validate;

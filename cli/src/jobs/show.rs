@@ -132,8 +132,8 @@ fn paces(detail: &v1::JobDetail) -> Option<String> {
     let batch = detail.steps.last().map(|step| step.batch_tokens as f64);
     let mut table = Table::new(4);
     table.row([
-        "worker", "machine", "lanes", "", "step", "tok/s", "time", "data", "compute", "reduce", "update",
-        "copy",
+        "worker", "machine", "lanes", "", "step", "tok/s", "time", "data", "forward", "backward", "reduce",
+        "update", "copy",
     ]);
     let mut some = false;
     for worker in &detail.workers {
@@ -150,9 +150,12 @@ fn paces(detail: &v1::JobDetail) -> Option<String> {
             worker.holds.map_or("–".to_owned(), grouped),
             speed,
         ];
-        let seconds =
-            [pace.whole_s, pace.data_s, pace.compute_s, pace.reduce_s, pace.update_s, pace.checkpoint_s];
-        table.row(cells.into_iter().chain(seconds.map(|s| format!("{s:.3} s"))));
+        let backward_s = (pace.compute_s - pace.forward_s).max(0.0);
+        let computed = [pace.forward_s, backward_s];
+        let [before, after] =
+            [&[pace.whole_s, pace.data_s][..], &[pace.reduce_s, pace.update_s, pace.checkpoint_s]];
+        let seconds = [before, &computed, after].concat();
+        table.row(cells.into_iter().chain(seconds.into_iter().map(|s| format!("{s:.3} s"))));
     }
     some.then(|| table.render())
 }
@@ -265,6 +268,7 @@ mod tests {
                 whole_s: 0.05,
                 data_s: 0.001,
                 compute_s: 0.04,
+                forward_s: 0.01,
                 reduce_s: 0.006,
                 update_s: 0.002,
                 checkpoint_s: 0.001,
@@ -338,9 +342,9 @@ mod tests {
              500000000000  node-1   2 to 3 of 4  training, slow (1.8 ×)     step 412\n\
              100000000000  node-1   –            waiting                           –\n\
              \n\
-             worker        machine  lanes                      step  tok/s     time     data  compute   reduce   update     copy\n\
-             300000000000  node-1   0 to 1 of 4                 412  5 120  0.050 s  0.001 s  0.040 s  0.006 s  0.002 s  0.001 s\n\
-             500000000000  node-1   2 to 3 of 4  slow (1.8 ×)   412  5 120  0.050 s  0.001 s  0.040 s  0.006 s  0.002 s  0.001 s\n\
+             worker        machine  lanes                      step  tok/s     time     data  forward  backward   reduce   update     copy\n\
+             300000000000  node-1   0 to 1 of 4                 412  5 120  0.050 s  0.001 s  0.010 s   0.030 s  0.006 s  0.002 s  0.001 s\n\
+             500000000000  node-1   2 to 3 of 4  slow (1.8 ×)   412  5 120  0.050 s  0.001 s  0.010 s   0.030 s  0.006 s  0.002 s  0.001 s\n\
              \n\
              1970-01-01 00:00:00 UTC  the user asks to train, with 3 workers\n"
         );

@@ -15,7 +15,7 @@ pub struct Figure {
 }
 
 /// All of them, in the order of their columns: the one list that history, API and page go by.
-pub const FIGURES: [Figure; 11] = {
+pub const FIGURES: [Figure; 12] = {
     const fn banded(name: &'static str, of: fn(&StepRecord) -> f64) -> Figure {
         Figure { name, extremes: true, of }
     }
@@ -34,6 +34,7 @@ pub const FIGURES: [Figure; 11] = {
         mean("reduce_seconds", |row| row.seconds.reduce),
         mean("update_seconds", |row| row.seconds.update),
         mean("checkpoint_seconds", |row| row.seconds.checkpoint),
+        mean("forward_seconds", |row| row.seconds.forward),
     ]
 };
 
@@ -164,7 +165,7 @@ impl History {
         }
         let last = |of: &[u64]| spans.iter().map(|span| of[span.end - 1]).collect::<Vec<u64>>();
         let skipped = (start..end).filter(|row| !self.applied[*row]);
-        let [.., seconds, _, _, _, _, _] = &self.figures;
+        let [.., seconds, _, _, _, _, _, _] = &self.figures;
         let speed = |row: usize| self.batch[row] / seconds[row];
         Thinned {
             stride: stride as u64,
@@ -262,7 +263,7 @@ mod tests {
         assert_eq!(history.thin(20, 30, 5).rows, 0);
         assert_eq!(
             History::default().thin(0, 9, 5),
-            Thinned { stride: 1, figures: vec![Band::default(); 11], ..Thinned::default() }
+            Thinned { stride: 1, figures: vec![Band::default(); FIGURES.len()], ..Thinned::default() }
         );
     }
 

@@ -88,7 +88,7 @@ pub struct Worker {
     pub holds: Option<u64>,
     /// What it does, for people.
     pub activity: String,
-    /// Mean seconds of its last steps by where they went: step, data, compute, reduce, update, checkpoint.
+    /// Mean seconds of its last steps by where they went: step, data, compute (of it, forward), reduce, update, checkpoint.
     pub seconds: Option<BTreeMap<String, f64>>,
     /// Its time for a lane as a multiple of the members' median, when it is slow.
     pub slow: Option<f64>,
@@ -276,6 +276,7 @@ impl From<v1::Attendant> for Worker {
                 ("step", pace.whole_s),
                 ("data", pace.data_s),
                 ("compute", pace.compute_s),
+                ("forward", pace.forward_s),
                 ("reduce", pace.reduce_s),
                 ("update", pace.update_s),
                 ("checkpoint", pace.checkpoint_s),

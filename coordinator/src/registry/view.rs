@@ -111,6 +111,7 @@ fn pace(Pace { steps, spent, .. }: Pace) -> v1::PaceFigures {
         whole_s: mean(spent.step_us),
         data_s: mean(spent.data_us),
         compute_s: mean(spent.compute_us),
+        forward_s: mean(spent.forward_us),
         reduce_s: mean(spent.reduce_us),
         update_s: mean(spent.update_us),
         checkpoint_s: mean(spent.checkpoint_us),

@@ -120,8 +120,8 @@ impl Samples {
         self.set(&SKIPPED, &[job], figures.counts.skipped as f64);
         let s = &figures.seconds;
         let told = s.data + s.compute + s.reduce + s.update + s.checkpoint;
-        let other = (s.step - told).max(0.0);
-        for (phase, seconds) in [s.data, s.compute, s.reduce, s.update, s.checkpoint, other]
+        let (backward, other) = ((s.compute - s.forward).max(0.0), (s.step - told).max(0.0));
+        for (phase, seconds) in [s.data, s.forward, backward, s.reduce, s.update, s.checkpoint, other]
             .into_iter()
             .zip(STEP_PHASES)
             .map(|(s, p)| (p, s))
@@ -165,7 +165,8 @@ impl Samples {
             self.set_if(&STRAGGLER, &[job, &worker], score);
             let Some(pace) = attendant.pace.filter(|pace| pace.steps > 0) else { continue };
             let s = pace.spent;
-            let told = [s.data_us, s.compute_us, s.reduce_us, s.update_us, s.checkpoint_us];
+            let backward_us = s.compute_us.saturating_sub(s.forward_us);
+            let told = [s.data_us, s.forward_us, backward_us, s.reduce_us, s.update_us, s.checkpoint_us];
             let other = s.step_us.saturating_sub(told.iter().sum());
             for (us, phase) in told.into_iter().chain([other]).zip(STEP_PHASES) {
                 let mean = us as f64 / 1e6 / f64::from(pace.steps);
@@ -259,7 +260,7 @@ impl Samples {
     }
 }
 
-const STEP_PHASES: [&str; 6] = ["data", "compute", "reduce", "update", "checkpoint", "other"];
+const STEP_PHASES: [&str; 7] = ["data", "forward", "backward", "reduce", "update", "checkpoint", "other"];
 
 const PHASES: [Phase; 9] = [
     Phase::Queued,

@@ -211,9 +211,12 @@ pub const DASHBOARDS: &[Dashboard] = &[
             ),
             stacked("Lanes", "short", &[("anello_worker_lanes{job=~\"$job\"}", "{{worker}}")]),
             lines(
-                "Compute of a step, by worker",
+                "Forward and backward of a step, by worker",
                 "s",
-                &[("anello_worker_step_seconds{job=~\"$job\", phase=\"compute\"}", "{{worker}}")],
+                &[(
+                    "sum by (worker) (anello_worker_step_seconds{job=~\"$job\", phase=~\"forward|backward\"})",
+                    "{{worker}}",
+                )],
             ),
             lines(
                 "In the collective, by worker",

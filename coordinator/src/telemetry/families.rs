@@ -95,8 +95,8 @@ families! {
     SKIPPED = Both Counter, "anello_steps_skipped_total", ["job"],
         "Steps that were not applied since their loss or gradient was not finite.";
     STEP_SECONDS = Both Counter, "anello_step_seconds_total", ["job", "phase"],
-        "Wall-clock seconds of steps by where they went: data (waiting for it), compute (forward and backward), reduce (in the \
-         collective), update, checkpoint (waiting for its copy), other.";
+        "Wall-clock seconds of steps by where they went: data (waiting for it), forward, backward (with the losses), reduce (in \
+         the collective), update, checkpoint (waiting for its copy), other.";
     THROUGHPUT = Both Gauge, "anello_tokens_per_second", ["job"],
         "Tokens a second of wall clock over the last steps, 16 at most.";
     FLOPS = Both Counter, "anello_model_flops_total", ["job"],

@@ -308,6 +308,7 @@ impl Figures {
         add(&mut sum.step, of.step);
         add(&mut sum.data, of.data);
         add(&mut sum.compute, of.compute);
+        add(&mut sum.forward, of.forward);
         add(&mut sum.reduce, of.reduce);
         add(&mut sum.update, of.update);
         add(&mut sum.checkpoint, of.checkpoint);
@@ -489,6 +490,7 @@ pub(super) mod tests {
                 step: 0.5,
                 data: 0.05,
                 compute: 0.3,
+                forward: 0.1,
                 reduce: 0.1,
                 update: 0.04,
                 checkpoint: 0.01,

@@ -180,9 +180,9 @@ fn take_hello(message: v1::Hello) {
 }
 
 fn pace() -> impl Strategy<Value = v1::Pace> {
-    let times = (number(), number(), number(), number(), number(), number());
+    let times = prop::array::uniform7(number());
     (number(), small(), small(), times).prop_map(|(generation, lanes, steps, times)| {
-        let (step_us, data_us, compute_us, reduce_us, update_us, checkpoint_us) = times;
+        let [step_us, data_us, compute_us, forward_us, reduce_us, update_us, checkpoint_us] = times;
         v1::Pace {
             generation,
             lanes,
@@ -190,6 +190,7 @@ fn pace() -> impl Strategy<Value = v1::Pace> {
             step_us,
             data_us,
             compute_us,
+            forward_us,
             reduce_us,
             update_us,
             checkpoint_us,

@@ -30,6 +30,7 @@ fn record(step: u64, loops: usize) -> StepRecord {
             step: 0.5,
             data: 0.1,
             compute: 0.2,
+            forward: 0.05,
             reduce: 0.1,
             update: 0.1,
             checkpoint: 0.0,
@@ -65,7 +66,7 @@ fn records_are_the_same_bits_after_transport() {
 fn a_file_of_an_older_build_reads_without_what_it_does_not_have() {
     let records = [record(0, 4), record(1, 4)];
     let mut batch = to_batch(&records);
-    for newer in [REDUCE, EVAL, WEIGHTS] {
+    for newer in [REDUCE, EVAL, FORWARD, WEIGHTS] {
         batch.remove_column(batch.schema().index_of(newer).unwrap());
     }
     let mut bytes = Vec::new();
@@ -73,7 +74,7 @@ fn a_file_of_an_older_build_reads_without_what_it_does_not_have() {
     writer.write(&batch).unwrap();
     writer.close().unwrap();
     let expected = records.map(|r| StepRecord {
-        seconds: Seconds { reduce: 0.0, eval: 0.0, ..r.seconds },
+        seconds: Seconds { reduce: 0.0, eval: 0.0, forward: 0.0, ..r.seconds },
         weights: None,
         ..r
     });

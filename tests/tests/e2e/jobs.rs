@@ -372,10 +372,22 @@ fn where_the_time_of_its_workers_goes_is_told_while_a_job_trains() {
     coordinator.ask(&long).expect(0);
     let ask = |command| coordinator.ask(&[command, "a"]).expect(0);
     // A row of figures for each worker: its lanes, its speed, and the seconds of a step and of its parts.
-    let rows = |told: &str| told.lines().filter(|line| line.matches(" s").count() >= 6).count();
+    let parts = |line: &str| -> Vec<f64> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words.windows(2).filter(|pair| pair[1] == "s").filter_map(|pair| pair[0].parse().ok()).collect()
+    };
+    let rows = |told: &str| told.lines().filter(|line| parts(line).len() == 7).count();
     wait_until("both workers tell where their time goes", || rows(&ask("top")) == 2);
     let told = ask("top");
-    assert!(told.starts_with("a is running: step ") && told.contains("compute   reduce"), "{told}");
+    assert!(
+        told.starts_with("a is running: step ") && told.contains("forward  backward   reduce"),
+        "{told}"
+    );
+    for line in told.lines().filter(|line| parts(line).len() == 7) {
+        let [step, _, forward, backward, ..] = parts(line)[..] else { panic!("seven of {line}") };
+        // The way back computes the gradients of losses, weights and inputs.
+        assert!(0.0 < forward && forward < backward && forward + backward <= step + 0.002, "{told}");
+    }
     let told = ask("describe");
     assert!(told.contains("run folder") && rows(&told) == 2, "{told}");
     ask("cancel");

@@ -242,6 +242,21 @@ int anello_event_new(int32_t device, int64_t stream, void** out) {
     });
 }
 
+// One whose time is known: `c10::Event::elapsedTime` takes two of these.
+int anello_mark_new(int32_t device, int64_t stream, void** out) {
+    return guarded([&] {
+        auto event = std::make_unique<c10::Event>(c10::DeviceType::CUDA, c10::EventFlag::BACKEND_DEFAULT);
+        event->record(stream_of(device, stream));
+        *out = event.release();
+    });
+}
+
+int anello_mark_until(void* begin, void* end, double* milliseconds) {
+    return guarded([&] {
+        *milliseconds = static_cast<c10::Event*>(begin)->elapsedTime(*static_cast<c10::Event*>(end));
+    });
+}
+
 int anello_event_wait(void* event, int32_t device, int64_t stream) {
     return guarded([&] { static_cast<c10::Event*>(event)->block(stream_of(device, stream)); });
 }

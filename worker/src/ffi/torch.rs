@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{NonNull, null_mut};
+use std::time::Duration;
 
 use tch::{Device, Tensor};
 
@@ -37,6 +38,8 @@ unsafe extern "C" {
     fn anello_stream_synchronize(device: i32, id: i64) -> c_int;
     fn anello_device_exchange(device: i32) -> c_int;
     fn anello_event_new(device: i32, stream: i64, out: *mut *mut c_void) -> c_int;
+    fn anello_mark_new(device: i32, stream: i64, out: *mut *mut c_void) -> c_int;
+    fn anello_mark_until(begin: *mut c_void, end: *mut c_void, milliseconds: *mut f64) -> c_int;
     fn anello_event_wait(event: *mut c_void, device: i32, stream: i64) -> c_int;
     fn anello_event_query(event: *mut c_void, done: *mut c_int) -> c_int;
     fn anello_event_free(event: *mut c_void);
@@ -186,6 +189,15 @@ impl Stream {
         Ok(Event { raw: Some(NonNull::new(raw).expect("a new event has an address")) })
     }
 
+    /// The same with a time.
+    pub fn mark(self) -> Result<Mark, Thrown> {
+        let Some((device, id)) = self.gpu else { return Ok(Mark(Event { raw: None })) };
+        let mut raw = null_mut();
+        // SAFETY: `raw` is written only on success, with an event that is ours to free.
+        checked(unsafe { anello_mark_new(device, id, &raw mut raw) })?;
+        Ok(Mark(Event { raw: Some(NonNull::new(raw).expect("a new event has an address")) }))
+    }
+
     /// What is put into this stream from now on waits for `event`.
     pub fn wait(self, event: &Event) -> Result<(), Thrown> {
         let (Some((device, id)), Some(raw)) = (self.gpu, event.raw) else { return Ok(()) };
@@ -232,6 +244,21 @@ impl Event {
         // SAFETY: a live event.
         checked(unsafe { anello_event_query(raw.as_ptr(), &raw mut done) })?;
         Ok(done != 0)
+    }
+}
+
+/// A point in a stream whose time is known once the stream is past it.
+#[derive(Debug)]
+pub(crate) struct Mark(Event);
+
+impl Mark {
+    /// The time from here to `later`, which the stream is past; none of a CPU's.
+    pub fn until(&self, later: &Self) -> Result<Duration, Thrown> {
+        let (Some(begin), Some(end)) = (self.0.raw, later.0.raw) else { return Ok(Duration::ZERO) };
+        let mut milliseconds = 0.0;
+        // SAFETY: two live events with a time.
+        checked(unsafe { anello_mark_until(begin.as_ptr(), end.as_ptr(), &raw mut milliseconds) })?;
+        Ok(Duration::try_from_secs_f64(milliseconds / 1e3).unwrap_or_default())
     }
 }
 

@@ -26,6 +26,7 @@ impl Tally {
             step_us: us(0),
             data_us: us(1),
             compute_us: us(2),
+            forward_us: us(7),
             reduce_us: us(3),
             update_us: us(4),
             checkpoint_us: us(5),
@@ -55,7 +56,7 @@ mod tests {
         let (members, source) = (vec![member], Source::Seed);
         let formation = Formation { generation, start: Step(0), source, members, save_first: false };
         let step = |seconds: f64| v1::StepReport {
-            seconds: vec![seconds, 0.25, 0.5, 0.0, 0.0, 0.0],
+            seconds: vec![seconds, 0.25, 0.5, 0.0, 0.0, 0.0, 0.0, 0.125],
             ..Default::default()
         };
         let mut tally = Tally::default();
@@ -66,7 +67,8 @@ mod tests {
         assert_eq!(tally.take(), None);
         tally.add(&step(1.0));
         tally.add(&step(2.0));
-        let spent = Spent { step_us: 3_000_000, data_us: 500_000, compute_us: 1_000_000, ..Spent::default() };
+        let (step_us, data_us, compute_us, forward_us) = (3_000_000, 500_000, 1_000_000, 250_000);
+        let spent = Spent { step_us, data_us, compute_us, forward_us, ..Spent::default() };
         assert_eq!(tally.take(), Some(Pace { generation, lanes: 3, steps: 2, spent }));
         assert_eq!(tally.take(), None);
     }

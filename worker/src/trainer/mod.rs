@@ -209,6 +209,8 @@ impl Trainer {
         let on_record = self.config.record.has_weights(self.next_step);
         let weights = on_record.then(|| weights_digest(self.engine.state()));
         seconds.update = updated.elapsed().as_secs_f64();
+        let Seconds { compute, forward, update, .. } = &mut seconds;
+        self.engine.take_spent().account(compute, forward, update);
         self.tell(outcome_event(plan, &outcome))?;
         let mut evals = Vec::new();
         if let Some(held_out) = self.held_out.as_mut().filter(|held_out| held_out.is_due(plan)) {

@@ -29,7 +29,12 @@ fn status(workers: &[u64]) -> Status {
             generation,
             lanes: 1,
             steps: 2,
-            spent: Spent { step_us: 900_000, compute_us: 200_000 * (at as u64 + 1), ..Spent::default() },
+            spent: Spent {
+                step_us: 900_000,
+                compute_us: 200_000 * (at as u64 + 1),
+                forward_us: 50_000,
+                ..Spent::default()
+            },
         }),
         slow: None,
         apart: None,
@@ -77,7 +82,8 @@ fn what_is_known_is_scraped() {
         "anello_job_phase{job=\"a\",phase=\"failed\"} 0",
         "anello_worker_lanes{job=\"a\",worker=\"00000000000000b2\"} 1",
         "anello_worker_straggler_ratio{job=\"a\",worker=\"00000000000000b2\"} 2",
-        "anello_worker_step_seconds{job=\"a\",phase=\"compute\",worker=\"00000000000000a1\"} 0.1",
+        "anello_worker_step_seconds{job=\"a\",phase=\"forward\",worker=\"00000000000000a1\"} 0.025",
+        "anello_worker_step_seconds{job=\"a\",phase=\"backward\",worker=\"00000000000000a1\"} 0.075",
         "anello_worker_deaths_total{job=\"a\",reason=\"silent\"} 0",
         "anello_invariant_violations_total{invariant=\"generations-rise\",job=\"a\"} 0",
         "anello_store_requests_total{job=\"a\",operation=\"list\"} 2",

@@ -146,10 +146,13 @@ impl Thread {
         if let Some(to) = outcome.back_to {
             self.go_back(plan, to, serving, ring, gpus)?;
         }
+        let spent = self.held.as_mut().expect("state was taken").engine.take_spent();
         let is_whole = self.is_whole();
         let held = self.held.as_ref().expect("state was taken");
         let on_record = is_whole && self.config.record.has_weights(plan.step + 1);
         let weights = on_record.then(|| weights_digest(held.engine.state()));
+        let Seconds { compute, forward, reduce, .. } = &mut seconds;
+        spent.account(compute, forward, reduce);
         seconds.reduce += spreading.as_secs_f64();
         seconds.update = (updated.elapsed() - spreading).as_secs_f64();
         seconds.step = began.elapsed().as_secs_f64();
@@ -272,7 +275,7 @@ fn evaluated(eval: Evaluated) -> v1::Evaluated {
 }
 
 fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
-    let Seconds { step, data, compute, reduce, update, checkpoint, eval } = record.seconds;
+    let Seconds { step, data, compute, forward, reduce, update, checkpoint, eval } = record.seconds;
     v1::StepReport {
         step: record.step,
         stage: record.stage,
@@ -288,7 +291,7 @@ fn report(record: StepRecord, events: &[Logged]) -> v1::StepReport {
         applied: record.applied,
         weights: record.weights,
         evals: record.evals.into_iter().map(evaluated).collect(),
-        seconds: vec![step, data, compute, reduce, update, checkpoint, eval],
+        seconds: vec![step, data, compute, reduce, update, checkpoint, eval, forward],
         events: events
             .iter()
             .map(|event| {
