@@ -3,24 +3,33 @@
     bench_ring.py gloo RANK MEMBERS MIB HOST PORT    a member that takes an all_reduce for each line it reads
     bench_ring.py --ring PROGRAM                     the comparison: PROGRAM is that of `worker/collective/benches/ring.rs`
     bench_ring.py --step PROGRAM                     a step of two workers: that of `worker/benches/ring_step.rs`
+    bench_ring.py wire SPACE...                      a cable of 0.2 ms between network namespaces, until standard input ends
 
 Ours is `reduce_scatter` + `all_gather`, with checksums and in the fixed order over lanes; gloo's is `all_reduce`, which
 promises neither. A step takes as long as its slowest member; CPU time is that of all members. Over loopback, and, where
-one may make network namespaces, over a link of 10 Gbit/s between two of them, which is as close as one machine gets to
-two (the kernel's token bucket adds no delay of a real network).
+one may make network namespaces, over a link of 10 Gbit/s between two of them, and over one of 10 Gbit/s to each of all
+members with 0.2 ms on the way. Kernels that have no netem delay no packet: there a process carries them between TUN devices,
+on the same cores as the members, so that the wire itself may be what limits both sides.
 """
 
 import argparse
+import collections
+import ctypes
+import fcntl
 import json
 import os
+import select
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# On the way from one member to another, seconds.
+DELAY = 0.0002
 
 
 def gloo(rank, members, mib, host, port):
@@ -91,6 +100,86 @@ class Link:
         return ["ip", "netns", "exec", self.spaces[rank]]
 
     def close(self):
+        for space in self.spaces:
+            subprocess.run(["ip", "netns", "delete", space], capture_output=True)
+
+
+def wire(spaces):
+    """Carries whole TCP segments (virtio headers, offloads left undone) between the TUN devices of these namespaces: each
+    packet arrives DELAY after it was taken."""
+    set_iff, set_offload, set_namespace = 0x400454CA, 0x400454D0, 0x40000000
+    tun, no_packet_info, vnet_header, checksum, tso4 = 0x1, 0x1000, 0x4000, 1, 2
+    libc = ctypes.CDLL(None, use_errno=True)
+    ends = []
+    for space in spaces:
+        with open(f"/var/run/netns/{space}") as namespace:
+            if libc.setns(namespace.fileno(), set_namespace):
+                raise OSError(ctypes.get_errno(), "setns")
+        end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(end, set_iff, struct.pack("16sH22x", Wire.interface.encode(), tun | no_packet_info | vnet_header))
+        fcntl.ioctl(end, set_offload, checksum | tso4)
+        ends.append(end)
+    print("ready", flush=True)
+    under_way = collections.deque()
+    while True:
+        wait = max(0.0, under_way[0][0] - time.monotonic()) if under_way else None
+        ready, _, _ = select.select([*ends, 0], [], [], wait)
+        if 0 in ready:
+            return
+        for end in ready:
+            for _ in range(8):
+                try:
+                    packet = os.read(end, 1 << 17)
+                except BlockingIOError:
+                    break
+                # A header of 10 bytes, and IPv4, whose destination ends with the number of the end.
+                if packet[10] >> 4 == 4 and 1 <= packet[29] <= len(ends):
+                    under_way.append((time.monotonic() + DELAY, ends[packet[29] - 1], packet))
+        now = time.monotonic()
+        while under_way and under_way[0][0] <= now:
+            _, to, packet = under_way.popleft()
+            os.write(to, packet)
+
+
+class Wire:
+    """A namespace for each member, and a wire of 10 Gbit/s and 0.2 ms to each."""
+
+    name, interface = "10 Gbit/s, 0.2 ms", "wire"
+
+    def __init__(self, members):
+        self.spaces = [f"anello-{os.getpid()}-wire-{rank}" for rank in range(members)]
+        self.carrier = None
+        run = lambda *words: subprocess.run(words, check=True, capture_output=True, text=True)
+        try:
+            for space in self.spaces:
+                run("ip", "netns", "add", space)
+            self.carrier = subprocess.Popen([sys.executable, __file__, "wire", *self.spaces], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            if not self.carrier.stdout.readline():
+                raise RuntimeError(self.carrier.stderr.read())
+            for rank, space in enumerate(self.spaces):
+                run("ip", "-n", space, "address", "add", f"{self.host(rank)}/24", "dev", self.interface)
+                run("ip", "-n", space, "link", "set", "lo", "up")
+                run("ip", "-n", space, "link", "set", self.interface, "txqueuelen", "20000", "up")
+                run("ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", self.interface, "root", "tbf",
+                    "rate", "10gbit", "burst", "1mb", "latency", "20ms")
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.close()
+            raise RuntimeError(getattr(error, "stderr", "") or str(error)) from error
+        except RuntimeError:
+            self.close()
+            raise
+
+    def host(self, rank):
+        return f"10.213.1.{rank + 1}"
+
+    def within(self, rank):
+        return ["ip", "netns", "exec", self.spaces[rank]]
+
+    def close(self):
+        if self.carrier:
+            self.carrier.stdin.close()
+            self.carrier.wait()
         for space in self.spaces:
             subprocess.run(["ip", "netns", "delete", space], capture_output=True)
 
@@ -186,6 +275,8 @@ def step_costs(net, program, seconds):
 
 
 def main():
+    if sys.argv[1:2] == ["wire"]:
+        return wire(sys.argv[2:])
     if sys.argv[1:2] == ["gloo"]:
         rank, members, mib, host, port = sys.argv[2:]
         return gloo(int(rank), int(members), int(mib), host, int(port))
@@ -198,21 +289,23 @@ def main():
     parser.add_argument("--seconds", type=float, default=20, help="for each row")
     a = parser.parse_args()
     if a.ring:
-        rows = [lambda net, members=members: compare(net, a.ring, int(members), a.mib, a.seconds) for members in a.members.split(",")]
-        over_link = lambda net: compare(net, a.ring, 2, a.mib, a.seconds)
+        bench, counts = "collective/ring", [int(count) for count in a.members.split(",")]
+        row = lambda net, members: compare(net, a.ring, members, a.mib, a.seconds)
     else:
-        rows = [lambda net: step_costs(net, a.step, a.seconds)]
-        over_link = rows[0]
-    for row in rows:
-        print(json.dumps(row(Loopback())), flush=True)
-    try:
-        link = Link()
-    except RuntimeError as error:
-        return print(json.dumps({"bench": "collective/ring" if a.ring else "worker/ring_step", "net": Link.name, "skipped": str(error).strip()}), flush=True)
-    try:
-        print(json.dumps(over_link(link)), flush=True)
-    finally:
-        link.close()
+        bench, counts = "worker/ring_step", [2]
+        row = lambda net, members: step_costs(net, a.step, a.seconds)
+    nets = [(Loopback, members) for members in counts] + [(Link, 2)] + [(Wire, members) for members in counts]
+    for make, members in nets:
+        try:
+            net = make() if make is not Wire else Wire(members)
+        except RuntimeError as error:
+            told = {"bench": bench, "net": make.name, "members": members, "skipped": str(error).strip()}
+            print(json.dumps(told), flush=True)
+            continue
+        try:
+            print(json.dumps(row(net, members)), flush=True)
+        finally:
+            net.close()
 
 
 if __name__ == "__main__":

@@ -379,10 +379,7 @@ fn where_the_time_of_its_workers_goes_is_told_while_a_job_trains() {
     let rows = |told: &str| told.lines().filter(|line| parts(line).len() == 7).count();
     wait_until("both workers tell where their time goes", || rows(&ask("top")) == 2);
     let told = ask("top");
-    assert!(
-        told.starts_with("a is running: step ") && told.contains("forward  backward   reduce"),
-        "{told}"
-    );
+    assert!(told.starts_with("a is running: step ") && told.contains("forward  backward   reduce"), "{told}");
     for line in told.lines().filter(|line| parts(line).len() == 7) {
         let [step, _, forward, backward, ..] = parts(line)[..] else { panic!("seven of {line}") };
         // The way back computes the gradients of losses, weights and inputs.

@@ -15,7 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Words that may wait for the connection.
 const WORDS_MAX: usize = 256;
-/// Time to connect, and to hear the first order.
+/// Time to connect, and to hear the first order, at most.
 const CONNECT: Duration = Duration::from_secs(5);
 
 /// Time in which last words are heard.
@@ -29,14 +29,15 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Connects to `coordinator` and says `hello`.
+    /// Connects to `coordinator` and says `hello`; one attempt takes no longer than `silence`, after which peers are given up.
     ///
     /// # Errors
     /// [`ConnectError`].
-    pub async fn open(coordinator: &To, hello: v1::Hello) -> Result<Self, ConnectError> {
+    pub async fn open(coordinator: &To, hello: v1::Hello, silence: Duration) -> Result<Self, ConnectError> {
         let away = |cause: &dyn ToString| ConnectError::Away(cause.to_string());
+        let patience = CONNECT.min(silence);
         let connect = async {
-            let channel = coordinator.connect(CONNECT).await?;
+            let channel = coordinator.connect(patience).await?;
             let mut client = RingClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
             let (words, outbox) = mpsc::channel(WORDS_MAX);
             let first = v1::FromWorker { word: Some(v1::from_worker::Word::Hello(hello)) };
@@ -49,7 +50,7 @@ impl Link {
             }
         };
         let (words, mut stream) =
-            tokio::time::timeout(CONNECT, connect).await.map_err(|_| away(&"no answer"))??;
+            tokio::time::timeout(patience, connect).await.map_err(|_| away(&"no answer"))??;
         let (tell, orders) = mpsc::channel(WORDS_MAX);
         tokio::spawn(async move {
             while let Some(message) = stream.next().await {

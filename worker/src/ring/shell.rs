@@ -225,7 +225,7 @@ impl Shell {
         self.hello.connection += 1;
         let stance = Some(self.member.stance().into());
         let hello = v1::Hello { stance, ..self.hello.clone() };
-        match Link::open(&self.coordinator, hello).await {
+        match Link::open(&self.coordinator, hello, self.silence).await {
             Ok(link) => {
                 self.link = Some(link);
                 self.welcomed = false;

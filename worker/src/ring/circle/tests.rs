@@ -7,6 +7,8 @@ use anello_tls::grpc::incoming;
 use tokio::runtime::Runtime;
 use tonic::{Request, Response};
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// A peer that answers what it was given, whatever is asked.
@@ -300,4 +302,61 @@ fn a_peer_is_reached_by_any_of_its_addresses() {
     let failed = Runtime::new().unwrap().block_on(circle.rows(0, 3, 6)).unwrap_err();
     assert!(failed.reason.contains(&one) && failed.reason.contains(&other), "{failed:?}");
     assert!(failed.unreachable.is_empty(), "its machine says that nobody is there: {failed:?}");
+}
+
+/// What a peer may say of its state, whatever it is; some of it can be.
+fn any_head() -> impl Strategy<Value = StateHead> {
+    let ranges = || {
+        let range = prop_oneof![
+            (0..20u64, 0..6u64).prop_map(|(first, more)| StateRange { first, end: first + more }),
+            (any::<u64>(), any::<u64>()).prop_map(|(first, end)| StateRange { first, end }),
+        ];
+        prop::collection::vec(range, 0..4)
+    };
+    let cursors = prop_oneof![Just("[]".to_owned()), ".{0,20}"];
+    let numbers = (any::<u64>(), any::<u32>(), prop_oneof![0..20u64, any::<u64>()]);
+    (numbers, cursors, ranges(), ranges()).prop_map(
+        |((updates, layers, blocks), cursors, weights, moments)| {
+            let losses = Vec::new();
+            StateHead { updates, layers, blocks, cursors, losses, weights, moments }
+        },
+    )
+}
+
+/// A part of a state with a digest that fits, or does not.
+fn any_blocks() -> impl Strategy<Value = StateBlocks> {
+    let buffer = || prop_oneof![Just(0), Just(BLOCK_BYTES), Just(2 * BLOCK_BYTES), Just(7usize)];
+    let first = prop_oneof![2..6u64, any::<u64>()];
+    (first, buffer(), buffer(), buffer(), prop::bool::weighted(0.9)).prop_map(
+        |(first_block, w, m, v, fits)| {
+            let [weights, exp_avg, exp_avg_sq] = [w, m, v].map(|len| vec![3; len]);
+            let blake3 = if fits { digest([&weights, &exp_avg, &exp_avg_sq]) } else { Vec::new() };
+            StateBlocks { first_block, weights, exp_avg, exp_avg_sq, blake3 }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn any_head_is_refused_or_lies_within_its_state(head in any_head()) {
+        if let Ok(read) = Head::read(&head) {
+            for cover in [&read.weights, &read.cover] {
+                prop_assert_eq!(cover.of_blocks() as u64, head.blocks);
+                prop_assert!(cover.ranges().iter().all(|range| range.end as u64 <= head.blocks));
+            }
+        }
+    }
+
+    /// Nothing but the blocks that were asked for is ever taken.
+    #[test]
+    fn any_blocks_are_refused_or_what_was_asked_for(sent in prop::collection::vec(any_blocks(), 0..3)) {
+        if let Ok(gathered) = gathered(sent) {
+            prop_assert_eq!(gathered.weights.len(), 1);
+            let (first, bytes) = &gathered.weights[0];
+            prop_assert_eq!((*first, bytes.len()), (3, BLOCK_BYTES));
+            prop_assert!(gathered.moments.is_empty());
+        }
+    }
 }
