@@ -30,9 +30,19 @@ pub struct Args {
     /// What to compute on: cpu, cuda or cuda:N (default: `compute.device` of the run's config; its bits hold for one kind of device).
     #[arg(long, value_name = "DEVICE")]
     device: Option<ComputeDevice>,
+    /// Where the data of a source (or held-out set) lies now, if not where the run's config says: `tales=s3://moved/tales`. May
+    /// be given again. Other data than the run was trained on is refused.
+    #[arg(long, value_name = "NAME=URL", value_parser = read_place)]
+    data: Vec<(String, String)>,
     /// All that was found, as one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+fn read_place(text: &str) -> Result<(String, String), String> {
+    let place = text.split_once('=').filter(|(name, url)| !name.is_empty() && !url.is_empty());
+    let place = place.map(|(name, url)| (name.to_owned(), url.to_owned()));
+    place.ok_or_else(|| "give the name of a source and its place, as tales=s3://moved/tales".to_owned())
 }
 
 fn read_steps(text: &str) -> Result<(u64, u64), String> {
@@ -43,8 +53,13 @@ fn read_steps(text: &str) -> Result<(u64, u64), String> {
 /// `anello audit`
 pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let store = open_run(&args.run)?;
-    let options =
-        Options { steps: args.steps, workers: args.workers, threads: args.threads, device: args.device };
+    let options = Options {
+        steps: args.steps,
+        workers: args.workers,
+        threads: args.threads,
+        device: args.device,
+        data: args.data.clone(),
+    };
     let mut bar: Option<ProgressBar> = None;
     let findings = audit::audit(&store, &options, &mut |progress| show(progress, &mut bar, screen))?;
     if let Some(bar) = bar {
@@ -224,6 +239,15 @@ computed again: 27 steps from checkpoint 4, against the figures of each, 3 diges
         assert_eq!(read_steps("100..200"), Ok((100, 200)));
         for wrong in ["", "7", "7..", "..7", "a..b", "1...3", "-1..4"] {
             assert!(read_steps(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_place_has_a_name() {
+        let place = |name: &str, url: &str| Ok((name.to_owned(), url.to_owned()));
+        assert_eq!(read_place("a=s3://b/c=d"), place("a", "s3://b/c=d"));
+        for wrong in ["", "a", "a=", "=a"] {
+            assert!(read_place(wrong).is_err(), "{wrong}");
         }
     }
 }

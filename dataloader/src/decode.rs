@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::{Buf, Bytes};
 use parquet::basic::{Repetition, Type as Physical};
+use parquet::column::page::{Page, PageMetadata, PageReader};
 use parquet::column::reader::ColumnReaderImpl;
 use parquet::data_type::{BoolType, DataType, Int32Type, Int64Type};
 use parquet::errors::ParquetError;
@@ -265,21 +266,23 @@ fn decode_chunks(
     let chunk = |leaf: &Leaf| group.column(leaf.column);
 
     let ids = columns.ids;
-    let (tokens, starts) = read_ints(&ids, "input_ids", chunk(&ids), &chunks[0], rows)?;
+    // A mask may be one run, and is as long as the ids.
+    let most = Most { rows, tokens: tokens_max(chunks[0].len()) };
+    let (tokens, starts) = read_ints(&ids, "input_ids", chunk(&ids), &chunks[0], most)?;
     let counted = match &columns.mask {
         None => None,
         Some((Mask::Flags, leaf)) if chunk(leaf).column_type() == Physical::BOOLEAN => {
-            let (flags, lens) = read_list::<BoolType>(leaf, "loss_mask", chunk(leaf), &chunks[1], rows)?;
+            let (flags, lens) = read_list::<BoolType>(leaf, "loss_mask", chunk(leaf), &chunks[1], most)?;
             same_lengths(&starts, &lens, "loss_mask")?;
             Some(flags.into_iter().map(u8::from).collect())
         }
         Some((Mask::Flags, leaf)) => {
-            let (flags, lens) = read_ints(leaf, "loss_mask", chunk(leaf), &chunks[1], rows)?;
+            let (flags, lens) = read_ints(leaf, "loss_mask", chunk(leaf), &chunks[1], most)?;
             same_lengths(&starts, &lens, "loss_mask")?;
             Some(flags.into_iter().map(|flag| u8::from(flag != 0)).collect())
         }
         Some((Mask::Labels, leaf)) => {
-            let (labels, lens) = read_ints(leaf, "labels", chunk(leaf), &chunks[1], rows)?;
+            let (labels, lens) = read_ints(leaf, "labels", chunk(leaf), &chunks[1], most)?;
             same_lengths(&starts, &lens, "labels")?;
             let odd = labels.iter().zip(&tokens).position(|(l, t)| i64::from(*l) != IGNORED && l != t);
             if let Some(at) = odd {
@@ -307,18 +310,35 @@ fn out_of_range(name: &str, id: i64) -> String {
     format!("{name} holds {id}, outside 0..=2147483647; tokenize again with the run's tokenizer")
 }
 
+/// What a list column of a row group may hold.
+#[derive(Clone, Copy)]
+struct Most {
+    /// Rows, as the footer tells.
+    rows: usize,
+    tokens: usize,
+}
+
+/// Tokens that a row group may have whose ids take so many bytes. A run of one id takes a few bytes however long it is, so that a
+/// small file could ask for all memory: a token takes eight bytes while it is read, 1 GiB together for any file, and
+/// for a large one 512 bytes for each of its own.
+fn tokens_max(bytes: usize) -> usize {
+    const OF_ANY: usize = 1 << 27;
+    const A_BYTE: usize = 64;
+    bytes.saturating_mul(A_BYTE).max(OF_ANY)
+}
+
 /// A list column of integers as `i32`; values that do not fit are a fault.
 fn read_ints(
     leaf: &Leaf,
     name: &str,
     meta: &ColumnChunkMetaData,
     bytes: &Bytes,
-    rows: usize,
+    most: Most,
 ) -> Result<(Vec<i32>, Vec<u32>), Fault> {
     if meta.column_type() == Physical::INT32 {
-        return read_list::<Int32Type>(leaf, name, meta, bytes, rows);
+        return read_list::<Int32Type>(leaf, name, meta, bytes, most);
     }
-    let (wide, starts) = read_list::<Int64Type>(leaf, name, meta, bytes, rows)?;
+    let (wide, starts) = read_list::<Int64Type>(leaf, name, meta, bytes, most)?;
     if let Some(at) = wide.iter().position(|v| i32::try_from(*v).is_err()) {
         return Err(Fault::Row(row_of(&starts, at), out_of_range(name, wide[at])));
     }
@@ -345,14 +365,19 @@ fn read_list<T: DataType>(
     name: &str,
     meta: &ColumnChunkMetaData,
     bytes: &Bytes,
-    rows: usize,
+    Most { rows, tokens: most }: Most,
 ) -> Result<(Vec<T::T>, Vec<u32>), Fault> {
     let slots = usize::try_from(meta.num_values()).unwrap_or(usize::MAX);
     if slots >= u32::MAX as usize {
         return Err(Fault::Corrupt(format!("{slots} tokens in one row group; write smaller row groups")));
     }
+    if slots > most {
+        return Err(Fault::Corrupt(format!(
+            "{slots} tokens in one row group, whose ids take too few bytes to be that many ({most}); write smaller row groups"
+        )));
+    }
     let reader = Arc::new(Chunk { start: meta.byte_range().0, bytes: bytes.clone() });
-    let pages = SerializedPageReader::new(reader, meta, rows, None)?;
+    let pages = Pages { pages: SerializedPageReader::new(reader, meta, rows, None)?, left: slots };
     let mut column = ColumnReaderImpl::<T>::new(meta.column_descr_ptr(), Box::new(pages));
     // The footer's count is anybody's claim: no more is reserved than eight values a byte, and lists that are
     // packed more tightly grow as they are read.
@@ -402,6 +427,44 @@ fn row_starts(reps: &[i16], starts: &mut Vec<u32>) {
             let zeros = stretch.iter().enumerate().filter(|(_, rep)| **rep == 0);
             starts.extend(zeros.map(|(i, _)| (at * STRETCH + i) as u32));
         }
+    }
+}
+
+/// Pages of a column, as long as they hold no more values than the footer tells of: what is more is not unpacked.
+struct Pages<R: ChunkReader> {
+    pages: SerializedPageReader<R>,
+    left: usize,
+}
+
+impl<R: ChunkReader> Iterator for Pages<R> {
+    type Item = parquet::errors::Result<Page>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.get_next_page().transpose()
+    }
+}
+
+impl<R: ChunkReader> PageReader for Pages<R> {
+    fn get_next_page(&mut self) -> parquet::errors::Result<Option<Page>> {
+        // The head of a page says how many values it has; its body is unpacked after that.
+        let values = self.pages.peek_next_page()?.and_then(|page| page.num_levels).unwrap_or(0);
+        self.left = self.left.checked_sub(values).ok_or_else(|| {
+            let left = self.left;
+            ParquetError::General(format!("a page of {values} values, and the footer tells of {left} more"))
+        })?;
+        self.pages.get_next_page()
+    }
+
+    fn peek_next_page(&mut self) -> parquet::errors::Result<Option<PageMetadata>> {
+        self.pages.peek_next_page()
+    }
+
+    fn skip_next_page(&mut self) -> parquet::errors::Result<()> {
+        self.pages.skip_next_page()
+    }
+
+    fn at_record_boundary(&mut self) -> parquet::errors::Result<bool> {
+        self.pages.at_record_boundary()
     }
 }
 

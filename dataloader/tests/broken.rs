@@ -91,13 +91,55 @@ fn a_footer_that_claims_what_cannot_be_is_one_clear_error() {
             "its Parquet footer claims more than 10000000000000000 tokens; restore the file",
         ),
         // More than there is, and little enough to be believed: memory for it would be 34 GB.
-        (None, Some((1 << 32) - 2), "the footer tells of 4294967294 values, the pages of "),
+        (
+            None,
+            Some((1 << 32) - 2),
+            "4294967294 tokens in one row group, whose ids take too few bytes to be that many",
+        ),
+        (None, Some(1 << 27), "the footer tells of 134217728 values, the pages of "),
+        // Less than the pages hold: what is more is not even unpacked.
+        (None, Some(3), "values, and the footer tells of 3 more"),
         (None, Some(1 << 32), "4294967296 tokens in one row group; write smaller row groups"),
         (Some(1 << 32), None, "the footer tells of 4294967296 rows, the pages of "),
     ] {
         let error = read_all(store_of(&lying(&shard(), rows, values))).unwrap_err();
         assert!(error.contains("a.parquet") && error.contains(expected), "{rows:?} {values:?}: {error}");
     }
+}
+
+/// One document of one token, over and over: a few kilobytes that unpack to 64 MiB, and to 8 bytes a token on the way. A footer
+/// that tells of fewer has them refused before that.
+#[test]
+fn a_run_of_one_token_is_unpacked_as_far_as_the_footer_tells() {
+    const TOKENS: usize = 1 << 24;
+    let format = ShardFormat { row_group_tokens: 1 << 25, zstd_level: 1 };
+    let mut writer = ShardWriter::new(format, false, None).unwrap();
+    writer.push(&vec![7; TOKENS], None).unwrap();
+    let packed = writer.finish().unwrap().bytes.to_vec();
+    assert!(packed.len() < TOKENS / 256, "{} bytes", packed.len());
+    let (read, kib) = peak_of(|| read_all(store_of(&lying(&packed, None, Some(1000)))));
+    let error = read.unwrap_err();
+    assert!(error.contains("a page of ") && error.contains("the footer tells of 1000 more"), "{error}");
+    let (whole, kib_of_whole) = peak_of(|| read_all(store_of(&packed)));
+    assert_eq!(whole, Ok(1));
+    assert!(
+        kib < TOKENS as u64 / 1024 && kib_of_whole > 4 * TOKENS as u64 / 1024,
+        "{kib}, {kib_of_whole} KiB"
+    );
+}
+
+/// What `act` returns, and how much more memory this process had meanwhile than before, at most, KiB.
+fn peak_of<T>(act: impl FnOnce() -> T) -> (T, u64) {
+    let told = |name: &str| -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    // The kernel's record of the most begins anew.
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = told("VmRSS:");
+    let done = act();
+    (done, told("VmHWM:").saturating_sub(before))
 }
 
 /// The index of [`shard`], changed, as someone may hand it in.

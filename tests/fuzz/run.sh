@@ -3,6 +3,8 @@
 # Needs a nightly compiler and `cargo install cargo-fuzz`. What it finds is in tests/fuzz/artifacts.
 set -eu
 cd "$(dirname "$0")"
+# For the target that reads weights, whose crate links LibTorch.
+export LD_LIBRARY_PATH="$(cd ../.. && pwd)/libtorch/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
 cargo +nightly fuzz --version > /dev/null 2>&1 || {

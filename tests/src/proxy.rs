@@ -69,6 +69,8 @@ struct Shared {
     /// Requests, in the order of their answers.
     asked: Mutex<Vec<Asked>>,
     ticks: AtomicU64,
+    /// Held while the server is asked to create an object: moto looks first and writes afterwards.
+    creating: Mutex<()>,
 }
 
 impl Proxy {
@@ -87,6 +89,7 @@ impl Proxy {
             writes: Mutex::default(),
             asked: Mutex::default(),
             ticks: AtomicU64::new(0),
+            creating: Mutex::default(),
         });
         let of_thread = shared.clone();
         std::thread::spawn(move || {
@@ -184,8 +187,13 @@ impl Shared {
             return server.write_all(&request[..head + (request.len() - head) / 2]);
         }
         let came = self.ticks.fetch_add(1, Ordering::Relaxed);
+        let about = about(&request);
+        let creates = about.as_ref().is_some_and(|about| about.if_absent);
+        let one_at_a_time =
+            creates.then(|| self.creating.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
         let answer = self.ask(&request)?;
-        if let Some(mut about) = about(&request) {
+        drop(one_at_a_time);
+        if let Some(mut about) = about {
             let mut asked = self.asked.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
             about.ticks = [came, self.ticks.fetch_add(1, Ordering::Relaxed)];
             asked.push(about);

@@ -3,7 +3,7 @@
 //! ```text
 //! cargo bench -p anello-worker --profile dev --bench step                       memory, then the profile
 //! cargo bench -p anello-worker --profile dev --bench step -- memory | profile   one of them
-//! … -- generate                                                                     tokens/s by the loop step left at
+//! … -- generate                                                                     tokens/s by the loop step left at, and by q
 //! … -- serve CASE none|layer|loop THREADS DIR                                   for `scripts/bench_torch.py`
 //! ```
 //! Rows go to standard output, one JSON object a line, and to standard error as a table. Memory is measured in a
@@ -248,18 +248,22 @@ fn steps(case: Case, recompute: &str, threads: u32, count: u32) {
 
 // Text.
 
-/// Tokens a second when every token leaves at the same loop step, one thread, one text.
+/// Tokens a second by when a token leaves: all at the same loop step, or once so much exit mass is behind it. One thread, one
+/// text.
 fn generate() {
     const TOKENS: usize = 256;
     let case = Case::named("d256");
     tch::set_num_threads(1);
     let config = case.config("none", 1);
     let engine = Engine::new(&config, Device::Cpu).unwrap();
+    let steps = (1..=LOOPS).rev().map(|step| (format!("loop step {step}"), Leave::Step(step)));
+    // The gate begins at a half: so much leaves at each loop step of what has come there.
+    let masses = [1.0, 0.8, 0.7, 0.4].map(|q| (format!("q = {q}"), Leave::Mass(q)));
     let mut deepest = f64::NAN;
-    for leave in (1..=LOOPS).rev() {
+    for (at, (rule, leave)) in steps.chain(masses).enumerate() {
         let options = GenerateOptions {
             loops: LOOPS,
-            leave: Leave::Step(leave),
+            leave,
             cache: Cache::Full,
             temperature: 0.0,
             top_p: 1.0,
@@ -268,17 +272,20 @@ fn generate() {
         let mut generator = Generator::new(engine.model(), 1e4, 64 + TOKENS, options);
         let mut next: Vec<u32> = (100..164).collect();
         next = vec![generator.next(&next).id];
-        let start = Instant::now();
+        let (start, mut depth) = (Instant::now(), 0);
         for _ in 1..TOKENS {
-            next = vec![generator.next(&next).id];
+            let sampled = generator.next(&next);
+            depth += sampled.exit;
+            next = vec![sampled.id];
         }
         let rate = (TOKENS - 1) as f64 / start.elapsed().as_secs_f64();
-        if leave == LOOPS {
+        if at == 0 {
             deepest = rate;
         }
+        let depth = f64::from(depth) / (TOKENS - 1) as f64;
         println!(
             "{}",
-            json!({ "bench": "worker/generate", "step": leave, "loops": LOOPS, "tokens_per_second": rate, "ratio": rate / deepest })
+            json!({ "bench": "worker/generate", "rule": rule, "loops": LOOPS, "mean_depth": depth, "tokens_per_second": rate, "ratio": rate / deepest })
         );
     }
 }

@@ -51,22 +51,52 @@ fn a_run_whose_data_is_in_a_bucket_too_is_killed_and_resumed() {
     assert!(events.matches("resumed after step").count() >= 2, "{events}");
 }
 
-#[test]
-fn a_coordinator_of_a_run_in_a_bucket_is_killed_and_taken_over() {
-    let url = s3().url("ring");
+/// Starts a coordinator of the run at `url` and two workers, which reach the bucket by `port`; kills the coordinator as soon as
+/// there is a checkpoint of step 6, and has another take over. The workers go on.
+fn taken_over(name: &str, bucket_port: u16, read_timeout: &str) {
+    let url = s3().url(name);
+    let mut variables = s3().variables_by(bucket_port);
+    variables.push(("AWS_READ_TIMEOUT", read_timeout.to_owned()));
+    let start = |arguments: &[&str]| Process::start_with(&world().folder, arguments, &variables);
     let port = free_port().to_string();
     let address = format!("127.0.0.1:{port}");
     let external = ["--workers", "2", "--external", "--port", &port, "--detection", "1s", "--sample", "0"];
     let mut first = start(&[&["run", "small.toml", "--out", &url][..], &external].concat());
     let worker = || start(&["worker", "--coordinator", &address, "--job", "small", "--threads", "1"]);
     let workers = [worker(), worker()];
-    wait_until("it is so far", || s3().newest_checkpoint("ring") >= 6 || first.ended());
+    wait_until("it is so far", || s3().newest_checkpoint(name) >= 6 || first.ended());
     assert!(first.kill(), "it was over too soon");
     start(&[&["run", "--resume", &url][..], &external].concat()).wait().expect(0);
     for worker in workers {
         worker.wait().expect(0);
     }
     assert_undisturbed(&url);
+}
+
+#[test]
+fn a_coordinator_of_a_run_in_a_bucket_is_killed_and_taken_over() {
+    taken_over("ring", s3().port(), "30s");
+}
+
+/// The same where coordinators and workers reach the bucket by a network that refuses, loses answers, cuts and delays.
+#[test]
+fn a_coordinator_behind_a_bad_network_is_killed_and_taken_over() {
+    for seed in [11, 12] {
+        let fates = [
+            Fate::Status(500),
+            Fate::Status(503),
+            Fate::Cut,
+            Fate::AnswerLost,
+            Fate::Short,
+            Fate::Slow,
+            Fate::Silence,
+        ];
+        let proxy = Proxy::start(s3().port(), 10, &fates, seed);
+        taken_over(&format!("ring-taken-over-{seed}"), proxy.port(), "1s");
+        let harmed = proxy.harmed();
+        println!("seed {seed}: {harmed:?}");
+        assert!(harmed.iter().all(|(_, count)| *count > 0), "{harmed:?}");
+    }
 }
 
 #[test]

@@ -72,6 +72,56 @@ fn a_folder_whose_config_claims_what_cannot_be_is_refused() {
     }
 }
 
+/// A file of weights that takes a few kilobytes of the disk and claims terabytes: its table is all that is read of it.
+#[test]
+fn a_file_of_weights_that_is_all_holes_is_refused_before_it_is_read() {
+    published("holes-not", json!({}));
+    let weights = fs::read(world().folder.join("holes-not/model.safetensors")).unwrap();
+    let (length, rest) = weights.split_at(8);
+    let length = u64::from_le_bytes(*length.first_chunk().unwrap()) as usize;
+    let mut table: Value = serde_json::from_slice(&rest[..length]).unwrap();
+    // A tensor more, of 4 TiB, after all others.
+    let end = weights.len() - 8 - length;
+    let more = 1u64 << 42;
+    table["more"] = json!({ "dtype": "F32", "shape": [more / 4], "data_offsets": [end, end as u64 + more] });
+    let table = table.to_string();
+    let head = [&(table.len() as u64).to_le_bytes()[..], table.as_bytes()].concat();
+    for (name, head, size, expected) in [
+        (
+            "holes-more",
+            &head,
+            (head.len() + end) as u64 + more,
+            "more in model.safetensors is no tensor of this model",
+        ),
+        (
+            "holes-longer",
+            &head,
+            more << 1,
+            "model.safetensors is no safetensors: it has 8796093022208 bytes, and its table tells",
+        ),
+        (
+            "holes-alone",
+            &Vec::new(),
+            more,
+            "model.safetensors is no safetensors: it has 4398046511104 bytes, and a table of 0",
+        ),
+        (
+            "holes-table",
+            &more.to_le_bytes().to_vec(),
+            more << 1,
+            "model.safetensors is no safetensors: it has 8796093022208 bytes, and a table of 4398046511104",
+        ),
+    ] {
+        published(name, json!({}));
+        let path = world().folder.join(name).join("model.safetensors");
+        fs::write(&path, head).unwrap();
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(size).unwrap();
+        assert_refused(&["generate", name, "--prompt", "x", "--tokens", "2"], 2, expected);
+        assert_refused(&["import", name, "--config", "small.toml", "--out", "never"], 2, expected);
+        fs::remove_file(path).unwrap();
+    }
+}
+
 /// A shard of the tales in a folder of its own, whose footer claims so many rows, or values, of its first row group.
 fn lying(name: &str, rows: Option<i64>, values: Option<i64>) {
     let tales = objects(&world().folder.join("data/tales"));
@@ -90,7 +140,13 @@ fn a_shard_whose_footer_claims_what_cannot_be_is_refused() {
         ("lying-rows", Some(1 << 62), None, "lying-rows/a.parquet"),
         ("lying-values", None, Some(1 << 62), "lying-values/a.parquet"),
         // 34 GB of tokens, if it were believed.
-        ("lying-little", None, Some((1 << 32) - 2), "the footer tells of 4294967294 values, the pages of "),
+        (
+            "lying-little",
+            None,
+            Some((1 << 32) - 2),
+            "4294967294 tokens in one row group, whose ids take too few bytes",
+        ),
+        ("lying-less", None, Some(1 << 27), "the footer tells of 134217728 values, the pages of "),
     ] {
         lying(name, rows, values);
         assert_refused(&eval(name), 1, expected);

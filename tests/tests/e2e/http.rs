@@ -238,6 +238,51 @@ fn a_worker_tells_its_own_metrics() {
     assert!(serving.tells("anello_member_workers{job=\"small\"} 2"));
 }
 
+/// Bytes that two workers send each other for a step of the stage `name`, the only one of their run, by their own count.
+fn sent_for_a_step(name: &str, stage: &str) -> f64 {
+    let run = format!("http-sent-{name}");
+    let _ = std::fs::remove_dir_all(world().folder.join(&run));
+    let (stages, stage) = (format!("stages=[\"{name}\"]"), format!("stage.{name}={stage}"));
+    let arguments = ["run", "small.toml", "--out", &run, "--workers", "2", "--external", "--sample", "0"];
+    // Nothing but steps: without checkpoints nobody compares replicas.
+    let sets = [&stages, &stage, "model.hidden=128", "checkpoint.every_steps=1000000"];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let serving = Serving::start(&[&arguments[..], &sets].concat());
+    let ports = [free_port(), free_port()];
+    let _workers = ports.map(|port| {
+        let address = format!("127.0.0.1:{port}");
+        let worker = ["worker", "--coordinator", &serving.coordinator, "--job", "small", "--threads", "1"];
+        Process::start(&world().folder, &[&worker[..], &["--http", &address]].concat())
+    });
+    let of_worker = ports.map(|port| {
+        let (mut steps, mut bytes) = (0.0, 0.0);
+        wait_until("it tells of its steps", || {
+            let (_, text) = http(port, "GET", "/metrics", &[], "");
+            let value = |name: &str| -> f64 {
+                let line = text.lines().find_map(|line| line.strip_prefix(name)?.split_once("} "));
+                line.and_then(|(_, value)| value.parse().ok()).unwrap_or(0.0)
+            };
+            (steps, bytes) = (value("anello_steps_total{"), value("anello_ring_sent_bytes_total{"));
+            steps >= 30.0
+        });
+        bytes / steps
+    });
+    of_worker.iter().sum()
+}
+
+/// With the language model frozen a step sends the gradient of the gate's block, to be added up and as the sum, and no other.
+#[test]
+fn the_gradient_of_what_is_frozen_is_sent_to_nobody() {
+    let sizes = "tokens=3000000,sequence=16,batch=128,lr=1e-3,loops=2,mixture={tales=1}";
+    let all = sent_for_a_step("stable", &format!("{{{sizes}}}"));
+    let gate = sent_for_a_step("gate", &format!("{{loss=\"gate\",{sizes}}}"));
+    println!("bytes a step: {all} of everything, {gate} of the gate");
+    const BLOCK_BYTES: f64 = (4 << 16) as f64;
+    // The embedding and lm_head alone are eight blocks; each block goes to its owner once, and its sum back once.
+    assert!(all > 8.0 * 2.0 * BLOCK_BYTES, "{all} bytes a step");
+    assert!((1.9..2.1).contains(&(gate / BLOCK_BYTES)), "{gate} bytes a step");
+}
+
 #[test]
 fn a_browser_shows_the_jobs_and_what_became_of_them() {
     let mut serving = Serving::coordinator("http-page", "2", &[]);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use anello_tests::{newest_checkpoint, objects};
+use anello_tests::{Process, newest_checkpoint, objects, signal, wait_until};
 use serde_json::Value;
 
 use super::world;
@@ -58,6 +58,38 @@ fn runs_that_begin_with_the_same_weights_are_the_same_run() {
         .expect(0);
     world.anello(&["run", "small.toml", "--set", &set, "--resume", "halves", "--sample", "0"]).expect(0);
     world.anello(&["checkpoint", "diff", "halves", "warm"]).expect(0);
+}
+
+/// A larger stack begins with a smaller one of another run, repeated: one process, and a ring of which a worker is killed, come to the
+/// same weights, and to others than a run that begins with its seed.
+#[test]
+fn a_larger_stack_begins_with_a_checkpoint_of_another_run() {
+    let sets = ["model.layers=3", "stages=[\"warmup\",\"stable\"]"].map(|set| ["--set", set]).concat();
+    let run = |out: &str, more: &[&str]| {
+        let run = ["run", "small.toml", "--out", out, "--sample", "0"];
+        Process::start(&world().folder, &[&run[..], &sets, more].concat())
+    };
+    let from = format!("undisturbed@{}", oldest());
+    let begun = format!("init.from={from}");
+    let begun = ["--set", &begun];
+    run("grown", &begun).wait().expect(0);
+    let mut ring = run("grown-ring", &[&begun[..], &["--workers", "2"]].concat());
+    wait_until("it is so far", || newest_checkpoint(&world().folder.join("grown-ring")) >= 6 || ring.ended());
+    if let Some(worker) = ring.children().first() {
+        signal(*worker, "KILL");
+    }
+    ring.wait().expect(0);
+    run("grown-of-seed", &[]).wait().expect(0);
+    let world = world();
+    world.anello(&["checkpoint", "diff", "grown", "grown-ring"]).expect(0);
+    world.anello(&["checkpoint", "diff", "grown", "grown-of-seed"]).expect(1);
+    world.anello(&["audit", "grown"]).expect(0);
+    let config = std::fs::read_to_string(world.folder.join("grown/config.toml")).unwrap();
+    assert!(config.contains(&from) && config.contains("weights = \""), "the digest is pinned: {config}");
+    let refused = run("never", &["--set", "init.from=undisturbed"]).wait();
+    let said = refused.log.clone();
+    refused.expect(2);
+    assert!(said.contains("has 2 layers, the config's model 3; give as many, or a multiple"), "{said}");
 }
 
 /// The card says what the weights are, as the run's manifest and metrics have it.

@@ -11,6 +11,7 @@ mod clouds;
 mod cut;
 mod disk;
 mod faults;
+mod generating;
 mod gpu;
 mod hostile;
 mod http;

@@ -40,6 +40,8 @@ pub struct Options {
     pub threads: Option<u32>,
     /// What it is computed on; absent: what the run's config says.
     pub device: Option<ComputeDevice>,
+    /// Where data lies now, by the name of its source or held-out set, if not where the run's config says.
+    pub data: Vec<(String, String)>,
 }
 
 /// How far it is.
@@ -63,10 +65,12 @@ pub enum Progress {
 
 /// Audits the run in `store`, which may be going on. Nothing in its folder is changed.
 ///
-/// Errors: a folder without a run, steps that were not logged, a device that cannot be had, a store that does not answer. What is damaged in the
+/// Errors: a folder without a run, steps that were not logged, a device that cannot be had, a store that does not answer, `data` that is not
+/// the run's. What is damaged in the
 /// folder or in the data, and that the steps cannot be computed here, is among the findings.
 pub fn audit(store: &Store, options: &Options, progress: &mut dyn FnMut(Progress)) -> Result<Findings> {
-    let run = Recorded::read(store)?;
+    let mut run = Recorded::read(store)?;
+    options.data.iter().try_for_each(|(name, url)| run.move_data(name, url))?;
     let (first, end) = asked(&run, options.steps)?;
     let computes = Computes { device: options.device.unwrap_or(run.device()), threads: options.threads };
     let device = device::open(computes.device)?;

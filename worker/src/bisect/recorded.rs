@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anello_configs::{ComputeDevice, RunConfig, Schedule, StepPlan};
-use anello_store::checkpoint::{self, Manifest};
+use anello_dataloader::Dataset;
+use anello_store::checkpoint::{self, Manifest, same_data};
 use anello_store::events::{self, ABSENT, Event, Record};
 use anello_store::metrics::{self, StepRecord};
 use anello_store::words::other_data;
@@ -70,6 +71,48 @@ impl Recorded {
         run.note_gaps();
         run.note_changed_config();
         Ok(run)
+    }
+
+    /// Reads the data of a source, or of a held-out set of the name where no source has it, at another `url` than the configs say.
+    ///
+    /// Errors: a name that the run does not know; data that cannot be opened, or that is not the source's of any of its steps.
+    pub fn move_data(&mut self, name: &str, url: &str) -> Result<()> {
+        let is_source = self.epochs.iter().any(|epoch| epoch.config.data.sources.contains_key(name));
+        if is_source {
+            self.check_moved(name, url)?;
+        }
+        let mut moved = 0;
+        for RunConfig { data, eval, .. } in self.epochs.iter_mut().map(|epoch| &mut epoch.config) {
+            let known = if is_source { &mut data.sources } else { &mut eval.sets };
+            if let Some(source) = known.get_mut(name) {
+                url.clone_into(&mut source.url);
+                moved += 1;
+            }
+        }
+        if moved > 0 {
+            return Ok(());
+        }
+        let last = &self.epochs.last().expect("there is always one of step 0").config;
+        let names: Vec<&str> =
+            last.data.sources.keys().chain(last.eval.sets.keys()).map(String::as_str).collect();
+        let fact = format!("{} knows no data called {name}", self.store.place());
+        Err(Error::config(fact, format!("it has {}", names.join(", "))))
+    }
+
+    /// An error unless the data at `url` is that of the source at some step, as far as the record tells.
+    fn check_moved(&self, name: &str, url: &str) -> Result<()> {
+        let ours = Dataset::open(url)?.index().digest();
+        let theirs: BTreeSet<&String> = self.epochs.iter().filter_map(|epoch| epoch.data.get(name)).collect();
+        if theirs.is_empty() || theirs.iter().any(|theirs| same_data(theirs, &ours)) {
+            return Ok(());
+        }
+        let theirs: Vec<&str> = theirs.into_iter().map(String::as_str).collect();
+        let place = self.store.place();
+        let fact = format!(
+            "source {name} at {url} is the data {ours}, {place} was trained on {}",
+            theirs.join(" and ")
+        );
+        Err(Error::config(fact, "give the place where that data lies now"))
     }
 
     fn note_gaps(&mut self) {

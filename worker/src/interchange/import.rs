@@ -1,12 +1,11 @@
 //! Weights in. Nothing of a folder is believed before it was checked, and all that is wrong is said at once.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use anello_configs::Model;
 use anello_store::{Fetched, Store};
-use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype as Format, TensorView};
+use safetensors::tensor::{Dtype as Format, Metadata, TensorInfo};
 use serde_json::{Map, Value};
 
 use super::{CONFIG_JSON, INDEX_JSON, SINGLE, Use, sizes};
@@ -15,6 +14,10 @@ use crate::params::{Entry, Layout};
 
 /// Problems that are told of one by one.
 const SHOWN: usize = 20;
+/// Longest table of a file of weights, bytes: what the format allows.
+const TABLE_MAX: u64 = 100_000_000;
+/// Bytes of a tensor that are read at a time, a whole number of elements of any format.
+const PIECE: u64 = 32 << 20;
 /// Longest sequence of a stage, tokens.
 const POSITIONS_MAX: f64 = (1u64 << 24) as f64;
 
@@ -117,29 +120,28 @@ pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
     let files = files(store, &layout, &mut problems)?;
     // The sizes are anybody's claim: they are given memory once there are files that can hold so much.
     let fits = can_hold(store, &layout, files.keys(), &mut problems)?;
-    let mut weights = vec![0f32; if fits { layout.len() } else { 0 }];
     let mut missing: BTreeSet<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
+    let mut found = Vec::new();
     for (file, named) in &files {
-        let Some(bytes) = store.get(file)? else {
+        let Some(size) = store.size(file)? else {
             problems.push(format!("{file} is missing"));
             continue;
         };
-        let tensors = match SafeTensors::deserialize(&bytes) {
+        let tensors = match table(store, file, size)? {
             Ok(tensors) => tensors,
             Err(cause) => {
                 problems.push(format!("{file} is no safetensors: {cause}"));
                 continue;
             }
         };
-        // Problems are told in one order, whatever that of the file's table.
-        let mut tensors: Vec<_> = tensors.iter().collect();
-        tensors.sort_unstable_by_key(|(name, _)| *name);
-        for (name, tensor) in tensors {
-            match layout.find(name) {
-                Some(entry) if named.as_ref().is_none_or(|named| named.contains(name)) => {
+        for Told { name, info, bytes } in tensors {
+            match layout.find(&name) {
+                Some(entry) if named.as_ref().is_none_or(|named| named.contains(&name)) => {
                     missing.remove(entry.name.as_str());
-                    take(entry, &tensor, weights.get_mut(entry.range()))
-                        .unwrap_or_else(|fact| problems.push(format!("{name} in {file} {fact}")));
+                    match check(entry, &info) {
+                        Ok(()) => found.push((file, entry.range(), info.dtype, bytes)),
+                        Err(fact) => problems.push(format!("{name} in {file} {fact}")),
+                    }
                 }
                 Some(_) => problems.push(format!("{name} is in {file}, which the index does not say")),
                 None => problems.push(format!("{name} in {file} is no tensor of this model")),
@@ -147,7 +149,74 @@ pub fn read(store: &Store, model: &Model) -> Result<(Layout, Vec<f32>)> {
         }
     }
     problems.extend(missing.into_iter().map(|name| format!("{name} is missing")));
-    if problems.is_empty() { Ok((layout, weights)) } else { Err(wrong(store, problems)) }
+    if !(problems.is_empty() && fits) {
+        return Err(wrong(store, problems));
+    }
+    let mut weights = vec![0f32; layout.len()];
+    for (file, range, format, bytes) in found {
+        let width = (bytes.end - bytes.start) / range.len() as u64;
+        let mut out = &mut weights[range];
+        for start in bytes.clone().step_by(PIECE as usize) {
+            let piece = start..bytes.end.min(start + PIECE);
+            let (now, rest) = out.split_at_mut(((piece.end - piece.start) / width) as usize);
+            store.ranges(file, &[piece])?.iter().for_each(|bytes| convert(format, bytes, now));
+            out = rest;
+        }
+    }
+    Ok((layout, weights))
+}
+
+/// A tensor as the table of its file tells of it, and where its bytes lie in the file.
+struct Told {
+    name: String,
+    info: TensorInfo,
+    bytes: Range<u64>,
+}
+
+/// The tensors of `file`, which has `size` bytes, in the order of their names, or what is wrong with its table. Nothing but the table
+/// is read, and no more than [`TABLE_MAX`] of it, whatever it claims: a file may be large and hold nothing.
+fn table(store: &Store, file: &str, size: u64) -> Result<std::result::Result<Vec<Told>, String>> {
+    const LENGTH: u64 = 8;
+    if size < LENGTH {
+        return Ok(Err(format!("it has {size} bytes")));
+    }
+    let range = |range: Range<u64>| store.ranges(file, std::slice::from_ref(&range));
+    let head = range(0..LENGTH)?;
+    let length = head[0].first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    if length == 0 || length > TABLE_MAX.min(size - LENGTH) {
+        return Ok(Err(format!("it has {size} bytes, and a table of {length}")));
+    }
+    let start = LENGTH + length;
+    let text = range(LENGTH..start)?;
+    let told: Metadata = match serde_json::from_slice(&text[0]) {
+        Ok(told) => told,
+        Err(cause) => return Ok(Err(cause.to_string())),
+    };
+    let mut tensors: Vec<(String, TensorInfo)> =
+        told.tensors().into_iter().map(|(name, info)| (name, info.clone())).collect();
+    tensors.sort_unstable_by_key(|(_, info)| info.data_offsets);
+    let mut end = 0;
+    for (name, TensorInfo { dtype, shape, data_offsets: (from, to) }) in &tensors {
+        let elements = shape.iter().try_fold(1usize, |product, size| product.checked_mul(*size));
+        let bits = elements.and_then(|elements| elements.checked_mul(dtype.bitsize()));
+        let taken = to.checked_sub(*from).and_then(|bytes| bytes.checked_mul(8));
+        if *from != end || bits.is_none() || bits != taken {
+            return Ok(Err(format!(
+                "{name} is {dtype:?} {shape:?} in the bytes {from} to {to}, after {end}"
+            )));
+        }
+        end = *to;
+    }
+    if start.checked_add(end as u64) != Some(size) {
+        return Ok(Err(format!("it has {size} bytes, and its table tells of {end} after {start}")));
+    }
+    // Problems are told in one order, whatever that of the file's table.
+    tensors.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    let place = |(name, info): (String, TensorInfo)| {
+        let (from, to) = info.data_offsets;
+        Told { name, bytes: start + from as u64..start + to as u64, info }
+    };
+    Ok(Ok(tensors.into_iter().map(place).collect()))
 }
 
 fn wrong(store: &Store, mut problems: Vec<String>) -> Error {
@@ -259,24 +328,28 @@ fn is_plain(file: &str) -> bool {
     file.chars().all(harmless) && !file.starts_with('.') && file.ends_with(".safetensors")
 }
 
-/// Reads `tensor` into `out`; where there is none it is looked at only.
-fn take(entry: &Entry, tensor: &TensorView<'_>, out: Option<&mut [f32]>) -> std::result::Result<(), String> {
-    let shape: Vec<i64> = tensor.shape().iter().map(|size| *size as i64).collect();
+/// Whether the tensor that `info` tells of is that of `entry`, in a format that is read.
+fn check(entry: &Entry, info: &TensorInfo) -> std::result::Result<(), String> {
+    let shape: Vec<i64> = info.shape.iter().map(|size| *size as i64).collect();
     if shape != entry.shape {
         return Err(format!("has the shape {shape:?}, not {:?}", entry.shape));
     }
-    let (bytes, out) = (tensor.data(), out.unwrap_or_default());
-    match tensor.dtype() {
-        Format::F32 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),
-        Format::BF16 => out
-            .iter_mut()
-            .zip(bytes.as_chunks().0)
-            .for_each(|(v, b)| *v = half::bf16::from_le_bytes(*b).to_f32()),
-        Format::F16 => out
-            .iter_mut()
-            .zip(bytes.as_chunks().0)
-            .for_each(|(v, b)| *v = half::f16::from_le_bytes(*b).to_f32()),
-        other => return Err(format!("is {other:?}; F32, BF16 and F16 are read")),
+    match info.dtype {
+        Format::F32 | Format::BF16 | Format::F16 => Ok(()),
+        other => Err(format!("is {other:?}; F32, BF16 and F16 are read")),
     }
-    Ok(())
+}
+
+/// Values of one of the formats that [`check`] lets pass.
+fn convert(format: Format, bytes: &[u8], out: &mut [f32]) {
+    let halves = bytes.as_chunks().0;
+    match format {
+        Format::BF16 => {
+            out.iter_mut().zip(halves).for_each(|(v, b)| *v = half::bf16::from_le_bytes(*b).to_f32());
+        }
+        Format::F16 => {
+            out.iter_mut().zip(halves).for_each(|(v, b)| *v = half::f16::from_le_bytes(*b).to_f32());
+        }
+        _ => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(v, b)| *v = f32::from_le_bytes(*b)),
+    }
 }

@@ -309,6 +309,48 @@ fn data_that_was_changed_is_named() {
 }
 
 #[test]
+fn a_run_whose_data_was_moved_is_audited_where_it_lies_now() {
+    let data = with_checksums();
+    let mut config = data.config();
+    config.eval = anello_configs::Eval {
+        every_steps: 5,
+        sequences: 4,
+        sets: [("held-out".to_owned(), config.data.sources["code"].clone())].into(),
+    };
+    let store = trained(&config);
+    let url = |name: &str| data.folder.path().join(name).to_str().unwrap().to_owned();
+    let moved = |name: &str, to: &str| (name.to_owned(), url(to));
+    for name in ["words", "code"] {
+        std::fs::rename(url(name), url(&format!("{name}-moved"))).unwrap();
+    }
+    let audited = |data: &[(String, String)]| {
+        let options = Options { workers: 2, threads: Some(1), data: data.to_vec(), ..Options::default() };
+        audit(&store, &options, &mut |_| {})
+    };
+    assert_ne!(audited(&[]).unwrap().verdict, Verdict::Confirmed);
+    let sources = [moved("words", "words-moved"), moved("code", "code-moved")];
+    let findings = audited(&sources).unwrap();
+    assert_eq!(findings.verdict, Verdict::Incomplete, "{findings:#?}");
+    assert!(findings.unchecked[0].starts_with("the figures on held-out data: "), "{findings:#?}");
+    let all = [&sources[..], &[moved("held-out", "code-moved")]].concat();
+    let findings = audited(&all).unwrap();
+    assert_eq!((findings.verdict, findings.compared.figures), (Verdict::Confirmed, 15), "{findings:#?}");
+    // Nothing of it is written down.
+    assert_eq!(anello_store::read_config(&store).unwrap().data.sources["words"].url, url("words"));
+
+    let refused = |data: &[(String, String)]| audited(data).unwrap_err().to_string();
+    let other = refused(&[moved("words", "code-moved")]);
+    let [ours, theirs] = ["code-moved", "words-moved"]
+        .map(|name| Index::open(&Store::open(&url(name)).unwrap()).unwrap().digest());
+    let fact =
+        format!("source words at {} is the data {ours}, memory was trained on {theirs}", url("code-moved"));
+    assert!(other.contains(&fact), "{other}");
+    let unknown = refused(&[moved("word", "words-moved")]);
+    assert!(unknown.contains("knows no data called word; it has code, words, held-out"), "{unknown}");
+    assert!(refused(&[moved("words", "nowhere")]).contains("nowhere"));
+}
+
+#[test]
 fn what_cannot_be_checked_is_never_called_right() {
     let data = with_checksums();
     let store = trained(&data.config());
