@@ -69,7 +69,8 @@ enum Ring {
     /// Members get state, connect and train. `changing`: they were asked to hold at a boundary.
     Alive { formation: Arc<Formation>, changing: Option<Change> },
     /// The generation is over; some members have not said yet that they hold. `abort`: why they are told to break it
-    /// off; absent while all hold by agreement. `blameless`: only deaths explain it.
+    /// off; absent while all hold by agreement. `blameless`: a death explains what the others
+    /// say.
     Breaking { formation: Arc<Formation>, abort: Option<String>, blameless: bool },
     /// Nothing more will be formed.
     Over(Outcome),

@@ -48,9 +48,8 @@ impl Membership {
             (None, Goal::Cancel) => "the job is cancelled".to_owned(),
             (None, _) => "a member has left the ring".to_owned(),
         };
-        let faulty = causes.iter().any(|cause| matches!(cause, Cause::NoState { .. } | Cause::Fault { .. }));
         let abort = (!planned).then_some(reason);
-        Some(Ring::Breaking { formation: formation.clone(), abort, blameless: !faulty || !gone.is_empty() })
+        Some(Ring::Breaking { formation: formation.clone(), abort, blameless: !gone.is_empty() })
     }
 
     /// Members of a generation that may still take part in one of its steps, as far as this coordinator knows.
@@ -88,13 +87,15 @@ impl Membership {
         };
         // A hold that was planned and broke after all: the others must be told.
         let broke = causes().any(|cause| !leaves_together(cause));
-        let lost = formation.members.iter().any(|member| !self.workers.contains_key(&member.worker));
+        let lost = self.has_lost_one(formation);
         let abort =
             abort.cloned().or_else(|| (broke || lost).then(|| "a member has left the ring".to_owned()));
-        let faulty = causes().any(|cause| matches!(cause, Cause::NoState { .. } | Cause::Fault { .. }));
-        let blameless = (blameless && !faulty) || lost;
-        let now = Ring::Breaking { formation: formation.clone(), abort, blameless };
+        let now = Ring::Breaking { formation: formation.clone(), abort, blameless: blameless || lost };
         (now != self.ring).then_some(now)
+    }
+
+    fn has_lost_one(&self, formation: &Formation) -> bool {
+        formation.members.iter().any(|member| !self.workers.contains_key(&member.worker))
     }
 
     /// A ring that ended though nobody died, was at fault or is out of reach, as when one of two networks fails: the log says why.
@@ -106,7 +107,7 @@ impl Membership {
             }
             _ => None,
         });
-        if formation.members.iter().any(|member| !self.workers.contains_key(&member.worker)) {
+        if self.has_lost_one(formation) {
             return;
         }
         let mut broke = None;
@@ -143,6 +144,8 @@ impl Membership {
             }
             _ => None,
         });
+        // The word that came last may be of the fault, or of a death.
+        let blameless = blameless || self.has_lost_one(formation);
         let Some((worker, holds, reason)) = fault.filter(|_| !blameless) else {
             return self.note_break(formation, out);
         };

@@ -35,6 +35,27 @@ fn a_step_that_fails_again_goes_back_to_the_checkpoint_and_then_fails_the_job() 
     assert_eq!(story.core.status().outcome, Some(Outcome::Failed { reason }));
 }
 
+/// Whoever finds the fault may be the last to say that the ring has broken.
+#[test]
+fn a_fault_counts_whenever_it_is_told_and_not_when_a_member_has_died() {
+    let fault = || Cause::Fault { reason: "a wrong checksum".to_owned() };
+    let broken = || Cause::Broken { lost: Some(WorkerId(2)), reason: "it gave up".to_owned() };
+    let broke = |out: &[Effect]| {
+        out.iter().any(|effect| matches!(effect, Effect::Record(Entry::Broke { reason, .. }) if reason == "a wrong checksum"))
+    };
+    for (first, last) in [(fault(), broken()), (broken(), fault())] {
+        let mut story = Story::running(2);
+        let mut out = story.stands(1, stance(Some(15), holding(1, first)));
+        out.extend(story.stands(2, stance(Some(15), holding(1, last))));
+        assert!(broke(&out), "{out:?}");
+    }
+    let mut story = Story::running(3);
+    let mut out = story.stands(1, stance(Some(15), holding(1, fault())));
+    out.extend(story.stands(2, stance(Some(15), holding(1, broken()))));
+    out.extend(story.event(Event::Unlinked { worker: WorkerId(3) }));
+    assert!(!broke(&out), "{out:?}");
+}
+
 /// One of two networks fails, say: it is no fault that is counted, and the log says why there is another ring.
 #[test]
 fn a_ring_that_broke_though_nobody_died_is_explained_and_not_counted() {
