@@ -6,13 +6,26 @@ RUN ?= runs/tiny
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 TINY := data/tiny
 
-.PHONY: run test check bench soak fuzz fmt clean setup build data cuda
+.PHONY: run mano test check bench soak fuzz fmt clean setup build data cuda
 
 ## Train the tiny model through all stages, with live output. A second call goes on where the first stopped.
 run: build data
 	@if [ -e $(RUN)/config.toml ]; then target/debug/anello run --resume $(RUN) --workers $(WORKERS); \
 	else target/debug/anello run tiny --out $(RUN) --workers $(WORKERS); fi
 	@target/debug/anello report $(RUN)
+
+## Mano (docs/evaluation.md) on two cores in some twenty minutes: two layers looped six times, the same layers used once, and what
+## both answer beside the paper's models. A second call goes on where the first stopped.
+MANO := data/mano-small
+mano: build
+	@[ -e $(MANO)/eval/index.json ] || target/debug/anello data synth mano --out $(MANO) --length 7 --modulus 2 \
+		--documents 1M --eval-documents 4000 --answer-only
+	@for loops in 6 1; do \
+		run=runs/mano-small-x$$loops; \
+		if [ -e $$run/config.toml ]; then target/debug/anello run --resume $$run --workers 2 --sample 0; \
+		else target/debug/anello run mano-small --out $$run --workers 2 --sample 0 --set stage.train.loops=$$loops; fi || exit 1; \
+	done
+	@target/debug/anello eval runs/mano-small-x6 --task mano --beside runs/mano-small-x1
 
 ## All tests.
 test: setup

@@ -40,6 +40,9 @@ pub struct Args {
     /// A task with exact answers.
     #[arg(long, value_enum)]
     task: Option<Task>,
+    /// With `--task mano`: another model, measured on the same test set and told in the same table; once for each.
+    #[arg(long, value_name = "CKPT", requires = "task", conflicts_with_all = ["choices", "questions", "json", "plot"])]
+    beside: Vec<String>,
     /// A file of questions, one JSON object a line: {"prompt": "…", "choices": ["…", …], "answer": 0}. The choice whose tokens
     /// are most probable after the prompt is the model's. Means `--task multiple-choice`.
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
@@ -94,6 +97,9 @@ fn measured(args: &Args) -> Result<Measured<'_>, Failure> {
         (Some(Task::MultipleChoice), _, Some(_)) => {
             usage("--task multiple-choice asks questions, not a token set; leave --data out")
         }
+        (Some(Task::MultipleChoice), _, None) if !args.beside.is_empty() => {
+            usage("--beside is for --task mano; ask the other model its questions by another command")
+        }
         (Some(Task::MultipleChoice), None, None) => {
             usage("--task multiple-choice has no questions; give it a file: --task multiple-choice FILE")
         }
@@ -135,6 +141,46 @@ fn data(
     screen: &Screen,
 ) -> Outcome {
     let interrupt = Interrupt::watch()?;
+    let measure = |weights: &Weights, loops| evaluate(args, weights, loops, set, task, screen, &interrupt);
+    let Some((found, operations)) = measure(weights, loops)? else { return Ok(Exit::Interrupted) };
+    let mut others = Vec::new();
+    for name in &args.beside {
+        let weights = Weights::load(name, weights.model.lm_head.value.device())?;
+        let loops = args.loops.unwrap_or(weights.loops);
+        let Some((found, _)) = measure(&weights, loops)? else { return Ok(Exit::Interrupted) };
+        others.push((name, weights.layers, found));
+    }
+    if let Some(path) = &args.plot {
+        let failed = |source| Failure::File { action: "writing", path: path.clone(), source };
+        let page = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("html"));
+        let draw = if page { page::html } else { plot::svg };
+        std::fs::write(path, draw(&weights.name, set, &found)).map_err(failed)?;
+    }
+    screen.print(&if args.json {
+        format!("{}\n", as_json(&weights.name, set, &found))
+    } else {
+        let table = operations.map(|operations| {
+            let first = mano::Answers { name: &weights.name, layers: weights.layers, found: &found };
+            let others =
+                others.iter().map(|(name, layers, found)| mano::Answers { name, layers: *layers, found });
+            mano::table(operations, &std::iter::once(first).chain(others).collect::<Vec<_>>())
+        });
+        as_tables(&weights.name, set, &found) + &table.unwrap_or_default()
+    })?;
+    Ok(Exit::Done)
+}
+
+/// What a model is worth on the tokens of `set` that count, and of how many operations its expressions are where it is Mano's.
+/// Absent: it was interrupted.
+fn evaluate(
+    args: &Args,
+    weights: &Weights,
+    loops: u32,
+    set: &str,
+    task: Option<Task>,
+    screen: &Screen,
+    interrupt: &Interrupt,
+) -> Result<Option<(Evaluation, Option<u32>)>, Failure> {
     let sequence = args.sequence.unwrap_or(weights.sequence);
     let dataset = Dataset::open(set)?;
     if let Some(tokenizer) = &weights.tokenizer_file {
@@ -164,7 +210,7 @@ fn data(
         bar.set_position(read);
         if interrupt.raised() {
             screen.clear()?;
-            return Ok(Exit::Interrupted);
+            return Ok(None);
         }
     }
     bar.finish_and_clear();
@@ -174,19 +220,7 @@ fn data(
             grouped(args.tokens)
         )));
     }
-    if let Some(path) = &args.plot {
-        let failed = |source| Failure::File { action: "writing", path: path.clone(), source };
-        let page = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("html"));
-        let draw = if page { page::html } else { plot::svg };
-        std::fs::write(path, draw(&weights.name, set, &found)).map_err(failed)?;
-    }
-    screen.print(&if args.json {
-        format!("{}\n", as_json(&weights.name, set, &found))
-    } else {
-        let table = operations.map(|operations| mano::table(operations, weights.layers, &found));
-        as_tables(&weights.name, set, &found) + &table.unwrap_or_default()
-    })?;
-    Ok(Exit::Done)
+    Ok(Some((found, operations)))
 }
 
 fn figures(sums: &Sums, counted: u64) -> (f64, f64, f64) {

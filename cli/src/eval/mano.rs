@@ -78,22 +78,35 @@ pub fn operations(set: &str, batch: &MicroBatch) -> Result<u32, Failure> {
     Ok(found.operations)
 }
 
-/// The accuracy of a model of `layers` layers on expressions of `operations` operations, beside the paper's.
-pub fn table(operations: u32, layers: u32, found: &Evaluation) -> String {
+/// A model that was measured.
+#[derive(Debug)]
+pub struct Answers<'a> {
+    /// What the user calls it.
+    pub name: &'a str,
+    /// Its layers.
+    pub layers: u32,
+    /// What it is worth at each of its loop steps.
+    pub found: &'a Evaluation,
+}
+
+/// The accuracies of models on expressions of `operations` operations, beside the paper's.
+pub fn table(operations: u32, models: &[Answers<'_>]) -> String {
     let percent = |value: f64| format!("{value:.1}");
-    let mut table = Table::new(0);
+    let mut table = Table::new(1);
     let head = LENGTHS.map(|length| format!("L = {length}"));
-    table.row(["layers x loops", &head[0], &head[1], &head[2]]);
+    table.row(["model", "layers x loops", "here", &head[0], &head[1], &head[2]]);
+    for Answers { name, layers, found } in models {
+        let last = found.steps.last().map_or(0.0, |sums| sums.correct as f64 / found.counted.max(1) as f64);
+        let sizes = format!("{layers} x {}", found.steps.len());
+        table.row([*name, &sizes, &percent(last * 100.0), "", "", ""]);
+    }
     for (layers, loops, accuracy) in PAPER {
         let [first, second, third] = accuracy.map(percent);
-        table.row([format!("{layers} x {loops}"), first, second, third]);
+        table.row(["the paper's", &format!("{layers} x {loops}"), "", &first, &second, &third]);
     }
-    let last = found.steps.last().map_or(0.0, |sums| sums.correct as f64 / found.counted.max(1) as f64);
     format!(
-        "\nMano, expressions of {} operations: {layers} x {} answers {} % right. The paper's models (hidden 1024, modulo 23), %:\n{}",
+        "\nMano: right answers to expressions of {} operations here, and of L in the paper (hidden 1024, modulo 23), %\n{}",
         grouped(u64::from(operations)),
-        found.steps.len(),
-        percent(last * 100.0),
         table.render()
     )
 }
@@ -110,14 +123,21 @@ mod tests {
         found.counted = 1000;
         found.steps = vec![Sums { loss: 1.0, correct: 100, depth: 1.0 }; 5];
         found.steps.push(Sums { loss: 1.0, correct: 973, depth: 6.0 });
-        let text = table(10, 2, &found);
-        let told = "Mano, expressions of 10 operations: 2 x 6 answers 97.3 % right.";
-        assert!(text.contains(told), "{text}");
-        let row = |words: &[&str]| text.lines().any(|line| line.split_whitespace().eq(words.iter().copied()));
-        assert!(row(&["layers", "x", "loops", "L", "=", "10", "L", "=", "16", "L", "=", "24"]), "{text}");
-        assert!(
-            row(&["2", "x", "6", "98.1", "96.3", "78.0"]) && row(&["12", "x", "1", "93.6", "94.4", "34.8"])
-        );
+        let mut once = Evaluation::new(1, &[]);
+        (once.counted, once.steps) = (1000, vec![Sums { loss: 2.0, correct: 214, depth: 1.0 }]);
+        let looped = Answers { name: "mano", layers: 2, found: &found };
+        let text = table(10, &[looped, Answers { name: "mano-once", layers: 2, found: &once }]);
+        assert!(text.contains("Mano: right answers to expressions of 10 operations here"), "{text}");
+        let row = |told: &str| text.lines().any(|line| line.split_whitespace().eq(told.split_whitespace()));
+        for told in [
+            "model layers x loops here L = 10 L = 16 L = 24",
+            "mano 2 x 6 97.3",
+            "mano-once 2 x 1 21.4",
+            "the paper's 2 x 6 98.1 96.3 78.0",
+            "the paper's 12 x 1 93.6 94.4 34.8",
+        ] {
+            assert!(row(told), "{told} is not in {text}");
+        }
     }
 
     /// A batch of one sequence of `documents`, whose first and last may be cut, packed as the loader packs.
