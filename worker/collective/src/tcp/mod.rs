@@ -25,6 +25,7 @@
 
 mod frame;
 mod hello;
+mod info;
 mod net;
 mod rendezvous;
 mod socket;
@@ -105,6 +106,10 @@ pub fn connect(listener: &mut Listener, options: &Options) -> Result<Tcp> {
     let ring = Ring::new(options.rank, options.shape.clone())?;
     let wake = socket::Wake::by(&options.abort)?;
     let streams = rendezvous::meet(listener, options, &ring, &wake)?;
+    if let Some(default) = &listener.paced {
+        let of_both = streams.iter().flat_map(|(_, control, data)| [control, data]);
+        of_both.for_each(|stream| socket::pace_if_far(stream, default));
+    }
     let (abort, silence) = (options.abort.clone(), options.silence);
     let net = Net::new(options.rank, options.generation, abort, wake, silence, streams);
     Ok(Tcp { ring, net, places: Places::default(), dead: None })

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
+use super::info::info;
 use super::stream::Stream;
 use crate::{AbortHandle, Error, Result};
 
@@ -90,6 +91,7 @@ impl Wake {
 pub(crate) fn dial(address: SocketAddr, buffer_bytes: Option<usize>) -> io::Result<TcpStream> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+    unpace(&socket);
     // Before connecting: the window's scale is settled then.
     set_buffers(&socket, buffer_bytes)?;
     match connect(&socket, &address) {
@@ -122,6 +124,28 @@ pub(crate) fn watch(socket: &impl AsFd, silence: Duration, messages: bool) -> io
     Ok(())
 }
 
+/// Round trips of a network of one's own are shorter.
+const NEAR: Duration = Duration::from_millis(1);
+
+/// Has a socket that is not connected yet send without pacing, where the system's default is BBR: that sends by a clock and in
+/// small pieces, which is for long ways with losses, and on a near one nearly doubles what an exchange costs in CPU time
+/// (docs/measured.md). A connection that has once been paced stays so. Returns what it would have been.
+pub(crate) fn unpace(socket: &impl AsFd) -> Option<String> {
+    let paced = sockopt::tcp_congestion(socket).ok().filter(|name| name.starts_with("bbr"))?;
+    // Which of the two there is, the kernel says; with neither it stays as it is.
+    let unpaced =
+        ["cubic", "reno"].into_iter().find(|name| sockopt::set_tcp_congestion(socket, name).is_ok());
+    unpaced.map(|_| paced)
+}
+
+/// Gives a connection to a machine that is far away the system's default back.
+pub(crate) fn pace_if_far(socket: &impl AsFd, default: &str) {
+    if info(socket).is_some_and(|info| info.round_trip >= NEAR) {
+        // Else it stays as it is, and works.
+        let _ = sockopt::set_tcp_congestion(socket, default);
+    }
+}
+
 /// Whether an error says that nothing came back, rather than that somebody closed or refused: also that there is no way.
 pub(crate) fn is_silence(error: &io::Error) -> bool {
     matches!(
@@ -142,4 +166,33 @@ pub(crate) fn set_buffers(socket: &impl AsFd, bytes: Option<usize>) -> io::Resul
         sockopt::set_socket_send_buffer_size(socket, bytes)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_near_connection_is_not_paced() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = |name: &str| {
+            let socket = dial(listener.local_addr().unwrap(), None).unwrap();
+            sockopt::set_tcp_congestion(&socket, name).map(|()| socket)
+        };
+        let named = |socket: &TcpStream| sockopt::tcp_congestion(socket).unwrap();
+        let socket = near("reno").unwrap();
+        assert_eq!((unpace(&socket), named(&socket)), (None, "reno".to_owned()), "it is not paced");
+        match near("bbr") {
+            Err(cause) => println!("NOT RUN, for this kernel or user has no BBR: {cause}"),
+            Ok(socket) => {
+                assert_eq!(unpace(&socket), Some("bbr".to_owned()));
+                let unpaced = named(&socket);
+                assert!(["cubic", "reno"].contains(&unpaced.as_str()), "{unpaced}");
+                pace_if_far(&socket, "bbr");
+                assert_eq!(named(&socket), unpaced, "this machine is near");
+            }
+        }
+    }
 }

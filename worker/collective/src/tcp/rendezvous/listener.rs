@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 
 use anello_tls::Tls;
 
+use super::super::socket::unpace;
 use super::super::stream::Security;
 
 /// What came to a listener and did not belong to the ring that was forming.
@@ -27,6 +28,8 @@ pub struct Refusals {
 #[derive(Debug)]
 pub struct Listener {
     pub(super) sockets: Vec<TcpListener>,
+    /// What paces connections by the system's default, where these begin without it.
+    pub(in crate::tcp) paced: Option<String>,
     pub(super) security: Option<Security>,
     pub(super) refusals: Refusals,
 }
@@ -37,7 +40,8 @@ impl Listener {
     /// # Errors
     /// Those of the system.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
-        Self { sockets: Vec::new(), security: None, refusals: Refusals::default() }.and_at(address)
+        Self { sockets: Vec::new(), paced: None, security: None, refusals: Refusals::default() }
+            .and_at(address)
     }
 
     /// Listens on `address` too, as where a machine is reached by several networks: members try one after the other.
@@ -47,6 +51,8 @@ impl Listener {
     pub fn and_at(mut self, address: SocketAddr) -> io::Result<Self> {
         let socket = TcpListener::bind(address)?;
         socket.set_nonblocking(true)?;
+        // Those who come have it of the listener.
+        self.paced = unpace(&socket).or(self.paced);
         self.sockets.push(socket);
         Ok(self)
     }
