@@ -122,32 +122,26 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let measured = measured(args)?;
     let device = device::open(args.device)?;
     let weights = Weights::load(&args.name, device)?;
-    let loops = args.loops.unwrap_or(weights.loops);
     match measured {
-        Measured::Questions(file) => choices(args, &weights, loops, file, screen),
-        Measured::Data(Some(set), task) => data(args, &weights, loops, set, task, screen),
-        Measured::Data(None, task) => {
-            data(args, &weights, loops, &mano::test_set(&weights.sources)?, task, screen)
-        }
+        Measured::Questions(file) => choices(args, &weights, file, screen),
+        Measured::Data(Some(set), task) => data(args, &weights, set, task, screen),
+        Measured::Data(None, task) => data(args, &weights, &mano::test_set(&weights.sources)?, task, screen),
     }
 }
 
-fn data(
-    args: &Args,
-    weights: &Weights,
-    loops: u32,
-    set: &str,
-    task: Option<Task>,
-    screen: &Screen,
-) -> Outcome {
+/// Loop steps that a model is measured with.
+fn loops_of(args: &Args, weights: &Weights) -> u32 {
+    args.loops.unwrap_or(weights.loops)
+}
+
+fn data(args: &Args, weights: &Weights, set: &str, task: Option<Task>, screen: &Screen) -> Outcome {
     let interrupt = Interrupt::watch()?;
-    let measure = |weights: &Weights, loops| evaluate(args, weights, loops, set, task, screen, &interrupt);
-    let Some((found, operations)) = measure(weights, loops)? else { return Ok(Exit::Interrupted) };
+    let measure = |weights: &Weights| evaluate(args, weights, set, task, screen, &interrupt);
+    let Some((found, operations)) = measure(weights)? else { return Ok(Exit::Interrupted) };
     let mut others = Vec::new();
     for name in &args.beside {
         let weights = Weights::load(name, weights.model.lm_head.value.device())?;
-        let loops = args.loops.unwrap_or(weights.loops);
-        let Some((found, _)) = measure(&weights, loops)? else { return Ok(Exit::Interrupted) };
+        let Some((found, _)) = measure(&weights)? else { return Ok(Exit::Interrupted) };
         others.push((name, weights.layers, found));
     }
     if let Some(path) = &args.plot {
@@ -175,7 +169,6 @@ fn data(
 fn evaluate(
     args: &Args,
     weights: &Weights,
-    loops: u32,
     set: &str,
     task: Option<Task>,
     screen: &Screen,
@@ -194,7 +187,7 @@ fn evaluate(
         i64::from(sequence),
         weights.model.lm_head.value.device(),
     );
-    let mut found = Evaluation::new(loops, &MASSES);
+    let mut found = Evaluation::new(loops_of(args, weights), &MASSES);
     let bar = screen.add(args.tokens, "{bar:30.cyan/dim} {pos} of {len} tokens");
     let (mut read, mut operations) = (0, None);
     let sequences = (BATCH_TOKENS / sequence).max(1);
@@ -316,7 +309,8 @@ fn read_questions(path: &Path) -> Result<Vec<Question>, Failure> {
         .collect()
 }
 
-fn choices(args: &Args, weights: &Weights, loops: u32, file: &Path, screen: &Screen) -> Outcome {
+fn choices(args: &Args, weights: &Weights, file: &Path, screen: &Screen) -> Outcome {
+    let loops = loops_of(args, weights);
     let questions = read_questions(file)?;
     if questions.is_empty() {
         return Err(Failure::Usage(format!("{} has no questions", file.display())));

@@ -151,11 +151,9 @@ fn paces(detail: &v1::JobDetail) -> Option<String> {
             speed,
         ];
         let backward_s = (pace.compute_s - pace.forward_s).max(0.0);
-        let computed = [pace.forward_s, backward_s];
-        let [before, after] =
-            [&[pace.whole_s, pace.data_s][..], &[pace.reduce_s, pace.update_s, pace.checkpoint_s]];
-        let seconds = [before, &computed, after].concat();
-        table.row(cells.into_iter().chain(seconds.into_iter().map(|s| format!("{s:.3} s"))));
+        let v1::PaceFigures { whole_s, data_s, forward_s, reduce_s, update_s, checkpoint_s, .. } = *pace;
+        let seconds = [whole_s, data_s, forward_s, backward_s, reduce_s, update_s, checkpoint_s];
+        table.row(cells.into_iter().chain(seconds.map(|s| format!("{s:.3} s"))));
     }
     some.then(|| table.render())
 }

@@ -234,18 +234,11 @@ int anello_device_exchange(int32_t device) {
     return guarded([&] { guard().setDevice(cuda(device)); });
 }
 
-int anello_event_new(int32_t device, int64_t stream, void** out) {
+// Of a `timed` one the time is known: `c10::Event::elapsedTime` takes two of these.
+int anello_event_new(int32_t device, int64_t stream, int timed, void** out) {
     return guarded([&] {
-        auto event = std::make_unique<c10::Event>(c10::DeviceType::CUDA);
-        event->record(stream_of(device, stream));
-        *out = event.release();
-    });
-}
-
-// One whose time is known: `c10::Event::elapsedTime` takes two of these.
-int anello_mark_new(int32_t device, int64_t stream, void** out) {
-    return guarded([&] {
-        auto event = std::make_unique<c10::Event>(c10::DeviceType::CUDA, c10::EventFlag::BACKEND_DEFAULT);
+        const auto flag = timed ? c10::EventFlag::BACKEND_DEFAULT : c10::EventFlag::PYTORCH_DEFAULT;
+        auto event = std::make_unique<c10::Event>(c10::DeviceType::CUDA, flag);
         event->record(stream_of(device, stream));
         *out = event.release();
     });

@@ -37,8 +37,7 @@ unsafe extern "C" {
     fn anello_stream_native(device: i32, id: i64, out: *mut *mut c_void) -> c_int;
     fn anello_stream_synchronize(device: i32, id: i64) -> c_int;
     fn anello_device_exchange(device: i32) -> c_int;
-    fn anello_event_new(device: i32, stream: i64, out: *mut *mut c_void) -> c_int;
-    fn anello_mark_new(device: i32, stream: i64, out: *mut *mut c_void) -> c_int;
+    fn anello_event_new(device: i32, stream: i64, timed: c_int, out: *mut *mut c_void) -> c_int;
     fn anello_mark_until(begin: *mut c_void, end: *mut c_void, milliseconds: *mut f64) -> c_int;
     fn anello_event_wait(event: *mut c_void, device: i32, stream: i64) -> c_int;
     fn anello_event_query(event: *mut c_void, done: *mut c_int) -> c_int;
@@ -182,20 +181,20 @@ impl Stream {
 
     /// An event that has happened once all that was put into this stream so far is done.
     pub fn record(self) -> Result<Event, Thrown> {
-        let Some((device, id)) = self.gpu else { return Ok(Event { raw: None }) };
-        let mut raw = null_mut();
-        // SAFETY: `raw` is written only on success, with an event that is ours to free.
-        checked(unsafe { anello_event_new(device, id, &raw mut raw) })?;
-        Ok(Event { raw: Some(NonNull::new(raw).expect("a new event has an address")) })
+        self.event(false)
     }
 
     /// The same with a time.
     pub fn mark(self) -> Result<Mark, Thrown> {
-        let Some((device, id)) = self.gpu else { return Ok(Mark(Event { raw: None })) };
+        self.event(true).map(Mark)
+    }
+
+    fn event(self, timed: bool) -> Result<Event, Thrown> {
+        let Some((device, id)) = self.gpu else { return Ok(Event { raw: None }) };
         let mut raw = null_mut();
         // SAFETY: `raw` is written only on success, with an event that is ours to free.
-        checked(unsafe { anello_mark_new(device, id, &raw mut raw) })?;
-        Ok(Mark(Event { raw: Some(NonNull::new(raw).expect("a new event has an address")) }))
+        checked(unsafe { anello_event_new(device, id, timed.into(), &raw mut raw) })?;
+        Ok(Event { raw: Some(NonNull::new(raw).expect("a new event has an address")) })
     }
 
     /// What is put into this stream from now on waits for `event`.

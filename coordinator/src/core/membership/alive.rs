@@ -79,19 +79,23 @@ impl Membership {
         if missing == 0 {
             return Some(Ring::Gathering { since: self.now, listing: Listing::Old });
         }
-        let causes = || {
-            self.workers.values().filter_map(|worker| match &worker.stance.activity {
-                Activity::Holding { generation: of, cause } if *of == generation => Some(cause),
-                _ => None,
-            })
-        };
         // A hold that was planned and broke after all: the others must be told.
-        let broke = causes().any(|cause| !leaves_together(cause));
+        let broke = self.held(generation).any(|(_, _, cause)| !leaves_together(cause));
         let lost = self.has_lost_one(formation);
         let abort =
             abort.cloned().or_else(|| (broke || lost).then(|| "a member has left the ring".to_owned()));
         let now = Ring::Breaking { formation: formation.clone(), abort, blameless: blameless || lost };
         (now != self.ring).then_some(now)
+    }
+
+    /// Who has said that it holds after this generation: with the steps that it has, and why.
+    fn held(&self, generation: Generation) -> impl Iterator<Item = (WorkerId, Option<Step>, &Cause)> {
+        self.workers.iter().filter_map(move |(id, worker)| match &worker.stance.activity {
+            Activity::Holding { generation: of, cause } if *of == generation => {
+                Some((*id, worker.stance.holds, cause))
+            }
+            _ => None,
+        })
     }
 
     fn has_lost_one(&self, formation: &Formation) -> bool {
@@ -101,17 +105,11 @@ impl Membership {
     /// A ring that ended though nobody died, was at fault or is out of reach, as when one of two networks fails: the log says why.
     fn note_break(&self, formation: &Formation, out: &mut Vec<Effect>) {
         let generation = formation.generation;
-        let held = self.workers.iter().filter_map(|(id, worker)| match &worker.stance.activity {
-            Activity::Holding { generation: of, cause } if *of == generation => {
-                Some((*id, worker.stance.holds, cause))
-            }
-            _ => None,
-        });
         if self.has_lost_one(formation) {
             return;
         }
         let mut broke = None;
-        for (worker, step, cause) in held {
+        for (worker, step, cause) in self.held(generation) {
             match cause {
                 Cause::Broken { reason, .. } if reason.starts_with(ABORTED) => {}
                 Cause::Broken { reason, .. } => {
@@ -136,12 +134,9 @@ impl Membership {
     pub(super) fn judge(&mut self, formation: &Formation, blameless: bool, out: &mut Vec<Effect>) {
         self.judge_replicas(formation, out);
         self.note_rifts(formation, out);
-        let fault = self.workers.iter().find_map(|(id, worker)| match &worker.stance.activity {
-            Activity::Holding { generation, cause: Cause::NoState { reason } | Cause::Fault { reason } }
-                if *generation == formation.generation =>
-            {
-                Some((*id, worker.stance.holds, reason.clone()))
-            }
+        let generation = formation.generation;
+        let fault = self.held(generation).find_map(|(worker, holds, cause)| match cause {
+            Cause::NoState { reason } | Cause::Fault { reason } => Some((worker, holds, reason.clone())),
             _ => None,
         });
         // The word that came last may be of the fault, or of a death.
@@ -150,10 +145,7 @@ impl Membership {
             return self.note_break(formation, out);
         };
         if let Source::Checkpoint { step } = formation.source
-            && self.workers.values().any(|worker| {
-                let Activity::Holding { generation, cause } = &worker.stance.activity else { return false };
-                *generation == formation.generation && matches!(cause, Cause::NoState { .. })
-            })
+            && self.held(generation).any(|(_, _, cause)| matches!(cause, Cause::NoState { .. }))
         {
             // It is the checkpoint's fault, and the one before it comes next.
             self.checkpoints.distrust(step);
@@ -167,7 +159,6 @@ impl Membership {
             let reason = format!("step {at} has failed {count} times: {reason}");
             self.over(Outcome::Failed { reason }, out);
         } else {
-            let generation = formation.generation;
             out.push(Effect::Record(Entry::Broke { worker, generation, step: holds, reason }));
         }
     }
