@@ -4,9 +4,55 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use anello_proto::ring::{Formation, Generation, Source, Stance, Step, WorkerId};
+use anello_member::{Effect, Event};
+use anello_proto::ring::{Formation, Generation, Order, Source, Stance, Step, WorkerId};
 
 pub use crate::core::invariants::*;
+
+/// What a worker was told, by coordinators or by whoever asked it to go.
+#[derive(Debug, Default)]
+pub struct Told {
+    rings: BTreeSet<Generation>,
+    formed: BTreeSet<Generation>,
+    leave: bool,
+    now: bool,
+}
+
+impl Told {
+    /// It hears of this.
+    pub fn hears(&mut self, event: &Event) {
+        self.now = matches!(event, Event::Ordered { .. } | Event::Terminate);
+        match event {
+            Event::Ordered { order: Order::Form(formation), .. } => {
+                self.rings.insert(formation.generation);
+            }
+            Event::Ordered { order: Order::Leave { .. }, .. } | Event::Terminate => self.leave = true,
+            _ => {}
+        }
+    }
+}
+
+/// **A worker that is told nothing does nothing new**: it forms each ring once, and none that it was not told to; it holds, breaks a ring
+/// or writes what it keeps at a word alone; and it ends only if it was told or asked to. Whatever else happens to it, such as
+/// the loss of every coordinator, sets off nothing.
+pub fn who_is_told_nothing_does_nothing_new(
+    worker: WorkerId,
+    told: &mut Told,
+    effect: &Effect,
+) -> Result<(), String> {
+    let may = match effect {
+        Effect::Say(_) => true,
+        Effect::Form(formation) => {
+            told.rings.contains(&formation.generation) && told.formed.insert(formation.generation)
+        }
+        Effect::Hold { .. } | Effect::Abort { .. } | Effect::WriteKept { .. } => told.now,
+        Effect::Exit(_) => told.leave,
+    };
+    match may {
+        true => Ok(()),
+        false => Err(format!("worker {worker} does what it was not told to: {effect:?}")),
+    }
+}
 
 /// **Nobody counts on a learner**: who serves lanes from peers' state can have it from a member that held it, and learners come
 /// last, with no lanes and no state. `holds` is what the coordinator was told.

@@ -28,6 +28,7 @@ impl World {
                     applying: false,
                     kept: Vec::new(),
                     writes_until: 0,
+                    told: Told::default(),
                 },
             );
             let delay = self.below(30);

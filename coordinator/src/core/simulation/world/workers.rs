@@ -4,6 +4,7 @@ use super::*;
 
 pub(super) struct Worker {
     pub(super) machine: Machine,
+    pub(super) told: Told,
     pub(super) state: Option<(Step, u64)>,
     /// The blocks whose moments it has of that state.
     pub(super) moments: BTreeSet<u64>,
@@ -195,8 +196,12 @@ impl World {
             known.kept.retain(|copy| copy.step != *step);
             known.rows.durable(step.0);
         }
+        known.told.hears(&event);
         let mut out = Vec::new();
         known.machine.handle(event, &mut out);
+        for effect in &out {
+            who_is_told_nothing_does_nothing_new(worker, &mut known.told, effect)?;
+        }
         for effect in out {
             match effect {
                 Do::Say(stance) => self.say(worker, stance),
