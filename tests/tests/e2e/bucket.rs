@@ -286,6 +286,38 @@ fn a_ring_over_a_bad_network_is_the_undisturbed_run() {
     assert!(harmed.iter().map(|(_, count)| count).sum::<u64>() > 10, "{harmed:?}");
 }
 
+/// The workers of a machine fetch what they need of the shards into one cache: a ring after it, of more workers, asks the bucket for
+/// nothing of them. All are the undisturbed run.
+#[test]
+fn workers_of_a_machine_share_what_they_fetched() {
+    let data = s3().url("shared-data");
+    for source in ["tales", "lists"] {
+        let (text, out) = (format!("{source}.jsonl"), format!("{data}/{source}"));
+        let tokenize = ["data", "tokenize", &text, "--tokenizer", "tokenizer.json", "--out", &out];
+        anello(&[&tokenize[..], &["--row-group", "200"]].concat()).expect(0);
+    }
+    let cache = format!("data.cache_dir={}", world().folder.join("shared-cache").display());
+    let sets = ["tales", "lists"].map(|source| format!("data.sources.{source}.url={data}/{source}"));
+    // Requests for shards.
+    let fetched = |name: &str, workers: &str, sets: &[&String]| {
+        let proxy = Proxy::start(s3().port(), 0, &[], 1);
+        let url = s3().url(name);
+        let mut arguments = vec!["run", "small.toml", "--out", &url, "--sample", "0", "--workers", workers];
+        sets.iter().for_each(|set| arguments.extend(["--set", set]));
+        Process::start_with(&world().folder, &arguments, &s3().variables_by(proxy.port())).wait().expect(0);
+        assert_undisturbed(&url);
+        let is_shard = |path: &String| path.contains("/shared-data/") && path.ends_with(".parquet");
+        proxy.asked().iter().filter(|asked| asked.method == "GET" && asked.paths.iter().any(is_shard)).count()
+    };
+    let without = fetched("cacheless", "3", &[&sets[0], &sets[1]]);
+    let first = fetched("cache-filled", "3", &[&sets[0], &sets[1], &cache]);
+    let second = fetched("cache-full", "4", &[&sets[0], &sets[1], &cache]);
+    assert!(
+        second == 0 && 0 < first && first < without,
+        "{without} without a cache, then {first}, then {second}"
+    );
+}
+
 /// With a checksum algorithm set, every object goes with the checksum of its bytes, which a server that knows it checks.
 #[test]
 fn what_is_written_carries_its_checksum() {
