@@ -32,7 +32,7 @@ from datetime import datetime
 from pathlib import Path
 
 WORKERS = 4
-# `tiny` is the preset's shape, whose step on two cores takes as long as a recovery may: it is for what a joiner costs.
+# `tiny` is the preset's shape, whose step on two cores takes longer than a recovery may: it shows that survivors keep what they computed.
 SHAPES = {"small": (2, 64, 4, 128, 512, 2, 64, 512), "tiny": (2, 192, 6, 512, 2048, 4, 128, 2048)}
 # The others have a small step and a large vocabulary, so a large state: what a joiner waits for by the size of the state.
 SHAPES |= {"state-24": (1, 64, 4, 128, 14336, 1, 16, 64), "state-384": (1, 256, 4, 512, 64000, 1, 16, 64)}
@@ -57,6 +57,7 @@ vocab = {VOCAB}
 
 [compute]
 threads = 1
+recompute = "none"
 
 [data]
 tokenizer = "tokenizer.json"
