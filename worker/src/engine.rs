@@ -7,7 +7,7 @@
 //! 3. [`Engine::finish`] takes the tree's total, divides once by the tokens that count, clips and updates.
 //!
 //! With several workers 3 is [`Engine::take_partials`], the exchange between them, and [`Engine::finish_with`]; a step
-//! that comes to nothing ends with [`Engine::abandon`].
+//! that comes to nothing ends with [`Engine::abandon`], or with [`Engine::set_aside`], and [`Engine::resume`] has its sums.
 
 use std::ops::Range;
 
@@ -19,7 +19,7 @@ use tch::{Device, Tensor};
 use crate::cover::Cover;
 use crate::error::Result;
 use crate::evaluate::Evaluation;
-use crate::fold::Fold;
+use crate::fold::{Fold, Kept};
 use crate::guard::{self, Spike};
 use crate::host;
 use crate::kernels::{self, Kernels};
@@ -44,6 +44,8 @@ pub struct Engine {
     /// Gradient buffers that are free, zeroed when taken.
     spare: Vec<Tensor>,
     fold: Fold<(Tensor, LossSums)>,
+    /// Sums of a step that came to nothing, and the step.
+    kept: (u64, Kept<(Tensor, LossSums)>),
     stopwatch: Stopwatch,
 }
 
@@ -262,6 +264,22 @@ impl Chain {
     }
 }
 
+/// Adds `right` into `left`; its buffer is free then.
+fn add(spare: &mut Vec<Tensor>, left: &mut (Tensor, LossSums), (right, sums): (Tensor, LossSums)) {
+    left.0 += &right;
+    left.1.add(&sums);
+    spare.push(right);
+}
+
+/// [`Growing::Sums`] of `fold`.
+fn tell_sums(fold: &Fold<(Tensor, LossSums)>, tell: &mut dyn FnMut(Growing<'_>)) {
+    let partials = fold.partials().iter();
+    let each = partials
+        .map(|(first, lanes, (gradient, sums))| ((*first, *lanes, sums.clone()), gradient.shallow_clone()));
+    let (sums, buffers) = each.unzip();
+    tell(Growing::Sums(sums, buffers));
+}
+
 impl Engine {
     /// An engine at the first step of `config`, with the initial weights of its seed.
     ///
@@ -278,8 +296,8 @@ impl Engine {
         let device = state.weights.device();
         let model = Self::model_of(config, &state, kernels.as_ref());
         let (config, rotary, spare, fold) = (config.clone(), None, Vec::new(), Fold::default());
-        let stopwatch = Stopwatch::new(device);
-        Self { config, device, state, model, kernels, rotary, spare, fold, stopwatch }
+        let (kept, stopwatch) = ((0, Kept::default()), Stopwatch::new(device));
+        Self { config, device, state, model, kernels, rotary, spare, fold, kept, stopwatch }
     }
 
     fn model_of(config: &RunConfig, state: &State, kernels: Option<&Kernels>) -> Model {
@@ -301,6 +319,7 @@ impl Engine {
     pub fn load_state(&mut self, state: State) -> State {
         assert_eq!(state.weights.device(), self.device, "the state is on another device");
         self.abandon();
+        self.forget_kept();
         let Self { config, model, kernels, spare, .. } = self;
         *model = Self::model_of(config, &state, kernels.as_ref());
         spare.retain(|buffer| buffer.numel() == state.layout.len());
@@ -308,7 +327,8 @@ impl Engine {
     }
 
     /// Takes up weights that were written into the state.
-    pub(crate) fn take_up_weights(&self) {
+    pub(crate) fn take_up_weights(&mut self) {
+        self.forget_kept();
         self.model.refresh();
     }
 
@@ -404,13 +424,7 @@ impl Engine {
                     &grown,
                     self.state.layout.backward_blocks(stage.trains),
                 );
-                let partials = grown.partials().iter();
-                let (sums, buffers) = partials
-                    .map(|(first, lanes, (gradient, sums))| {
-                        ((*first, *lanes, sums.clone()), gradient.shallow_clone())
-                    })
-                    .unzip();
-                tell(Growing::Sums(sums, buffers));
+                tell_sums(&grown, tell);
                 chain.next(tell);
             }
             Walked::Layer(layer) => {
@@ -431,11 +445,7 @@ impl Engine {
     /// Puts a lane's gradient and sums into the tree: lanes come in order, each once a step.
     pub fn fold_lane(&mut self, lane: u32, gradient: Tensor, sums: LossSums) {
         let spare = &mut self.spare;
-        self.fold.push(lane, (gradient, sums), |(gradient, sums), (right, right_sums)| {
-            *gradient += &right;
-            sums.add(&right_sums);
-            spare.push(right);
-        });
+        self.fold.push(lane, (gradient, sums), |left, right| add(spare, left, right));
     }
 
     fn walk(
@@ -554,6 +564,52 @@ impl Engine {
         if gradient.numel() == self.state.layout.len() {
             self.spare.push(gradient);
         }
+    }
+
+    /// What was kept of `step` by [`Engine::set_aside`] and is of use for these lanes; the rest is let go. Comes after
+    /// [`Engine::approach`], and before the first lane.
+    pub fn resume(&mut self, step: u64, lanes: &Range<u32>) {
+        let (of, kept) = &mut self.kept;
+        if *of == step {
+            self.spare.extend(kept.cut_to(lanes).into_iter().map(|(gradient, _)| gradient));
+        } else {
+            self.forget_kept();
+        }
+    }
+
+    /// Whether this lane need not be computed, since it is in a sum that was kept, which is put into the tree. Asked of each lane
+    /// in the order of [`Engine::lane`].
+    pub fn fold_kept(&mut self, lane: u32) -> bool {
+        if let Some(partial) = self.kept.1.take(lane) {
+            let spare = &mut self.spare;
+            self.fold.push_subtree(partial, |left, right| add(spare, left, right));
+        }
+        self.fold.has(lane)
+    }
+
+    /// This lane is to be computed, whatever was kept: before [`Engine::resume`].
+    pub fn forget(&mut self, lane: u32) {
+        self.spare.extend(self.kept.1.forget(lane).map(|(gradient, _)| gradient));
+    }
+
+    fn forget_kept(&mut self) {
+        self.spare.extend(self.kept.1.clear().map(|(gradient, _)| gradient));
+    }
+
+    /// Tells what [`Engine::last_lane`] does where the last of this worker's lanes was kept: all is whole.
+    pub fn tell_whole(&self, stage: &Stage, tell: &mut dyn FnMut(Growing<'_>)) {
+        tell_sums(&self.fold, tell);
+        let blocks = self.state.layout.backward_blocks(stage.trains);
+        blocks
+            .into_iter()
+            .filter(|blocks| !blocks.is_empty())
+            .for_each(|blocks| tell(Growing::Whole(blocks)));
+    }
+
+    /// The step under way came to nothing, for no fault of the sums: they are kept for the ring that has it next.
+    pub fn set_aside(&mut self, step: u64) {
+        self.forget_kept();
+        self.kept = (step, Kept::new(std::mem::take(&mut self.fold)));
     }
 
     /// Drops the step under way: nothing but its sums is lost, and the next lane may be any.

@@ -4,6 +4,8 @@
 //! that arrives in order is folded like a binary counter: a stack of partial sums of aligned subtrees, the sizes
 //! strictly falling. `n` lanes hold at most 1 + log2(n) values at a time.
 
+use std::ops::Range;
+
 use crate::objective::LossSums;
 
 /// Partial sums over aligned subtrees of lanes.
@@ -26,7 +28,7 @@ impl<T> Fold<T> {
     }
 
     /// Takes in the sum of the next aligned subtree.
-    fn push_subtree(&mut self, partial: (u32, u32, T), mut add: impl FnMut(&mut T, T)) {
+    pub fn push_subtree(&mut self, partial: (u32, u32, T), mut add: impl FnMut(&mut T, T)) {
         let (mut first, mut lanes, mut sum) = partial;
         assert!(lanes.is_power_of_two() && first % lanes == 0, "{lanes} lanes from {first} are no subtree");
         if let Some((left, size, _)) = self.partials.last() {
@@ -39,6 +41,11 @@ impl<T> Fold<T> {
             (first, lanes, sum) = (left, size + lanes, left_sum);
         }
         self.partials.push((first, lanes, sum));
+    }
+
+    /// Whether this lane is in.
+    pub fn has(&self, lane: u32) -> bool {
+        self.partials.iter().any(|(first, lanes, _)| (*first..first + lanes).contains(&lane))
     }
 
     /// The partial sums, as [`into_partials`](Self::into_partials).
@@ -66,6 +73,72 @@ impl<T> Fold<T> {
     }
 }
 
+/// Partial sums of a step that came to nothing: the ring that has it next, in which lanes may be cut in another way, need not
+/// compute them again.
+#[derive(Debug)]
+pub struct Kept<T> {
+    /// (first lane, number of lanes, sum), in lane order.
+    partials: Vec<(u32, u32, T)>,
+}
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self { partials: Vec::new() }
+    }
+}
+
+impl<T> Kept<T> {
+    /// Those of `fold`.
+    pub fn new(fold: Fold<T>) -> Self {
+        Self { partials: fold.partials }
+    }
+
+    /// The sum of the subtree that begins with this lane.
+    pub fn take(&mut self, first: u32) -> Option<(u32, u32, T)> {
+        let at = self.partials.iter().position(|(of, _, _)| *of == first)?;
+        Some(self.partials.remove(at))
+    }
+
+    /// Lets go of what a worker of these lanes has no use for, and of what it has no room for: it holds no more values at a time
+    /// than one that computes them all. Returns what goes.
+    pub fn cut_to(&mut self, lanes: &Range<u32>) -> Vec<T> {
+        let within = |(first, size, _): &(u32, u32, T)| lanes.start <= *first && first + size <= lanes.end;
+        let mut gone: Vec<T> =
+            self.partials.extract_if(.., |partial| !within(partial)).map(|(_, _, sum)| sum).collect();
+        let room = Kept::<T>::default().held_at_most(lanes);
+        while self.held_at_most(lanes) > room {
+            let smallest = (0..self.partials.len()).min_by_key(|at| self.partials[*at].1);
+            gone.push(self.partials.remove(smallest.expect("without any there is room")).2);
+        }
+        gone
+    }
+
+    /// Lets go of the sum that this lane is in.
+    pub fn forget(&mut self, lane: u32) -> Option<T> {
+        let at =
+            self.partials.iter().position(|(first, lanes, _)| (*first..first + lanes).contains(&lane))?;
+        Some(self.partials.remove(at).2)
+    }
+
+    /// Lets go of all.
+    pub fn clear(&mut self) -> impl Iterator<Item = T> {
+        self.partials.drain(..).map(|(_, _, sum)| sum)
+    }
+
+    /// The most values that there are at a time while the rest of `lanes` is folded with these.
+    fn held_at_most(&self, lanes: &Range<u32>) -> usize {
+        let (mut fold, mut most, mut lane) = (Fold::default(), 0, lanes.start);
+        let mut kept = self.partials.iter().map(|(first, size, _)| (*first, *size)).peekable();
+        while lane < lanes.end {
+            let next = kept.next_if(|(first, _)| *first == lane).unwrap_or((lane, 1));
+            most = most.max(fold.partials.len() + 1 + kept.len());
+            fold.push_subtree((next.0, next.1, ()), |(), ()| ());
+            lane += next.1;
+        }
+        most
+    }
+}
+
 /// The sum over all lanes `0..lanes` of a run from the partial sums of aligned subtrees, in lane order: the same
 /// additions in the same order as [`Fold`] makes over single lanes, wherever the workers' ranges were cut. Panics when
 /// the partials are not all lanes, each once.
@@ -86,7 +159,7 @@ mod tests {
     use anello_configs::random::Stream;
     use proptest::prelude::*;
 
-    fn fold(lanes: std::ops::Range<u32>) -> Vec<(u32, u32, String)> {
+    fn fold_of(lanes: Range<u32>) -> Vec<(u32, u32, String)> {
         let mut fold = Fold::default();
         for lane in lanes {
             fold.push(lane, lane.to_string(), |left, right| *left = format!("({left}+{right})"));
@@ -96,12 +169,12 @@ mod tests {
 
     #[test]
     fn eight_lanes_fold_along_the_tree() {
-        assert_eq!(fold(0..8), [(0, 8, "(((0+1)+(2+3))+((4+5)+(6+7)))".to_owned())]);
+        assert_eq!(fold_of(0..8), [(0, 8, "(((0+1)+(2+3))+((4+5)+(6+7)))".to_owned())]);
     }
 
     #[test]
     fn a_range_folds_into_its_maximal_aligned_subtrees() {
-        let sums: Vec<String> = fold(1..7).into_iter().map(|(_, _, sum)| sum).collect();
+        let sums: Vec<String> = fold_of(1..7).into_iter().map(|(_, _, sum)| sum).collect();
         assert_eq!(sums, ["1", "(2+3)", "(4+5)", "6"]);
     }
 
@@ -134,6 +207,25 @@ mod tests {
         bounds
     }
 
+    fn lanes_of_64() -> impl Strategy<Value = Range<u32>> {
+        (0u32..64, 1u32..20).prop_map(|(start, len)| start..(start + len).min(64))
+    }
+
+    /// Of four workers with a lane each the second dies: the first has computed what it has, and computes what that one had.
+    #[test]
+    fn a_survivor_computes_what_the_dead_had() {
+        let mut kept = Kept::new(Fold { partials: vec![(0, 1, "0")] });
+        assert_eq!((kept.cut_to(&(0..2)), kept.partials.len()), (vec![], 1));
+        assert_eq!(kept.cut_to(&(1..2)), ["0"], "another has it now");
+        let mut kept =
+            Kept::new(Fold { partials: vec![(1, 1, "1"), (2, 2, "2+3"), (4, 4, "4…7"), (8, 1, "8")] });
+        assert_eq!(
+            kept.cut_to(&(0..9)),
+            ["1", "8"],
+            "there is room for four, as at lane 7 of nine: 0, 1 on its way, and two that are kept"
+        );
+    }
+
     #[test]
     #[should_panic(expected = "lanes arrive in order")]
     fn a_lane_that_is_missing_is_no_total() {
@@ -148,7 +240,7 @@ mod tests {
             let join = |left: &mut String, right: String| *left = format!("({left}+{right})");
             let partials = partials(&bounds(cuts, lanes), |lane| lane.to_string(), join);
             let total = combine(partials, lanes, join);
-            prop_assert_eq!(vec![(0, lanes, total)], fold(0..lanes));
+            prop_assert_eq!(vec![(0, lanes, total)], fold_of(0..lanes));
         }
 
         #[test]
@@ -167,6 +259,39 @@ mod tests {
                 (*counted, figures.map(|figure| figure.to_bits()).collect::<Vec<_>>())
             };
             prop_assert_eq!(bits(&several), bits(one));
+        }
+
+        /// Whatever a worker kept of a step, and whichever lanes it is given then: the sums are those of one that has computed
+        /// them all, and no more values are held at a time.
+        #[test]
+        fn what_is_kept_of_a_step_is_its_part_of_the_next_cut(
+            before in lanes_of_64(), then in lanes_of_64(), forgotten in 0u32..64,
+        ) {
+            let join = |left: &mut String, right: String| *left = format!("({left}+{right})");
+            let mut fold = Fold::default();
+            before.clone().for_each(|lane| fold.push(lane, lane.to_string(), join));
+            let had: usize = fold.partials().len();
+            let mut kept = Kept::new(fold);
+            let gone = kept.forget(forgotten).into_iter().chain(kept.cut_to(&then)).count();
+            prop_assert_eq!(gone + kept.partials.len(), had);
+            let room = Kept::<()>::default().held_at_most(&then);
+            let (mut again, mut computed) = (Fold::default(), 0);
+            for lane in then.clone() {
+                if let Some(partial) = kept.take(lane) {
+                    let partial_lanes = partial.0..partial.0 + partial.1;
+                    again.push_subtree(partial, join);
+                    prop_assert!(!partial_lanes.contains(&forgotten));
+                } else if !again.has(lane) {
+                    again.push(lane, lane.to_string(), join);
+                    computed += 1;
+                }
+                prop_assert!(again.partials.len() + kept.partials.len() <= room);
+            }
+            prop_assert_eq!(kept.partials.len(), 0);
+            prop_assert_eq!(again.into_partials(), fold_of(then.clone()));
+            if then == before && !before.contains(&forgotten) {
+                prop_assert_eq!(computed, 0, "the same lanes need nothing");
+            }
         }
 
         #[test]

@@ -104,8 +104,8 @@ pub struct Membership {
     workers: BTreeMap<WorkerId, Worker>,
     checkpoints: Checkpoints,
     arrivals: u64,
-    /// Ranks in the newest generation, which the next one keeps in order.
-    ranks: BTreeMap<WorkerId, usize>,
+    /// Members of the newest generation; the next one keeps their order and, as far as it can, their lanes.
+    seats: BTreeMap<WorkerId, Seat>,
     /// Rings that failed for reasons of their own at this step, one after the other.
     faults: Faults,
     deadline: Option<Millis>,
@@ -165,7 +165,7 @@ impl Membership {
     pub fn new(options: Options, epoch: Epoch, found: Found, now: Millis) -> Self {
         let generation =
             found.formation.as_ref().map_or(Generation(0), |formation| formation.generation).max(found.floor);
-        let ranks = found.formation.as_ref().map(ranks_of).unwrap_or_default();
+        let seats = found.formation.as_ref().map(seats_of).unwrap_or_default();
         let mut workers = BTreeMap::new();
         let checkpoints = Checkpoints::new(found.checkpoints);
         let has_trained = found.formation.is_some();
@@ -202,7 +202,7 @@ impl Membership {
             workers,
             checkpoints,
             arrivals,
-            ranks,
+            seats,
             faults: Faults::default(),
             gone: Vec::new(),
             rifts: BTreeMap::new(),
@@ -370,7 +370,7 @@ impl Membership {
         {
             // What a ring that goes on from a checkpoint has lost is wanted no more: it would be trained again first.
             self.wanted = self.wanted.map(|step| step.min(formation.start));
-            self.ranks = ranks_of(formation);
+            self.seats = seats_of(formation);
             self.ring = Ring::Alive { formation: formation.clone(), changing: None };
         }
     }
@@ -455,8 +455,16 @@ fn in_a_ring(stance: &Stance) -> bool {
     matches!(stance.activity, Activity::Forming { .. } | Activity::Running { .. })
 }
 
-fn ranks_of(formation: &Formation) -> BTreeMap<WorkerId, usize> {
-    formation.members.iter().enumerate().map(|(rank, member)| (member.worker, rank)).collect()
+/// The place of a member.
+#[derive(Clone, Debug, PartialEq)]
+struct Seat {
+    rank: usize,
+    lanes: Range<u32>,
+}
+
+fn seats_of(formation: &Formation) -> BTreeMap<WorkerId, Seat> {
+    let members = formation.members.iter().enumerate();
+    members.map(|(rank, member)| (member.worker, Seat { rank, lanes: member.lanes.clone() })).collect()
 }
 
 #[cfg(test)]

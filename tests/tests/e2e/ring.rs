@@ -425,6 +425,53 @@ fn a_worker_of_no_job_is_told_so() {
     drop(process);
 }
 
+/// A death in the midst of a step: what the survivors have computed of it they need not compute again, only what the dead had.
+#[test]
+fn a_death_costs_the_lanes_of_the_dead() {
+    // Three steps of seconds each; nothing but the sum of the gradients can break.
+    let set = [
+        "stages=[\"warmup\"]",
+        "stage.warmup.tokens=49152",
+        "stage.warmup.batch=16384",
+        "ring.digest_every_steps=0",
+    ];
+    let long: Vec<&str> = set.iter().flat_map(|set| ["--set", *set]).collect();
+    let one = ["run", "small.toml", "--out", "long-steps", "--sample", "0"];
+    world().anello(&[&one[..], &long].concat()).expect(0);
+    let (run, port) = ("ring-death-in-a-step", free_port().to_string());
+    let mut process = start(run, 4, &[&["--external", "--port", &port][..], &long].concat());
+    let address = format!("127.0.0.1:{port}");
+    let workers: Vec<Process> = (0..4).map(|_| worker(&address)).collect();
+    wait_until("they train", || {
+        workers.iter().all(|worker| worker.log().contains("has its share of the state")) || process.ended()
+    });
+    rest(Duration::from_millis(300));
+    let mut survivors = workers;
+    assert!(survivors.remove(1).kill(), "it was over too soon");
+    process.wait().expect(0);
+    let logs: Vec<String> = survivors
+        .into_iter()
+        .map(|survivor| {
+            let done = survivor.wait();
+            let log = done.log.clone();
+            done.expect(0);
+            log
+        })
+        .collect();
+    let kept: Vec<&str> = logs
+        .iter()
+        .flat_map(|log| log.lines().filter(|line| line.contains("need not compute these lanes again")))
+        .collect();
+    assert_eq!(kept.len(), 3, "{kept:#?}\n{logs:#?}");
+    assert!(kept.iter().all(|line| line.contains("step=0")), "{kept:#?}");
+    let told = events(run);
+    assert!(told.contains("ring re-formed with 3 workers"), "{told}");
+    world().anello(&["checkpoint", "diff", "long-steps", run]).expect(0);
+    let figures = |run| without_seconds(&world().anello(&["metrics", run]).expect(0));
+    assert_eq!(figures(run), figures("long-steps"));
+    assert_no_strays(run);
+}
+
 /// SIGTERM is noticed at any point of a step, and not only at its end, which is when the worker goes.
 #[test]
 fn a_worker_that_is_asked_to_go_in_the_midst_of_a_step_notices_within_a_second() {

@@ -212,7 +212,7 @@ impl Membership {
         });
         // A boundary before they hold the state would have them begin anew.
         let learning = !learners.iter().all(holds);
-        let joiners = self.candidates().iter().filter(|id| !self.ranks.contains_key(id)).count();
+        let joiners = self.candidates().iter().filter(|id| !self.seats.contains_key(id)).count();
         let members = formation.members.len();
         // Who is the last to hold the state hands it over before it goes.
         let hands_over = learning && formation.members[..trainers].iter().all(|member| leaves(&member));

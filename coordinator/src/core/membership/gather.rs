@@ -102,7 +102,7 @@ impl Membership {
             |id: &WorkerId| matches!(source, Source::Peers { .. }) && self.workers[id].stance.holds.is_none();
         candidates.sort_by_key(learns);
         let trainers = candidates.iter().position(learns).unwrap_or(candidates.len());
-        let mut lanes = self.cut(&candidates[..trainers]);
+        let mut lanes = self.cut(&candidates[..trainers], start);
         lanes.resize(candidates.len(), self.options.lanes..self.options.lanes);
         let member = |(worker, lanes): (WorkerId, Range<u32>)| Member {
             worker,
@@ -166,7 +166,7 @@ impl Membership {
 
     /// Members come in the order of their ranks, then those that arrived first.
     pub(super) fn place(&self, id: WorkerId) -> (usize, u64, WorkerId) {
-        let rank = self.ranks.get(&id).copied().unwrap_or(usize::MAX);
+        let rank = self.seats.get(&id).map_or(usize::MAX, |seat| seat.rank);
         (rank, self.workers.get(&id).map_or(u64::MAX, |worker| worker.arrival), id)
     }
 

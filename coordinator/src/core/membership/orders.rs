@@ -31,7 +31,7 @@ impl Membership {
             }
             Ring::Alive { formation, changing } => {
                 let generation = formation.generation;
-                if !self.ranks.contains_key(&id) {
+                if !self.seats.contains_key(&id) {
                     // What it has is a second copy until all members have theirs.
                     let dismissed = dismissed().filter(|_| stance.shard.is_none() || self.trains());
                     return dismissed.or_else(|| abort_older(Generation(u64::MAX)));
@@ -44,7 +44,7 @@ impl Membership {
             }
             Ring::Breaking { formation, abort, .. } => {
                 let generation = formation.generation;
-                match (self.ranks.get(&id), abort) {
+                match (self.seats.get(&id), abort) {
                     (Some(_), Some(reason)) if !matches!(stance.activity, Activity::Holding { generation: of, .. } if of >= generation) => {
                         Some(Order::Abort { generation, reason: reason.clone() })
                     }

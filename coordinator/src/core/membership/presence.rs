@@ -239,7 +239,7 @@ impl Membership {
         // Between two rings too, what the others lack may be with one whose connection is cut.
         let in_ring = |id| {
             let shares = || self.workers.get(id).is_some_and(|worker| worker.stance.shard.is_some());
-            self.ranks.contains_key(id) && (generation.is_some() || shares())
+            self.seats.contains_key(id) && (generation.is_some() || shares())
         };
         // A member whose connection is closed and whom a peer names as lost is dead: no time-out is needed.
         let named: BTreeSet<WorkerId> = self

@@ -6,12 +6,17 @@ use super::*;
 const WINDOWS: u64 = 5;
 
 impl Membership {
-    /// The ranges of these workers, in rank order. One that has not told how fast it is counts as the median of the others.
-    pub(super) fn cut(&self, workers: &[WorkerId]) -> Vec<Range<u32>> {
+    /// The ranges of these workers from step `start` on, in rank order. Who was about to make that step keeps what it can of its
+    /// lanes; by speed, one that has not told how fast it is counts as the median of the others.
+    pub(super) fn cut(&self, workers: &[WorkerId], start: Step) -> Vec<Range<u32>> {
         let lanes = self.options.lanes;
         let known: Vec<Option<u64>> = workers.iter().map(|id| self.paces.lane_ns(*id)).collect();
         if !self.options.by_speed || known.iter().all(Option::is_none) {
-            return cut::balanced(lanes, workers.len() as u32);
+            let had = |id: &WorkerId| {
+                let holds = self.workers.get(id)?.stance.holds;
+                self.seats.get(id).filter(|_| holds == Some(start)).map(|seat| seat.lanes.clone())
+            };
+            return cut::keeping(lanes, &workers.iter().map(had).collect::<Vec<_>>());
         }
         let median = paces::median(known.iter().flatten().copied());
         let times: Vec<u64> = known.into_iter().map(|ns| ns.unwrap_or(median)).collect();

@@ -53,7 +53,11 @@ impl Thread {
             _ if self.nccl.is_some() => Total::on_device(engine.state().layout.len(), self.device),
             _ => Total::new(engine.state().layout.len(), self.device),
         };
-        let mut last = None;
+        if own_spot && let Some(spot) = &spot {
+            engine.forget(spot.lane);
+        }
+        engine.resume(plan.step, &serving.lanes);
+        let (mut last, mut kept) = (None, Vec::new());
         for lane in serving.lanes.clone() {
             let waited = Instant::now();
             let loader = loader.as_mut().expect("a worker with lanes has a loader");
@@ -63,6 +67,10 @@ impl Thread {
             seconds.data += waited.elapsed().as_secs_f64();
             word.events.extend(self.epochs.data_events(&lane_step));
             word.cursors.push(lane_step.cursor);
+            if engine.fold_kept(lane) {
+                kept.push(lane);
+                continue;
+            }
             if lane + 1 == serving.lanes.end {
                 last = Some(lane_step.micro_batches);
                 break;
@@ -74,6 +82,9 @@ impl Thread {
             engine.fold_lane(lane, gradient, sums);
             seconds.compute += computed.elapsed().as_secs_f64();
         }
+        if !kept.is_empty() {
+            tracing::info!(step = plan.step, ?kept, "need not compute these lanes again");
+        }
         let live = self.live.clone();
         let (mut computed, began_last) = (Duration::ZERO, Instant::now());
         let hold = serving.hold;
@@ -82,11 +93,9 @@ impl Thread {
             word.control = hold.load(Ordering::Relaxed);
             word.encode()
         };
+        let lane = serving.lanes.end.saturating_sub(1);
         let compute = |tell: &mut dyn FnMut(Growing<'_>)| {
-            let Some(micro_batches) = last else { return };
-            let lane = serving.lanes.end - 1;
-            let _lane = tracing::trace_span!("lane", lane).entered();
-            engine.last_lane(plan.stage, lane, &micro_batches, &mut |mut growing| {
+            let tell = &mut |mut growing: Growing<'_>| {
                 if let (Some(live), Growing::Whole(_)) = (&live, &growing) {
                     live.begin_sum();
                 }
@@ -94,7 +103,13 @@ impl Thread {
                     check_lane(lane, gradient);
                 }
                 tell(growing);
-            });
+            };
+            if let Some(micro_batches) = last {
+                let _lane = tracing::trace_span!("lane", lane).entered();
+                engine.last_lane(plan.stage, lane, &micro_batches, tell);
+            } else if !serving.lanes.is_empty() {
+                engine.tell_whole(plan.stage, tell);
+            }
             computed = began_last.elapsed();
         };
         let ((), words) = match &mut gpus {
@@ -103,9 +118,14 @@ impl Thread {
         };
         seconds.compute += computed.as_secs_f64();
         seconds.reduce = (began_last.elapsed() - computed).as_secs_f64();
-        engine.abandon();
+        let words = words.map_err(|error| cause_of(&error, serving.formation));
+        match &words {
+            // Who is lost takes its own lanes along, and no others. After a fault all is computed again.
+            Err(Cause::Broken { .. } | Cause::Unreachable { .. }) => engine.set_aside(plan.step),
+            _ => engine.abandon(),
+        }
         self.total = Some(total);
-        let words = words.map_err(|error| cause_of(&error, serving.formation))?;
+        let words = words?;
         if let Some(spot) = spot {
             self.spot_check(plan, serving, ring, &spot, own_hash)?;
         }

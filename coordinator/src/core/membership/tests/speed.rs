@@ -90,5 +90,5 @@ fn lanes_are_cut_by_speed_when_that_is_worth_a_new_ring_and_not_too_soon() {
     story.event(Event::Reported { step: Step(300) });
     story.event(paced(2, 2, 3, 140));
     assert_eq!(story.event(paced(2, 1, 5, 100)), []);
-    assert_eq!(story.core.cut(&[1, 2, 3].map(WorkerId)), [0..3, 3..5, 5..8]);
+    assert_eq!(story.core.cut(&[1, 2, 3].map(WorkerId), Step(90)), [0..3, 3..5, 5..8]);
 }
