@@ -25,7 +25,9 @@ mod timings;
 mod tree;
 
 pub use load::*;
-pub use plan::{Cluster, Gpu, Memory, Parameters, Plan, StageEstimate, TokenFlops, UnknownGpu};
+pub use plan::{
+    Cluster, Gpu, Memory, Parameters, Plan, StageEstimate, TokenFlops, UnknownGpu, gradients_held,
+};
 pub use problem::*;
 pub use resolved::Difference;
 pub use run::*;

@@ -9,6 +9,7 @@ mod units;
 
 pub use gpu::{Gpu, UnknownGpu};
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::run::*;
@@ -156,7 +157,7 @@ pub struct Memory {
     pub moments: u64,
     /// fp32 gradient of the lane at work, 4 bytes a parameter.
     pub gradient: u64,
-    /// Partial sums of the fold: log2(lanes of the worker) more fp32 gradients.
+    /// Partial sums of the fold: more fp32 gradients ([`gradients_held`]).
     pub fold: u64,
     /// In a ring of several: the sum of all gradients, 4 bytes a parameter. By NCCL also what others have of the own share, a part
     /// of each, until it is added.
@@ -178,9 +179,11 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// That of one of `workers` workers, with `lanes` lanes, in `stage` with `layers` layers.
-    pub fn new(config: &RunConfig, layers: u32, stage: &Stage, lanes: u32, workers: u32) -> Self {
+    /// The most of any of `workers` workers, which have equal shares of the lanes, in `stage` with `layers` layers.
+    pub fn new(config: &RunConfig, layers: u32, stage: &Stage, workers: u32) -> Self {
         let model = &config.model;
+        let bound = |rank: u32| (u64::from(config.lanes) * u64::from(rank) / u64::from(workers)) as u32;
+        let held = (0..workers).map(|rank| gradients_held(bound(rank)..bound(rank + 1))).max();
         let parameters = Parameters::new(model, layers).total();
         let element = match config.compute.dtype {
             Dtype::Fp32 => 4,
@@ -226,7 +229,7 @@ impl Memory {
                 StateCopies::Two | StateCopies::All => 8 * parameters,
             },
             gradient: 4 * parameters,
-            fold: product([4, parameters, lanes.max(1).ilog2().into()]),
+            fold: product([4, parameters, held.unwrap_or(0).saturating_sub(1).into()]),
             sum: match (workers, config.ring.transport) {
                 (1, _) => 0,
                 (_, Transport::Tcp) => 4 * parameters,
@@ -258,6 +261,23 @@ impl Memory {
         let parts = [self.fold, self.sum, self.inputs, self.activations, self.hidden, self.logits];
         parts.into_iter().fold(self.state(), u64::saturating_add)
     }
+}
+
+/// Gradients that a worker of these lanes holds at most at a time: that of the lane at work, and the partial sums of those before it,
+/// one for each maximal aligned subtree of the tree over lanes. 1 + log2(n) where the n lanes are such a subtree, and up to about twice as
+/// many where they begin anywhere.
+pub fn gradients_held(lanes: Range<u32>) -> u32 {
+    let (mut sums, mut most): (Vec<(u32, u32)>, usize) = (Vec::new(), 0);
+    for lane in lanes {
+        most = most.max(sums.len() + 1);
+        let (mut first, mut size) = (lane, 1);
+        // A node's left child has its size, and begins at a multiple of twice that.
+        while let Some((left, _)) = sums.pop_if(|(left, of)| *of == size && left.is_multiple_of(2 * size)) {
+            (first, size) = (left, 2 * size);
+        }
+        sums.push((first, size));
+    }
+    most as u32
 }
 
 /// Saturating: a size beyond 64 bits fits nowhere, which is all that a plan says of it.
@@ -292,7 +312,7 @@ impl Plan {
                 span,
                 parameters: Parameters::new(&config.model, span.layers),
                 flops,
-                memory: Memory::new(config, span.layers, stage, lanes_per_worker, workers),
+                memory: Memory::new(config, span.layers, stage, workers),
                 seconds,
                 gpu_hours: seconds * f64::from(cluster.count) / 3600.0,
             }
