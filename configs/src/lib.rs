@@ -11,6 +11,7 @@
 
 mod check;
 mod decode;
+pub mod lanes;
 mod load;
 mod names;
 mod plan;
@@ -25,9 +26,7 @@ mod timings;
 mod tree;
 
 pub use load::*;
-pub use plan::{
-    Cluster, Gpu, Memory, Parameters, Plan, StageEstimate, TokenFlops, UnknownGpu, gradients_held,
-};
+pub use plan::{Cluster, Gpu, Memory, Parameters, Plan, StageEstimate, TokenFlops, UnknownGpu};
 pub use problem::*;
 pub use resolved::Difference;
 pub use run::*;

@@ -9,9 +9,9 @@ mod units;
 
 pub use gpu::{Gpu, UnknownGpu};
 
-use std::ops::Range;
 use std::time::Duration;
 
+use crate::lanes::{balanced, gradients_held};
 use crate::run::*;
 use crate::schedule::{Schedule, StageSpan};
 use crate::timings::Timings;
@@ -157,7 +157,7 @@ pub struct Memory {
     pub moments: u64,
     /// fp32 gradient of the lane at work, 4 bytes a parameter.
     pub gradient: u64,
-    /// Partial sums of the fold: more fp32 gradients ([`gradients_held`]).
+    /// Partial sums of the fold: more fp32 gradients ([`gradients_held`](crate::lanes::gradients_held)).
     pub fold: u64,
     /// In a ring of several: the sum of all gradients, 4 bytes a parameter. By NCCL also what others have of the own share, a part
     /// of each, until it is added.
@@ -179,11 +179,9 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// The most of any of `workers` workers, which have equal shares of the lanes, in `stage` with `layers` layers.
-    pub fn new(config: &RunConfig, layers: u32, stage: &Stage, workers: u32) -> Self {
+    /// That of one of `workers` workers, which holds so many gradients at most, in `stage` with `layers` layers.
+    pub fn new(config: &RunConfig, layers: u32, stage: &Stage, gradients: u32, workers: u32) -> Self {
         let model = &config.model;
-        let bound = |rank: u32| (u64::from(config.lanes) * u64::from(rank) / u64::from(workers)) as u32;
-        let held = (0..workers).map(|rank| gradients_held(bound(rank)..bound(rank + 1))).max();
         let parameters = Parameters::new(model, layers).total();
         let element = match config.compute.dtype {
             Dtype::Fp32 => 4,
@@ -229,7 +227,7 @@ impl Memory {
                 StateCopies::Two | StateCopies::All => 8 * parameters,
             },
             gradient: 4 * parameters,
-            fold: product([4, parameters, held.unwrap_or(0).saturating_sub(1).into()]),
+            fold: product([4, parameters, gradients.saturating_sub(1).into()]),
             sum: match (workers, config.ring.transport) {
                 (1, _) => 0,
                 (_, Transport::Tcp) => 4 * parameters,
@@ -263,23 +261,6 @@ impl Memory {
     }
 }
 
-/// Gradients that a worker of these lanes holds at most at a time: that of the lane at work, and the partial sums of those before it,
-/// one for each maximal aligned subtree of the tree over lanes. 1 + log2(n) where the n lanes are such a subtree, and up to about twice as
-/// many where they begin anywhere.
-pub fn gradients_held(lanes: Range<u32>) -> u32 {
-    let (mut sums, mut most): (Vec<(u32, u32)>, usize) = (Vec::new(), 0);
-    for lane in lanes {
-        most = most.max(sums.len() + 1);
-        let (mut first, mut size) = (lane, 1);
-        // A node's left child has its size, and begins at a multiple of twice that.
-        while let Some((left, _)) = sums.pop_if(|(left, of)| *of == size && left.is_multiple_of(2 * size)) {
-            (first, size) = (left, 2 * size);
-        }
-        sums.push((first, size));
-    }
-    most as u32
-}
-
 /// Saturating: a size beyond 64 bits fits nowhere, which is all that a plan says of it.
 fn product<const N: usize>(factors: [u64; N]) -> u64 {
     factors.into_iter().fold(1, u64::saturating_mul)
@@ -301,6 +282,7 @@ impl Plan {
         let schedule = Schedule::new(config);
         let workers = cluster.count.clamp(1, config.lanes);
         let lanes_per_worker = config.lanes.div_ceil(workers);
+        let gradients = balanced(config.lanes, workers).into_iter().map(gradients_held).max().unwrap_or(0);
         let stages = schedule.stages().map(|(stage, span)| {
             let flops = TokenFlops::new(&config.model, span.layers, stage, config.compute.recompute);
             // A step takes as long as the worker with most lanes.
@@ -312,7 +294,7 @@ impl Plan {
                 span,
                 parameters: Parameters::new(&config.model, span.layers),
                 flops,
-                memory: Memory::new(config, span.layers, stage, workers),
+                memory: Memory::new(config, span.layers, stage, gradients, workers),
                 seconds,
                 gpu_hours: seconds * f64::from(cluster.count) / 3600.0,
             }

@@ -44,8 +44,8 @@ pub struct Engine {
     /// Gradient buffers that are free, zeroed when taken.
     spare: Vec<Tensor>,
     fold: Fold<(Tensor, LossSums)>,
-    /// Sums of a step that came to nothing, and the step.
-    kept: (u64, Kept<(Tensor, LossSums)>),
+    /// A step that came to nothing, and its sums.
+    kept: Option<(u64, Kept<(Tensor, LossSums)>)>,
     stopwatch: Stopwatch,
 }
 
@@ -296,7 +296,7 @@ impl Engine {
         let device = state.weights.device();
         let model = Self::model_of(config, &state, kernels.as_ref());
         let (config, rotary, spare, fold) = (config.clone(), None, Vec::new(), Fold::default());
-        let (kept, stopwatch) = ((0, Kept::default()), Stopwatch::new(device));
+        let (kept, stopwatch) = (None, Stopwatch::new(device));
         Self { config, device, state, model, kernels, rotary, spare, fold, kept, stopwatch }
     }
 
@@ -569,18 +569,18 @@ impl Engine {
     /// What was kept of `step` by [`Engine::set_aside`] and is of use for these lanes; the rest is let go. Comes after
     /// [`Engine::approach`], and before the first lane.
     pub fn resume(&mut self, step: u64, lanes: &Range<u32>) {
-        let (of, kept) = &mut self.kept;
-        if *of == step {
-            self.spare.extend(kept.cut_to(lanes).into_iter().map(|(gradient, _)| gradient));
-        } else {
-            self.forget_kept();
+        match &mut self.kept {
+            Some((of, kept)) if *of == step => {
+                self.spare.extend(kept.cut_to(lanes).into_iter().map(|(gradient, _)| gradient));
+            }
+            _ => self.forget_kept(),
         }
     }
 
     /// Whether this lane need not be computed, since it is in a sum that was kept, which is put into the tree. Asked of each lane
     /// in the order of [`Engine::lane`].
     pub fn fold_kept(&mut self, lane: u32) -> bool {
-        if let Some(partial) = self.kept.1.take(lane) {
+        if let Some(partial) = self.kept.as_mut().and_then(|(_, kept)| kept.take(lane)) {
             let spare = &mut self.spare;
             self.fold.push_subtree(partial, |left, right| add(spare, left, right));
         }
@@ -589,11 +589,13 @@ impl Engine {
 
     /// This lane is to be computed, whatever was kept: before [`Engine::resume`].
     pub fn forget(&mut self, lane: u32) {
-        self.spare.extend(self.kept.1.forget(lane).map(|(gradient, _)| gradient));
+        let forgotten = self.kept.as_mut().and_then(|(_, kept)| kept.forget(lane));
+        self.spare.extend(forgotten.map(|(gradient, _)| gradient));
     }
 
     fn forget_kept(&mut self) {
-        self.spare.extend(self.kept.1.clear().map(|(gradient, _)| gradient));
+        let kept = self.kept.take().into_iter().flat_map(|(_, kept)| kept.into_values());
+        self.spare.extend(kept.map(|(gradient, _)| gradient));
     }
 
     /// Tells what [`Engine::last_lane`] does where the last of this worker's lanes was kept: all is whole.
@@ -609,7 +611,7 @@ impl Engine {
     /// The step under way came to nothing, for no fault of the sums: they are kept for the ring that has it next.
     pub fn set_aside(&mut self, step: u64) {
         self.forget_kept();
-        self.kept = (step, Kept::new(std::mem::take(&mut self.fold)));
+        self.kept = Some((step, Kept::new(std::mem::take(&mut self.fold))));
     }
 
     /// Drops the step under way: nothing but its sums is lost, and the next lane may be any.

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use anello_configs::gradients_held;
+use anello_configs::lanes::gradients_held;
 
 use crate::objective::LossSums;
 
@@ -83,12 +83,6 @@ pub struct Kept<T> {
     partials: Vec<(u32, u32, T)>,
 }
 
-impl<T> Default for Kept<T> {
-    fn default() -> Self {
-        Self { partials: Vec::new() }
-    }
-}
-
 impl<T> Kept<T> {
     /// Those of `fold`.
     pub fn new(fold: Fold<T>) -> Self {
@@ -121,9 +115,9 @@ impl<T> Kept<T> {
         Some(self.partials.remove(at).2)
     }
 
-    /// Lets go of all.
-    pub fn clear(&mut self) -> impl Iterator<Item = T> {
-        self.partials.drain(..).map(|(_, _, sum)| sum)
+    /// All of them.
+    pub fn into_values(self) -> impl Iterator<Item = T> {
+        self.partials.into_iter().map(|(_, _, sum)| sum)
     }
 
     /// The most values that there are at a time while the rest of `lanes` is folded with these.

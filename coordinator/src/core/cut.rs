@@ -4,15 +4,11 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
+use anello_configs::lanes::{balanced, subtrees};
+
 /// A new cut is worth a re-formation when it takes so many thousandths off the predicted time. Noise of 4 % either way in the
 /// measured times is at most 1 − 0.96/1.04 = 7.7 % of it: a ring is not re-formed for that.
 const WORTH_PERMILLE: u128 = 100;
-
-/// `lanes` lanes for `members` members, sizes at most one apart.
-pub(super) fn balanced(lanes: u32, members: u32) -> Vec<Range<u32>> {
-    let bound = |rank: u32| (u64::from(lanes) * u64::from(rank) / u64::from(members.max(1))) as u32;
-    (0..members).map(|rank| bound(rank)..bound(rank + 1)).collect()
-}
 
 /// Members times members that have a lane more than others, up to which [`keeping`] looks for the best cut: 10 ms of it.
 const LOOK: u64 = 1 << 17;
@@ -65,16 +61,8 @@ pub(super) fn keeping(lanes: u32, before: &[Option<Range<u32>>]) -> Vec<Range<u3
 /// Lanes of `range` whose sums a worker that has computed `had` need not compute again: it has one for each maximal aligned
 /// subtree, which cannot be taken apart.
 fn kept(had: &Range<u32>, range: &Range<u32>) -> u32 {
-    let (mut kept, mut first) = (0, had.start);
-    while first < had.end.min(range.end) {
-        let aligned = 1u32.checked_shl(first.trailing_zeros()).unwrap_or(u32::MAX);
-        let size = aligned.min(1 << (had.end - first).ilog2());
-        if range.start <= first && first + size <= range.end {
-            kept += size;
-        }
-        first += size;
-    }
-    kept
+    let within = |subtree: &Range<u32>| range.start <= subtree.start && subtree.end <= range.end;
+    subtrees(had.clone()).filter(within).map(|subtree| subtree.len() as u32).sum()
 }
 
 /// `lanes` lanes for members that take these times for one: the slowest member's time is the least that there is. Each has one
