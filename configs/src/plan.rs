@@ -157,7 +157,7 @@ pub struct Memory {
     pub moments: u64,
     /// fp32 gradient of the lane at work, 4 bytes a parameter.
     pub gradient: u64,
-    /// Partial sums of the fold: more fp32 gradients ([`gradients_held`](crate::lanes::gradients_held)).
+    /// Partial sums of the fold: more fp32 gradients ([`gradients_held`]).
     pub fold: u64,
     /// In a ring of several: the sum of all gradients, 4 bytes a parameter. By NCCL also what others have of the own share, a part
     /// of each, until it is added.
