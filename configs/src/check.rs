@@ -1,6 +1,7 @@
 //! What must hold between the values of a config: pure, and all of it at once.
 
 use crate::decode::LAYERS_MAX;
+use crate::lanes::LANE_PLACES_MAX;
 use crate::names::closest;
 use crate::run::*;
 
@@ -84,6 +85,16 @@ fn lanes(config: &RunConfig, findings: &mut Findings) {
         let above = lanes.next_power_of_two();
         let remedy = format!("give {} or {above}", above / 2);
         findings.add("lanes", &[], format!("lanes is {lanes}, which is not a power of two"), remedy);
+    }
+    let sources = config.data.sources.len() as u64;
+    if u64::from(lanes) * sources > LANE_PLACES_MAX {
+        let fact = format!(
+            "lanes is {lanes} and data.sources has {sources} sources: every step tells of every lane's place in each, at \
+             most {LANE_PLACES_MAX} in all"
+        );
+        let fits = 1u64 << (LANE_PLACES_MAX / sources).ilog2();
+        let remedy = format!("give at most {fits} lanes or {} sources", LANE_PLACES_MAX / u64::from(lanes));
+        findings.add("lanes", &["data.sources"], fact, remedy);
     }
 }
 

@@ -188,6 +188,25 @@ fn files_that_are_not_there() {
 }
 
 #[test]
+fn lanes_and_sources_fit_into_a_steps_word() {
+    let sources = |many: usize| -> Vec<String> {
+        (0..many)
+            .map(|at| format!("data.sources.s{at}.url=nowhere/{at}"))
+            .chain(["lanes=65536".to_owned()])
+            .collect()
+    };
+    let shown = |many| {
+        let set = sources(many);
+        small(&set.iter().map(String::as_str).collect::<Vec<_>>()).unwrap_err().to_string()
+    };
+    let refused = "every step tells of every lane's place in each, at most 262144 in all";
+    let text = shown(3);
+    assert!(text.contains(refused) && text.contains("give at most 32768 lanes or 4 sources"), "{text}");
+    let text = shown(2);
+    assert!(!text.contains(refused), "{text}");
+}
+
+#[test]
 fn fused_kernels_are_a_gpus_and_of_a_width() {
     let text = small(&["compute.fused=true"]).unwrap_err().to_string();
     assert!(text.contains("compute.device is \"cpu\", which has no fused kernels"), "{text}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::{AbortHandle, Result, Ring, Step};
 
 /// Bytes of a message at most.
-pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
+pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// One generation's ring, in the hands of one member.
 ///

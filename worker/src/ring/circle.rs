@@ -20,9 +20,12 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
 use tonic::transport::Channel;
 
+use super::cursors;
 use super::peers::{BLOCK_BYTES, digest};
 use crate::cover::Cover;
 
+/// Bytes of a message of a peer at most: that of a head with the cursors of every lane a run may have.
+const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Blocks of a state at most: what is said of one that is larger is not believed.
 const BLOCKS_MAX: u64 = 1 << 32;
 /// For a better address of a peer to answer, before the next is tried too.
@@ -44,7 +47,7 @@ pub(super) struct Head {
 }
 
 impl Head {
-    fn read(said: &StateHead) -> Result<Self, String> {
+    fn read(said: StateHead) -> Result<Self, String> {
         let all = said.blocks;
         if all > BLOCKS_MAX {
             return Err(format!("it has a state of {all} blocks, of at most {BLOCKS_MAX}"));
@@ -61,9 +64,9 @@ impl Head {
             Ok(Cover::of(ranges, all as usize))
         };
         let (weights, cover) = (cover(&said.weights, "weights")?, cover(&said.moments, "moments")?);
-        let cursors = serde_json::from_str(&said.cursors)
-            .map_err(|cause| format!("it tells of no cursors: {cause}"))?;
-        let (updates, layers, losses) = (said.updates, said.layers, said.losses.clone());
+        let cursors = cursors::unpacked(said.cursors.unwrap_or_default())
+            .map_err(|cause| format!("it tells of cursors in {cause}"))?;
+        let (updates, layers, losses) = (said.updates, said.layers, said.losses);
         Ok(Self { updates, layers, cursors, losses, weights, cover })
     }
 }
@@ -224,7 +227,10 @@ impl Circle {
             match connected {
                 Ok(channel) => {
                     let failed = move |what: String| failed(&address, &what);
-                    return Ok((PeersClient::new(channel), failed));
+                    return Ok((
+                        PeersClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
+                        failed,
+                    ));
                 }
                 Err(cause) => {
                     is_apart &= matches!(&cause, ConnectError::Unanswered(_) | ConnectError::Refused(_));
@@ -250,7 +256,7 @@ impl Circle {
         let (mut head, mut chunks) = (None, Vec::new());
         while let Some(message) = stream.next().await {
             match message.map_err(ended)?.chunk {
-                Some(Chunk::Head(said)) => head = Some(Head::read(&said).map_err(&failed)?),
+                Some(Chunk::Head(said)) => head = Some(Head::read(said).map_err(&failed)?),
                 Some(Chunk::Blocks(blocks)) => {
                     let StateBlocks { weights, exp_avg, exp_avg_sq, blake3, first_block } = &blocks;
                     if digest([weights, exp_avg, exp_avg_sq]) != *blake3 {

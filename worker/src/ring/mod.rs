@@ -11,6 +11,7 @@
 //! [`anello_member::Member`], which has no I/O; the shell performs it.
 
 mod circle;
+mod cursors;
 mod gpus;
 mod learner;
 mod link;

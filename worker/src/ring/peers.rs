@@ -22,6 +22,7 @@ use anello_tls::{Role, Tls};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
 
+use super::cursors;
 use super::live::{Live, Wants};
 use crate::cover::Cover;
 use crate::params::BLOCK;
@@ -245,7 +246,7 @@ impl Peers for Service {
             updates: state.updates,
             layers: state.layers,
             blocks: all,
-            cursors: serde_json::to_string(&state.cursors).expect("maps have string keys"),
+            cursors: Some(cursors::packed(&state.cursors)),
             losses: state.losses.clone(),
             moments: state.moments.ranges().iter().map(range).collect(),
             weights: state.weights.ranges().iter().map(range).collect(),

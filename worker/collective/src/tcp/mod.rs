@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Bounds, for n members: 2 (n - 1) sockets and one pipe; at an owner a window of 512 KiB (two blocks at least) for each
-//! part of each other rank, so (n - 1) / 2 MiB where each serves one aligned subtree; per rank two messages of 64 KiB each
+//! part of each other rank, so (n - 1) / 2 MiB where each serves one aligned subtree; per rank two messages of up to 16 MiB each
 //! way; at the rendezvous 64 + 2n strangers of up to 8 KiB and 5 s each. Nothing is allocated on the word of an
 //! unchecked length.
 //!

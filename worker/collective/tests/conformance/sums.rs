@@ -165,7 +165,7 @@ pub fn mistakes_of_the_caller_change_nothing<F: Fabric>() {
         };
         assert_eq!(
             fact(member.exchange(Step(0), &[0; MESSAGE_BYTES_MAX + 1]).map(drop)),
-            "a message of 65537 bytes; 65536 are allowed"
+            "a message of 16777217 bytes; 16777216 are allowed"
         );
         assert!(fact(member.reduce_scatter(Step(0), &[], &mut out)).starts_with("0 partial sums; "));
         assert!(
