@@ -1,9 +1,9 @@
 //! One row group's bytes to documents. Pure: what was fetched goes in, tokens or the reason why not come out.
 
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use anello_store::foreign::caught;
 use bytes::{Buf, Bytes};
 use parquet::basic::{Repetition, Type as Physical};
 use parquet::column::page::{Page, PageMetadata, PageReader};
@@ -171,7 +171,7 @@ impl Columns {
         self.leaves()
             .map(|column| {
                 // `byte_range` asserts that offsets are not negative; a damaged footer must not end the process.
-                catch_unwind(AssertUnwindSafe(|| group.column(column).byte_range()))
+                caught(|| group.column(column).byte_range())
                     .map(|(start, length)| start..start.saturating_add(length))
                     .map_err(|_| Fault::Corrupt("the footer has negative offsets".to_owned()))
             })
@@ -244,14 +244,7 @@ pub(crate) fn decode(
     row_group: usize,
     chunks: &[Bytes],
 ) -> Result<Documents, Fault> {
-    // The decoders bound-check, and where they do not they panic: a damaged file must be an error, not the end.
-    catch_unwind(AssertUnwindSafe(|| decode_chunks(columns, metadata, row_group, chunks))).unwrap_or_else(
-        |panic| {
-            let said = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
-            let said = said.or_else(|| panic.downcast_ref::<String>().cloned());
-            Err(Fault::Corrupt(format!("the decoder gave up: {}", said.unwrap_or_default())))
-        },
-    )
+    caught(|| decode_chunks(columns, metadata, row_group, chunks)).map_err(Fault::Corrupt)?
 }
 
 fn decode_chunks(

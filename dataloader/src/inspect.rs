@@ -1,9 +1,12 @@
 use std::collections::BTreeMap;
 
+use anello_store::Fetched;
+use anello_store::foreign::decoded;
 use parquet::file::serialized_reader::SerializedFileReader;
 use tokenizers::Tokenizer;
 
 use crate::dataset::Dataset;
+use crate::index::ShardEntry;
 use crate::progress::{Meter, OnProgress, parallel};
 use crate::text::{StringsError, read_strings};
 use crate::{Error, Result};
@@ -105,7 +108,7 @@ pub fn inspect(
     parts.into_iter().for_each(|part| all.add(part));
     all.length_mean = all.tokens as f64 / all.rows.max(1) as f64;
     for shard in &index.shards {
-        count_sources(dataset, &shard.path, &mut all.rows_by_source)?;
+        count_sources(dataset, shard, &mut all.rows_by_source)?;
     }
     Ok(all)
 }
@@ -138,12 +141,19 @@ impl Inspection {
     }
 }
 
-fn count_sources(dataset: &Dataset, path: &str, rows: &mut BTreeMap<String, u64>) -> Result<()> {
+fn count_sources(dataset: &Dataset, shard: &ShardEntry, rows: &mut BTreeMap<String, u64>) -> Result<()> {
+    let &ShardEntry { ref path, bytes, .. } = shard;
     let fault = |detail: String| Error::Shard { file: dataset.store().place_of(path), detail };
-    let Some(bytes) = dataset.store().get(path)? else {
-        return Err(fault("is gone; restore the file".to_owned()));
+    let bytes = match dataset.store().get_sized(path, |size| size == bytes)? {
+        Fetched::Bytes(bytes) => bytes,
+        Fetched::Absent => return Err(fault("is gone; restore the file".to_owned())),
+        Fetched::Other(size) => {
+            return Err(fault(format!(
+                "has {size} bytes, where the index tells of {bytes}; restore the file"
+            )));
+        }
     };
-    let reader = SerializedFileReader::new(bytes).map_err(|e| fault(e.to_string()))?;
+    let reader = decoded(|| SerializedFileReader::new(bytes)).map_err(fault)?;
     let schema = parquet::file::reader::FileReader::metadata(&reader).file_metadata().schema_descr_ptr();
     if !(0..schema.num_columns()).any(|i| schema.column(i).path().parts() == ["source"]) {
         return Ok(());

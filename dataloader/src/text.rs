@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use anello_store::foreign::decoded;
 use bytes::Bytes;
 use parquet::basic::Type as Physical;
 use parquet::column::reader::ColumnReader;
@@ -139,7 +140,8 @@ fn cut(path: &Path, bytes: u64, named: bool, piece_bytes: u64, pieces: &mut Vec<
         }
         "parquet" => {
             let file = File::open(path).map_err(Error::file(path))?;
-            let reader = SerializedFileReader::new(file).map_err(|e| Error::tool(path.display(), e))?;
+            let reader =
+                decoded(|| SerializedFileReader::new(file)).map_err(|e| Error::tool(path.display(), e))?;
             for (at, group) in reader.metadata().row_groups().iter().enumerate() {
                 push(u64::try_from(group.total_byte_size()).unwrap_or(0), Part::RowGroup(at));
             }
@@ -237,7 +239,7 @@ impl Piece {
         document: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<()> {
         let file = File::open(&self.path).map_err(Error::file(&self.path))?;
-        let reader = SerializedFileReader::new(file).map_err(|e| self.fault(e))?;
+        let reader = decoded(|| SerializedFileReader::new(file)).map_err(|e| self.fault(e))?;
         if field.conversation {
             return self.read_conversations(&reader, group, field.name, document);
         }
@@ -260,9 +262,10 @@ impl Piece {
         name: &str,
         document: &mut dyn FnMut(&str) -> Result<()>,
     ) -> Result<()> {
-        let groups = reader.get_row_group(group).map_err(|e| self.fault(e))?;
-        for (at, row) in groups.get_row_iter(None).map_err(|e| self.fault(e))?.enumerate() {
-            let row = row.map_err(|e| self.fault(e))?;
+        let groups = decoded(|| reader.get_row_group(group)).map_err(|e| self.fault(e))?;
+        let mut rows = decoded(|| groups.get_row_iter(None)).map_err(|e| self.fault(e))?;
+        for at in 0.. {
+            let Some(row) = decoded(|| rows.next().transpose()).map_err(|e| self.fault(e))? else { break };
             let column = row.get_column_iter().find(|(column, _)| *column == name).map(|(_, field)| field);
             let list = column.and_then(conversation).ok_or_else(|| {
                 self.fault(format!(
@@ -318,9 +321,9 @@ pub(crate) fn read_strings(
     if schema.column(column).physical_type() != Physical::BYTE_ARRAY {
         return Err(bad(format!("column {name} is {}, not a string", schema.column(column).physical_type())));
     }
-    let groups = reader.get_row_group(group).map_err(|e| bad(e.to_string()))?;
+    let groups = decoded(|| reader.get_row_group(group)).map_err(bad)?;
     let ColumnReader::ByteArrayColumnReader(mut column) =
-        groups.get_column_reader(column).map_err(|e| bad(e.to_string()))?
+        decoded(|| groups.get_column_reader(column)).map_err(bad)?
     else {
         return Err(bad(format!("column {name} is not a string")));
     };
@@ -328,7 +331,7 @@ pub(crate) fn read_strings(
     loop {
         let (mut defs, mut values) = (Vec::new(), Vec::new());
         let (rows, _, _) =
-            column.read_records(ROWS, Some(&mut defs), None, &mut values).map_err(|e| bad(e.to_string()))?;
+            decoded(|| column.read_records(ROWS, Some(&mut defs), None, &mut values)).map_err(bad)?;
         if rows == 0 {
             return Ok(());
         }

@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use anello_store::Store;
+use anello_store::{Fetched, Store};
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
 
@@ -225,7 +225,8 @@ impl Job<'_> {
     fn finished(&self, state_path: &str, name: &str, pieces: &[Piece]) -> Result<Option<State>> {
         let Some(state) = self.store.get(state_path)? else { return Ok(None) };
         let Ok(state) = serde_json::from_slice::<State>(&state) else { return Ok(None) };
-        let Some(shard) = self.store.get(name)? else { return Ok(None) };
+        // Of any size: it was written here.
+        let Fetched::Bytes(shard) = self.store.get_sized(name, |_| true)? else { return Ok(None) };
         if blake3::hash(&shard).to_hex().as_str() != state.shard {
             return Ok(None);
         }

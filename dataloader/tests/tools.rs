@@ -540,3 +540,41 @@ fn a_killed_run_goes_on_and_ends_in_the_same_bytes() {
         assert!(made == expected);
     }
 }
+
+/// Of text in Parquet whose footer was damaged anywhere, documents are made or an error is told; no thread panics.
+#[test]
+fn text_whose_footer_is_damaged_anywhere_is_an_error_or_harmless() {
+    let (folder, _) = ready();
+    let chat = folder.path().join("chat.parquet");
+    write_conversations(&chat, &[&[("user", "hello"), ("assistant", "a ring")], &[("user", "and?")]]);
+    let bad = folder.path().join("bad.parquet");
+    for (good, field, conversations) in
+        [(folder.path().join("text/rows.parquet"), "text", false), (chat, "messages", true)]
+    {
+        let good = std::fs::read(good).unwrap();
+        let footer = u32::from_le_bytes(*good[..good.len() - 4].last_chunk().unwrap()) as usize;
+        let inputs = TextInputs { text_field: field.into(), conversations, ..TextInputs::new([&bad]) };
+        let output = url(&folder.path().join("of-bad"));
+        let options = TokenizeOptions { inputs, end: None, output, ..options(folder.path(), 1) };
+        let (mut refused, mut panicked) = (0, 0);
+        for at in good.len() - 8 - footer..good.len() {
+            let mut bytes = good.clone();
+            bytes[at] ^= if at % 2 == 0 { 1 } else { 0x80 };
+            std::fs::write(&bad, bytes).unwrap();
+            match tokenize(&options, &go) {
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(error.contains("bad.parquet"), "byte {at}: {error}");
+                    refused += 1;
+                    panicked += usize::from(error.contains("the decoder gave up"));
+                }
+                Ok(report) => assert!(report.documents <= 40, "byte {at}: {report:?}"),
+            }
+            let _ = std::fs::remove_dir_all(folder.path().join("of-bad"));
+        }
+        assert!(
+            refused * 4 > footer && panicked > 0,
+            "{refused} of {footer} were refused, {panicked} by a panic"
+        );
+    }
+}

@@ -49,6 +49,17 @@ pub enum Error {
         /// What to do.
         remedy: String,
     },
+    /// An object has more bytes than any of its kind: restore it.
+    #[error(
+        "{place} has {bytes} bytes, and nothing of its kind has more than {}; restore it",
+        crate::WHOLE_BYTES_MAX
+    )]
+    TooLarge {
+        /// The object.
+        place: String,
+        /// Its size.
+        bytes: u64,
+    },
     /// A checkpoint, or a part of it, is not what its manifest says: go back to an earlier one.
     #[error("checkpoint {step}: {fact}; {remedy}")]
     Checkpoint {

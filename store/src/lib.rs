@@ -5,6 +5,7 @@
 //!                 traffic      what was asked of one, and what came of it    limit  bytes a second
 //!                 remote       which server a URL means, whose credentials, how long anything may take
 //!                 doctor       is a store fit for runs?
+//! what is in it   foreign      decoders of others, on bytes that anyone may have written
 //! the run folder  config       the config that a run was begun with
 //!                 events       what happened: numbered records; who writes the next one owns the run
 //!                 environment  where it ran
@@ -28,6 +29,7 @@ pub mod doctor;
 mod environment;
 mod error;
 pub mod events;
+pub mod foreign;
 mod limit;
 pub mod metrics;
 mod notice;
@@ -41,5 +43,5 @@ pub use cursor::{Cursor, OpenDocument, SourceCursor};
 pub use environment::{ENVIRONMENT, Environment};
 pub use error::{Error, Result};
 pub use notice::Notice;
-pub use store::{Attempts, Fetched, Object, Reader, Store};
+pub use store::{Attempts, Fetched, Object, Reader, Store, WHOLE_BYTES_MAX};
 pub use traffic::{Counts, Operation, Traffic};

@@ -6,6 +6,7 @@
 mod eval;
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, BooleanArray, Float64Array, RecordBatch, StringArray, UInt64Array};
@@ -19,6 +20,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub use eval::Evaluated;
 use eval::{EvalColumns, eval_columns};
 
+use crate::foreign::caught;
 use crate::{Error, Object, Result, Store};
 
 /// What is logged of a step. Through serde its figures are their bits: equal at the other end, NaN included.
@@ -230,9 +232,14 @@ fn encode(records: &[StepRecord]) -> Vec<u8> {
     bytes
 }
 
-fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
+/// The records of steps `steps` as they were encoded, each step at most once: no more rows are read, whatever the bytes tell of.
+fn decode(bytes: Bytes, steps: RangeInclusive<u64>) -> std::result::Result<Vec<StepRecord>, String> {
+    caught(|| decode_batches(bytes, steps))?
+}
+
+fn decode_batches(bytes: Bytes, steps: RangeInclusive<u64>) -> std::result::Result<Vec<StepRecord>, String> {
     let reader = ParquetRecordBatchReaderBuilder::try_new(bytes).and_then(|builder| builder.build());
-    let mut records = Vec::new();
+    let mut records: Vec<StepRecord> = Vec::new();
     for batch in reader.map_err(|e| e.to_string())? {
         let batch = batch.map_err(|e| e.to_string())?;
         let missing = |name: &str| format!("column {name} is missing or of another type");
@@ -265,6 +272,14 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<StepRecord>, String> {
         let (losses, exits) = (per_loop("loss")?, per_loop("exit")?);
         let evals = EvalColumns::of(&batch)?;
         for row in 0..batch.num_rows() {
+            let next = records.last().map_or(*steps.start(), |last| last.step + 1);
+            if !(next..=*steps.end()).contains(&step.value(row)) {
+                return Err(format!(
+                    "step {} where step {next} to {} is looked for",
+                    step.value(row),
+                    steps.end()
+                ));
+            }
             let of = |columns: &[Float64Array]| {
                 columns.iter().filter(|c| c.is_valid(row)).map(|c| c.value(row)).collect::<Vec<_>>()
             };
@@ -339,11 +354,11 @@ fn objects(store: &Store) -> Result<Vec<((u64, u64), String)>> {
 }
 
 /// The records of an object; absent: it is gone.
-fn records_of(store: &Store, path: &str) -> Result<Option<Vec<StepRecord>>> {
+fn records_of(store: &Store, (first, last): (u64, u64), path: &str) -> Result<Option<Vec<StepRecord>>> {
     let Some(bytes) = store.get(path)? else { return Ok(None) };
     let malformed =
         |cause| Error::malformed(store.place_of(path), cause, "delete it; resuming writes later steps anew");
-    decode(bytes).map(Some).map_err(malformed)
+    decode(bytes, first..=last).map(Some).map_err(malformed)
 }
 
 /// Hands over the records of steps after `after` (absent: all) in the order of their steps, each step once, as objects are read: no
@@ -355,7 +370,7 @@ pub fn read_after(store: &Store, after: Option<u64>, mut take: impl FnMut(StepRe
         if after.is_some_and(|after| last <= after) {
             continue;
         }
-        let Some(records) = records_of(store, &path)? else { continue };
+        let Some(records) = records_of(store, (first, last), &path)? else { continue };
         let untold = held.split_off(&first);
         std::mem::replace(&mut held, untold).into_values().for_each(&mut take);
         let wanted = records.into_iter().filter(|record| after.is_none_or(|after| record.step > after));
@@ -376,8 +391,8 @@ pub fn read(store: &Store) -> Result<Vec<StepRecord>> {
 pub fn read_last(store: &Store, count: usize) -> Result<Vec<StepRecord>> {
     let mut by_step = BTreeMap::new();
     let objects = objects(store)?;
-    for (at, (_, path)) in objects.iter().enumerate().rev() {
-        let Some(records) = records_of(store, path)? else { continue };
+    for (at, (steps, path)) in objects.iter().enumerate().rev() {
+        let Some(records) = records_of(store, *steps, path)? else { continue };
         // Of two that hold a step the later one counts.
         for record in records {
             by_step.entry(record.step).or_insert(record);
@@ -400,10 +415,7 @@ pub fn truncate(store: &Store, step: u64) -> Result<()> {
             continue;
         }
         if first < step {
-            let Some(bytes) = store.get(&path)? else { continue };
-            let place = store.place_of(&path);
-            let mut stay =
-                decode(bytes).map_err(|cause| Error::malformed(place, cause, "delete it, then resume"))?;
+            let Some(mut stay) = records_of(store, (first, last), &path)? else { continue };
             stay.retain(|record| record.step < step);
             if let (Some(first), Some(last)) = (stay.first(), stay.last()) {
                 store.put(&path_of(first, last), encode(&stay))?;

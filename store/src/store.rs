@@ -26,6 +26,9 @@ use crate::{Error, Result};
 
 /// Attempts at a put-if-absent, and the pause after the first: 6.3 s of pauses in all.
 const CREATE: Attempts = Attempts { most: 7, pause: Duration::from_millis(100) };
+/// Bytes of an object at most that is read whole, whatever it claims to have: a manifest of 300 thousand million parameters has a
+/// gibibyte, and so has the index of some ten million row groups.
+pub const WHOLE_BYTES_MAX: u64 = 1 << 30;
 /// Time after which an answer that broke off is not asked for again: the client may have spent as long on each.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -271,12 +274,13 @@ impl Store {
         format!("{}/{folder}", self.place)
     }
 
-    /// The object's bytes; `None` where there is none.
+    /// The object's bytes; `None` where there is none. [`Error::TooLarge`] for one of more than [`WHOLE_BYTES_MAX`]: nothing that is read
+    /// whole is that large (parts, shards and weights are read in pieces, or as long as another object says).
     pub fn get(&self, path: &str) -> Result<Option<Bytes>> {
-        match self.get_sized(path, |_| true)? {
+        match self.get_sized(path, |size| size <= WHOLE_BYTES_MAX)? {
             Fetched::Bytes(bytes) => Ok(Some(bytes)),
             Fetched::Absent => Ok(None),
-            Fetched::Other(_) => unreachable!("any size will do"),
+            Fetched::Other(bytes) => Err(Error::TooLarge { place: self.place_of(path), bytes }),
         }
     }
 
@@ -339,8 +343,9 @@ impl Store {
     pub fn ranges(&self, path: &str, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         let at = self.at(path);
         let read = || {
-            let pieces = self.runtime.block_on(self.inner.get_ranges(&at, ranges))?;
             let lengths = ranges.iter().map(|range| range.end - range.start);
+            self.runtime.block_on(self.may_read(lengths.clone().sum::<u64>() as usize));
+            let pieces = self.runtime.block_on(self.inner.get_ranges(&at, ranges))?;
             pieces.into_iter().zip(lengths).map(|(bytes, length)| whole(bytes, length)).collect()
         };
         let read = self.patiently(Operation::Get, read);

@@ -8,10 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Manifest;
 use super::manifest::damaged;
 use crate::events::{self, Event};
-use crate::{CONFIG, Error, Fetched, Object, Result, Store};
-
-/// Larger objects are no manifests: that of 300 thousand million parameters has a gibibyte.
-const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+use crate::{CONFIG, Error, Fetched, Object, Result, Store, WHOLE_BYTES_MAX};
 
 /// What `RUN` or `RUN@STEP` means: splits at the last `@` when digits alone follow it; any other `@` belongs to the
 /// folder's name.
@@ -102,7 +99,7 @@ pub fn read_manifest(store: &Store, step: u64) -> Result<Manifest> {
 /// [`read_manifest`], and the bytes that it was made of.
 pub(super) fn read_manifest_bytes(store: &Store, step: u64) -> Result<(Manifest, Bytes)> {
     let path = manifest_path(step);
-    match store.get_sized(&path, |size| size <= MANIFEST_BYTES_MAX)? {
+    match store.get_sized(&path, |size| size <= WHOLE_BYTES_MAX)? {
         Fetched::Bytes(bytes) => Ok((Manifest::parse(&bytes, step, &store.place_of(&path))?, bytes)),
         Fetched::Other(size) => {
             Err(damaged(step, format!("manifest.json has {size} bytes, more than any has")))

@@ -78,7 +78,44 @@ fn a_file_of_an_older_build_reads_without_what_it_does_not_have() {
         weights: None,
         ..r
     });
-    assert_eq!(decode(bytes.into()).unwrap(), expected);
+    assert_eq!(decode(bytes.into(), 0..=1).unwrap(), expected);
+}
+
+/// Of a file that was damaged anywhere, its footer included, records are told that are of its steps, or an error.
+#[test]
+fn a_file_that_is_damaged_anywhere_is_an_error_or_harmless() {
+    let good = encode(&(3..9).map(|s| record(s, 4)).collect::<Vec<_>>());
+    assert_eq!(decode(good.clone().into(), 3..=8).unwrap().len(), 6);
+    let (mut refused, mut panicked) = (0, 0);
+    for at in 0..good.len() {
+        for flip in [1, 0x80] {
+            let mut bad = good.clone();
+            bad[at] ^= flip;
+            match decode(bad.into(), 3..=8) {
+                Err(cause) => {
+                    refused += 1;
+                    panicked += usize::from(cause.contains("the decoder gave up"));
+                }
+                Ok(records) => {
+                    assert!(
+                        records.iter().all(|record| (3..=8).contains(&record.step)) && records.len() <= 6,
+                        "byte {at}"
+                    );
+                }
+            }
+        }
+    }
+    assert!(
+        refused > 500 && panicked > 0,
+        "{refused} of {} were refused, {panicked} by a panic",
+        2 * good.len()
+    );
+    for (steps, expected) in
+        [(3..=7, "step 8 where step 8 to 7 is looked for"), (4..=8, "step 3 where step 4 to 8 is")]
+    {
+        let error = decode(good.clone().into(), steps).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 /// However many there are, a record is handed over as soon as no later object can hold its step.

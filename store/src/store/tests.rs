@@ -46,6 +46,20 @@ fn every_store_conforms() {
     conforms(&Store::durable(&format!("file://{}", at("durable/run"))).unwrap());
 }
 
+/// A file may claim any size: nothing of one is read that is larger than anything read whole.
+#[test]
+fn what_claims_to_be_too_large_is_not_read() {
+    let root = tempfile::tempdir().unwrap();
+    let store = Store::durable(root.path().to_str().unwrap()).unwrap();
+    for bytes in [WHOLE_BYTES_MAX + 1, 1 << 42] {
+        std::fs::File::create(root.path().join("holes")).unwrap().set_len(bytes).unwrap();
+        let error = store.get("holes").unwrap_err().to_string();
+        let expected =
+            format!("/holes has {bytes} bytes, and nothing of its kind has more than 1073741824; restore it");
+        assert!(error.ends_with(&expected), "{error}");
+    }
+}
+
 #[test]
 fn memory_is_a_place_that_is_empty_each_time() {
     let store = Store::durable("memory://").unwrap();

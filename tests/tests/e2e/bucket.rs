@@ -233,6 +233,7 @@ fn a_run_over_a_bad_network_is_the_undisturbed_run() {
         Fate::Status(429),
         Fate::AnswerLost,
         Fate::Short,
+        Fate::Cut,
         Fate::Slow,
         Fate::Silence,
     ];
@@ -257,7 +258,7 @@ fn a_run_over_a_bad_network_is_the_undisturbed_run() {
     for until in [5, 14] {
         let mut process = start(&arguments);
         wait_until("it is so far", || s3().newest_checkpoint("storm") >= until || process.ended());
-        process.kill();
+        assert!(process.kill(), "it was over too soon");
         arguments = vec!["run", "--resume", &url, "--sample", "0"];
     }
     start(&arguments).wait().expect(0);
@@ -277,9 +278,8 @@ fn a_ring_over_a_bad_network_is_the_undisturbed_run() {
     let arguments = ["run", "small.toml", "--out", &url, "--workers", "2", "--sample", "0"];
     let mut ring = Process::start_with(&world().folder, &arguments, &variables);
     wait_until("it is so far", || s3().newest_checkpoint("ring-storm") >= 9 || ring.ended());
-    if let Some(worker) = ring.children().first() {
-        signal(*worker, "KILL");
-    }
+    let worker = *ring.children().first().expect("it was over too soon");
+    signal(worker, "KILL");
     ring.wait().expect(0);
     assert_undisturbed(&url);
     let harmed = proxy.harmed();

@@ -40,7 +40,7 @@ fn serves_runs(kind: Kind) {
         wait_until("it is so far", || {
             cloud.newest_checkpoint(&world().folder, "killed") >= until || run.ended()
         });
-        run.kill();
+        assert!(run.kill(), "it was over too soon");
         arguments = vec!["run", "--resume", &url, "--sample", "0"];
     }
     anello(&cloud, &arguments).expect(0);

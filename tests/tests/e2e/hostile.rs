@@ -122,6 +122,36 @@ fn a_file_of_weights_that_is_all_holes_is_refused_before_it_is_read() {
     }
 }
 
+/// Files that are read whole and claim terabytes: each is refused by its size.
+#[test]
+fn a_file_of_holes_in_the_place_of_any_other_is_refused_before_it_is_read() {
+    let world = world();
+    world.anello(&["run", "small.toml", "--out", "holed", "--until", "5", "--sample", "0"]).expect(0);
+    published("holed-export", json!({}));
+    fs::create_dir_all(world.folder.join("holed-data")).unwrap();
+    for file in objects(&world.folder.join("data/tales")) {
+        fs::copy(&file, world.folder.join("holed-data").join(file.file_name().unwrap())).unwrap();
+    }
+    let first = |folder: &str| {
+        let all = objects(&world.folder.join(folder));
+        all.first().unwrap().strip_prefix(&world.folder).unwrap().to_str().unwrap().to_owned()
+    };
+    for (file, code, arguments) in [
+        ("holed-export/config.json".to_owned(), 1, &["generate", "holed-export", "--prompt", "x"][..]),
+        ("holed-data/index.json".to_owned(), 1, &["data", "verify", "holed-data"]),
+        (first("holed/metrics"), 1, &["metrics", "holed", "--csv"]),
+        (first("holed/events"), 1, &["events", "holed"]),
+        ("holed/config.toml".to_owned(), 2, &["audit", "holed"]),
+    ] {
+        let path = world.folder.join(&file);
+        let good = fs::read(&path).unwrap();
+        fs::File::create(&path).unwrap().set_len(1 << 42).unwrap();
+        let expected = format!("{file} has 4398046511104 bytes, and nothing of its kind has more than");
+        assert_refused(arguments, code, &expected);
+        fs::write(path, good).unwrap();
+    }
+}
+
 /// A shard of the tales in a folder of its own, whose footer claims so many rows, or values, of its first row group.
 fn lying(name: &str, rows: Option<i64>, values: Option<i64>) {
     let tales = objects(&world().folder.join("data/tales"));

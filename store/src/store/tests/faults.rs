@@ -44,16 +44,18 @@ struct Network {
     fates: Arc<Mutex<Vec<Fate>>>,
     /// As a server whose put-if-absent looks first, and writes afterwards.
     looks_first: bool,
-    /// Requests and pieces that there were, and the most pieces at a time.
-    seen: Arc<[AtomicUsize; 3]>,
+    /// Requests and pieces that there were, the most pieces at a time, and the most reads.
+    seen: Arc<[AtomicUsize; 4]>,
+    /// Reads that are under way.
+    reads: Arc<AtomicUsize>,
     /// What listings do not show yet: paths that end so.
     unlisted: &'static str,
 }
 
 impl Network {
     fn new() -> Self {
-        let (inner, fates, seen) = Default::default();
-        Self { inner, fates, looks_first: false, seen, unlisted: "/" }
+        let (inner, fates, seen, reads) = Default::default();
+        Self { inner, fates, looks_first: false, seen, reads, unlisted: "/" }
     }
 
     /// A store that tries three times.
@@ -133,7 +135,12 @@ impl ObjectStore for Network {
     }
 
     async fn get_opts(&self, path: &Path, options: GetOptions) -> object_store::Result<GetResult> {
-        let fate = self.fate().await?;
+        let now = self.reads.fetch_add(1, Ordering::Relaxed) + 1;
+        self.seen[3].fetch_max(now, Ordering::Relaxed);
+        let fate = self.fate().await;
+        tokio::task::yield_now().await;
+        self.reads.fetch_sub(1, Ordering::Relaxed);
+        let fate = fate?;
         let found = self.inner.get_opts(path, options).await?;
         if fate != Fate::Short {
             return Ok(found);
@@ -361,6 +368,7 @@ fn large_objects_go_in_bounded_pieces_and_appear_whole_or_not_at_all() {
     let before = seen()[0];
     assert!(network.store().get("large").unwrap().unwrap() == large());
     assert_eq!(seen()[0] - before, 7, "one request that tells its size, and one a piece");
+    assert!((2..=PIECES).contains(&seen()[3]), "{} pieces are read at a time", seen()[3]);
 
     network.next(&[Fate::Done, Fate::Done, Fate::Refused]);
     network.store().put("other", large()).unwrap_err();
