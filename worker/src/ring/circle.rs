@@ -18,10 +18,11 @@ use anello_tls::grpc::{ConnectError, To};
 use anello_tls::{Role, Tls};
 use tokio_stream::{Stream, StreamExt};
 use tonic::Status;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 
 use super::cursors;
-use super::peers::{BLOCK_BYTES, digest};
+use super::peers::{BLOCK_BYTES, Job, digest};
 use crate::cover::Cover;
 
 /// Bytes of a message of a peer at most: that of a head with the cursors of every lane a run may have.
@@ -184,6 +185,7 @@ impl Rows {
 pub(super) struct Circle {
     /// Of each its addresses, best first.
     peers: Vec<Vec<To>>,
+    pub(super) job: Job,
     generation: Generation,
     step: Step,
     /// Of one of them, after which it cannot be reached.
@@ -191,8 +193,9 @@ pub(super) struct Circle {
 }
 
 impl Circle {
-    /// Those at `addresses`, of which each has some, best first.
+    /// Those of `job` at `addresses`, of which each has some, best first.
     pub fn new(
+        job: Job,
         addresses: Vec<Vec<String>>,
         tls: Option<&Tls>,
         silence: Duration,
@@ -201,7 +204,7 @@ impl Circle {
     ) -> Self {
         let to = |address| To { address, role: Role::Worker, tls: tls.cloned() };
         let peers = addresses.into_iter().map(|of_one| of_one.into_iter().map(to).collect()).collect();
-        Self { peers, generation, step, silence }
+        Self { peers, job, generation, step, silence }
     }
 
     /// A connection to one of them: it cannot be reached when there was no answer at all for `silence` at any of its addresses, or
@@ -209,7 +212,8 @@ impl Circle {
     async fn client(
         &self,
         at: usize,
-    ) -> Result<(PeersClient<Channel>, impl Fn(String) -> Failed + use<>), Failed> {
+    ) -> Result<(PeersClient<InterceptedService<Channel, Job>>, impl Fn(String) -> Failed + use<>), Failed>
+    {
         let failed = |address: &str, what: &str| Failed::from(format!("state from {address}: {what}"));
         // All are tried at once, but for a little that the better ones are given: the first that is there is taken.
         let mut tries = tokio::task::JoinSet::new();
@@ -228,7 +232,8 @@ impl Circle {
                 Ok(channel) => {
                     let failed = move |what: String| failed(&address, &what);
                     return Ok((
-                        PeersClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
+                        PeersClient::with_interceptor(channel, self.job.clone())
+                            .max_decoding_message_size(MESSAGE_BYTES_MAX),
                         failed,
                     ));
                 }

@@ -163,9 +163,11 @@ mod tests {
     use tokio::runtime::Runtime;
 
     use super::*;
+    use crate::cover::Cover;
     use crate::optimizer::State;
+    use crate::ring::circle::Asked;
     use crate::ring::live::tests::{advance, bytes, state};
-    use crate::ring::peers::{self, Shelf};
+    use crate::ring::peers::{self, Job, Offered, Shelf};
 
     /// A worker that lends its state after step 7, and one that lacks all of it.
     struct Pair {
@@ -181,7 +183,8 @@ mod tests {
             let (runtime, shelf) = (Runtime::new().unwrap(), Shelf::default());
             let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
             let rows = peers::SharedRows::default();
-            let address = runtime.block_on(peers::start(&[here], None, shelf.clone(), rows)).unwrap();
+            let address =
+                runtime.block_on(peers::start(&Job::new("a"), &[here], None, shelf.clone(), rows)).unwrap();
             let states = [state(1), state(2)];
             let blocks = states[0].layout.blocks();
             let missing = [0..0, 0..blocks].into_iter();
@@ -190,7 +193,7 @@ mod tests {
             let lives: [Arc<Live>; 2] = lives.try_into().ok().unwrap();
             let (generation, silence) = (Generation(4), Duration::from_secs(60));
             let peer = vec![address[0].to_string()];
-            let circle = Circle::new(vec![peer], None, silence, generation, Step(7));
+            let circle = Circle::new(Job::new("a"), vec![peer], None, silence, generation, Step(7));
             let mut learner = Learner::new(lives[1].clone(), circle, Piece::all_of(0..blocks, &[0]));
             learner.begin(runtime.handle());
             Self { runtime, shelf, states, lives, learner }
@@ -258,6 +261,7 @@ mod tests {
         let (live, circle) = (
             learner.desk.live.clone(),
             Circle::new(
+                Job::new("a"),
                 vec![vec!["127.0.0.1:1".to_owned()]],
                 None,
                 Duration::from_millis(200),
@@ -279,16 +283,81 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_of_another_job_is_no_peer() {
+        let pair = Pair::new();
+        pair.lend(None);
+        let mut other = pair.learner.circle.clone();
+        other.job = Job::new("b");
+        let told = |failed: Failed| failed.reason;
+        let refused = "a worker of job a was asked for the state of job b";
+        let rows = pair.runtime.block_on(other.rows(0, 0, 0)).map(drop).map_err(told).unwrap_err();
+        let heads =
+            pair.runtime.block_on(other.heads(&AbortHandle::new())).map(drop).map_err(told).unwrap_err();
+        let live = pair.runtime.block_on(other.live(0, 0..1, true)).map(drop).map_err(told).unwrap_err();
+        for told in [rows, heads, live] {
+            assert!(told.contains(refused), "{told}");
+        }
+    }
+
+    /// What is not there is refused by the service, whoever asks, and with what was asked for.
+    #[test]
+    fn what_a_peer_does_not_have_is_refused_in_words() {
+        let pair = Pair::new();
+        let circle = &pair.learner.circle;
+        let blocks = pair.lives[0].blocks();
+        let live = |range| match pair.runtime.block_on(circle.live(0, range, true)) {
+            Ok(stream) => {
+                let first = pair.runtime.block_on(async { pin!(stream).next().await });
+                first.expect("an answer").map(drop).map_err(|failed| failed.reason)
+            }
+            Err(failed) => Err(failed.reason),
+        };
+        pair.lend(None);
+        assert_eq!(live(0..1), Ok(()));
+        for wrong in [blocks..blocks + 1, 0..blocks + 1, 1..1] {
+            let told = live(wrong.clone()).unwrap_err();
+            assert!(told.contains(&format!("blocks {}..{} of {blocks}", wrong.start, wrong.end)), "{told}");
+        }
+        let of = |range: Range<usize>| Cover::of([range], blocks);
+        let live = Live::lacking_moments(Step(7), &pair.states[0], &of(0..1));
+        pair.shelf.lay(Arc::new(Offered {
+            generation: Generation(4),
+            step: Step(7),
+            updates: 1,
+            layers: 1,
+            cursors: Vec::new(),
+            losses: Vec::new(),
+            weights: of(1..2),
+            moments: of(1..2),
+            from: peers::From::State(live),
+        }));
+        for (asked, expected) in [
+            (Asked { peer: 0, blocks: 0..1, moments: false }, "no weights of blocks 0..1 here".to_owned()),
+            (Asked { peer: 0, blocks: 0..2, moments: true }, "no moments of blocks 0..2 here".to_owned()),
+            (
+                Asked { peer: 0, blocks: 0..blocks + 1, moments: true },
+                format!("blocks 0..{} of {blocks}", blocks + 1),
+            ),
+        ] {
+            let gathered = pair.runtime.block_on(circle.gather(vec![asked], &AbortHandle::new()));
+            let told = gathered.map(drop).map_err(|failed| failed.reason).unwrap_err();
+            assert!(told.contains(&expected), "{told}");
+        }
+    }
+
+    #[test]
     fn figures_come_from_a_peer_once_it_has_them_and_from_no_other() {
         let runtime = Runtime::new().unwrap();
         let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
         let row = |step| StepReport { step, loss: step as f64, ..StepReport::default() };
         let rows = peers::SharedRows::default();
         rows.lock().unwrap().took(2, (2..5).map(|step| (step, row(step))).collect()).for_each(drop);
-        let address = runtime.block_on(peers::start(&[here], None, Shelf::default(), rows.clone())).unwrap();
+        let address = runtime
+            .block_on(peers::start(&Job::new("a"), &[here], None, Shelf::default(), rows.clone()))
+            .unwrap();
         let silence = Duration::from_millis(500);
         let peer = vec![address[0].to_string()];
-        let circle = Circle::new(vec![peer], None, silence, Generation(4), Step(5));
+        let circle = Circle::new(Job::new("a"), vec![peer], None, silence, Generation(4), Step(5));
         let ask = |first, end| runtime.block_on(circle.rows(0, first, end));
         let came = ask(0, 5).unwrap();
         assert_eq!((came.durable, came.rows), (2, (2..5).map(row).collect()));

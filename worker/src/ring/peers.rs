@@ -20,6 +20,8 @@ use anello_store::Cursor;
 use anello_tls::grpc::incoming;
 use anello_tls::{Role, Tls};
 use tokio_stream::{Stream, StreamExt};
+use tonic::metadata::{Binary, MetadataValue};
+use tonic::service::Interceptor;
 use tonic::{Request, Response, Status};
 
 use super::cursors;
@@ -187,8 +189,45 @@ impl Lent {
     }
 }
 
-/// Serves what is on `shelf`, and `rows`, at a free port of each of `addresses`, with TLS to workers alone.
+/// The job that a request is of, or that is served: its name is in the metadata of every request.
+#[derive(Clone, Debug)]
+pub(super) struct Job(MetadataValue<Binary>);
+
+impl Job {
+    /// What requests name it by: bytes, since whoever starts a worker may give any name.
+    const KEY: &str = "anello-job-bin";
+
+    /// The one of this name.
+    pub fn new(name: &str) -> Self {
+        Self(MetadataValue::from_bytes(name.as_bytes()))
+    }
+
+    /// A request is of this one, or is refused: a port that a worker had may be another's by now.
+    fn check(&self, request: Request<()>) -> Result<Request<()>, Status> {
+        let name = |job: &MetadataValue<Binary>| {
+            job.to_bytes().map(|name| String::from_utf8_lossy(&name).into_owned()).unwrap_or_default()
+        };
+        match request.metadata().get_bin(Self::KEY) {
+            Some(theirs) if *theirs == self.0 => Ok(request),
+            theirs => {
+                let theirs = theirs.map_or("no job".to_owned(), |theirs| format!("job {}", name(theirs)));
+                let fact = format!("a worker of job {} was asked for the state of {theirs}", name(&self.0));
+                Err(Status::failed_precondition(fact))
+            }
+        }
+    }
+}
+
+impl Interceptor for Job {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert_bin(Self::KEY, self.0.clone());
+        Ok(request)
+    }
+}
+
+/// Serves what is on `shelf`, and `rows`, of `job`, at a free port of each of `addresses`, with TLS to workers alone.
 pub(super) async fn start(
+    job: &Job,
     addresses: &[IpAddr],
     tls: Option<&Tls>,
     shelf: Shelf,
@@ -201,7 +240,10 @@ pub(super) async fn start(
         let address = listener.local_addr()?;
         bound.push(address);
         let server = tonic::transport::Server::builder()
-            .add_service(PeersServer::new(service.clone()))
+            .add_service(PeersServer::with_interceptor(service.clone(), {
+                let job = job.clone();
+                move |request| job.check(request)
+            }))
             .serve_with_incoming(incoming(listener, tls.map(|tls| (tls, &[Role::Worker][..]))));
         tokio::spawn(async move {
             if let Err(error) = server.await {
@@ -227,7 +269,11 @@ impl Peers for Service {
         let state = self.shelf.0.read().expect("no holder panics").forming.clone();
         let state = state
             .filter(|state| (state.generation.0, state.step.0) == (generation, step))
-            .ok_or_else(|| Status::unavailable("this state is not on the shelf now; ask again"))?;
+            .ok_or_else(|| {
+                Status::unavailable(format!(
+                    "the state after {step} steps for generation {generation} is not handed out here now; ask again"
+                ))
+            })?;
         let all = state.moments.of_blocks() as u64;
         let end = first_block.saturating_add(blocks);
         if end > all {
@@ -270,7 +316,10 @@ impl Peers for Service {
         let LiveRequest { generation, first_block, blocks } = request.into_inner();
         let lent = match &self.shelf.0.read().expect("no holder panics").live {
             Some((of, lent)) if of.0 == generation => lent.clone(),
-            _ => return Err(Status::unavailable("this generation does not train here now; ask again")),
+            _ => {
+                let fact = format!("generation {generation} does not train here now; ask again");
+                return Err(Status::unavailable(fact));
+            }
         };
         let (all, end) = (lent.live.blocks() as u64, first_block.saturating_add(blocks));
         if first_block >= end || end > all {

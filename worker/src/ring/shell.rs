@@ -48,9 +48,10 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         None => listener,
     };
     let ring = listener.addresses().map_err(system("listening for peers"))?;
+    let job = peers::Job::new(&options.job);
     let (shelf, rows) = (peers::Shelf::default(), peers::SharedRows::default());
     let peers = runtime
-        .block_on(peers::start(&options.addresses, tls, shelf.clone(), rows.clone()))
+        .block_on(peers::start(&job, &options.addresses, tls, shelf.clone(), rows.clone()))
         .map_err(system("listening for peers that lack state"))?;
     let texts = |addresses: &[SocketAddr]| addresses.iter().map(SocketAddr::to_string).collect();
     let here = environment::of(device::named(options.device.unwrap_or_default()), options.threads);

@@ -52,7 +52,15 @@ impl Scripted {
             let address = listener.local_addr().unwrap().to_string();
             let server = tonic::transport::Server::builder().add_service(PeersServer::new(self));
             tokio::spawn(server.serve_with_incoming(incoming(listener, None)));
-            ask(Circle::new(vec![vec![address]], None, Duration::from_secs(60), Generation(4), Step(7))).await
+            ask(Circle::new(
+                Job::new("a"),
+                vec![vec![address]],
+                None,
+                Duration::from_secs(60),
+                Generation(4),
+                Step(7),
+            ))
+            .await
         })
     }
 }
@@ -298,7 +306,8 @@ fn a_peer_is_reached_by_any_of_its_addresses() {
     assert_eq!(came, Ok(9));
     let (one, other) = (nobody(), nobody());
     let none = vec![one.clone(), other.clone()];
-    let circle = Circle::new(vec![none], None, Duration::from_millis(800), Generation(4), Step(7));
+    let circle =
+        Circle::new(Job::new("a"), vec![none], None, Duration::from_millis(800), Generation(4), Step(7));
     let failed = Runtime::new().unwrap().block_on(circle.rows(0, 3, 6)).unwrap_err();
     assert!(failed.reason.contains(&one) && failed.reason.contains(&other), "{failed:?}");
     assert!(failed.unreachable.is_empty(), "its machine says that nobody is there: {failed:?}");

@@ -15,7 +15,7 @@ use crate::init::initial_state;
 use crate::optimizer::State;
 use crate::ring::circle::{Asked, Circle, Failed, Gathered, Head, share_out};
 use crate::ring::parts::Copy;
-use crate::ring::peers::{From, Offered};
+use crate::ring::peers::{From, Job, Offered};
 
 /// Pause between two attempts to read a checkpoint from a store that does not answer.
 const RETRY: Duration = Duration::from_secs(2);
@@ -228,7 +228,8 @@ impl Thread {
             .filter(|member| member.worker != own && may(member.worker))
             .map(|member| (member.worker, member.endpoints.peers.clone()));
         let (ids, addresses): (Vec<WorkerId>, Vec<Vec<String>>) = asked.unzip();
-        (Circle::new(addresses, self.tls.as_ref(), self.silence, *generation, step), ids)
+        let job = Job::new(&self.job);
+        (Circle::new(job, addresses, self.tls.as_ref(), self.silence, *generation, step), ids)
     }
 
     /// What to ask of whom, to have the moments that are needed of a state of so many blocks.
