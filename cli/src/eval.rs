@@ -58,7 +58,7 @@ pub struct Args {
     loops: Option<u32>,
     /// Write accuracy against mean depth: as an SVG, or with a name that ends in .html as a page with all figures. Neither
     /// needs anything else.
-    #[arg(long, value_name = "FILE", requires = "data")]
+    #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
     /// One JSON object in place of tables.
     #[arg(long)]
@@ -144,14 +144,10 @@ fn data(args: &Args, weights: &Weights, set: &str, task: Option<Task>, screen: &
         let Some((found, _)) = measure(&weights)? else { return Ok(Exit::Interrupted) };
         others.push((name, weights.layers, found));
     }
-    if let Some(path) = &args.plot {
-        let failed = |source| Failure::File { action: "writing", path: path.clone(), source };
-        let page = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("html"));
-        let draw = if page { page::html } else { plot::svg };
-        std::fs::write(path, draw(&weights.name, set, &found)).map_err(failed)?;
-    }
+    let told = Told { name: &weights.name, of: set, what: "tokens that count", found: &found };
+    draw(args, &told)?;
     screen.print(&if args.json {
-        format!("{}\n", as_json(&weights.name, set, &found))
+        format!("{}\n", as_json(&told))
     } else {
         let table = operations.map(|operations| {
             let first = mano::Answers { name: &weights.name, layers: weights.layers, found: &found };
@@ -159,9 +155,21 @@ fn data(args: &Args, weights: &Weights, set: &str, task: Option<Task>, screen: &
                 others.iter().map(|(name, layers, found)| mano::Answers { name, layers: *layers, found });
             mano::table(operations, &std::iter::once(first).chain(others).collect::<Vec<_>>())
         });
-        as_tables(&weights.name, set, &found) + &table.unwrap_or_default()
+        as_tables(&told) + &table.unwrap_or_default()
     })?;
     Ok(Exit::Done)
+}
+
+/// Writes the plot that was asked for, if one was.
+fn draw(args: &Args, told: &Told<'_>) -> Result<(), Failure> {
+    let Some(path) = &args.plot else { return Ok(()) };
+    let page = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("html"));
+    let drawn = if page { page::html(told) } else { plot::svg(told) };
+    std::fs::write(path, drawn).map_err(|source| Failure::File {
+        action: "writing",
+        path: path.clone(),
+        source,
+    })
 }
 
 /// What a model is worth on the tokens of `set` that count, and of how many operations its expressions are where it is Mano's.
@@ -221,9 +229,29 @@ fn figures(sums: &Sums, counted: u64) -> (f64, f64, f64) {
     (sums.loss / counted, sums.correct as f64 / counted, sums.depth / counted)
 }
 
-fn as_tables(name: &str, set: &str, found: &Evaluation) -> String {
-    let Evaluation { counted, steps, exit, by_mass } = found;
-    let mut text = format!("{name} on {set}, {} tokens that count\n\n", grouped(*counted));
+/// What was found, of which model and on what.
+struct Told<'a> {
+    name: &'a str,
+    /// The token set, or the file of questions.
+    of: &'a str,
+    /// What is counted.
+    what: &'a str,
+    found: &'a Evaluation,
+}
+
+impl Told<'_> {
+    fn title(&self) -> String {
+        format!("{} on {}", self.name, self.of)
+    }
+
+    fn counted(&self) -> String {
+        format!("{} {}", grouped(self.found.counted), self.what)
+    }
+}
+
+fn as_tables(told: &Told<'_>) -> String {
+    let Evaluation { counted, steps, exit, by_mass } = told.found;
+    let mut text = format!("{}, {}\n\n", told.title(), told.counted());
     let mut table = Table::new(0);
     table.row(["loop step", "loss", "perplexity", "accuracy", "leaves here"]);
     for (at, (sums, exit)) in steps.iter().zip(exit).enumerate() {
@@ -254,8 +282,8 @@ fn as_tables(name: &str, set: &str, found: &Evaluation) -> String {
     text + &table.render()
 }
 
-fn as_json(name: &str, set: &str, found: &Evaluation) -> Value {
-    let Evaluation { counted, steps, exit, by_mass } = found;
+fn as_json(told: &Told<'_>) -> Value {
+    let Evaluation { counted, steps, exit, by_mass } = told.found;
     let steps: Vec<Value> = (1..)
         .zip(steps.iter().zip(exit))
         .map(|(step, (sums, exit))| {
@@ -270,7 +298,7 @@ fn as_json(name: &str, set: &str, found: &Evaluation) -> Value {
             json!({ "q": q, "mean_depth": depth, "loss": loss, "accuracy": accuracy })
         })
         .collect();
-    json!({ "model": name, "data": set, "counted": counted, "steps": steps, "by_exit_mass": by_mass })
+    json!({ "model": told.name, "data": told.of, "counted": counted, "steps": steps, "by_exit_mass": by_mass })
 }
 
 /// A question with several answers.
@@ -310,47 +338,31 @@ fn read_questions(path: &Path) -> Result<Vec<Question>, Failure> {
 }
 
 fn choices(args: &Args, weights: &Weights, file: &Path, screen: &Screen) -> Outcome {
+    let interrupt = Interrupt::watch()?;
     let loops = loops_of(args, weights);
     let questions = read_questions(file)?;
     if questions.is_empty() {
         return Err(Failure::Usage(format!("{} has no questions", file.display())));
     }
-    let mut right = vec![0u64; loops as usize];
+    let mut found = Evaluation::new(loops, &MASSES);
+    let bar = screen.add(questions.len() as u64, "{bar:30.cyan/dim} {pos} of {len} questions");
     for question in &questions {
         let prompt = weights.encode(&question.prompt)?;
-        let mut best = vec![(f64::NEG_INFINITY, 0); right.len()];
-        for (at, choice) in question.choices.iter().enumerate() {
+        let choices = question.choices.iter().map(|choice| {
             let choice = weights.encode(choice)?;
-            let score = continuation(&weights.model, weights.rope_base, loops, &prompt, &choice);
-            for (best, score) in best.iter_mut().zip(score) {
-                if score > best.0 {
-                    *best = (score, at);
-                }
-            }
+            Ok(continuation(&weights.model, weights.rope_base, (loops, &MASSES), &prompt, &choice))
+        });
+        found.add_question(&choices.collect::<Result<Vec<_>, Failure>>()?, question.answer);
+        bar.inc(1);
+        if interrupt.raised() {
+            screen.clear()?;
+            return Ok(Exit::Interrupted);
         }
-        right.iter_mut().zip(best).for_each(|(right, (_, at))| *right += u64::from(at == question.answer));
     }
-    let accuracy = |right: u64| right as f64 / questions.len() as f64;
-    let text = if args.json {
-        let steps: Vec<Value> = (1..)
-            .zip(&right)
-            .map(|(step, right)| json!({ "step": step, "accuracy": accuracy(*right) }))
-            .collect();
-        format!("{}\n", json!({ "model": weights.name, "questions": questions.len(), "steps": steps }))
-    } else {
-        let mut table = Table::new(0);
-        table.row(["loop step", "right", "accuracy"]);
-        for (at, right) in right.iter().enumerate() {
-            table.row([(at + 1).to_string(), grouped(*right), format!("{:.2} %", accuracy(*right) * 100.0)]);
-        }
-        format!(
-            "{} on {} questions of {}\n\n{}",
-            weights.name,
-            grouped(questions.len() as u64),
-            file.display(),
-            table.render()
-        )
-    };
-    screen.print(&text)?;
+    bar.finish_and_clear();
+    let told =
+        Told { name: &weights.name, of: &file.display().to_string(), what: "questions", found: &found };
+    draw(args, &told)?;
+    screen.print(&if args.json { format!("{}\n", as_json(&told)) } else { as_tables(&told) })?;
     Ok(Exit::Done)
 }

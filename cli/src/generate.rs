@@ -133,11 +133,18 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     let ends: Vec<u32> =
         ["<|endoftext|>", "<|im_end|>"].into_iter().filter_map(|end| weights.token(end)).collect();
     let ends = if args.ignore_end { Vec::new() } else { ends };
-    for prompt in &prompts {
+    // All of them before the first is gone on with: what is wrong with the last one is told at once.
+    let mut told = Vec::new();
+    for (at, prompt) in prompts.iter().enumerate() {
         let ids = weights.encode(prompt)?;
         if ids.is_empty() {
-            return Err(Failure::Usage("a prompt is empty; give at least one letter".to_owned()));
+            let which = args.prompts.as_ref().map(|path| format!("line {} of {}", at + 1, path.display()));
+            let which = which.unwrap_or_else(|| "a prompt".to_owned());
+            return Err(Failure::Usage(format!("{which} is empty; give at least one letter")));
         }
+        told.push((prompt, ids));
+    }
+    for (prompt, ids) in told {
         let mut generator =
             Generator::new(&weights.model, weights.rope_base, ids.len() + args.tokens, options);
         let (mut pieces, mut text) = (Pieces::after(&ids, weights.tokenizer.as_ref()), String::new());

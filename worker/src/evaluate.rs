@@ -31,7 +31,7 @@ pub struct Sums {
 /// What was found.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Tokens that count.
+    /// Tokens that count; where questions were asked, these.
     pub counted: u64,
     /// At each loop step, for all tokens.
     pub steps: Vec<Sums>,
@@ -83,6 +83,28 @@ impl Evaluation {
         });
     }
 
+    /// Adds a question whose `choices` were found to be this as [`continuation`]s, of which `right` is right: it counts as one. The most
+    /// probable choice is the answer; loss, depth and exit are means over the tokens of the right one.
+    pub fn add_question(&mut self, choices: &[Self], right: usize) {
+        let tokens = choices[right].counted as f64;
+        let take = |sums: &mut Sums, of: &dyn Fn(&Self) -> &Sums| {
+            let answer =
+                (0..choices.len()).min_by(|&a, &b| of(&choices[a]).loss.total_cmp(&of(&choices[b]).loss));
+            let of_right = of(&choices[right]);
+            sums.loss += of_right.loss / tokens;
+            sums.correct += u64::from(answer == Some(right));
+            sums.depth += of_right.depth / tokens;
+        };
+        self.counted += 1;
+        for (at, sums) in self.steps.iter_mut().enumerate() {
+            take(sums, &|choice| &choice.steps[at]);
+        }
+        for (at, (_, sums)) in self.by_mass.iter_mut().enumerate() {
+            take(sums, &|choice| &choice.by_mass[at].1);
+        }
+        self.exit.iter_mut().zip(&choices[right].exit).for_each(|(all, exit)| *all += exit / tokens);
+    }
+
     /// The tokens of states `[c, d]` at each loop step, and their targets `[c]`.
     fn add_chunk(&mut self, model: &Model, hidden: &[Tensor], targets_c: &Tensor) {
         let places = targets_c.clamp_min(0).unsqueeze(1);
@@ -127,15 +149,15 @@ impl Evaluation {
     }
 }
 
-/// ln of the probability of `continuation` after `prompt` at each loop step, one token at least each: a sum over its
-/// tokens, nats.
+/// What `continuation` is after `prompt`, one token at least each, whose tokens alone count: `loops` loop steps, and the exit
+/// masses `qs`. The negative of a loss is ln of its probability, a sum over its tokens, nats.
 pub fn continuation(
     model: &Model,
     rope_base: f64,
-    loops: u32,
+    (loops, qs): (u32, &[f64]),
     prompt: &[u32],
     continuation: &[u32],
-) -> Vec<f64> {
+) -> Evaluation {
     let ids: Vec<i64> = prompt.iter().chain(continuation).map(|id| i64::from(*id)).collect();
     let n = ids.len() - 1;
     let targets = (1..=n).map(|at| if at < prompt.len() { IGNORE } else { ids[at] });
@@ -149,7 +171,7 @@ pub fn continuation(
         counted: continuation.len() as u64,
     };
     let rotary = Rotary::new(rope_base, model.head_size(), n as i64, model.lm_head.value.device());
-    let mut sums = Evaluation::new(loops, &[]);
-    sums.add(model, &rotary, Mask::Causal, &batch);
-    sums.steps.iter().map(|step| -step.loss).collect()
+    let mut found = Evaluation::new(loops, qs);
+    found.add(model, &rotary, Mask::Causal, &batch);
+    found
 }

@@ -2,13 +2,12 @@
 
 use anello_worker::evaluate::Evaluation;
 
-use super::{figures, plot};
-use crate::text::grouped;
+use super::{Told, figures, plot};
 
-/// The page of what was found of the model `name` on `set`.
-pub fn html(name: &str, set: &str, found: &Evaluation) -> String {
-    let Evaluation { counted, steps, exit, by_mass } = found;
-    let title = plot::escape(&format!("{name} on {set}"));
+/// The page of what was found.
+pub(super) fn html(told: &Told<'_>) -> String {
+    let Evaluation { counted, steps, exit, by_mass } = told.found;
+    let title = plot::escape(&told.title());
     let percent = |share: f64| format!("{:.2} %", share * 100.0);
     let of_steps = steps.iter().zip(exit).enumerate().map(|(at, (sums, exit))| {
         let (loss, accuracy, _) = figures(sums, *counted);
@@ -30,11 +29,11 @@ pub fn html(name: &str, set: &str, found: &Evaluation) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
-         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<p>{} tokens that count</p>\n\
+         <style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n<p>{}</p>\n\
          <figure>\n{}</figure>\n<h2>At each loop step</h2>\n{by_step}\
          <h2>Leaving once so much exit mass is behind a token</h2>\n{by_q}</body>\n</html>\n",
-        grouped(*counted),
-        plot::svg(name, set, found),
+        told.counted(),
+        plot::svg(told),
     )
 }
 
@@ -70,7 +69,7 @@ mod tests {
         ];
         found.exit = vec![400.0, 600.0];
         found.by_mass[0].1 = Sums { loss: 2600.0, correct: 450, depth: 1500.0 };
-        let page = html("a<b>&c", "data/tales", &found);
+        let page = html(&Told { name: "a<b>&c", of: "data/tales", what: "tokens that count", found: &found });
         assert!(
             page.starts_with("<!doctype html>")
                 && page.contains("<title>a&lt;b&gt;&amp;c on data/tales</title>")

@@ -1,8 +1,8 @@
 //! Accuracy against mean depth as an SVG that needs nothing else. Pure.
 
-use anello_worker::evaluate::{Evaluation, Sums};
+use anello_worker::evaluate::Sums;
 
-use crate::text::grouped;
+use super::Told;
 
 /// Size of the picture and of the margins around what is plotted: left, right, top, bottom.
 const SIZE: (f64, f64) = (640.0, 420.0);
@@ -11,7 +11,8 @@ const MARGINS: [f64; 4] = [64.0, 24.0, 56.0, 72.0];
 const LINES: f64 = 5.0;
 
 /// A curve over the exit masses, each point with its q, and the loop steps that all tokens leave at, to compare with.
-pub fn svg(name: &str, set: &str, found: &Evaluation) -> String {
+pub(super) fn svg(told: &Told<'_>) -> String {
+    let found = told.found;
     let counted = found.counted as f64;
     let point = |sums: &Sums| (sums.depth / counted, sums.correct as f64 / counted);
     let by_step: Vec<(f64, f64)> = found.steps.iter().map(point).collect();
@@ -33,7 +34,7 @@ pub fn svg(name: &str, set: &str, found: &Evaluation) -> String {
         let words = escape(words);
         format!("<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" class=\"{class}\">{words}</text>\n")
     };
-    let heading = format!("{name} on {set}, {} tokens", grouped(found.counted));
+    let heading = format!("{}, {}", told.title(), told.counted());
     body += &text(left, 24.0, "start", "title", "Accuracy against mean depth");
     body += &text(left, 42.0, "start", "", &heading);
     let step = step_of((high - low) / LINES);
@@ -106,6 +107,8 @@ pub fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use anello_worker::evaluate::Evaluation;
+
     use super::*;
 
     fn evaluation() -> Evaluation {
@@ -123,7 +126,7 @@ mod tests {
 
     #[test]
     fn every_point_is_there_and_nothing_in_a_name_can_break_it() {
-        let text = svg("a<b>&c", "data/tales", &evaluation());
+        let text = svg(&Told { name: "a<b>&c", of: "data/tales", what: "tokens", found: &evaluation() });
         assert!(text.contains("a&lt;b&gt;&amp;c on data/tales, 1 000 tokens") && !text.contains("a<b>"));
         assert_eq!(text.matches("class=\"step\"").count(), 4);
         assert_eq!(text.matches("class=\"mass\"").count(), 3);
@@ -157,7 +160,7 @@ mod tests {
         found.steps.iter_mut().chain(found.by_mass.iter_mut().map(|(_, sums)| sums)).for_each(|sums| {
             (sums.correct, sums.depth) = (1000, 1000.0);
         });
-        let text = svg("a", "b", &found);
+        let text = svg(&Told { name: "a", of: "b", what: "tokens", found: &found });
         assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
     }
 }

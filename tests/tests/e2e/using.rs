@@ -83,6 +83,24 @@ fn texts_are_the_same_by_any_name() {
         several.iter().map(|v| v["prompt"].as_str().unwrap()).collect::<Vec<_>>(),
         ["one", "two words"]
     );
+    for (text, together) in ["one", "two words"].iter().zip(&several) {
+        let [alone] =
+            &json(&["generate", "undisturbed", "--prompt", text, "--tokens", "3", "--kv", "last", "--json"])
+                [..]
+        else {
+            panic!("one line")
+        };
+        for figure in ["ids", "exits", "text"] {
+            assert_eq!(together[figure], alone[figure], "{text}: {figure}");
+        }
+    }
+    // What is wrong with the last is told before the first is gone on with.
+    std::fs::write(world().folder.join("prompts-empty.txt"), "one\n\n").unwrap();
+    let refused =
+        world().anello(&["generate", "undisturbed", "--prompts", "prompts-empty.txt", "--tokens", "3"]);
+    let told = refused.log.clone();
+    assert!(told.contains("line 2 of prompts-empty.txt is empty; give at least one letter"), "{told}");
+    assert_eq!(refused.expect(2), "");
     let told = world().anello(&["generate", "undisturbed", "--prompt", "once", "--tokens", "4"]).expect(0);
     assert!(told.starts_with("once") && told.contains("mean depth"), "{told}");
 }
@@ -114,6 +132,22 @@ fn questions_are_answered_at_each_loop_step() {
         steps.iter().all(|step| (step["accuracy"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-9),
         "{steps:?}"
     );
+    assert_eq!((&found["counted"], &found["data"]), (&Value::from(3), &Value::from("questions.jsonl")));
+    // The loss is that of the right answers: of all three choices, in nats a token.
+    assert!(steps.iter().all(|step| step["loss"].as_f64().unwrap() > 1.0), "{steps:?}");
+    let by_mass = found["by_exit_mass"].as_array().unwrap();
+    let figure = |at: usize, name: &str| by_mass[at][name].as_f64().unwrap();
+    assert_eq!(by_mass.len(), 9);
+    assert!(
+        figure(0, "mean_depth") < figure(8, "mean_depth") && figure(8, "mean_depth") <= 3.0,
+        "{by_mass:?}"
+    );
+    assert!((0..9).all(|at| (figure(at, "accuracy") - 1.0 / 3.0).abs() < 1e-9), "{by_mass:?}");
+    let asked = ["eval", "undisturbed", "--choices", "questions.jsonl", "--plot", "questions.svg"];
+    let told = world().anello(&asked).expect(0);
+    assert!(told.starts_with("undisturbed on questions.jsonl, 3 questions\n"), "{told}");
+    let plot = std::fs::read_to_string(world().folder.join("questions.svg")).unwrap();
+    assert!(plot.contains("on questions.jsonl, 3 questions"), "{plot}");
     for (text, expected) in [
         ("{", "questions.jsonl:1: no JSON"),
         ("{\"choices\": [\"a\", \"b\"], \"answer\": 0}", ":1: there is no prompt"),

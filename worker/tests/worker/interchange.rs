@@ -124,6 +124,14 @@ fn tensors(list: &[(&str, &str, Vec<usize>, usize)]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat()
 }
 
+/// A file of two tensors of two numbers, which its table puts at these bytes.
+fn placed(places: [(usize, usize); 2]) -> Vec<u8> {
+    let entry = |(from, to)| json!({ "dtype": "F32", "shape": [2], "data_offsets": [from, to] });
+    let header = serde_json::to_vec(&json!({ "a": entry(places[0]), "b": entry(places[1]) })).unwrap();
+    let end = places.map(|(_, to)| to).into_iter().max().unwrap();
+    [&(header.len() as u64).to_le_bytes()[..], &header, &vec![0; end]].concat()
+}
+
 #[test]
 fn a_broken_folder_is_refused_with_all_that_is_wrong() {
     let scratch = tempfile::tempdir().unwrap();
@@ -166,6 +174,26 @@ fn a_broken_folder_is_refused_with_all_that_is_wrong() {
                 "tie_word_embeddings is true",
                 "rope_scaling is {\"type\":\"yarn\"}",
                 "vocab_size is missing",
+            ],
+        ),
+        // Sizes, names and shapes are told of together, however many do not fit.
+        (
+            |f| {
+                config(f, |c| c["hidden_size"] = json!(64));
+                fs::write(shard(f), tensors(&[("model.else", "F32", vec![1], 4)])).unwrap();
+                index(f, |i| {
+                    for at in 0..40 {
+                        i["weight_map"][format!("model.more.{at}")] =
+                            json!("model-00001-of-00002.safetensors");
+                    }
+                });
+            },
+            &[
+                "hidden_size is 64",
+                "model.else in model-00001",
+                "model.more.0 is no tensor",
+                "model.more.39 is no tensor",
+                "model.embed_tokens.weight is missing",
             ],
         ),
         (|f| index(f, |i| i["weight_map"] = json!(7)), &["has no weight_map of names to files"]),
@@ -212,6 +240,16 @@ fn a_broken_folder_is_refused_with_all_that_is_wrong() {
             &["is no safetensors"],
         ),
         (|f| fs::write(shard(f), [&2u64.to_le_bytes()[..], b"{{"].concat()).unwrap(), &["is no safetensors"]),
+        // Tensors that share bytes, that leave some to nobody, and one that ends before it begins.
+        (
+            |f| fs::write(shard(f), placed([(0, 8), (4, 12)])).unwrap(),
+            &["is no safetensors: invalid offset for tensor `b`"],
+        ),
+        (
+            |f| fs::write(shard(f), placed([(0, 8), (12, 20)])).unwrap(),
+            &["is no safetensors: invalid offset for tensor `b`"],
+        ),
+        (|f| fs::write(shard(f), placed([(0, 8), (8, 0)])).unwrap(), &["is no safetensors"]),
         // A tensor of 2^62 rows.
         (
             |f| {

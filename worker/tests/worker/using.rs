@@ -1,7 +1,7 @@
 //! Generation and evaluation against the plain computation.
 
 use anello_configs::{Dtype, Mask, Model as Sizes};
-use anello_worker::evaluate::{Evaluation, continuation};
+use anello_worker::evaluate::{Evaluation, Sums, continuation};
 use anello_worker::{Cache, GenerateOptions, Generator, Leave, Sampled, log_exit, token_losses};
 use tch::{Kind, Tensor};
 
@@ -149,11 +149,42 @@ fn the_figures_are_those_of_the_plain_objective() {
     assert!(all.depth > 2.9 * found.counted as f64, "all mass is behind the last step: {all:?}");
 }
 
+/// Of each question the most probable choice is the answer, by the sum over its tokens; the rest is of the right one, a mean over them.
+#[test]
+fn a_question_counts_as_one_and_its_most_probable_choice_is_the_answer() {
+    let sums = |loss, depth| Sums { loss, correct: 0, depth };
+    let choice = |tokens, losses: [f64; 2], by_mass, exit: [f64; 2]| Evaluation {
+        counted: tokens,
+        steps: vec![sums(losses[0], tokens as f64), sums(losses[1], 2.0 * tokens as f64)],
+        exit: exit.to_vec(),
+        by_mass: vec![(0.5, by_mass)],
+    };
+    let (short, long) = (
+        choice(1, [4.0, 3.0], sums(3.5, 1.5), [0.25, 0.75]),
+        choice(4, [2.0, 6.0], sums(3.6, 7.0), [1.0, 3.0]),
+    );
+    let mut found = Evaluation::new(2, &[0.5]);
+    found.add_question(&[short.clone(), long.clone()], 1);
+    let expected = |loss, correct, depth| Sums { loss, correct, depth };
+    assert_eq!(
+        found.steps,
+        [expected(0.5, 1, 1.0), expected(1.5, 0, 2.0)],
+        "at the second step the short one"
+    );
+    assert_eq!(found.by_mass, [(0.5, expected(0.9, 0, 1.75))]);
+    assert_eq!((found.counted, &found.exit), (1, &vec![0.25, 0.75]));
+    found.add_question(&[short, long], 0);
+    assert_eq!(found.steps, [expected(4.5, 1, 2.0), expected(4.5, 1, 4.0)]);
+    assert_eq!((found.counted, found.by_mass[0].1.correct), (2, 1));
+}
+
 #[test]
 fn a_continuation_is_as_probable_as_its_tokens() {
     let fixture = fixture();
     let more = [12u32, 5, 60];
-    let scores = continuation(&fixture.model, ROPE_BASE, 2, &PROMPT, &more);
+    let found = continuation(&fixture.model, ROPE_BASE, (2, &[0.0]), &PROMPT, &more);
+    assert_eq!((found.counted, &found.by_mass[0].1), (3, &found.steps[0]));
+    let scores: Vec<f64> = found.steps.iter().map(|step| -step.loss).collect();
     let mut expected = [0.0f64; 2];
     let mut ids = PROMPT.to_vec();
     for next in more {
