@@ -133,7 +133,7 @@ fn take_in(findings: &mut Findings, stretches: Vec<Stretch>) -> bool {
             None => continue,
             Some(Found::Difference(difference)) => findings.difference = Some(*difference),
             // Data that cannot even be opened was told of already.
-            Some(Found::Data(contradiction)) => {
+            Some(Found::Contradiction(contradiction)) => {
                 let told = |known: &Contradiction| contradiction.fact.ends_with(&known.fact);
                 if !findings.contradictions.iter().any(told) {
                     findings.contradictions.push(contradiction);

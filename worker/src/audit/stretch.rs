@@ -5,6 +5,7 @@ use std::sync::mpsc::Sender;
 
 use anello_dataloader::Error as DataError;
 use anello_store::events::Event;
+use anello_store::words::describe;
 use tch::Device;
 
 use super::findings::{Compared, Contradiction, Subject};
@@ -27,8 +28,8 @@ pub(super) struct Stretch {
 pub(super) enum Found {
     /// A step does not come out as it is on record.
     Difference(Box<Difference>),
-    /// The data is not what was trained on.
-    Data(Contradiction),
+    /// The data is not what was trained on, or the log tells otherwise of a step.
+    Contradiction(Contradiction),
     /// It cannot be computed here, or an earlier stretch has ended.
     Stopped(String),
 }
@@ -56,7 +57,7 @@ pub(super) fn compute(
                 Some(Found::Stopped(format!("the steps from {step} on: an earlier one is wrong")));
             break;
         }
-        let Stepped { record, skipped } = match side.step(step) {
+        let Stepped { record, skipped, told } = match side.step(step) {
             Ok(stepped) => stepped,
             Err(cause) => {
                 stretch.found = Some(stopped(cause, step)?);
@@ -77,7 +78,7 @@ pub(super) fn compute(
             })
         });
         stretch.found = match (left_out, side.off_record(&record)) {
-            (Some((lane, group)), _) => Some(Found::Data(Contradiction {
+            (Some((lane, group)), _) => Some(Found::Contradiction(Contradiction {
                 subject: Subject::Data,
                 step: Some(step),
                 fact: format!(
@@ -85,7 +86,8 @@ pub(super) fn compute(
                     group.row_group, group.source, group.reason
                 ),
             })),
-            (None, difference) => difference.map(|difference| Found::Difference(Box::new(difference))),
+            (None, Some(difference)) => Some(Found::Difference(Box::new(difference))),
+            (None, None) => off_log(run, step, told.as_ref()).map(Found::Contradiction),
         };
         let _ = tell.send(());
         if stretch.found.is_some() {
@@ -93,6 +95,33 @@ pub(super) fn compute(
         }
     }
     Ok(stretch)
+}
+
+/// Where the log tells otherwise of how `step` came out than `told`: of spikes, of what they led back to, of steps that were not applied.
+/// The log of a step whose figures are on record is whole, since it is told of first.
+fn off_log(run: &Recorded, step: u64, told: Option<&Event>) -> Option<Contradiction> {
+    let of_step = |event: &&Event| match event {
+        Event::Spike { step: at, .. } | Event::Skipped { step: at, .. } => *at == step,
+        _ => false,
+    };
+    let logged: Vec<&Event> = run.events.iter().filter(of_step).collect();
+    let words = |event: &Event| describe(event);
+    let fact = match (told, &logged[..]) {
+        (Some(told), logged) if !logged.contains(&told) && run.records.contains_key(&step) => {
+            match logged.last() {
+                Some(logged) => {
+                    format!("the log tells \"{}\", where it comes to \"{}\"", words(logged), words(told))
+                }
+                None => format!("the log does not tell \"{}\", which it comes to", words(told)),
+            }
+        }
+        // A step that was trained again with another config may have come out otherwise before.
+        (None, [.., logged]) if run.epochs.len() == 1 => {
+            format!("the log tells \"{}\", which it does not come to", words(logged))
+        }
+        _ => return None,
+    };
+    Some(Contradiction { subject: Subject::Log, step: Some(step), fact: format!("at step {step}: {fact}") })
 }
 
 /// What an error at `step` says of the run; an error that says nothing of it is handed on.
@@ -104,7 +133,7 @@ fn stopped(cause: Error, step: u64) -> Result<Found> {
         | Error::Config { .. } => {
             Ok(Found::Stopped(format!("the steps from {step} on: {}", with_causes(&cause))))
         }
-        Error::Data(cause) => Ok(Found::Data(Contradiction {
+        Error::Data(cause) => Ok(Found::Contradiction(Contradiction {
             subject: Subject::Data,
             step: Some(step),
             fact: format!("at step {step}: {cause}"),

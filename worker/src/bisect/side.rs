@@ -7,13 +7,14 @@ use anello_configs::{OnSpike, RunConfig, Schedule, StepPlan};
 use anello_dataloader::{Dataset, LaneStep, Loader, LoaderOptions, MicroBatch, SkippedRowGroup};
 use anello_store::Cursor;
 use anello_store::checkpoint::{Manifest, same_data};
+use anello_store::events::Event;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
 use super::compare;
 use super::findings::{Difference, Figure, Phase};
 use super::recorded::Recorded;
-use crate::account::weights_digest;
+use crate::account::{outcome_event, weights_digest};
 use crate::checkpoint::load;
 use crate::engine::{Engine, Outcome};
 use crate::error::{Error, Result};
@@ -62,6 +63,8 @@ pub(crate) struct Stepped {
     pub record: StepRecord,
     /// Row groups that could not be read and were left out, with the lane.
     pub skipped: Vec<(u32, SkippedRowGroup)>,
+    /// What the log is told of its outcome: a spike, or that it was not applied.
+    pub told: Option<Event>,
 }
 
 impl<'a> Side<'a> {
@@ -201,7 +204,7 @@ impl<'a> Side<'a> {
         }
         let outcome = self.engine.finish(&plan);
         self.undo_spike(&plan, &outcome)?;
-        Ok(Stepped { record: self.record(&plan, &outcome)?, skipped })
+        Ok(Stepped { record: self.record(&plan, &outcome)?, skipped, told: outcome_event(&plan, &outcome) })
     }
 
     /// Where the step that was computed last is not what the run has on record of it.

@@ -1,6 +1,6 @@
 //! Loss spikes: found by the rule, told of, and left out when the config says so; alike however the run is cut.
 
-use anello_worker::audit::{Options, Verdict, audit};
+use anello_worker::audit::{Options, Subject, Verdict, audit};
 
 use super::*;
 
@@ -231,4 +231,51 @@ fn only_what_skips_is_mathematics() {
     }
     assert!(!keys.contains_key("guard.rollback_steps"));
     assert!(wild(&data, "rollback").mathematics().contains_key("guard.rollback_steps"));
+}
+
+/// What the log tells of a spike is part of the record: one that was changed, left out or made up is named.
+#[test]
+fn a_spike_that_was_changed_in_the_log_is_named() {
+    let (data, store) = (Data::new(), Store::memory().unwrap());
+    begin(&store, &wild(&data, "rollback"), None);
+    let records = events::read(&store).unwrap();
+    let path = |number: u64| format!("events/{number:08}.json");
+    let put = |record: &events::Record| {
+        store.put(&path(record.number), serde_json::to_vec(record).unwrap()).unwrap();
+    };
+    let found = || {
+        let findings = audit(&store, &Options::default(), &mut |_| {}).unwrap();
+        let told =
+            findings.contradictions.iter().map(|found| (found.subject, found.step, found.fact.clone()));
+        (findings.verdict, told.collect::<Vec<_>>())
+    };
+    assert_eq!(found(), (Verdict::Confirmed, vec![]));
+    let is_spike = |record: &&events::Record| matches!(record.event, Event::Spike { back_to: Some(_), .. });
+    let right = records.iter().find(is_spike).expect("the run is wild");
+    let Event::Spike { step, back_to: Some(to), .. } = right.event else { unreachable!("just found") };
+    let quiet = (0..step).next_back().expect("no spike is at the first step");
+    let with = |change: &dyn Fn(&mut u64, &mut Option<u64>)| {
+        let mut record = right.clone();
+        if let Event::Spike { step, back_to, .. } = &mut record.event {
+            change(step, back_to);
+        }
+        record
+    };
+    let none = events::Record {
+        event: Event::Epoch { step, source: "words".to_owned(), epoch: 1 },
+        ..right.clone()
+    };
+    for (forged, at, expected) in [
+        (with(&|_, back_to| *back_to = Some(to - 1)), step, "where it comes to"),
+        (none, step, "the log does not tell"),
+        (with(&|step, _| *step = quiet), quiet, "which it does not come to"),
+    ] {
+        put(&forged);
+        let (verdict, told) = found();
+        let [(Subject::Log, Some(named), fact)] = &told[..] else { panic!("{expected}: {told:?}") };
+        assert_eq!((verdict, *named), (Verdict::Refuted, at));
+        assert!(fact.starts_with(&format!("at step {at}: ")) && fact.contains(expected), "{fact}");
+    }
+    put(right);
+    assert_eq!(found().0, Verdict::Confirmed);
 }
