@@ -17,6 +17,8 @@ Exit codes:
   4    of `worker --until-eof`: the process that started it is gone
   5    of `worker`: sent away, since its state differed from all others': do not use this machine again
   6    of `worker`: the run's data or device are not there on this machine; whoever started it tries a few times more
+  7    of `worker`: the job has failed, which starting a worker again does not change
+  101  a fault of this program, whose log says where: starting it again may do
   130  interrupted by Ctrl-C or SIGTERM, everything saved: `run --resume`, or the same `data` or `coordinator`
        command, goes on
   131  interrupted a second time: left at once, what was not saved is lost";
@@ -73,6 +75,9 @@ pub enum Failure {
     /// A ring that ended.
     #[error("{0}")]
     Ring(String),
+    /// A worker whose job has failed.
+    #[error("{0}")]
+    JobFailed(String),
     /// A coordinator that cannot be reached, or cannot answer now.
     #[error("{0}")]
     Unreachable(String),
@@ -130,6 +135,7 @@ impl Failure {
             Self::Refused(_) => 3,
             Self::Evicted(_) => 5,
             Self::Unfit(_) => 6,
+            Self::JobFailed(_) => 7,
             Self::Data(anello_dataloader::Error::Stopped) => Exit::Interrupted.code(),
             Self::Ring(_) | Self::Unreachable(_) | Self::Coordinator(_) | Self::Kube(_) => 1,
             Self::Worker(_) | Self::Store(_) | Self::Data(_) | Self::File { .. } | Self::System(_) => 1,

@@ -108,7 +108,7 @@ pub fn run(args: &Args) -> Outcome {
         }
         Leave::Refused { reason } => Err(Failure::Refused(reason)),
         Leave::Evicted { reason } => Err(Failure::Evicted(reason)),
-        Leave::Failed { reason } => Err(Failure::Ring(reason)),
+        Leave::Failed { reason } => Err(Failure::JobFailed(reason)),
     }
 }
 

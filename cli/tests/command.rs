@@ -55,7 +55,7 @@ fn every_subcommand_has_help() {
 #[test]
 fn help_tells_the_exit_codes() {
     let (_, help, _) = anello(folder().path(), &["--help"]);
-    for code in [0, 1, 2, 3, 4, 5, 6, 130, 131] {
+    for code in [0, 1, 2, 3, 4, 5, 6, 7, 101, 130, 131] {
         assert!(help.contains(&format!("\n  {code:<5}")), "{code}: {help}");
     }
 }
