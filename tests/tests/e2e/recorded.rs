@@ -1,6 +1,6 @@
 //! What a run puts on record: audited, and read by TensorBoard itself.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anello_tests::{Process, newest_checkpoint, wait_until};
@@ -89,6 +89,56 @@ events.Reload()
 print(json.dumps({tag: [[s.step, s.value] for s in events.Scalars(tag)] for tag in events.Tags()['scalars']}))
 ";
 
+/// A python with the packages that others read metrics with.
+fn reader() -> PathBuf {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-tensorboard/bin/python");
+    assert!(python.exists(), "{} is missing; run scripts/tensorboard-venv", python.display());
+    python
+}
+
+/// Reads every row of the Parquet files of a folder, and its columns.
+const ROWS: &str = "
+import glob, json, sys
+import pyarrow.parquet as parquet
+tables = [parquet.read_table(path) for path in sorted(glob.glob(sys.argv[1] + '/*.parquet'))]
+rows = [row for table in tables for row in table.to_pylist()]
+columns = {field.name: str(field.type) for table in tables for field in table.schema}
+print(json.dumps({'rows': rows, 'columns': columns}))
+";
+
+/// The metrics of a run are Parquet for everybody: one row a step, one column a loop step, the very bits.
+#[test]
+fn pyarrow_reads_the_metrics() {
+    let folder = world().folder.join("undisturbed/metrics");
+    let done = Command::new(reader()).args(["-c", ROWS, folder.to_str().unwrap()]).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let read: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let (theirs, ours) = (read["rows"].as_array().unwrap(), metrics("undisturbed"));
+    assert_eq!(theirs.len(), ours.len());
+    for (theirs, ours) in theirs.iter().zip(&ours) {
+        for column in
+            ["step", "stage", "tokens", "batch_tokens", "counted", "applied", "lr", "loss", "grad_norm"]
+        {
+            assert_eq!(theirs[column], ours[column], "{column} of step {}", ours["step"]);
+        }
+        let loops = ours["loop_loss"].as_array().unwrap();
+        for t in 0..loops.len() {
+            assert_eq!(
+                theirs[format!("loss_{}", t + 1)],
+                ours["loop_loss"][t],
+                "loss of loop step {}",
+                t + 1
+            );
+            assert_eq!(theirs[format!("exit_{}", t + 1)], ours["exit"][t], "exit at loop step {}", t + 1);
+        }
+        assert_eq!(theirs.get(format!("loss_{}", loops.len() + 1)).unwrap_or(&Value::Null), &Value::Null);
+    }
+    for (column, kind) in [("step", "uint64"), ("stage", "string"), ("applied", "bool"), ("loss_1", "double")]
+    {
+        assert_eq!(read["columns"][column], *kind, "{column}");
+    }
+}
+
 #[test]
 fn tensorboard_reads_the_metrics() {
     let folder = world().folder.join("tensorboard");
@@ -98,9 +148,7 @@ fn tensorboard_reads_the_metrics() {
         let told = world().anello(&["metrics", "undisturbed", "--tensorboard", folder]).expect(0);
         assert!(told.contains("tfevents"), "{told}");
     }
-    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv-tensorboard/bin/python");
-    assert!(python.exists(), "{} is missing; run scripts/tensorboard-venv", python.display());
-    let done = Command::new(python).args(["-c", READ, folder]).output().unwrap();
+    let done = Command::new(reader()).args(["-c", READ, folder]).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let read: Value = serde_json::from_slice(&done.stdout).unwrap();
     let rows = metrics("undisturbed");
