@@ -17,3 +17,27 @@ pub mod v1 {
 
 /// The `.proto` files as a `FileDescriptorSet`, for the reflection service.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/anello.bin"));
+
+#[cfg(test)]
+mod tests {
+    /// What a field is, and its unit, is said at the field itself.
+    #[test]
+    fn every_field_has_words_of_its_own() {
+        for (name, text) in [
+            ("jobs", include_str!("../anello/v1/jobs.proto")),
+            ("ring", include_str!("../anello/v1/ring.proto")),
+            ("peers", include_str!("../anello/v1/peers.proto")),
+        ] {
+            let lines: Vec<&str> = text.lines().map(str::trim).collect();
+            let fields = lines.windows(2).filter(|pair| {
+                let is_field = pair[1].split_once(" = ").is_some_and(|(_, number)| {
+                    number.strip_suffix(';').is_some_and(|number| number.parse::<u32>().is_ok())
+                });
+                is_field && pair[1].split(' ').count() >= 4
+            });
+            let (with, without): (Vec<_>, Vec<_>) = fields.partition(|pair| pair[0].starts_with("//"));
+            assert!(with.len() > 20, "{name}: {} fields", with.len());
+            assert!(without.is_empty(), "{name}.proto: {without:?}");
+        }
+    }
+}

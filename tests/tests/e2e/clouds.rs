@@ -48,6 +48,19 @@ fn serves_runs(kind: Kind) {
     let told = anello(&cloud, &["bisect", "undisturbed", &url]).expect(0);
     assert!(told.contains("are equal in all that both have: 31 steps and 7 checkpoints"), "{told}");
 
+    // What is done with checkpoints on any store.
+    let copied = cloud.url("copied");
+    let told = anello(&cloud, &["checkpoint", "copy", &format!("{url}@20"), &copied]).expect(0);
+    assert!(told.contains("checkpoint 20 of ") && told.contains("parts sent"), "{told}");
+    anello(&cloud, &["run", "--resume", &copied, "--sample", "0"]).expect(0);
+    let told = anello(&cloud, &["checkpoint", "diff", "undisturbed", &copied]).expect(0);
+    assert!(told.contains("are equal: all"), "{told}");
+    let list = || anello(&cloud, &["checkpoint", "list", &copied]).expect(0);
+    let before = list();
+    anello(&cloud, &["checkpoint", "prune", &copied, "--keep-last", "2"]).expect(0);
+    assert!(list().lines().count() < before.lines().count(), "{before}");
+    anello(&cloud, &["checkpoint", "verify", &copied]).expect(0);
+
     // A place that is not there, or whose credentials are wrong, says what to look at.
     let absent = anello(&cloud, &["events", &cloud.url("killed").replace("/anello/", "/no-such-bucket/")]);
     assert!(absent.log.contains("no-such-bucket"), "{absent:?}");

@@ -18,7 +18,7 @@ use crate::optimizer::State;
 
 /// Bytes of a block's hash that are compared.
 const SHORT: usize = 8;
-/// Blocks whose hashes go into one message: 64 000 of 65 536 bytes.
+/// Blocks whose hashes go into one message: 64 000 bytes.
 const BLOCKS_A_MESSAGE: usize = 8000;
 /// Blocks that are named to people.
 const NAMED: usize = 4;

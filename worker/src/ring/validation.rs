@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, Sums};
 use crate::validate::{HeldOut, LaneSums, of_lanes};
 
-/// Bytes of sums that go into one message, of 65 536.
+/// Bytes of sums that go into one message, which may be longer.
 const MESSAGE: usize = 64_000;
 
 /// What the model is worth after the step of `plan`, whose lanes are served as `members` says, by rank. A ring that breaks

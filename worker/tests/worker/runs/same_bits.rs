@@ -5,7 +5,7 @@ use anello_store::events::Event;
 use anello_store::{Object, Store};
 use anello_worker::{Control, Ended, Resume, Run, Training};
 
-use super::store::TestStore;
+use super::store::{Change, TestStore};
 use super::*;
 
 #[test]
@@ -294,6 +294,40 @@ fn a_run_killed_between_any_two_writes_is_the_same_run() {
                 .any(|step| object.path.starts_with(&format!("{}/", checkpoint::folder(*step))))
         });
         assert_eq!(stray, None, "{what}: an object without a checkpoint stays for ever");
+    }
+}
+
+/// Whoever takes a killed run up is killed too, after one change more than the one before: they get there all the same.
+#[test]
+fn a_run_whose_successors_are_killed_too_is_the_same_run() {
+    let data = Data::new();
+    let mut config = data.config();
+    (config.checkpoint.keep_last, config.checkpoint.keep_stage_ends) = (2, false);
+    let store = TestStore::new();
+    begin(&store.run(), &config, None);
+    let journal = store.journal();
+    // In the midst of its pruning, its parts, and before its first event.
+    let deletes = |(at, (_, bytes)): (usize, &Change)| bytes.is_none().then_some(at);
+    let deletion = journal.iter().enumerate().find_map(deletes).expect("retention was at work");
+    for first in [1, journal.len() / 3, deletion + 1] {
+        let (mut changes, mut killed) = (journal[..first].to_vec(), 0);
+        loop {
+            let left = TestStore::after(&changes);
+            let before = left.journal().len();
+            resume(&left.run(), None);
+            let made = left.journal().split_off(before);
+            if made.len() <= killed + 1 {
+                assert_finished(
+                    &left.run(),
+                    &format!("killed first after change {first}, then {killed} times"),
+                );
+                assert!(checkpoint::steps(&left.run()).unwrap().len() <= 2);
+                break;
+            }
+            killed += 1;
+            changes.extend_from_slice(&made[..killed]);
+        }
+        assert!(killed > 3, "{killed} were killed");
     }
 }
 
