@@ -198,7 +198,8 @@ fn record(s: &mut Section<'_, '_>) -> Record {
 }
 
 fn ring(s: &mut Section<'_, '_>) -> Ring {
-    let fault = "a fault as weights@STEP/RANK, exp_avg@…, exp_avg_sq@…, gradient@… or wire@…";
+    let fault =
+        "a fault as weights@STEP/RANK, exp_avg@…, exp_avg_sq@…, gradient@… or wire@…, or with * at its end";
     Ring {
         detection_ms: s.quantity("detection", Unit::Time, 100..=3_600_000, Some(10_000)),
         digest_every_steps: s.count("digest_every_steps", 0..=1 << 53, Some(100)),
@@ -226,8 +227,10 @@ fn ring(s: &mut Section<'_, '_>) -> Ring {
 fn read_fault(text: &str) -> Option<Fault> {
     let (buffer, place) = text.split_once('@')?;
     let (step, rank) = place.split_once('/')?;
+    let (rank, again) = rank.strip_suffix('*').map_or((rank, false), |rank| (rank, true));
     let known = ["weights", "exp_avg", "exp_avg_sq", "gradient", "wire"].contains(&buffer);
-    known.then_some(Fault { buffer: buffer.to_owned(), step: step.parse().ok()?, rank: rank.parse().ok()? })
+    let (step, rank) = (step.parse().ok()?, rank.parse().ok()?);
+    known.then(|| Fault { buffer: buffer.to_owned(), step, rank, again })
 }
 
 /// The stages in the order of `stages`, each from its `[stage.NAME]`.

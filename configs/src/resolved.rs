@@ -270,8 +270,9 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
             s.rest("state_bandwidth", *bandwidth);
         }
         s.rest("transport", transport.name());
-        if let Some(Fault { buffer, step, rank }) = fault {
-            s.rest("fault", format!("{buffer}@{step}/{rank}").as_str());
+        if let Some(Fault { buffer, step, rank, again }) = fault {
+            let again = if *again { "*" } else { "" };
+            s.rest("fault", format!("{buffer}@{step}/{rank}{again}").as_str());
         }
     });
     for stage in stages {

@@ -376,7 +376,7 @@ pub enum Transport {
     Nccl,
 }
 
-/// One bit flip, once in the life of a process.
+/// One bit flip, once in the life of a process or again and again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
     /// `weights`, `exp_avg`, `exp_avg_sq`, or `gradient`: of the first lane from that step on that is spot-checked.
@@ -385,6 +385,8 @@ pub struct Fault {
     pub step: u64,
     /// On the worker of this rank.
     pub rank: u32,
+    /// Each time that it is due, and not once.
+    pub again: bool,
 }
 
 /// One row of the recipe.

@@ -117,6 +117,20 @@ fn defaults_fill_what_nobody_wrote() {
 }
 
 #[test]
+fn a_fault_comes_once_or_again_and_again() {
+    for (text, again) in [("wire@7/1", false), ("wire@7/1*", true)] {
+        let config = loaded("tiny", &[&format!("ring.fault={text}")]);
+        let fault = Fault { buffer: "wire".to_owned(), step: 7, rank: 1, again };
+        assert_eq!(config.ring.fault, Some(fault));
+        assert_eq!(RunConfig::parse("again", &config.to_toml()).unwrap().ring, config.ring);
+    }
+    for wrong in ["wire@7", "wire@7/1**", "wire@7/*", "heat@7/1"] {
+        let error = load("tiny", &[&format!("ring.fault={wrong}")]).unwrap_err().to_string();
+        assert!(error.contains("ring.fault"), "{error}");
+    }
+}
+
+#[test]
 fn relative_paths_are_relative_to_where_they_stand() {
     let folder = folder(&[
         ("configs/base.toml", SMALL),

@@ -6,11 +6,10 @@ use super::*;
 use crate::host::OnHost;
 
 impl Thread {
-    /// For tests: flips the lowest bit of one number, once, when the config says so.
+    /// For tests: flips the lowest bit of one number when the config says so.
     pub(super) fn inject_fault(&mut self, at: u64, rank: usize) {
-        let fault = self.config.ring.fault.take_if(|fault| {
-            let is_of_state = !["gradient", "wire"].contains(&fault.buffer.as_str());
-            (fault.step, fault.rank as usize) == (at, rank) && is_of_state
+        let fault = self.take_fault(rank, |fault| {
+            fault.step == at && !["gradient", "wire"].contains(&fault.buffer.as_str())
         });
         if let (Some(fault), Some(held)) = (fault, &self.held) {
             let state = held.engine.state();
@@ -27,12 +26,20 @@ impl Thread {
         }
     }
 
-    /// For tests: whether something is to go wrong in `step`, once: `gradient`, the lane that is checked is computed wrongly; `wire`,
+    /// For tests: whether something is to go wrong in `step`: `gradient`, the lane that is checked is computed wrongly; `wire`,
     /// a block changes on its way.
     pub(super) fn take_fault_of(&mut self, what: &str, step: u64, rank: usize) -> bool {
-        let due =
-            |fault: &mut Fault| fault.buffer == what && fault.step <= step && fault.rank as usize == rank;
-        self.config.ring.fault.take_if(due).is_some()
+        self.take_fault(rank, |fault| fault.buffer == what && fault.step <= step).is_some()
+    }
+
+    /// The fault of this rank when it is due: once, unless it comes again.
+    fn take_fault(&mut self, rank: usize, due: impl Fn(&Fault) -> bool) -> Option<Fault> {
+        let fault = &mut self.config.ring.fault;
+        let taken = fault.clone().filter(|fault| fault.rank as usize == rank && due(fault))?;
+        if !taken.again {
+            *fault = None;
+        }
+        Some(taken)
     }
 }
 
