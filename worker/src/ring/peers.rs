@@ -352,3 +352,74 @@ pub(super) fn digest(buffers: [&[u8]; 3]) -> Vec<u8> {
     });
     hasher.finalize().as_bytes().to_vec()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use anello_proto::v1::peers_client::PeersClient;
+    use anello_tls::grpc::To;
+    use anello_tls::{Files, authority};
+    use tokio::runtime::Runtime;
+
+    use super::*;
+
+    const SILENCE: Duration = Duration::from_secs(30);
+
+    /// State is for workers of the same CA: whoever comes without a certificate, with a stranger's or with a user's gets none of it, and
+    /// hears why.
+    #[test]
+    fn state_is_for_workers_and_others_are_told_why_they_get_none() {
+        let [ours, others] = [0, 1].map(|_| tempfile::tempdir().unwrap());
+        [&ours, &others].iter().for_each(|dir| authority::init(dir.path(), 30, false).unwrap());
+        let files = |dir: &tempfile::TempDir, role| Files::in_dir(dir.path(), role);
+        let load = |dir: &tempfile::TempDir, role| Tls::load(files(dir, role), role).unwrap();
+        let runtime = Runtime::new().unwrap();
+        let (here, tls) = ([IpAddr::V4(Ipv4Addr::LOCALHOST)], load(&ours, Role::Worker));
+        let serving = start(&here, Some(&tls), Shelf::default(), SharedRows::default());
+        let address = runtime.block_on(serving).unwrap()[0].to_string();
+        let told = |tls: Option<Tls>| {
+            let to = To { address: address.clone(), role: Role::Worker, tls };
+            runtime.block_on(async {
+                let channel = to.connect(SILENCE).await.map_err(|cause| cause.to_string())?;
+                match PeersClient::new(channel).rows(RowsRequest::default()).await {
+                    Ok(_) => Ok(()),
+                    Err(status) => Err(match to.refusal(&status).await {
+                        Some(refusal) => refusal.to_string(),
+                        None => status.to_string(),
+                    }),
+                }
+            })
+        };
+        let folders = [&ours, &others].map(|dir| format!("{}/", dir.path().display()));
+        let refused = |tls: Option<Tls>| {
+            let text = told(tls).unwrap_err().replace(&address, "PEER");
+            text.replace(&folders[0], "OURS/").replace(&folders[1], "OTHERS/")
+        };
+        assert_eq!(told(Some(tls.clone())), Ok(()));
+
+        assert_eq!(
+            refused(None),
+            "the worker at PEER wants TLS; give --tls DIR with certificates of its CA (ANELLO_TLS_DIR does the same)"
+        );
+        let one_ca = "both need certificates, and the ca.pem, of one `anello certs init`";
+        assert_eq!(
+            refused(Some(load(&others, Role::Worker))),
+            format!(
+                "the worker at PEER shows a certificate that is not of the CA in OTHERS/ca.pem; {one_ca}"
+            )
+        );
+        // One that believes both, and shows what the others signed.
+        let both = [&ours, &others].map(|dir| std::fs::read(dir.path().join("ca.pem")).unwrap());
+        let ca = others.path().join("both.pem");
+        std::fs::write(&ca, both.concat()).unwrap();
+        assert_eq!(
+            refused(Some(Tls::load(Files { ca, ..files(&others, Role::Worker) }, Role::Worker).unwrap())),
+            format!("the worker at PEER does not know the CA of OTHERS/worker.pem; {one_ca}")
+        );
+        assert_eq!(
+            refused(Some(load(&ours, Role::User))),
+            "the worker at PEER does not serve who shows OURS/user.pem; look with `anello certs show` whether it is that of a user"
+        );
+    }
+}
