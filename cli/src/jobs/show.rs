@@ -355,8 +355,47 @@ mod tests {
             "small is running: step 412/1 031  40.0 %  loss 4.312  9 820 tok/s  3 of 3 workers  lanes 2+2  waits for the \
              next step boundary, to take in 1 more"
         );
-        let board = board(&running()).unwrap();
-        assert!(board.contains("\nstep  stage    loss   tok/s\n412   stable  4.312  10 240\n"), "{board}");
+        let mut many = running();
+        let step = many.steps[0].clone();
+        many.steps = (407..=411).map(|at| v1::StepFigures { step: at, ..step.clone() }).collect();
+        let worker = "5000000000000000";
+        let more = [
+            format!(r#""kind":"joined","worker":"{worker}","machine":"node-1""#),
+            format!(r#""kind":"lost","worker":"{worker}","step":398,"reason":"silent for 1.000 s""#),
+            r#""kind":"recovered","generation":7,"workers":2,"took_ms":340,"again":1"#.to_owned(),
+            r#""kind":"stage","step":400,"stage":"stable""#.to_owned(),
+            r#""kind":"checkpoint","step":400,"weights":"9f86d081884c7d65""#.to_owned(),
+            format!(r#""kind":"slow","worker":"{worker}","machine":"node-1","step":410,"percent":184"#),
+        ];
+        many.events.extend((8..).zip(more).map(|(number, event)| v1::LogRecord {
+            number,
+            unix_ms: number * 1000,
+            json: format!(r#"{{"number":{number},"unix_ms":0,{event}}}"#),
+        }));
+        assert_eq!(
+            board(&many).unwrap(),
+            "small is running: step 412/1 031  40.0 %  loss 4.312  9 820 tok/s  3 of 3 workers  lanes 2+2  waits for the \
+             next step boundary, to take in 1 more\n\
+             \n\
+             worker        machine  lanes                                state after\n\
+             300000000000  node-1   0 to 1 of 4  training                   step 412\n\
+             500000000000  node-1   2 to 3 of 4  training, slow (1.8 ×)     step 412\n\
+             100000000000  node-1   –            waiting                           –\n\
+             \n\
+             step  stage    loss   tok/s\n\
+             409   stable  4.312  10 240\n\
+             410   stable  4.312  10 240\n\
+             411   stable  4.312  10 240\n\
+             412   stable  4.312  10 240\n\
+             \n\
+             1970-01-01 00:00:08 UTC  worker 500000000000 joined from node-1\n\
+             1970-01-01 00:00:09 UTC  worker 500000000000 lost (silent for 1.000 s) at step 398\n\
+             1970-01-01 00:00:10 UTC  ring re-formed with 2 workers in 0.34 s; 1 step computed again\n\
+             1970-01-01 00:00:11 UTC  stage stable begins, after 400 steps\n\
+             1970-01-01 00:00:12 UTC  checkpoint 400, weights 9f86d081884c\n\
+             1970-01-01 00:00:13 UTC  worker 500000000000 on node-1 is slow: its lanes take 1.8 × as long as the others' at \
+             step 410\n"
+        );
         let unknown = v1::LogRecord { number: 1, unix_ms: 0, json: r#"{"kind":"new"}"#.into() };
         assert_eq!(record(&unknown), r#"1970-01-01 00:00:00 UTC  {"kind":"new"}"#);
     }
