@@ -8,10 +8,18 @@ use super::world;
 /// The colours of tokens that leave at the first, the second and the last of three loop steps.
 const COLORS: [&str; 3] = ["39", "148", "203"];
 
-/// What a process with a terminal writes there.
+/// Width of that terminal.
+pub(super) const COLUMNS: usize = 160;
+
+/// A process with a terminal; what it writes there is its output.
+pub(super) fn start_on_a_terminal(arguments: &[&str], variables: &[(&str, String)]) -> Process {
+    let size = format!("stty cols {COLUMNS} rows 50");
+    let terminal = ["sh", "-c", &format!("exec script -qfec \"{size}; exec $*\" /dev/null"), "script"];
+    Process::start_by(&terminal.map(str::to_owned), &world().folder, arguments, variables)
+}
+
 fn on_a_terminal(arguments: &[&str], variables: &[(&str, String)]) -> Done {
-    let terminal = ["sh", "-c", "exec script -qfec \"$*\" /dev/null", "script"].map(str::to_owned);
-    Process::start_by(&terminal, &world().folder, arguments, variables).wait()
+    start_on_a_terminal(arguments, variables).wait()
 }
 
 fn json(arguments: &[&str]) -> Value {

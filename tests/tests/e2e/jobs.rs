@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anello_tests::{Done, Process, free_port, newest_checkpoint, objects, signal, wait_until};
 
+use super::generating::{COLUMNS, start_on_a_terminal};
 use super::world;
 
 /// A coordinator with its place.
@@ -516,4 +517,54 @@ fn a_job_whose_workers_all_die_waits_for_others_and_says_so() {
     assert_eq!(after.matches(" joined from ").count(), 0, "nobody else came: {told}");
     assert!(told.contains("with 1 worker from step"), "{told}");
     coordinator.assert_undisturbed("a");
+}
+
+/// The pictures that a terminal was shown one after the other, each as its lines. Each is drawn where the one before was.
+fn pictures(out: &str) -> Vec<Vec<String>> {
+    let drawn = |piece: &str| {
+        let (up, picture) = piece.strip_prefix('[')?.split_once('A')?;
+        up.parse::<u32>().is_ok().then(|| picture.chars().collect::<Vec<char>>())
+    };
+    let line = |letters: &[char]| letters.iter().collect::<String>().trim_end().to_owned();
+    out.split('\x1b').filter_map(drawn).map(|picture| picture.chunks(COLUMNS).map(line).collect()).collect()
+}
+
+/// Whoever watches a job on a terminal sees who is in it and what happened last, drawn anew while it trains; the last picture stays.
+#[test]
+fn a_job_that_is_watched_on_a_terminal_is_a_board_that_is_drawn_anew() {
+    let mut coordinator = Coordinator::start("jobs-watched", 2, 10);
+    let submit = ["submit", "small.toml", "--name", "a", "--workers", "2"];
+    coordinator.ask(&[&submit[..], &["--set", "stage.stable.tokens=16Ki"]].concat()).expect(0);
+    let mut watcher = start_on_a_terminal(&["watch", "a", "--coordinator", &coordinator.address], &[]);
+    let is_training = |picture: &Vec<String>| {
+        let trains = picture.iter().filter(|line| line.contains(" of 4  training ")).count() == 2;
+        let line = &picture[0];
+        trains && line.starts_with("a is running: step ") && line.ends_with(" 2 of 2 workers  lanes 2+2")
+    };
+    let seen = |out: String| pictures(&out).into_iter().filter(is_training).collect::<Vec<_>>();
+    wait_until("both train", || seen(watcher.out()).len() > 2 || watcher.ended());
+    let [.., earlier, later] = &seen(watcher.out())[..] else { panic!("{:?}", watcher.out()) };
+    assert_ne!(earlier, later, "nothing is drawn anew");
+    let told = coordinator.ask(&["logs", "a"]).expect(0);
+    let [header, members @ ..] = &later[2..5] else { unreachable!("three lines") };
+    assert!(header.starts_with("worker ") && header.ends_with(" state after"), "{later:#?}");
+    for (member, lanes) in members.iter().zip(["0 to 1 of 4", "2 to 3 of 4"]) {
+        let words: Vec<&str> = member.split_whitespace().collect();
+        let joined = format!("worker {} joined from {}\n", words[0], words[1]);
+        assert!(told.contains(&joined), "{member}\n{told}");
+        assert!(member.contains(&format!("  {lanes}  training ")), "{later:#?}");
+    }
+    let steps = later.iter().position(|line| line.starts_with("step  stage")).expect("steps are told of");
+    let told_of = later[steps + 1..].iter().position(String::is_empty);
+    assert!(told_of.is_some_and(|steps| (1..=4).contains(&steps)), "{later:#?}");
+    let happened: Vec<&String> = later.iter().filter(|line| line.contains(" UTC  ")).collect();
+    assert!((1..=6).contains(&happened.len()), "{later:#?}");
+    assert!(happened.iter().all(|line| told.contains(line.as_str())), "{later:#?}\n{told}");
+    coordinator.wait_for("a", "completed", 1);
+    let out = watcher.wait().expect(0);
+    // Written, and not drawn.
+    assert!(
+        out.contains("the coordinator ended the run: completed\r\na is completed: step 88/88 "),
+        "{out:?}"
+    );
 }
