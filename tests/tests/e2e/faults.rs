@@ -6,7 +6,10 @@ use anello_tests::{
     Dice, Done, Process, checkpoint_in_writing, free_port, newest_checkpoint, signal, wait_until,
 };
 
-use super::ring::{STEPS, assert_undisturbed, events, rest, start, worker};
+use super::ring::{
+    STEPS, assert_sent_away, assert_undisturbed, blamed, events, records, rest, start, start_on_machines,
+    worker,
+};
 use super::world;
 
 fn disturbed(seed: u64) {
@@ -236,6 +239,11 @@ fn workers_that_die_freeze_and_leave_change_nothing_2() {
     (9..=16).for_each(disturbed);
 }
 
+/// The rank in a `ring.fault`.
+pub(super) fn rank_of(fault: &str) -> usize {
+    fault.rsplit_once('/').and_then(|(_, rank)| rank.trim_end_matches('*').parse().ok()).expect("…/RANK")
+}
+
 /// A bit that flips in one replica: of three, the one that differs is named and sent away; of two, nobody can tell, and
 /// the run goes on from its checkpoint. Either way it is the undisturbed run.
 #[test]
@@ -243,16 +251,9 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
     for (workers, fault) in [(3, "weights@16/1"), (3, "exp_avg@7/0"), (2, "exp_avg_sq@16/1")] {
         let run = format!("ring-flipped-{}", fault.replace(['@', '/'], "-"));
         let set = format!("ring.fault={fault}");
-        let port = free_port().to_string();
-        let coordinator = start(&run, workers, &["--set", &set, "--external", "--port", &port]);
-        let address = format!("127.0.0.1:{port}");
-        let processes: Vec<Process> = (0..workers).map(|_| worker(&address)).collect();
+        let (coordinator, processes, _) = start_on_machines(&run, workers, &["--set", &set]);
         let done: Vec<Done> = processes.into_iter().map(Process::wait).collect();
         coordinator.wait().expect(0);
-        let mut codes: Vec<Option<i32>> = done.iter().map(|done| done.status.code()).collect();
-        codes.sort_unstable();
-        let evicted = if workers == 3 { Some(5) } else { Some(0) };
-        assert_eq!((codes[0], codes[codes.len() - 1]), (Some(0), evicted), "{done:?}");
         let told = events(&run);
         if workers == 3 {
             assert!(
@@ -260,8 +261,10 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
                 "{told}"
             );
             assert!(told.contains("with 2 workers"), "{told}");
+            assert_sent_away(&run, rank_of(fault), done);
         } else {
-            assert!(told.contains("state from checkpoint"), "{told}");
+            assert!(told.contains("state from checkpoint") && !told.contains("sent away"), "{told}");
+            done.into_iter().for_each(|done| drop(done.expect(0)));
         }
         assert_undisturbed(&run);
     }
@@ -275,12 +278,14 @@ fn a_bit_that_flips_on_the_wire_is_found_and_changes_nothing() {
         let (fault, copies) = (format!("ring.fault=wire@7/{rank}"), format!("ring.state_copies={copies}"));
         start(&run, 3, &["--set", &fault, "--set", &copies]).wait().expect(0);
         let told = events(&run);
-        let broke = told.lines().find(|line| line.contains(" broke after step 7: "));
-        let broke = broke.unwrap_or_else(|| panic!("{told}"));
-        assert!(
-            broke.contains("with a wrong checksum in its payload") && broke.contains("is worker "),
-            "{told}"
-        );
+        let records = records(&run);
+        let (broke, sender) = blamed(&records, "broke", rank);
+        let reason = broke["reason"].as_str().unwrap_or_default();
+        assert!(reason.starts_with(&format!("rank {rank} sent block ")), "{broke}");
+        assert!(reason.contains(" with a wrong checksum in its payload"), "{broke}");
+        assert!(reason.ends_with(&format!(" (rank {rank} is worker {sender})")), "{broke}, and not {sender}");
+        assert_ne!(broke["worker"], sender, "whoever receives it says so: {broke}");
+        assert!(told.contains(" broke after step 7: "), "{told}");
         assert_eq!(told.matches(" broke after ").count(), 1, "{told}");
         assert!(!told.contains("state from checkpoint") && !told.contains(" lost ("), "{told}");
         assert_undisturbed(&run);
@@ -293,16 +298,55 @@ fn a_wrong_gradient_is_found_before_it_is_applied() {
     for workers in [3, 2] {
         let run = format!("ring-wrong-gradient-{workers}");
         let set = ["--set", "ring.fault=gradient@5/1", "--set", "ring.spot_check_every_steps=1"];
-        start(&run, workers, &set).wait().expect(0);
+        let (coordinator, processes, _) = start_on_machines(&run, workers, &set);
+        let done: Vec<Done> = processes.into_iter().map(Process::wait).collect();
+        coordinator.wait().expect(0);
         let told = events(&run);
         if workers == 3 {
             assert!(
                 told.contains("computes another gradient of lane") && told.contains("with 2 workers"),
                 "{told}"
             );
+            assert_sent_away(&run, 1, done);
         } else {
-            assert!(told.contains("state from checkpoint"), "{told}");
+            assert!(told.contains("state from checkpoint") && !told.contains("sent away"), "{told}");
+            done.into_iter().for_each(|done| drop(done.expect(0)));
         }
         assert_undisturbed(&run);
     }
+}
+
+/// A step that fails each time that it is made: from what the workers hold, from the last checkpoint, and then the run ends and says
+/// why. What was before that step stays.
+#[test]
+fn a_step_that_fails_again_and_again_ends_the_run_in_words() {
+    let run = "ring-fails-again";
+    let fault = ["--set", "ring.fault=wire@7/1*"];
+    let (coordinator, processes, _) = start_on_machines(run, 3, &fault);
+    let done = coordinator.wait();
+    let why = "step 7 has failed 4 times: rank 1 sent block ";
+    assert!(done.log.contains(&format!("error: {why}")), "{done:?}");
+    done.expect(1);
+    for done in processes.into_iter().map(Process::wait) {
+        assert!(done.log.contains(why), "{done:?}");
+        done.expect(1);
+    }
+    let all = records(run);
+    let of = |kind: &str| all.iter().filter(|record| record["kind"] == kind).collect::<Vec<_>>();
+    let rings: Vec<(&str, u64)> = of("formed")
+        .into_iter()
+        .map(|ring| (ring["source"].as_str().unwrap(), ring["start"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(rings, [("seed", 0), ("peers", 7), ("checkpoint", 6), ("checkpoint", 6)], "{}", events(run));
+    assert_eq!(of("broke").len(), 3, "{}", events(run));
+    let [ended] = of("ended")[..] else { panic!("{}", events(run)) };
+    assert_eq!(ended["outcome"], "failed");
+    let (ended, sender) = blamed(&all, "ended", 1);
+    let reason = ended["reason"].as_str().unwrap();
+    assert!(reason.starts_with(why) && reason.ends_with(&format!("is worker {sender})")), "{ended}");
+    assert_eq!(newest_checkpoint(&world().folder.join(run)), 6);
+    world().anello(&["checkpoint", "verify", run]).expect(0);
+    // One process has no wire.
+    world().anello(&["run", "--resume", run, "--sample", "0"]).expect(0);
+    assert_undisturbed(run);
 }

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use anello_tests::{Process, free_port, newest_checkpoint, objects, signal, wait_until, without_seconds};
-use serde_json::Value;
+use anello_tests::{
+    Done, Process, free_port, newest_checkpoint, objects, signal, wait_until, without_seconds,
+};
+use serde_json::{Value, json};
 
 use super::world;
 
@@ -22,9 +24,60 @@ pub(super) fn worker(coordinator: &str) -> Process {
     worker_with(coordinator, &[])
 }
 
-fn worker_with(coordinator: &str, more: &[&str]) -> Process {
+pub(super) fn worker_with(coordinator: &str, more: &[&str]) -> Process {
     let arguments = ["worker", "--coordinator", coordinator, "--job", "small", "--threads", "1"];
     Process::start(&world().folder, &[&arguments[..], more].concat())
+}
+
+/// A coordinator, workers from outside on machines that they call `m0`, `m1`, and so on, and the port where they meet.
+pub(super) fn start_on_machines(run: &str, workers: u32, more: &[&str]) -> (Process, Vec<Process>, String) {
+    let port = free_port().to_string();
+    let coordinator = start(run, workers, &[&["--external", "--port", &port][..], more].concat());
+    let address = format!("127.0.0.1:{port}");
+    let on = |at: u32| worker_with(&address, &["--machine", &format!("m{at}")]);
+    (coordinator, (0..workers).map(on).collect(), port)
+}
+
+/// The records of a run's log.
+pub(super) fn records(run: &str) -> Vec<Value> {
+    let mut paths: Vec<_> = objects(&world().folder.join(run).join("events")).into_iter().collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    paths
+        .iter()
+        .map(|path| serde_json::from_slice(&std::fs::read(path).expect("it was listed")).expect("JSON"))
+        .collect()
+}
+
+/// The first record of a kind, and the worker that had `rank` in the last ring that was formed before it.
+pub(super) fn blamed<'a>(records: &'a [Value], kind: &str, rank: usize) -> (&'a Value, &'a str) {
+    let at = records.iter().position(|record| record["kind"] == kind);
+    let at = at.unwrap_or_else(|| panic!("nothing of the kind {kind} in {records:#?}"));
+    let ring = records[..at].iter().rfind(|record| record["kind"] == "formed").expect("a ring was formed");
+    let worker = ring["members"][rank]["worker"].as_str().unwrap_or_else(|| panic!("no {rank} in {ring}"));
+    (&records[at], worker)
+}
+
+/// Where a worker says that it is.
+pub(super) fn machine_of<'a>(records: &'a [Value], worker: &str) -> &'a str {
+    let joined = records.iter().find(|record| record["kind"] == "joined" && record["worker"] == worker);
+    joined.and_then(|joined| joined["machine"].as_str()).unwrap_or_else(|| panic!("{worker} never joined"))
+}
+
+/// Asserts that the worker of `rank`, and nobody else, was sent away for what it held or computed, and knows it: `workers` are
+/// those of [`start_on_machines`] at their end. Returns its machine.
+pub(super) fn assert_sent_away(run: &str, rank: usize, workers: Vec<Done>) -> String {
+    let records = records(run);
+    let (evicted, guilty) = blamed(&records, "evicted", rank);
+    let machine = machine_of(&records, guilty);
+    assert_eq!((&evicted["worker"], &evicted["machine"]), (&json!(guilty), &json!(machine)), "{evicted}");
+    let reason = evicted["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains(&format!("worker {guilty} ")), "{evicted}");
+    let all = records.iter().filter(|record| record["kind"] == "evicted").count();
+    assert_eq!(all, 1, "{records:#?}");
+    for (at, done) in workers.into_iter().enumerate() {
+        done.expect(if machine == format!("m{at}") { 5 } else { 0 });
+    }
+    machine.to_owned()
 }
 
 pub(super) fn rest(duration: Duration) {

@@ -3,10 +3,15 @@
 
 use std::collections::BTreeSet;
 
-use anello_tests::{Dice, Process, free_port, http, newest_checkpoint, signal, wait_until, without_seconds};
+use anello_tests::{
+    Dice, Done, Process, free_port, http, newest_checkpoint, signal, wait_until, without_seconds,
+};
 
-use super::faults::{disturb, disturb_from_outside};
-use super::ring::{assert_undisturbed, events, start, train_stages_that_freeze, worker};
+use super::faults::{disturb, disturb_from_outside, rank_of};
+use super::ring::{
+    assert_sent_away, assert_undisturbed, blamed, events, records, start, start_on_machines,
+    train_stages_that_freeze, worker,
+};
 use super::world;
 
 const TWO: [&str; 2] = ["--set", "ring.state_copies=2"];
@@ -163,13 +168,22 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
     for fault in ["weights@18/1", "exp_avg@7/0", "exp_avg_sq@16/2"] {
         let run = format!("shards-flipped-{}", fault.replace(['@', '/'], "-"));
         let set = format!("ring.fault={fault}");
-        start(&run, 3, &[&TWO[..], &["--set", &set]].concat()).wait().expect(0);
+        let (coordinator, processes, _) = start_on_machines(&run, 3, &[&TWO[..], &["--set", &set]].concat());
+        let done: Vec<Done> = processes.into_iter().map(Process::wait).collect();
+        coordinator.wait().expect(0);
         let told = events(&run);
         if fault.starts_with("weights") {
             assert!(told.contains("sent away after step") && told.contains("with 2 workers"), "{told}");
+            assert_sent_away(&run, rank_of(fault), done);
         } else {
-            assert!(told.contains("have different moments of the blocks of"), "{told}");
+            let records = records(&run);
+            let (fell_back, guilty) = blamed(&records, "fell-back", rank_of(fault));
+            let reason = fell_back["reason"].as_str().unwrap_or_default();
+            let (pair, _) = reason.split_once(" have different moments of the blocks of ").expect(reason);
+            assert!(pair.contains(guilty), "{guilty} is not of the pair: {reason}");
             assert!(told.contains("is given up and the run goes back to its last checkpoint"), "{told}");
+            assert!(!told.contains("sent away"), "{told}");
+            done.into_iter().for_each(|done| drop(done.expect(0)));
         }
         assert_undisturbed(&run);
     }
