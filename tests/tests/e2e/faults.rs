@@ -1,5 +1,6 @@
 //! Faults at random moments, faults that are aimed, and bits that flip: the run is the undisturbed one.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use anello_tests::{
@@ -7,21 +8,128 @@ use anello_tests::{
 };
 
 use super::ring::{
-    STEPS, assert_sent_away, assert_undisturbed, blamed, events, records, rest, start, start_on_machines,
-    worker,
+    STEPS, assert_no_strays, assert_sent_away, assert_undisturbed, blamed, events, records, rest, start,
+    start_on_machines, worker,
 };
-use super::world;
+use super::{joiners, kill, world};
 
-fn disturbed(seed: u64) {
-    let mut dice = Dice(seed);
-    let workers = 2 + dice.below(3) as u32;
-    let run = format!("ring-disturbed-{seed}");
-    disturb(seed, dice, &run, workers, &[]);
-    assert_undisturbed(&run);
+/// Moments are shared out.
+pub(super) const SHARED: [&str; 2] = ["--set", "ring.state_copies=2"];
+
+/// Runs that are disturbed at random moments. One of a kind and a seed is always disturbed alike, as far as its processes keep time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Random {
+    /// Workers of `anello run` are killed, frozen and preempted.
+    Disturbed,
+    /// Workers that nobody starts again come, go, die and freeze, and so does their coordinator.
+    Outside,
+    /// Workers and coordinators die while a checkpoint is written.
+    Aimed,
+    /// [`Self::Disturbed`] where moments are shared out.
+    Shared,
+    /// [`Self::Outside`] where moments are shared out.
+    SharedOutside,
+    /// [`Self::Outside`] in a longer run, in which workers come that are sent their state at some pace while the others train, with moments
+    /// shared out or not.
+    Joiners,
+    /// One process is killed and resumed.
+    Killed,
+}
+
+impl Random {
+    const ALL: [Self; 7] = [
+        Self::Disturbed,
+        Self::Outside,
+        Self::Aimed,
+        Self::Shared,
+        Self::SharedOutside,
+        Self::Joiners,
+        Self::Killed,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Disturbed => "disturbed",
+            Self::Outside => "outside",
+            Self::Aimed => "aimed",
+            Self::Shared => "shared",
+            Self::SharedOutside => "shared-outside",
+            Self::Joiners => "joiners",
+            Self::Killed => "killed",
+        }
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// The runs of these seeds. Returns how many faults came in time.
+    pub(super) fn train_all(self, seeds: RangeInclusive<u64>) -> usize {
+        seeds.map(|seed| self.train(seed)).sum()
+    }
+
+    /// Trains `NAME-SEED`, which must be the undisturbed run. Returns how many faults came in time.
+    fn train(self, seed: u64) -> usize {
+        let _replay = Replay(self, seed);
+        let (run, mut dice) = (format!("{}-{seed}", self.name()), Dice(seed));
+        let struck = match self {
+            Self::Disturbed => {
+                let workers = 2 + dice.below(3) as u32;
+                disturb(dice, &run, workers, &[])
+            }
+            Self::Shared => {
+                let workers = 3 + dice.below(2) as u32;
+                disturb(dice, &run, workers, &SHARED)
+            }
+            Self::Outside => {
+                let wanted = 2 + dice.below(3) as u32;
+                disturb_from_outside(dice, &run, wanted, STEPS, &[])
+            }
+            Self::SharedOutside => disturb_from_outside(dice, &run, 4, STEPS, &SHARED),
+            Self::Joiners => {
+                let shared: &[&str] = if dice.below(2) == 0 { &SHARED } else { &[] };
+                let pace = ["4KiB", "256KiB", "1MiB"][dice.below(3) as usize];
+                let pace = ["--set", &format!("ring.state_bandwidth={pace}")];
+                let set = [shared, &pace, &joiners::RANDOM].concat();
+                disturb_from_outside(dice, &run, 4, joiners::RANDOM_STEPS, &set)
+            }
+            Self::Aimed => aim(dice, &run),
+            Self::Killed => kill::kill_and_resume(dice, &run),
+        };
+        println!("{run}: {struck:?}");
+        match self {
+            Self::Joiners => {
+                world().assert_alike(&run, joiners::undisturbed_at_random());
+                assert_no_strays(&run);
+            }
+            Self::Killed => kill::assert_undisturbed(&run),
+            _ => assert_undisturbed(&run),
+        }
+        struck.len()
+    }
+}
+
+/// Says how to see a failure again.
+struct Replay(Random, u64);
+
+impl Replay {
+    fn command(&self) -> String {
+        let Self(kind, seed) = self;
+        let soak = "cargo test -p anello-tests --test e2e -- --ignored faults::soak --nocapture";
+        format!("ANELLO_KIND={} ANELLO_SEED={seed} ANELLO_SOAK_RUNS=1 {soak}", kind.name())
+    }
+}
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("replay: {}", self.command());
+        }
+    }
 }
 
 /// Kills, freezes and preempts workers at random moments.
-pub(super) fn disturb(seed: u64, mut dice: Dice, run: &str, workers: u32, set: &[&str]) {
+fn disturb(mut dice: Dice, run: &str, workers: u32, set: &[&str]) -> Vec<String> {
     let place = world().folder.join(run);
     let mut process = start(run, workers, set);
     let (mut struck, mut preempted) = (Vec::new(), 0);
@@ -39,43 +147,34 @@ pub(super) fn disturb(seed: u64, mut dice: Dice, run: &str, workers: u32, set: &
             0 if preempted + 1 < workers => {
                 preempted += 1;
                 signal(victim, "TERM");
-                struck.push("preempted");
+                struck.push("preempted".to_owned());
             }
             1 => {
                 signal(victim, "STOP");
                 rest(Duration::from_millis(200 + dice.below(1500)));
                 signal(victim, "CONT");
-                struck.push("frozen");
+                struck.push("frozen".to_owned());
             }
             _ => {
                 signal(victim, "KILL");
-                struck.push("killed");
+                struck.push("killed".to_owned());
             }
         }
     }
-    let done = process.wait();
-    println!("seed {seed}, {workers} workers: {struck:?}");
-    done.expect(0);
-    assert!(!struck.is_empty(), "seed {seed}: it was over too soon");
-}
-
-fn disturbed_from_outside(seed: u64) {
-    let mut dice = Dice(seed);
-    let wanted = (2 + dice.below(3)) as u32;
-    let run = format!("ring-outside-{seed}");
-    disturb_from_outside(seed, dice, &run, wanted, &[]);
-    assert_undisturbed(&run);
+    process.wait().expect(0);
+    assert!(!struck.is_empty(), "it was over too soon");
+    struck
 }
 
 /// A coordinator that takes a run up whose coordinator is dead.
-fn taken_up(run: &str, wanted: u32, port: &str) -> Process {
+pub(super) fn taken_up(run: &str, wanted: u32, port: &str) -> Process {
     let wanted = wanted.to_string();
     let resume = ["run", "--resume", run, "--detection", "1s", "--workers", &wanted, "--sample", "0"];
     Process::start(&world().folder, &[&resume[..], &["--external", "--port", port]].concat())
 }
 
 /// Workers that nobody starts again, and a coordinator that is not spared: killed and taken over, frozen, joined, left.
-pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted: u32, set: &[&str]) {
+fn disturb_from_outside(mut dice: Dice, run: &str, wanted: u32, steps: u64, set: &[&str]) -> Vec<String> {
     let port = free_port().to_string();
     let (place, address) = (world().folder.join(run), format!("127.0.0.1:{port}"));
     let more = ["--external", "--port", &port];
@@ -85,7 +184,7 @@ pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted:
     wait_until("the run is there", || place.join("events/00000001.json").exists() || coordinator.ended());
     let mut struck = Vec::new();
     for fault in 0..6 {
-        let from = fault * STEPS / 7 + dice.below(STEPS / 7);
+        let from = fault * steps / 7 + dice.below(steps / 7);
         wait_until("it is so far", || newest_checkpoint(&place) >= from || coordinator.ended());
         rest(Duration::from_millis(dice.below(60)));
         if coordinator.ended() {
@@ -96,56 +195,56 @@ pub(super) fn disturb_from_outside(seed: u64, mut dice: Dice, run: &str, wanted:
         match dice.below(6) {
             0 => {
                 workers.push(worker(&address));
-                struck.push("joined");
+                struck.push("joined".to_owned());
             }
             1 => {
                 workers.push(worker(&address));
                 signal(workers[at].id(), "TERM");
-                struck.push("asked to go");
+                struck.push("asked to go".to_owned());
             }
             2 => {
                 for (name, pause) in [("STOP", frozen), ("CONT", Duration::ZERO)] {
                     signal(workers[at].id(), name);
                     rest(pause);
                 }
-                struck.push("frozen");
+                struck.push("frozen".to_owned());
             }
             3 => {
                 for (name, pause) in [("STOP", frozen), ("CONT", Duration::ZERO)] {
                     signal(coordinator.id(), name);
                     rest(pause);
                 }
-                struck.push("coordinator frozen");
+                struck.push("coordinator frozen".to_owned());
             }
             4 => {
                 coordinator.kill();
                 rest(Duration::from_millis(dice.below(1200)));
                 coordinator = taken_up(run, wanted, &port);
-                struck.push("coordinator killed");
+                struck.push("coordinator killed".to_owned());
             }
             _ => {
                 workers.push(worker(&address));
                 workers.swap_remove(at).kill();
-                struck.push("killed");
+                struck.push("killed".to_owned());
             }
         }
     }
-    println!("seed {seed}, {wanted} workers wanted: {struck:?}");
     coordinator.wait().expect(0);
     drop(workers);
+    struck
 }
 
 /// Kills that come while a checkpoint has parts and no manifest: of one worker of three, of two that follow each other in the ring, or of
-/// the coordinator, which is taken over at once. Returns how many came in time.
-fn aimed(seed: u64) -> usize {
-    let (run, port) = (format!("ring-aimed-{seed}"), free_port().to_string());
-    let (place, address) = (world().folder.join(&run), format!("127.0.0.1:{port}"));
+/// the coordinator, which is taken over at once.
+fn aim(mut dice: Dice, run: &str) -> Vec<String> {
+    let port = free_port().to_string();
+    let (place, address) = (world().folder.join(run), format!("127.0.0.1:{port}"));
     let external = ["--external", "--port", &port];
     // A part a block, so that there are some.
     let parts = ["--set", "checkpoint.part_bytes=1MiB", "--set", "checkpoint.every_steps=3"];
-    let mut coordinator = start(&run, 3, &[&external[..], &parts].concat());
+    let mut coordinator = start(run, 3, &[&external[..], &parts].concat());
     let mut workers: Vec<Process> = (0..3).map(|_| worker(&address)).collect();
-    let (mut dice, mut struck) = (Dice(seed), Vec::new());
+    let mut struck = Vec::new();
     for fault in 0..4 {
         let from = fault * STEPS / 6 + dice.below(3);
         let mut in_time = false;
@@ -159,84 +258,70 @@ fn aimed(seed: u64) -> usize {
         match dice.below(3) {
             0 => {
                 coordinator.kill();
-                coordinator = taken_up(&run, 3, &port);
-                struck.push("the coordinator");
+                coordinator = taken_up(run, 3, &port);
+                struck.push("the coordinator".to_owned());
             }
             number => {
                 for _ in 0..number {
                     workers.push(worker(&address));
                     workers.remove(0).kill();
                 }
-                struck.push(if number == 1 { "a worker" } else { "two workers" });
+                struck.push(if number == 1 { "a worker" } else { "two workers" }.to_owned());
             }
         }
     }
-    println!("seed {seed}: {struck:?} killed while a checkpoint was written");
     coordinator.wait().expect(0);
     drop(workers);
-    let struck = struck.len();
-    assert_undisturbed(&run);
     struck
 }
 
-/// Says how to see a failure again.
-struct Replay(u64);
-
-impl Drop for Replay {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            let command = "cargo test -p anello-tests --test e2e -- --ignored faults::soak --nocapture";
-            eprintln!("replay: ANELLO_SEED={} ANELLO_SOAK_RUNS=1 {command}", self.0);
-        }
-    }
-}
-
-/// `make soak`: whole runs with faults of new seeds from `ANELLO_SEED` on, until stopped, or `ANELLO_SOAK_RUNS` of them.
+/// `make soak`: whole runs with faults of new seeds from `ANELLO_SEED` on, until stopped, or `ANELLO_SOAK_RUNS` of them; of every kind in
+/// turn, or of `ANELLO_KIND`.
 #[test]
 #[ignore = "runs until it is stopped; see `make soak`"]
 fn soak() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let kind = std::env::var("ANELLO_KIND").ok();
+    let kind = kind.map(|name| Random::named(&name).unwrap_or_else(|| panic!("{name} is no kind of run")));
     let first = number("ANELLO_SEED").unwrap_or(1 << 32);
     for seed in first..first.saturating_add(number("ANELLO_SOAK_RUNS").unwrap_or(u64::MAX - first)) {
-        let _replay = Replay(seed);
-        let run = match seed % 3 {
-            0 => {
-                disturbed(seed);
-                format!("ring-disturbed-{seed}")
-            }
-            1 => {
-                disturbed_from_outside(seed);
-                format!("ring-outside-{seed}")
-            }
-            _ => {
-                aimed(seed);
-                format!("ring-aimed-{seed}")
-            }
-        };
+        let kind = kind.unwrap_or(Random::ALL[(seed % Random::ALL.len() as u64) as usize]);
+        kind.train(seed);
         // What was right need not be kept: hundreds of runs.
-        let _ = std::fs::remove_dir_all(world().folder.join(run));
+        let _ = std::fs::remove_dir_all(world().folder.join(format!("{}-{seed}", kind.name())));
+    }
+}
+
+#[test]
+fn what_a_failure_prints_is_the_very_run() {
+    for kind in Random::ALL {
+        let command = Replay(kind, 1 << 33).command();
+        let words: Vec<&str> = command.split(' ').take_while(|word| *word != "cargo").collect();
+        let kind_of = |word: &str| Random::named(word.strip_prefix("ANELLO_KIND=")?);
+        let [named, seed, "ANELLO_SOAK_RUNS=1"] = words[..] else { panic!("{command}") };
+        assert_eq!((kind_of(named), seed), (Some(kind), "ANELLO_SEED=8589934592"));
     }
 }
 
 #[test]
 fn whatever_happens_to_workers_and_coordinator_changes_nothing() {
-    (1..=5).for_each(disturbed_from_outside);
+    Random::Outside.train_all(1..=5);
 }
 
 #[test]
 fn who_dies_while_a_checkpoint_is_written_changes_nothing() {
-    let struck: usize = (1..=4).map(aimed).sum();
+    let struck = Random::Aimed.train_all(1..=4);
     assert!(struck >= 8, "only {struck} of 16 faults came while a checkpoint was written");
 }
 
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_1() {
-    (1..=8).for_each(disturbed);
+    Random::Disturbed.train_all(1..=8);
 }
 
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_2() {
-    (9..=16).for_each(disturbed);
+    Random::Disturbed.train_all(9..=16);
 }
 
 /// The rank in a `ring.fault`.

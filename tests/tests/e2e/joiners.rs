@@ -4,24 +4,35 @@ use std::sync::OnceLock;
 
 use anello_tests::{Process, free_port, newest_checkpoint, signal, wait_until};
 
+use super::faults::{Random, SHARED};
 use super::ring::{assert_no_strays, events, start, worker};
 use super::world;
 
 /// Long enough for processes that start while it trains.
 const LONG: [&str; 2] = ["--set", "stage.stable.tokens=128Ki"];
 
-/// Moments are shared out.
-const SHARED: [&str; 2] = ["--set", "ring.state_copies=2"];
+/// Long enough for processes that come and go at random.
+pub(super) const RANDOM: [&str; 2] = ["--set", "stage.stable.tokens=32Ki"];
+
+/// Its steps.
+pub(super) const RANDOM_STEPS: u64 = 152;
+
+fn alone(run: &'static str, set: &[&str]) -> &'static str {
+    let one = ["run", "small.toml", "--out", run, "--sample", "0"];
+    world().anello(&[&one[..], set].concat()).expect(0);
+    run
+}
 
 /// The long run of one worker.
 fn undisturbed() -> &'static str {
     static RUN: OnceLock<&str> = OnceLock::new();
-    RUN.get_or_init(|| {
-        let run = "joiners-undisturbed";
-        let one = ["run", "small.toml", "--out", run, "--sample", "0"];
-        world().anello(&[&one[..], &LONG].concat()).expect(0);
-        run
-    })
+    RUN.get_or_init(|| alone("joiners-undisturbed", &LONG))
+}
+
+/// The run of one worker to which those come and go at random.
+pub(super) fn undisturbed_at_random() -> &'static str {
+    static RUN: OnceLock<&str> = OnceLock::new();
+    RUN.get_or_init(|| alone("joiners-random-undisturbed", &RANDOM))
 }
 
 /// A coordinator that takes workers from outside, and its address.
@@ -187,4 +198,9 @@ fn where_moments_are_shared_out_a_joiner_comes_while_the_language_model_is_froze
     assert!(!told.contains("given up") && !told.contains("state from checkpoint"), "{told}");
     world().assert_alike(run, "joiners-frozen-one");
     assert_no_strays(run);
+}
+
+#[test]
+fn whoever_comes_goes_and_dies_changes_nothing() {
+    Random::Joiners.train_all(3..=4);
 }

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anello_tests::{Dice, Process, checkpoint_in_writing, newest_checkpoint, objects, wait_until};
 
+use super::faults::Random;
+use super::ring::assert_no_strays;
 use super::world;
 
 /// Kills of one run before it may go to its end.
@@ -13,12 +15,11 @@ const KILLS: u64 = 5;
 /// Steps of the run.
 const STEPS: u64 = 31;
 
-fn killed_and_resumed(seed: u64) {
+/// Kills one process at random moments, and resumes it.
+pub(super) fn kill_and_resume(mut dice: Dice, run: &str) -> Vec<String> {
     let world = world();
-    let run = format!("killed-{seed}");
-    let place = world.folder.join(&run);
-    let mut dice = Dice(seed);
-    let mut arguments = vec!["run", "small.toml", "--out", &run];
+    let place = world.folder.join(run);
+    let mut arguments = vec!["run", "small.toml", "--out", run];
     let mut moments = Vec::new();
     for kill in 0..KILLS {
         let mut process = Process::start(&world.folder, &arguments);
@@ -49,34 +50,36 @@ fn killed_and_resumed(seed: u64) {
         let newest = newest_checkpoint(&place);
         let moment = format!("after checkpoint {newest}, {moment}");
         let struck = process.kill();
-        let verified = world.anello(&["checkpoint", "verify", &run]);
+        let verified = world.anello(&["checkpoint", "verify", run]);
         let none = verified.status.code() == Some(2) && verified.log.contains("no checkpoint");
-        assert!(none || verified.status.success(), "seed {seed}, killed {moment}: {verified:?}");
-        moments.push((moment, struck));
+        assert!(none || verified.status.success(), "killed {moment}: {verified:?}");
+        moments.extend(struck.then_some(moment));
         if place.join("config.toml").exists() {
-            arguments = vec!["run", "--resume", &run];
+            arguments = vec!["run", "--resume", run];
         }
     }
-    println!("seed {seed}: killed {moments:?}");
-    assert!(moments.iter().any(|(_, struck)| *struck), "seed {seed}: no kill was in time");
+    assert!(!moments.is_empty(), "no kill was in time");
     world.anello(&arguments).expect(0);
-    world.assert_undisturbed(&run);
-    world.assert_same_checkpoints(&run);
-    let strays = objects(&place).into_iter().find(|path| path.to_string_lossy().contains('#'));
-    assert_eq!(strays, None, "seed {seed}: the kills have left something");
+    moments
+}
+
+pub(super) fn assert_undisturbed(run: &str) {
+    world().assert_undisturbed(run);
+    world().assert_same_checkpoints(run);
+    assert_no_strays(run);
 }
 
 #[test]
 fn a_run_killed_at_random_moments_is_the_same_run_1() {
-    killed_and_resumed(1);
+    Random::Killed.train_all(1..=1);
 }
 
 #[test]
 fn a_run_killed_at_random_moments_is_the_same_run_2() {
-    killed_and_resumed(2);
+    Random::Killed.train_all(2..=2);
 }
 
 #[test]
 fn a_run_killed_at_random_moments_is_the_same_run_3() {
-    killed_and_resumed(3);
+    Random::Killed.train_all(3..=3);
 }

@@ -3,18 +3,14 @@
 
 use std::collections::BTreeSet;
 
-use anello_tests::{
-    Dice, Done, Process, free_port, http, newest_checkpoint, signal, wait_until, without_seconds,
-};
+use anello_tests::{Done, Process, free_port, http, newest_checkpoint, signal, wait_until, without_seconds};
 
-use super::faults::{disturb, disturb_from_outside, rank_of};
+use super::faults::{Random, SHARED, rank_of};
 use super::ring::{
     assert_sent_away, assert_undisturbed, blamed, events, records, start, start_on_machines,
     train_stages_that_freeze, worker,
 };
 use super::world;
-
-const TWO: [&str; 2] = ["--set", "ring.state_copies=2"];
 
 /// Bytes of the moments of a block, and blocks of the model.
 const BLOCK: u64 = 2 * 4 * 65536;
@@ -25,7 +21,7 @@ fn moments_that_are_shared_out_are_those_of_one_worker_and_take_less_memory() {
     for workers in 2..=4 {
         let run = format!("shards-of-{workers}");
         let port = free_port().to_string();
-        let coordinator = start(&run, workers, &[&TWO[..], &["--external", "--port", &port]].concat());
+        let coordinator = start(&run, workers, &[&SHARED[..], &["--external", "--port", &port]].concat());
         let address = format!("127.0.0.1:{port}");
         let processes: Vec<_> = (0..workers).map(|_| worker(&address)).collect();
         let mut held = BTreeSet::new();
@@ -48,29 +44,19 @@ fn moments_that_are_shared_out_are_those_of_one_worker_and_take_less_memory() {
     }
 }
 
-fn disturbed(seed: u64, workers: u32) {
-    let run = format!("shards-disturbed-{seed}");
-    disturb(seed, Dice(seed), &run, workers, &TWO);
-    assert_undisturbed(&run);
-}
-
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_1() {
-    (1..=6).for_each(|seed| disturbed(seed, 4));
+    Random::Shared.train_all(1..=6);
 }
 
 #[test]
 fn workers_that_die_freeze_and_leave_change_nothing_2() {
-    (7..=12).for_each(|seed| disturbed(seed, 3));
+    Random::Shared.train_all(7..=12);
 }
 
 #[test]
 fn whatever_happens_to_workers_and_coordinator_changes_nothing() {
-    for seed in 1..=5 {
-        let run = format!("shards-outside-{seed}");
-        disturb_from_outside(seed, Dice(seed), &run, 4, &TWO);
-        assert_undisturbed(&run);
-    }
+    Random::SharedOutside.train_all(1..=5);
 }
 
 /// One death loses nothing: the moments are with the neighbours.
@@ -78,7 +64,7 @@ fn whatever_happens_to_workers_and_coordinator_changes_nothing() {
 fn one_death_costs_no_step() {
     let run = "shards-one-death";
     let place = world().folder.join(run);
-    let mut process = start(run, 4, &TWO);
+    let mut process = start(run, 4, &SHARED);
     wait_until("it is so far", || newest_checkpoint(&place) >= 9 || process.ended());
     signal(process.children()[1], "KILL");
     process.wait().expect(0);
@@ -116,7 +102,7 @@ fn a_pair_that_dies_sends_the_run_back_to_its_checkpoint_in_words() {
     let one = [&["run", "small.toml", "--out", "shards-pair-one", "--sample", "0"], &sets[..]].concat();
     world().anello(&one).expect(0);
 
-    let mut process = start(run, 3, &[&TWO[..], &sets, &["--http", "127.0.0.1:0"]].concat());
+    let mut process = start(run, 3, &[&SHARED[..], &sets, &["--http", "127.0.0.1:0"]].concat());
     // All that is waited for stays true: that three train, and that steps of the second stage are done. Whoever else has
     // applied a step may be one behind the one that reports it.
     let mut first = None;
@@ -149,7 +135,7 @@ fn a_pair_that_dies_sends_the_run_back_to_its_checkpoint_in_words() {
 fn two_that_are_preempted_together_hand_over_what_they_have() {
     let run = "shards-preempted";
     let place = world().folder.join(run);
-    let mut process = start(run, 4, &TWO);
+    let mut process = start(run, 4, &SHARED);
     wait_until("it is so far", || newest_checkpoint(&place) >= 6 || process.ended());
     let children = process.children();
     for worker in &children[1..3] {
@@ -168,7 +154,8 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
     for fault in ["weights@18/1", "exp_avg@7/0", "exp_avg_sq@16/2"] {
         let run = format!("shards-flipped-{}", fault.replace(['@', '/'], "-"));
         let set = format!("ring.fault={fault}");
-        let (coordinator, processes, _) = start_on_machines(&run, 3, &[&TWO[..], &["--set", &set]].concat());
+        let (coordinator, processes, _) =
+            start_on_machines(&run, 3, &[&SHARED[..], &["--set", &set]].concat());
         let done: Vec<Done> = processes.into_iter().map(Process::wait).collect();
         coordinator.wait().expect(0);
         let told = events(&run);
@@ -192,7 +179,7 @@ fn a_flipped_bit_is_found_and_changes_nothing() {
 /// What is frozen is neither sent around nor moved.
 #[test]
 fn stages_that_freeze_parameters_are_the_same() {
-    train_stages_that_freeze("shards-late", [3, 4], &TWO);
+    train_stages_that_freeze("shards-late", [3, 4], &SHARED);
 }
 
 /// What was shared out is whole in a checkpoint: one process goes on with it, and a ring after that.
@@ -200,7 +187,7 @@ fn stages_that_freeze_parameters_are_the_same() {
 fn one_process_goes_on_where_such_a_ring_stopped() {
     let run = "shards-both-ways";
     let place = world().folder.join(run);
-    let mut process = start(run, 4, &TWO);
+    let mut process = start(run, 4, &SHARED);
     wait_until("it is so far", || newest_checkpoint(&place) >= 6 || process.ended());
     process.signal("INT");
     process.wait().expect(130);
