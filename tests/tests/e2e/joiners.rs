@@ -3,9 +3,12 @@
 use std::sync::OnceLock;
 
 use anello_tests::{Process, free_port, newest_checkpoint, signal, wait_until};
+use serde_json::{Value, json};
 
-use super::faults::{Random, SHARED};
-use super::ring::{assert_no_strays, events, start, worker};
+use super::faults::{Random, SHARED, taken_up};
+use super::ring::{
+    assert_no_strays, blamed, events, machine_of, records, start, start_on_machines, worker, worker_with,
+};
 use super::world;
 
 /// Long enough for processes that start while it trains.
@@ -203,4 +206,89 @@ fn where_moments_are_shared_out_a_joiner_comes_while_the_language_model_is_froze
 #[test]
 fn whoever_comes_goes_and_dies_changes_nothing() {
     Random::Joiners.train_all(3..=4);
+}
+
+/// What the kernel says that a process does: `T` when it is stopped.
+fn activity_of(process: u32) -> Option<char> {
+    let told = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    told.rsplit_once(") ")?.1.chars().next()
+}
+
+/// A worker that is frozen closes nothing: it is missed for its silence, the others go on without it, and when it moves again the same
+/// process trains again.
+#[test]
+fn a_worker_that_is_frozen_is_missed_and_comes_back() {
+    let run = "joiners-frozen-worker";
+    let place = world().folder.join(run);
+    let (mut process, workers, _) = start_on_machines(run, 3, &LONG);
+    wait_until("it is so far", || newest_checkpoint(&place) >= 6 || process.ended());
+    let frozen = &workers[1];
+    frozen.signal("STOP");
+    wait_until("it is missed", || events(run).contains(" lost (silent for ") || process.ended());
+    // Parts that it has written before may make a checkpoint; of steps that come after it is no part.
+    let before = newest_checkpoint(&place);
+    wait_until("the others train on", || newest_checkpoint(&place) >= before + 6 || process.ended());
+    assert!(!process.ended(), "it was over too soon: {}", events(run));
+    assert_eq!(activity_of(frozen.id()), Some('T'));
+    let told = records(run);
+    frozen.signal("CONT");
+    let (lost, _) = blamed(&told, "lost", 0);
+    let missed = lost["worker"].as_str().unwrap();
+    assert_eq!(machine_of(&told, missed), "m1", "{lost}");
+    assert!(lost["reason"].as_str().unwrap().starts_with("silent for "), "{lost}");
+    let members = |records: &[Value]| {
+        let after = records.iter().skip_while(|record| record["number"] != lost["number"]);
+        let rings = after.filter(|record| record["kind"] == "formed");
+        rings.map(|ring| ring["members"].as_array().unwrap().len()).collect::<Vec<_>>()
+    };
+    assert_eq!(members(&told).first(), Some(&2), "{}", events(run));
+    wait_until("it trains again", || members(&records(run)).contains(&3) || process.ended());
+    process.wait().expect(0);
+    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
+    let told = records(run);
+    let mut after = told.iter().skip_while(|record| record["number"] != lost["number"]);
+    assert!(after.any(|record| record["kind"] == "joined" && record["machine"] == "m1"), "{}", events(run));
+    assert!(members(&told).contains(&3) && !events(run).contains("state from checkpoint"), "{}", events(run));
+    world().assert_alike(run, undisturbed());
+    assert_no_strays(run);
+}
+
+/// Who was sent away has its machine in the log: no worker of it is taken any more, by no coordinator.
+#[test]
+fn a_machine_whose_worker_was_sent_away_is_in_quarantine() {
+    let run = "joiners-quarantine";
+    let fault = ["--set", "ring.fault=weights@16/1"];
+    let (mut coordinator, mut workers, port) = start_on_machines(run, 3, &[&LONG[..], &fault].concat());
+    let address = format!("127.0.0.1:{port}");
+    wait_until("one is sent away", || workers.iter_mut().any(Process::ended) || coordinator.ended());
+    let at = workers.iter_mut().position(Process::ended).unwrap_or_else(|| panic!("{}", coordinator.log()));
+    workers.remove(at).wait().expect(5);
+    let told = records(run);
+    let (evicted, guilty) = blamed(&told, "evicted", 1);
+    let machine = format!("m{at}");
+    assert_eq!((evicted["worker"].as_str(), machine_of(&told, guilty)), (Some(guilty), &*machine));
+    let refused = || {
+        let done = worker_with(&address, &["--machine", &machine]).wait();
+        assert!(done.log.contains(&format!("sent away: machine {machine} is quarantined: ")), "{done:?}");
+        done.expect(5);
+    };
+    refused();
+    assert!(coordinator.kill(), "it was over too soon");
+    let mut coordinator = taken_up(run, 3, &port);
+    refused();
+    assert!(!coordinator.ended(), "it was over too soon: {}", events(run));
+    // Another is welcome.
+    workers.push(worker_with(&address, &["--machine", "m9"]));
+    coordinator.wait().expect(0);
+    workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
+    let told = records(run);
+    let taken_up = told.iter().rposition(|record| record["kind"] == "taken-up").unwrap();
+    let joined: Vec<&Value> = told[taken_up..]
+        .iter()
+        .filter(|record| record["kind"] == "joined")
+        .map(|it| &it["machine"])
+        .collect();
+    assert!(joined.contains(&&json!("m9")) && !joined.contains(&&json!(machine)), "{joined:?}");
+    world().assert_alike(run, undisturbed());
+    assert_no_strays(run);
 }
