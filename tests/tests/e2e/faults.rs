@@ -414,7 +414,7 @@ fn a_step_that_fails_again_and_again_ends_the_run_in_words() {
     done.expect(1);
     for done in processes.into_iter().map(Process::wait) {
         assert!(done.log.contains(why), "{done:?}");
-        done.expect(1);
+        done.expect(7);
     }
     let all = records(run);
     let of = |kind: &str| all.iter().filter(|record| record["kind"] == kind).collect::<Vec<_>>();

@@ -376,13 +376,14 @@ mod tests {
         let load = |dir: &tempfile::TempDir, role| Tls::load(files(dir, role), role).unwrap();
         let runtime = Runtime::new().unwrap();
         let (here, tls) = ([IpAddr::V4(Ipv4Addr::LOCALHOST)], load(&ours, Role::Worker));
-        let serving = start(&here, Some(&tls), Shelf::default(), SharedRows::default());
+        let job = Job::new("a");
+        let serving = start(&job, &here, Some(&tls), Shelf::default(), SharedRows::default());
         let address = runtime.block_on(serving).unwrap()[0].to_string();
         let told = |tls: Option<Tls>| {
             let to = To { address: address.clone(), role: Role::Worker, tls };
             runtime.block_on(async {
                 let channel = to.connect(SILENCE).await.map_err(|cause| cause.to_string())?;
-                match PeersClient::new(channel).rows(RowsRequest::default()).await {
+                match PeersClient::with_interceptor(channel, job.clone()).rows(RowsRequest::default()).await {
                     Ok(_) => Ok(()),
                     Err(status) => Err(match to.refusal(&status).await {
                         Some(refusal) => refusal.to_string(),
