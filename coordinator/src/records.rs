@@ -99,12 +99,17 @@ pub(crate) fn event_of(entry: Entry) -> Logged {
     }
 }
 
+/// The worker that a record names; absent in one that no build of ours wrote.
+pub(crate) fn worker_of(text: &str) -> Option<WorkerId> {
+    u64::from_str_radix(text, 16).ok().map(WorkerId)
+}
+
 /// The formation that a record tells of; absent for any other record, and for one that no build of ours wrote.
 pub(crate) fn formation_of(event: Logged) -> Option<Formation> {
     let Logged::Formed { generation, start, source, holders, members, save_first } = event else {
         return None;
     };
-    let id = |text: &String| u64::from_str_radix(text, 16).ok().map(WorkerId);
+    let id = |text: &String| worker_of(text);
     let source = match source.as_str() {
         "seed" => Source::Seed,
         "checkpoint" => Source::Checkpoint { step: Step(start) },

@@ -63,6 +63,7 @@ pub fn describe(detail: &v1::JobDetail) -> Result<String, Failure> {
     facts.extend(job.tokens_per_s.map(|speed| ("speed", format!("{} tokens/s", per_second(speed)))));
     facts.extend(detail.generation.map(|ring| ("ring", ring.to_string())));
     facts.extend(detail.committed.map(|step| ("checkpoint", grouped(step))));
+    facts.extend(quarantined(detail).map(|machines| ("quarantined", machines)));
     facts.push(("run folder", job.run.clone()));
     facts.push(("submitted", format!("{} UTC", utc(job.created_unix_ms))));
     let mut table = Table::new(2);
@@ -82,6 +83,11 @@ pub fn describe(detail: &v1::JobDetail) -> Result<String, Failure> {
         detail.events.iter().for_each(|event| text.push_str(&format!("{}\n", record(event))));
     }
     Ok(text)
+}
+
+/// Machines from which nobody is taken in; absent: there are none.
+fn quarantined(detail: &v1::JobDetail) -> Option<String> {
+    (!detail.quarantined.is_empty()).then(|| detail.quarantined.join(", "))
 }
 
 /// Who serves what.
@@ -202,6 +208,9 @@ pub fn board(detail: &v1::JobDetail) -> Result<String, Failure> {
     if !detail.workers.is_empty() {
         text.push('\n');
         text.push_str(&workers(detail));
+    }
+    if let Some(machines) = quarantined(detail) {
+        text.push_str(&format!("\nquarantined: {machines}\n"));
     }
     if !detail.steps.is_empty() {
         let mut table = Table::new(2);
@@ -398,6 +407,17 @@ mod tests {
         );
         let unknown = v1::LogRecord { number: 1, unix_ms: 0, json: r#"{"kind":"new"}"#.into() };
         assert_eq!(record(&unknown), r#"1970-01-01 00:00:00 UTC  {"kind":"new"}"#);
+    }
+
+    #[test]
+    fn machines_that_compute_wrongly_are_named() {
+        assert!(!describe(&running()).unwrap().contains("quarantined"));
+        let machines = vec!["node-7".to_owned(), "node-9".to_owned()];
+        let detail = v1::JobDetail { quarantined: machines, ..running() };
+        let text = describe(&detail).unwrap();
+        assert!(text.contains("\ncheckpoint   400\nquarantined  node-7, node-9\nrun folder"), "{text}");
+        let text = board(&detail).unwrap();
+        assert!(text.contains("\n\nquarantined: node-7, node-9\n\nstep "), "{text}");
     }
 
     #[test]

@@ -127,8 +127,10 @@ pub struct Membership {
     gone: Vec<(WorkerId, Shard)>,
     /// Workers that did not reach one another, and are not tried together again yet.
     rifts: BTreeMap<reach::Pair, reach::Rift>,
-    /// Machines on which a worker's state differed from all others': nobody from there is taken in any more.
+    /// Machines on which a worker's state differed from all others': nobody new from there is taken in any more.
     quarantined: BTreeSet<String>,
+    /// Those workers: they are never taken in again.
+    evicted: BTreeSet<WorkerId>,
     /// Checkpoints of which it is on record that a worker could not write its parts.
     unwritten: BTreeSet<(Step, Generation)>,
     /// A checkpoint of this step or a later one was asked for, and is not committed yet.
@@ -158,6 +160,8 @@ pub struct Found {
     pub floor: Generation,
     /// Machines whose workers are not taken in.
     pub quarantined: Vec<String>,
+    /// Workers that were sent away since their state differed, members of `formation` perhaps.
+    pub evicted: Vec<WorkerId>,
 }
 
 impl Membership {
@@ -173,7 +177,9 @@ impl Membership {
             None => Ring::Gathering { since: now, listing: Listing::Fresh },
             Some(formation) => {
                 // Nobody has reported in yet: the members have a lease's time to do so.
-                for (arrival, member) in formation.members.iter().enumerate() {
+                let members = formation.members.iter().enumerate();
+                for (arrival, member) in members.filter(|(_, member)| !found.evicted.contains(&member.worker))
+                {
                     let stance = Stance::new(None, Activity::Outside);
                     let worker = Worker {
                         endpoints: member.endpoints.clone(),
@@ -207,6 +213,7 @@ impl Membership {
             gone: Vec::new(),
             rifts: BTreeMap::new(),
             quarantined: found.quarantined.into_iter().collect(),
+            evicted: found.evicted.into_iter().collect(),
             deadline: Some(now),
             forgave: None,
             running: 0,
@@ -345,6 +352,16 @@ impl Membership {
     /// Steps that the checkpoint which was asked for holds at least; absent: none was asked for that is not committed.
     pub fn wanted(&self) -> Option<Step> {
         self.wanted
+    }
+
+    /// Whether it is a worker that may be here, or may come back.
+    pub fn knows(&self, worker: WorkerId) -> bool {
+        self.workers.contains_key(&worker)
+    }
+
+    /// Whether there is any.
+    pub fn knows_anyone(&self) -> bool {
+        !self.workers.is_empty()
     }
 
     /// The generation that is alive or breaking.

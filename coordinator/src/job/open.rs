@@ -10,7 +10,7 @@ use anello_store::{CONFIG, Store, checkpoint, metrics, read_config};
 use super::*;
 use crate::core::{Found, Options, Straggling};
 use crate::error::{Error, Result};
-use crate::records::formation_of;
+use crate::records::{formation_of, worker_of};
 
 /// Inputs that may wait for the loop: heartbeats of some thousands of workers.
 const INPUTS_MAX: usize = 16 << 10;
@@ -53,9 +53,12 @@ impl Opened {
         let config = read_config(&store)?;
         let mut log = EventLog::open(&store)?;
         let checkpoints = checkpoint::known_steps(&store)?;
-        let (mut quarantined, mut formation) = (BTreeSet::new(), None);
+        let (mut quarantined, mut evicted, mut formation) = (BTreeSet::new(), BTreeSet::new(), None);
         events::each(&store, |record| match record.event {
-            Logged::Evicted { machine, .. } => drop(quarantined.insert(machine)),
+            Logged::Evicted { worker, machine, .. } => {
+                evicted.extend(worker_of(&worker));
+                quarantined.insert(machine);
+            }
             // A ring that ended by agreement has no members any more: nobody is waited for.
             Logged::Ended { .. } => formation = None,
             event => formation = formation_of(event).or(formation.take()),
@@ -69,6 +72,7 @@ impl Opened {
             checkpoints: checkpoints.into_iter().map(Step).collect(),
             floor: Generation(taken.number),
             quarantined: quarantined.into_iter().collect(),
+            evicted: evicted.into_iter().collect(),
         };
         Ok(Self { options, store, config, log, taken, found, reported })
     }

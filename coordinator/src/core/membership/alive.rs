@@ -190,9 +190,14 @@ impl Membership {
             }
             return;
         }
-        for id in named {
+        for id in named.into_iter().filter(|id| formation.member(*id).is_some()) {
+            self.evicted.insert(id);
             let Some(worker) = self.workers.remove(&id) else { continue };
             self.remember(id, &worker);
+            if worker.machine.is_empty() {
+                // It has not reported in to this coordinator: it is told when it does.
+                continue;
+            }
             let why = Leave::Evicted { reason: reason.clone() };
             out.push(Effect::Send { worker: id, epoch: self.epoch, order: Order::Leave { why } });
             let (machine, step) = (worker.machine.clone(), worker.stance.holds);

@@ -109,7 +109,15 @@ impl Membership {
         if let Some(nonsense) = self.nonsense(&stance) {
             return self.turn_away(id, nonsense, out);
         }
-        if self.quarantined.contains(&machine) {
+        if self.evicted.contains(&id) && !self.quarantined.contains(&machine) {
+            // It was away when the others named it: where it runs is known only now.
+            let reason = "its state differed from that of most others".to_owned();
+            self.quarantined.insert(machine.clone());
+            let (machine, step) = (machine.clone(), stance.holds);
+            out.push(Effect::Record(Entry::Evicted { worker: id, machine, step, reason }));
+        }
+        // A machine's name may be that of many, whose state was compared and found right: they stay when their links come back.
+        if self.quarantined.contains(&machine) && !self.knows(id) {
             let reason =
                 format!("machine {machine} is quarantined: a worker's state there differed from all others'");
             let order = Order::Leave { why: Leave::Evicted { reason } };

@@ -194,7 +194,7 @@ fn a_new_coordinator_takes_up_the_ring_that_runs_and_repeats_what_was_not_heard(
         formation: Some(Formation::clone(&alive)),
         checkpoints: vec![Step(20)],
         floor: Generation(0),
-        quarantined: Vec::new(),
+        ..Found::default()
     };
     let core = Membership::new(options(2), Epoch(2), found, Millis(0));
     let mut story = Story { core, now: 0 };

@@ -82,8 +82,7 @@ fn a_ring_that_broke_though_nobody_died_is_explained_and_not_counted() {
 
 #[test]
 fn with_no_checkpoint_that_can_be_read_the_job_fails_instead_of_starting_over() {
-    let found =
-        Found { formation: None, checkpoints: vec![Step(10)], floor: Generation(0), quarantined: Vec::new() };
+    let found = Found { checkpoints: vec![Step(10)], ..Found::default() };
     let core = Membership::new(options(1), Epoch(1), found, Millis(0));
     let mut story = Story { core, now: 0 };
     story.link(1, stance(None, Activity::Outside));
@@ -114,6 +113,92 @@ fn a_replica_that_differs_is_sent_away_and_its_machine_with_it() {
     assert_eq!(out, [send(2, leave), Effect::Record(evicted), formed(&next)]);
     let told = story.link(9, stance(None, Activity::Outside));
     assert!(matches!(&told[..], [Effect::Send { order: Order::Leave { why: Leave::Evicted { .. } }, .. }]));
+}
+
+/// Several workers of one machine, or of machines with one name, of which one is at fault: the others' state was found right.
+#[test]
+fn a_member_on_a_quarantined_machine_keeps_its_place_when_its_link_comes_back() {
+    let mut story = Story::running(3);
+    let diverged = || Cause::Diverged { workers: vec![WorkerId(2)], reason: "block 5".to_owned() };
+    (1..=3).for_each(|id| drop(story.stands(id, stance(Some(40), holding(1, diverged())))));
+    story.event(Event::Recorded { generation: Generation(2) });
+    [1, 3].into_iter().for_each(|id| drop(story.stands(id, stance(Some(40), running(2)))));
+    story.event(Event::Unlinked { worker: WorkerId(3) });
+    assert_eq!(story.link(3, stance(Some(41), running(2))), []);
+    let status = story.core.status();
+    assert!(status.trains && status.attendants.iter().all(|known| known.linked), "{status:?}");
+    assert_eq!(status.quarantined, ["m"]);
+    for id in [2, 9] {
+        let told = story.link(id, stance(Some(40), holding(1, diverged())));
+        assert!(
+            matches!(&told[..], [Effect::Send { order: Order::Leave { why: Leave::Evicted { .. } }, .. }]),
+            "worker {id}: {told:?}"
+        );
+    }
+}
+
+/// The coordinator dies after it has written down who was sent away, and before the ring that has no place for it.
+#[test]
+fn who_was_sent_away_is_no_member_for_the_next_coordinator() {
+    let alive = formation(4, 30, peers(&[1, 2]), &[(1, 0..3), (2, 3..5), (3, 5..8)]);
+    let found = Found {
+        formation: Some(Formation::clone(&alive)),
+        checkpoints: vec![Step(20)],
+        floor: Generation(4),
+        quarantined: vec!["m".to_owned()],
+        evicted: vec![WorkerId(2)],
+    };
+    let core = Membership::new(options(3), Epoch(1), found, Millis(0));
+    let mut story = Story { core, now: 0 };
+    let diverged = || Cause::Diverged { workers: vec![WorkerId(2)], reason: "block 5".to_owned() };
+    let told = story.link(2, stance(Some(40), holding(4, diverged())));
+    assert!(matches!(&told[0], Effect::Send { order: Order::Leave { why: Leave::Evicted { .. } }, .. }));
+    story.link(1, stance(Some(40), holding(4, diverged())));
+    let out = story.link(3, stance(Some(40), holding(4, diverged())));
+    let next = formation(5, 40, peers(&[1, 3]), &[(1, 0..4), (3, 4..8)]);
+    assert!(out.contains(&formed(&next)), "{out:?}");
+}
+
+/// The others have named it before it came back to a new coordinator: what it is, it is when it comes.
+#[test]
+fn one_that_was_named_while_it_was_away_is_sent_away_when_it_comes() {
+    let alive = formation(4, 30, peers(&[1, 2]), &[(1, 0..3), (2, 3..5), (3, 5..8)]);
+    let found = Found {
+        formation: Some(Formation::clone(&alive)),
+        checkpoints: vec![Step(20)],
+        floor: Generation(4),
+        ..Found::default()
+    };
+    let core = Membership::new(options(3), Epoch(1), found, Millis(0));
+    let mut story = Story { core, now: 0 };
+    let reason = "block 5".to_owned();
+    let cause = Cause::Diverged { workers: vec![WorkerId(2)], reason };
+    story.link(1, stance(Some(40), holding(4, cause.clone())));
+    story.link(3, stance(Some(40), holding(4, cause.clone())));
+    story.now += 1000;
+    [1, 3].into_iter().for_each(|id| drop(story.stands(id, stance(Some(40), holding(4, cause.clone())))));
+    story.event(Event::Tick);
+    assert_eq!(story.core.status().quarantined, [""; 0], "nobody knows where it runs");
+    let (endpoints, machine) = (endpoints(2), "bad".to_owned());
+    let stance = stance(Some(40), holding(4, cause));
+    let out = story.event(Event::Linked { worker: WorkerId(2), endpoints, machine, stance });
+    let reason = "its state differed from that of most others".to_owned();
+    let machine = "bad".to_owned();
+    let evicted = Entry::Evicted { worker: WorkerId(2), machine, step: Some(Step(40)), reason };
+    assert_eq!(out[0], Effect::Record(evicted));
+    assert!(matches!(&out[1], Effect::Send { order: Order::Leave { why: Leave::Evicted { .. } }, .. }));
+    assert_eq!(story.core.status().quarantined, ["bad"]);
+}
+
+/// A verdict is about members.
+#[test]
+fn who_was_no_member_is_not_sent_away_by_those_that_were() {
+    let mut story = Story::running(2);
+    story.link(9, stance(None, Activity::Outside));
+    let diverged = || Cause::Diverged { workers: vec![WorkerId(9)], reason: "block 5".to_owned() };
+    (1..=2).for_each(|id| drop(story.stands(id, stance(Some(40), holding(1, diverged())))));
+    let status = story.core.status();
+    assert_eq!((status.workers, status.quarantined), (3, Vec::new()));
 }
 
 /// The log tells the next coordinator whom the one before sent away.

@@ -29,8 +29,7 @@ impl World {
         let found = Found {
             formation: self.formations.last_key_value().map(|(_, formation)| Formation::clone(formation)),
             checkpoints: self.manifests.keys().copied().collect(),
-            floor: Generation(0),
-            quarantined: Vec::new(),
+            ..Found::default()
         };
         let mut core = Membership::new(self.options.clone(), self.epoch, found, Millis(self.now));
         core.plant(self.bug);
