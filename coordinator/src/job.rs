@@ -20,11 +20,12 @@ use std::time::{Duration, Instant};
 use anello_configs::Timings;
 use anello_proto::ring::{Epoch, Step, WorkerId};
 use anello_proto::v1;
-use anello_store::Notice;
 use anello_store::events::{Event as Logged, Record};
+use anello_store::{Notice, Refused};
 use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
 
-use crate::core::{Effect, Entry, Event, Goal, Look, Membership, Millis, Outcome, Rows, Status};
+use crate::core::{self, Effect, Entry, Event, Goal, Look, Membership, Millis, Outcome, Rows};
 use crate::desk::{Desk, Done, Task};
 use crate::news::{Herald, News};
 use crate::records::{event_of, goal_name};
@@ -46,15 +47,18 @@ pub struct JobOptions {
 /// Orders that may wait for a connection. A worker that does not read so many is as good as silent.
 const ORDERS_MAX: usize = 64;
 
+/// What goes to a connection: orders, and last why it ends.
+pub(crate) type Orders = mpsc::Sender<Result<v1::ToWorker, Status>>;
+
 /// What comes to a job.
 #[derive(Debug)]
 pub(crate) enum Input {
     /// A worker's hello, and where orders for it go.
-    Hello { hello: Box<v1::Hello>, orders: mpsc::Sender<v1::ToWorker> },
+    Hello { hello: Box<v1::Hello>, orders: Orders },
     /// It says something more.
     Word { worker: WorkerId, connection: u64, word: v1::from_worker::Word },
-    /// Its connection is closed.
-    Closed { worker: WorkerId, connection: u64 },
+    /// Its connection is closed; or nothing that comes over it can be read any more, for this reason.
+    Closed { worker: WorkerId, connection: u64, unread: Option<Status> },
     /// The desk is done with something.
     Done(Done),
     /// The user wants something, of this process alone.
@@ -70,7 +74,7 @@ pub(crate) enum Input {
     /// Another coordinator is to go on with it, while it trains. Told when all that is known is written.
     HandOver(oneshot::Sender<()>),
     /// Somebody wants to know how it is.
-    Status(oneshot::Sender<Status>),
+    Status(oneshot::Sender<core::Status>),
 }
 
 /// A hand on a job.
@@ -124,7 +128,7 @@ impl Job {
     }
 
     /// How it is; absent when it is over.
-    pub async fn status(&self) -> Option<Status> {
+    pub async fn status(&self) -> Option<core::Status> {
         let (answer, status) = oneshot::channel();
         self.inputs.send(Input::Status(answer)).await.ok()?;
         status.await.ok()
@@ -134,7 +138,7 @@ impl Job {
         self.inputs.send(input).await.is_ok()
     }
 
-    pub(crate) fn orders() -> (mpsc::Sender<v1::ToWorker>, mpsc::Receiver<v1::ToWorker>) {
+    pub(crate) fn orders() -> (Orders, mpsc::Receiver<Result<v1::ToWorker, Status>>) {
         mpsc::channel(ORDERS_MAX)
     }
 }
@@ -142,10 +146,10 @@ impl Job {
 /// A worker's connection.
 struct Link {
     connection: u64,
-    orders: mpsc::Sender<v1::ToWorker>,
+    orders: Orders,
 }
 
-/// What the first worker is: all others must be the same.
+/// What the workers are that the core knows: whoever comes to them must be the same.
 struct Kind {
     build: String,
     device: String,
@@ -161,7 +165,11 @@ struct Running {
     notices: NoticeSender<Notice>,
     news: Herald,
     links: BTreeMap<WorkerId, Link>,
-    first: Option<Kind>,
+    /// Absent: nobody has said it to this coordinator.
+    kind: Option<Kind>,
+    /// Those that came before any member of the ring that was taken up: what they must be, a member says, or all members are
+    /// given up.
+    early: Vec<(v1::Hello, Orders)>,
     /// Steps of the whole run.
     total: u64,
     /// And the parts of checkpoints that wait for some.
@@ -199,6 +207,7 @@ impl Running {
                 Ok(None) => return Outcome::Cancelled,
                 Err(_) => self.core_event(Event::Tick),
             }
+            self.admit();
             self.look_for_rows();
             self.say_what_it_waits_for();
             if let Some(outcome) = self.core.outcome().cloned() {
@@ -212,8 +221,8 @@ impl Running {
 
     /// Lets go of everybody and waits until all is written.
     async fn leave(self, inbox: mpsc::Receiver<Input>) {
-        let Self { desk, links, .. } = self;
-        drop((inbox, links));
+        let Self { desk, links, early, .. } = self;
+        drop((inbox, links, early));
         let _ = tokio::task::spawn_blocking(move || desk.finish()).await;
     }
 
@@ -225,11 +234,13 @@ impl Running {
                     self.word(worker, word);
                 }
             }
-            Input::Closed { worker, connection } => {
+            Input::Closed { worker, connection, unread } => {
+                self.early.retain(|(hello, _)| (hello.worker, hello.connection) != (worker.0, connection));
                 if self.links.get(&worker).is_some_and(|link| link.connection == connection) {
-                    self.links.remove(&worker);
-                    self.news.0.tell();
-                    self.core_event(Event::Unlinked { worker });
+                    match unread {
+                        Some(why) => self.refuse(worker, Refused::Malformed, why),
+                        None => self.drop_link(worker, Status::cancelled("it closed its connection")),
+                    }
                 }
             }
             Input::Done(done) => self.done(done),
@@ -301,12 +312,12 @@ impl Running {
             Effect::Send { worker, epoch, order } => {
                 let Some(link) = self.links.get(&worker) else { return };
                 let message = v1::ToWorker { epoch: epoch.0, order: Some((&order).into()) };
-                if link.orders.try_send(message).is_err() {
+                if link.orders.try_send(Ok(message)).is_err() {
                     // It does not read: its connection is closed, and the lease decides.
-                    self.drop_link(worker, "it does not take orders");
+                    self.drop_link(worker, Status::resource_exhausted("it does not take orders"));
                 }
             }
-            Effect::Drop { worker, reason } => self.drop_link(worker, &reason),
+            Effect::Drop { worker, reason } => self.drop_link(worker, Status::aborted(reason)),
             Effect::Record(entry) => {
                 match &entry {
                     Entry::PassedOver { step, .. } => self.desk.ask(Task::SetAside { step: *step }),

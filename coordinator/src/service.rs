@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::api::{Api, REQUEST_BYTES_MAX};
 use crate::error::{Error, Result};
@@ -182,11 +182,11 @@ impl Ring for Service {
             }
         };
         let (orders, outbox) = Job::orders();
-        let outbox = ReceiverStream::new(outbox).map(Ok);
+        let outbox = ReceiverStream::new(outbox);
         let Some(job) = self.jobs.find(&hello.job) else {
             let reason = format!("there is no job {}; there are: {}", hello.job, self.jobs.names());
             let order = Order::Leave { why: Leave::Refused { reason } };
-            let _ = orders.try_send(v1::ToWorker { epoch: 0, order: Some((&order).into()) });
+            let _ = orders.try_send(Ok(v1::ToWorker { epoch: 0, order: Some((&order).into()) }));
             return Ok(Response::new(Box::pin(outbox)));
         };
         let (worker, connection) = (WorkerId(hello.worker), hello.connection);
@@ -194,13 +194,22 @@ impl Ring for Service {
             return Err(Status::unavailable("the job is over"));
         }
         tokio::spawn(async move {
-            while let Some(Ok(message)) = words.next().await {
-                let Some(word) = message.word else { continue };
-                if !job.give(Input::Word { worker, connection, word }).await {
-                    return;
+            let unread = loop {
+                match words.next().await {
+                    Some(Ok(v1::FromWorker { word: Some(word) })) => {
+                        if !job.give(Input::Word { worker, connection, word }).await {
+                            return;
+                        }
+                    }
+                    Some(Ok(v1::FromWorker { word: None })) => {}
+                    // Too long, or no message at all.
+                    Some(Err(why)) if matches!(why.code(), Code::OutOfRange | Code::Internal) => {
+                        break Some(why);
+                    }
+                    Some(Err(_)) | None => break None,
                 }
-            }
-            job.give(Input::Closed { worker, connection }).await;
+            };
+            job.give(Input::Closed { worker, connection, unread }).await;
         });
         Ok(Response::new(Box::pin(outbox)))
     }

@@ -3,14 +3,15 @@
 mod common;
 
 use std::net::SocketAddr;
-use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
-use anello_configs::{LoadOptions, RunConfig};
+use anello_configs::{LoadOptions, RunConfig, Schedule};
 use anello_coordinator::telemetry::Board;
 use anello_coordinator::{
     Job, JobOptions, Jobs, News, Opened, Registry, RegistryOptions, Server, Timings, create,
 };
+use anello_proto::ring::WorkerId;
 use anello_proto::v1;
 use anello_proto::v1::from_worker::Word;
 use anello_proto::v1::jobs_client::JobsClient;
@@ -18,13 +19,14 @@ use anello_proto::v1::leave::Why;
 use anello_proto::v1::ring_client::RingClient;
 use anello_proto::v1::stance::Activity;
 use anello_proto::v1::to_worker::Order;
-use anello_store::Store;
+use anello_store::events::{Event, EventLog, RingMember};
+use anello_store::{Notice, Refused, Store};
 use anello_tls::Protection;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
@@ -40,6 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Coordinator {
     address: SocketAddr,
     job: Job,
+    notices: Receiver<Notice>,
     _place: tempfile::TempDir,
     _server: Server,
     runtime: tokio::runtime::Runtime,
@@ -47,11 +50,14 @@ struct Coordinator {
 
 impl Coordinator {
     fn start() -> Self {
+        Self::start_on(run(), Duration::from_secs(60))
+    }
+
+    /// With a job whose run is this one.
+    fn start_on(store: Store, detection: Duration) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let timings = Timings::new(Duration::from_secs(60));
-        let store = Store::memory().unwrap();
-        create(&store, &RunConfig::load(&LoadOptions::new("tiny")).unwrap().config).unwrap();
+        let timings = Timings::new(detection);
         let options = JobOptions { name: "tiny".to_owned(), min: 1, desired: 2, timings };
         let opened = Opened::take_up(store, options).unwrap();
         let place = tempfile::tempdir().unwrap();
@@ -65,14 +71,14 @@ impl Coordinator {
         let (said, _) = channel();
         let (registry, _) =
             Registry::start(options, runtime.handle().clone(), jobs.clone(), said, common::nobody).unwrap();
+        let (told, notices) = channel();
         let (job, server) = runtime.block_on(async {
-            let (notices, _) = channel();
-            let (job, _) = opened.start(notices, News::default()).unwrap();
+            let (job, _) = opened.start(told, News::default()).unwrap();
             jobs.add(job.clone());
             let bound = Server::bind(([127, 0, 0, 1], 0).into(), Protection::Loopback).await.unwrap();
             (job, bound.serve(jobs, Some(registry)).await.unwrap())
         });
-        Self { address: server.address, job, _place: place, _server: server, runtime }
+        Self { address: server.address, job, notices, _place: place, _server: server, runtime }
     }
 
     fn wait<T>(&self, asked: impl Future<Output = T>) -> T {
@@ -84,19 +90,70 @@ impl Coordinator {
         endpoint.unwrap().connect().await.unwrap()
     }
 
-    /// A connection on which these words were said, and the first answer to them.
-    async fn attach(
-        &self,
-        words: Vec<Word>,
-    ) -> Result<(mpsc::Sender<v1::FromWorker>, Option<Order>), Status> {
+    /// A connection on which these words were said: the job has the first of them.
+    async fn open(&self, words: Vec<Word>) -> Result<Connection, Status> {
         let (say, said) = mpsc::channel(words.len());
         for word in words {
             say.send(v1::FromWorker { word: Some(word) }).await.unwrap();
         }
         let orders = RingClient::new(self.channel().await).attach(ReceiverStream::new(said)).await?;
-        let first = orders.into_inner().message().await?.unwrap();
-        Ok((say, first.order))
+        Ok(Connection { _say: say, orders: orders.into_inner() })
     }
+
+    /// The same, and the first answer.
+    async fn attach(&self, words: Vec<Word>) -> Result<(Connection, Option<Order>), Status> {
+        let mut connection = self.open(words).await?;
+        let first = connection.orders.message().await?.unwrap();
+        Ok((connection, first.order))
+    }
+
+    /// What was refused since this was asked last.
+    fn refused(&self) -> Vec<Refused> {
+        let _ = self.known();
+        let refused = |notice| if let Notice::Refused(what) = notice { Some(what) } else { None };
+        self.notices.try_iter().filter_map(refused).collect()
+    }
+
+    /// Workers that the job knows.
+    fn known(&self) -> Vec<u64> {
+        let status = self.wait(self.job.status()).unwrap();
+        status.attendants.iter().map(|attendant| attendant.worker.0).collect()
+    }
+}
+
+/// A worker's connection, open for as long as this lives.
+struct Connection {
+    _say: mpsc::Sender<v1::FromWorker>,
+    orders: Streaming<v1::ToWorker>,
+}
+
+/// A run that nobody has trained yet.
+fn run() -> Store {
+    let store = Store::memory().unwrap();
+    create(&store, &RunConfig::load(&LoadOptions::new("tiny")).unwrap().config).unwrap();
+    store
+}
+
+/// One whose last coordinator formed a ring of these workers, and was killed.
+fn run_with_ring(workers: &[u64]) -> Store {
+    let store = run();
+    let member = |worker: &u64| RingMember {
+        worker: WorkerId(*worker).to_string(),
+        ring: vec![format!("127.0.0.1:{worker}")],
+        peers: vec![format!("127.0.0.1:{worker}")],
+        first_lane: 0,
+        end_lane: 1,
+    };
+    let formed = Event::Formed {
+        generation: 1,
+        start: 0,
+        source: "seed".to_owned(),
+        holders: Vec::new(),
+        members: workers.iter().map(member).collect(),
+        save_first: false,
+    };
+    EventLog::open(&store).unwrap().append(formed).unwrap();
+    store
 }
 
 fn hello(worker: u64, build: &str, device: &str) -> v1::Hello {
@@ -137,9 +194,171 @@ fn a_worker_of_another_build_or_device_is_refused_and_told_what_differs() {
     }
     let (_second, order) = attach(5, "0.1.0 avx2", "cpu");
     assert!(matches!(order, Some(Order::Welcome(_))), "{order:?}");
-    let known = coordinator.wait(coordinator.job.status()).unwrap().attendants;
-    let known: Vec<u64> = known.iter().map(|attendant| attendant.worker.0).collect();
-    assert_eq!(known, [1, 5], "those that were refused are not known");
+    assert_eq!(coordinator.known(), [1, 5], "those that were refused are not known");
+    assert_eq!(coordinator.refused(), [Refused::Stranger; 3]);
+}
+
+/// A ring trains on without its coordinator: the next one asks its members what they are, not whoever comes first.
+#[test]
+fn a_stranger_that_comes_before_the_ring_that_trains_is_the_one_that_is_refused() {
+    let coordinator = Coordinator::start_on(run_with_ring(&[1, 2]), Duration::from_secs(60));
+    let open = |worker, build| {
+        let said = vec![Word::Hello(hello(worker, build, "cpu"))];
+        coordinator.wait(coordinator.open(said)).unwrap()
+    };
+    let mut stranger = open(9, "0.2.0 avx2");
+    let mut newcomer = open(8, "0.1.0 avx2");
+    assert_eq!(coordinator.known(), [1, 2], "they wait");
+    let mut members = [open(2, "0.1.0 avx2"), open(1, "0.1.0 avx2")];
+    let first =
+        |connection: &mut Connection| coordinator.wait(connection.orders.message()).unwrap().unwrap().order;
+    for one_of_them in members.iter_mut().chain([&mut newcomer]) {
+        let order = first(one_of_them);
+        assert!(matches!(order, Some(Order::Welcome(_))), "{order:?}");
+    }
+    let reason =
+        "its build is 0.2.0 avx2, the job's 0.1.0 avx2; start workers of one build on one kind of device";
+    let reason = reason.to_owned();
+    assert_eq!(first(&mut stranger), Some(Order::Leave(v1::Leave { why: Why::Refused.into(), reason })));
+    assert_eq!(coordinator.known(), [1, 2, 8]);
+}
+
+/// Whoever moves a job to another build on purpose ends its workers first.
+#[test]
+fn a_job_moves_to_another_build_once_nobody_of_the_old_one_is_left() {
+    let coordinator = Coordinator::start_on(run_with_ring(&[1, 2]), Duration::from_millis(100));
+    let attach = |worker, build| {
+        let said = vec![Word::Hello(hello(worker, build, "cpu"))];
+        coordinator.wait(coordinator.attach(said)).unwrap()
+    };
+    let (new, order) = attach(9, "0.2.0 avx2");
+    assert!(matches!(order, Some(Order::Welcome(_))), "the members are given up: {order:?}");
+    drop(new);
+    let until = Instant::now() + PATIENCE;
+    while !coordinator.known().is_empty() {
+        assert!(Instant::now() < until, "it is known still");
+    }
+    let (_newer, order) = attach(10, "0.3.0 avx2");
+    assert!(matches!(order, Some(Order::Welcome(_))), "{order:?}");
+}
+
+/// What a coordinator that was killed has written of a machine that computes wrongly, the next one goes by.
+#[test]
+fn a_quarantine_is_read_from_the_log() {
+    let store = run();
+    let evicted = Event::Evicted {
+        worker: WorkerId(7).to_string(),
+        machine: "machine-9".to_owned(),
+        step: Some(3),
+        reason: "block 5".to_owned(),
+    };
+    EventLog::open(&store).unwrap().append(evicted).unwrap();
+    let coordinator = Coordinator::start_on(store, Duration::from_secs(60));
+    let attach = |worker| {
+        let said = vec![Word::Hello(hello(worker, "build", "cpu"))];
+        let (mut connection, first) = coordinator.wait(coordinator.attach(said)).unwrap();
+        assert!(matches!(first, Some(Order::Welcome(_))), "{first:?}");
+        coordinator.wait(async { connection.orders.message().await.unwrap().unwrap().order })
+    };
+    for (worker, machine) in [(9, "machine-9"), (7, "machine-7")] {
+        let Some(Order::Leave(leave)) = attach(worker) else { panic!("worker {worker} is taken in") };
+        let reason =
+            format!("machine {machine} is quarantined: a worker's state there differed from all others'");
+        assert_eq!((leave.why(), leave.reason), (Why::Evicted, reason));
+    }
+    let status = coordinator.wait(coordinator.job.status()).unwrap();
+    assert_eq!(status.quarantined, ["machine-7", "machine-9"]);
+    assert_eq!(status.attendants, []);
+}
+
+#[test]
+fn a_worker_that_says_what_cannot_be_is_told_what_is_wrong() {
+    let coordinator = Coordinator::start();
+    let total = Schedule::new(&RunConfig::load(&LoadOptions::new("tiny")).unwrap().config).total_steps();
+    let report = |step, event: &str| {
+        Word::Step(v1::StepReport { step, events: vec![event.to_owned()], ..Default::default() })
+    };
+    let stance = |activity| Word::Stance(v1::Stance { activity: Some(activity), ..Default::default() });
+    let holds = |step| {
+        let activity = Some(Activity::Outside(v1::Outside {}));
+        Word::Stance(v1::Stance { holds: Some(step), activity, ..Default::default() })
+    };
+    let remedy = "; start all parts of a job from one build of Anello";
+    let evicted = r#"{"kind":"evicted","worker":"1","machine":"m","step":1,"reason":"spite"}"#;
+    let cases = [
+        (
+            Word::Hello(hello(1, "build", "cpu")),
+            Refused::Impossible,
+            Code::FailedPrecondition,
+            "it said hello twice; over one connection that is the first word, and only that".to_owned(),
+        ),
+        (
+            Word::Stance(v1::Stance::default()),
+            Refused::Malformed,
+            Code::InvalidArgument,
+            format!("a stance says no activity{remedy}"),
+        ),
+        (
+            Word::Pace(v1::Pace::default()),
+            Refused::Malformed,
+            Code::InvalidArgument,
+            format!("the time of 0 steps of 0 lanes{remedy}"),
+        ),
+        (
+            Word::Failed(v1::Failed { reason: "f".repeat(16_385) }),
+            Refused::Malformed,
+            Code::InvalidArgument,
+            format!("a reason of 16385 bytes, of at most 16384{remedy}"),
+        ),
+        (
+            report(total, "{}"),
+            Refused::Impossible,
+            Code::OutOfRange,
+            format!("it reports step {total}, and the run has {total}; start workers of this run"),
+        ),
+        (
+            report(0, evicted),
+            Refused::Event,
+            Code::PermissionDenied,
+            format!(
+                "with step 0 it reports what no step brings about: {evicted}; that is the coordinator's to say"
+            ),
+        ),
+        (
+            stance(Activity::Running(7)),
+            Refused::Impossible,
+            Code::Aborted,
+            "it speaks of generation 7, of which nobody was told; the newest here is 1".to_owned(),
+        ),
+        (
+            holds(total + 1),
+            Refused::Impossible,
+            Code::Aborted,
+            format!("it speaks of step {}, and the run has {total}; start workers of this run", total + 1),
+        ),
+    ];
+    for (number, (word, what, code, text)) in cases.into_iter().enumerate() {
+        let hello = hello(10 + number as u64, "build", "cpu");
+        let (mut connection, order) =
+            coordinator.wait(coordinator.attach(vec![Word::Hello(hello), word])).unwrap();
+        assert!(matches!(order, Some(Order::Welcome(_))), "{order:?}");
+        let last = loop {
+            match coordinator.wait(connection.orders.message()) {
+                Ok(Some(_)) => {}
+                last => break last,
+            }
+        };
+        let status = last.expect_err(&text);
+        assert_eq!((status.code(), status.message()), (code, text.as_str()));
+        assert_eq!(coordinator.refused(), [what], "{text}");
+    }
+    // Of a later build, say: the step is a step all the same, and the connection stays.
+    let said = vec![Word::Hello(hello(1, "build", "cpu")), report(0, r#"{"kind":"dreamt"}"#)];
+    let (_connection, _) = coordinator.wait(coordinator.attach(said)).unwrap();
+    let heard = std::iter::repeat_with(|| coordinator.notices.recv_timeout(PATIENCE).unwrap())
+        .find(|notice| !matches!(notice, Notice::Logged(_)));
+    assert!(matches!(heard, Some(Notice::Refused(Refused::Event))), "{heard:?}");
+    assert!(coordinator.known().contains(&1));
 }
 
 #[test]

@@ -42,6 +42,6 @@ pub use config::{CONFIG, read_config};
 pub use cursor::{Cursor, OpenDocument, SourceCursor};
 pub use environment::{ENVIRONMENT, Environment};
 pub use error::{Error, Result};
-pub use notice::Notice;
+pub use notice::{Notice, Refused};
 pub use store::{Attempts, Fetched, Object, Reader, Store, WHOLE_BYTES_MAX};
 pub use traffic::{Counts, Operation, Traffic};

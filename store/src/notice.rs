@@ -36,4 +36,29 @@ pub enum Notice {
     },
     /// A record was added to the event log.
     Logged(Record),
+    /// Something that a worker said was not taken.
+    Refused(Refused),
+}
+
+/// Why a worker's word was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Refused {
+    /// It does not fit to the others: another build or kind of device.
+    Stranger,
+    /// It cannot be read.
+    Malformed,
+    /// It says what cannot be: a step beyond the run, a generation that was never formed, a second hello.
+    Impossible,
+    /// It reports an event that is not a step's, or that this build does not know.
+    Event,
+}
+
+impl Refused {
+    /// All of them, with their names.
+    pub const ALL: [(Self, &str); 4] = [
+        (Self::Stranger, "stranger"),
+        (Self::Malformed, "malformed"),
+        (Self::Impossible, "impossible"),
+        (Self::Event, "event"),
+    ];
 }

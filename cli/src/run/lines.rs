@@ -120,7 +120,11 @@ pub fn news(notice: &Notice) -> Option<String> {
             | Event::Stopped { .. }
             | Event::Finished { .. } => None,
         },
-        Notice::Ready { .. } | Notice::Stage { .. } | Notice::Step(_) | Notice::Checkpoint { .. } => None,
+        Notice::Ready { .. }
+        | Notice::Stage { .. }
+        | Notice::Step(_)
+        | Notice::Checkpoint { .. }
+        | Notice::Refused(_) => None,
     }
 }
 

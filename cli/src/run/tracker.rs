@@ -47,7 +47,10 @@ impl Tracker {
                 self.speed.push(record.batch_tokens, record.seconds.step);
                 self.last = Some(record.clone());
             }
-            Notice::Checkpoint { .. } | Notice::CheckpointFailed { .. } | Notice::Logged(_) => {}
+            Notice::Checkpoint { .. }
+            | Notice::CheckpointFailed { .. }
+            | Notice::Logged(_)
+            | Notice::Refused(_) => {}
         }
     }
 

@@ -166,7 +166,8 @@ impl<L: Launcher> Entry<L> {
                 Notice::Ready { .. }
                 | Notice::Stage { .. }
                 | Notice::Checkpoint { .. }
-                | Notice::CheckpointFailed { .. } => {}
+                | Notice::CheckpointFailed { .. }
+                | Notice::Refused(_) => {}
             }
         }
     }

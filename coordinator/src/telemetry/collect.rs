@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anello_proto::jobs::Phase;
-use anello_store::Operation;
+use anello_store::{Operation, Refused};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, Opts};
@@ -156,6 +156,9 @@ impl Samples {
         recoveries.push((vec![job.to_owned()], figures.recoveries.all.clone()));
         self.set(&AGAIN, &[job], counts.again as f64);
         self.set(&MISMATCHES, &[job], counts.mismatches as f64);
+        for (refused, name) in Refused::ALL {
+            self.set(&REFUSED, &[job, name], counts.refused.get(&refused).copied().unwrap_or(0) as f64);
+        }
         let scores = figures.straggler_scores();
         for attendant in figures.status.iter().flat_map(|status| &status.attendants) {
             let worker = attendant.worker.to_string();

@@ -134,6 +134,9 @@ families! {
         "Steps that had been applied and were computed again.";
     MISMATCHES = Keeper Counter, "anello_digest_mismatches_total", ["job"],
         "Workers that were sent away since the digest of their state differed from that of most others.";
+    REFUSED = Keeper Counter, "anello_worker_words_refused_total", ["job", "reason"],
+        "Words of workers that were not taken: stranger (another build or device), malformed, impossible (a step or generation that \
+         cannot be, a second hello), event (no step's, or unknown).";
     VIOLATIONS = Keeper Counter, "anello_invariant_violations_total", ["job", "invariant"],
         "Times that something was seen that must never be; any at all is a bug, or damage.";
 

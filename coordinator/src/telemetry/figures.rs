@@ -6,7 +6,7 @@ use anello_configs::{RunConfig, Schedule, TokenFlops};
 use anello_proto::jobs::Phase;
 use anello_store::events::{Event, Record};
 use anello_store::metrics::{Seconds, StepRecord};
-use anello_store::{Notice, Store, Traffic};
+use anello_store::{Notice, Refused, Store, Traffic};
 
 use super::goodput::{Goodput, Shares, Times};
 use super::invariants::{self, Invariant};
@@ -76,6 +76,7 @@ pub struct Counts {
     pub deaths: BTreeMap<Death, u64>,
     pub again: u64,
     pub mismatches: u64,
+    pub refused: BTreeMap<Refused, u64>,
     pub violations: BTreeMap<Invariant, u64>,
     pub checkpoints: u64,
     pub checkpoint_failures: u64,
@@ -262,6 +263,7 @@ impl Figures {
                 self.checkpoint = Some(Newest { step: *step, unix_ms: Some(now_ms), written });
             }
             Notice::CheckpointFailed { .. } => self.counts.checkpoint_failures += 1,
+            Notice::Refused(what) => *self.counts.refused.entry(*what).or_default() += 1,
             Notice::Ready { .. } | Notice::Stage { .. } => {}
         }
     }

@@ -109,7 +109,8 @@ impl Traces {
             Notice::Ready { .. }
             | Notice::Stage { .. }
             | Notice::Checkpoint { .. }
-            | Notice::CheckpointFailed { .. } => None,
+            | Notice::CheckpointFailed { .. }
+            | Notice::Refused(_) => None,
         };
         if let Some(drawn) = drawn {
             self.send(drawn, &Context::new());
