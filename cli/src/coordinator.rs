@@ -39,9 +39,10 @@ pub struct Args {
     /// `anello worker --coordinator ADDRESS --job NAME`.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=4096))]
     slots: Option<u32>,
-    /// How long a silent fault of a worker may go unseen.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = read_time)]
-    detection: Duration,
+    /// How long a silent fault of a worker may go unseen, in the rings of all jobs (default: `ring.detection` of each job's
+    /// own config).
+    #[arg(long, value_name = "TIME", value_parser = read_time)]
+    detection: Option<Duration>,
     /// Submit this config at the start, a preset or a TOML file, unless the place holds the job already. What is wrong
     /// with it ends the command, with exit code 2.
     #[arg(long, value_name = "CONFIG")]
@@ -108,7 +109,7 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
     };
     let (place, jobs) = (absolute(&args.jobs)?, Jobs::default());
     doctor::check_ledger(&Store::durable(&place)?)?;
-    let timings = Timings::new(args.detection);
+    let timings = args.detection.map(Timings::new);
     let options = RegistryOptions { place: place.clone(), slots, timings, board: board.clone() };
     let worker = program()?;
     let timeline = screen.timeline().map(Path::to_owned);

@@ -9,8 +9,6 @@ mod units;
 
 pub use gpu::{Gpu, UnknownGpu};
 
-use std::time::Duration;
-
 use crate::lanes::{balanced, gradients_held};
 use crate::run::*;
 use crate::schedule::{Schedule, StageSpan};
@@ -305,7 +303,7 @@ impl Plan {
             dtype: config.compute.dtype,
             recompute: config.compute.recompute,
             offload: config.compute.offload,
-            timings: Timings::new(Duration::from_millis(config.ring.detection_ms)),
+            timings: Timings::of(config),
             lanes: config.lanes,
             lanes_per_worker,
             state_copies: config.ring.state_copies,

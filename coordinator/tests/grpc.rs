@@ -55,6 +55,11 @@ impl Coordinator {
 
     /// With a job whose run is this one.
     fn start_on(store: Store, detection: Duration) -> Self {
+        Self::start_with(store, detection, Some(detection))
+    }
+
+    /// The same, and a registry that was `given` a detection for all of its jobs, or none.
+    fn start_with(store: Store, detection: Duration, given: Option<Duration>) -> Self {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let timings = Timings::new(detection);
@@ -64,7 +69,7 @@ impl Coordinator {
         let options = RegistryOptions {
             place: place.path().display().to_string(),
             slots: None,
-            timings,
+            timings: given.map(Timings::new),
             board: Board::default(),
         };
         let jobs = Jobs::default();
@@ -359,6 +364,27 @@ fn a_worker_that_says_what_cannot_be_is_told_what_is_wrong() {
         .find(|notice| !matches!(notice, Notice::Logged(_)));
     assert!(matches!(heard, Some(Notice::Refused(Refused::Event))), "{heard:?}");
     assert!(coordinator.known().contains(&1));
+}
+
+/// `ring.detection` is the job's; whoever starts the coordinator may say otherwise, for all of them.
+#[test]
+fn the_times_of_a_ring_are_those_of_its_config_unless_the_coordinator_was_given_others() {
+    let second = Duration::from_secs(1);
+    for (given, heartbeat_ms, silence_ms) in [(None, 8_400, 42_000), (Some(15 * second), 3_000, 15_000)] {
+        let coordinator = Coordinator::start_with(run(), 60 * second, given);
+        let mut options = LoadOptions::new("tiny");
+        options.sets = vec!["ring.detection=42s".to_owned()];
+        let config = RunConfig::load(&options).unwrap().config.to_toml();
+        let request = v1::SubmitRequest { config, name: Some("own".to_owned()), ..Default::default() };
+        let attached = async {
+            JobsClient::new(coordinator.channel().await).submit(request).await?;
+            let hello = v1::Hello { job: "own".to_owned(), ..hello(1, "build", "cpu") };
+            coordinator.attach(vec![Word::Hello(hello)]).await
+        };
+        let (_connection, order) = coordinator.wait(attached).unwrap();
+        let Some(Order::Welcome(welcome)) = order else { panic!("{order:?}") };
+        assert_eq!((welcome.heartbeat_ms, welcome.silence_ms), (heartbeat_ms, silence_ms), "{given:?}");
+    }
 }
 
 #[test]

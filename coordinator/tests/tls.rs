@@ -48,7 +48,7 @@ impl Coordinator {
         let options = RegistryOptions {
             place: place.path().display().to_string(),
             slots: None,
-            timings: Timings::new(Duration::from_secs(1)),
+            timings: Some(Timings::new(Duration::from_secs(1))),
             board: Board::default(),
         };
         let (said, _) = channel();

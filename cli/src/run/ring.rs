@@ -45,7 +45,7 @@ pub(super) fn run(args: &Args, workers: u32, screen: &Screen) -> Outcome {
     let mut view = View::new(screen);
     view.line(&lines::heading(&config, tracker.schedule(), store.place()))?;
 
-    let timings = Timings::new(args.detection.unwrap_or(Duration::from_millis(config.ring.detection_ms)));
+    let timings = args.detection.map_or_else(|| Timings::of(&config), Timings::new);
     // The address first: one that is in use must not fence the coordinator that uses it.
     let bound = runtime.block_on(Server::bind(SocketAddr::new(args.address, args.port), protection))?;
     let jobs = Jobs::default();

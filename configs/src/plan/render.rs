@@ -187,11 +187,12 @@ fn memory(plan: &Plan) -> String {
 
 /// What follows from how long a silent fault may go unseen. A closed connection needs no time-out.
 fn ring(plan: &Plan) -> String {
-    let Timings { heartbeat, lease, watch, gather, silence, grace } = plan.timings;
+    let Timings { heartbeat, lease, watch, gather, silence, poll, connect, retry, grace } = plan.timings;
     let shown = |time: Duration| Unit::Time.shown(time.as_millis() as u64);
-    let times = [heartbeat, lease, silence, gather, watch, grace].map(shown);
+    let times = [heartbeat, lease, silence, poll, connect, retry, gather, watch, grace].map(shown);
     let mut grid = Grid::new("ring times");
-    grid.row(["heartbeat", "lease", "silence", "gather", "log watch", "grace"].map(str::to_owned));
+    let names = ["heartbeat", "lease", "silence", "poll", "connect", "retry", "gather", "log watch", "grace"];
+    grid.row(names.map(str::to_owned));
     grid.row(times);
     grid.text()
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender as SaidSender;
 use std::time::{Duration, Instant};
 
-use anello_configs::RunConfig;
+use anello_configs::{RunConfig, Timings};
 use anello_proto::jobs::{JobName, Phase, Submission};
 use anello_proto::v1;
 use anello_store::checkpoint::refuse_leftovers;
@@ -23,6 +23,8 @@ use crate::service::Jobs;
 
 /// How often the registry looks at processes, which say nothing by themselves, and after news at most.
 const TICK: Duration = Duration::from_millis(50);
+/// Time between two looks whether another coordinator has a place, where no job asks for more.
+const WATCH: Duration = Duration::from_secs(5);
 /// Deaths of a job's workers that are replaced.
 const BUDGET: u32 = 1000;
 
@@ -112,10 +114,22 @@ impl<L: Launcher> Keeper<L> {
         let ends = |entry: &Entry<L>| entry.ring.as_ref().is_some_and(|ring| ring.ends);
         let tends =
             !self.leaving.is_empty() || self.entries.iter().any(|entry| entry.crew.is_some() || ends(entry));
-        let (soon, watch) = (Instant::now() + TICK, self.looked + self.options.timings.watch);
+        let (soon, watch) = (Instant::now() + TICK, self.looked + self.watch());
         let due = |entry: &Entry<L>| [entry.again_at, entry.waits.due()].into_iter().flatten().min();
         let again = self.entries.iter().filter_map(due).min();
         if tends { soon } else { again.map_or(watch, |again| again.min(watch)).max(soon) }
+    }
+
+    /// The times of a job's ring.
+    fn timings(&self, at: usize) -> Timings {
+        self.options.timings.unwrap_or_else(|| Timings::of(&self.entries[at].config))
+    }
+
+    /// Time between two looks whether another coordinator has the place: as often as the most impatient of its jobs is looked
+    /// after.
+    fn watch(&self) -> Duration {
+        let jobs = (0..self.entries.len()).map(|at| self.timings(at).watch);
+        jobs.chain([WATCH]).min().unwrap_or(WATCH)
     }
 
     /// Breaks when there is nothing more to do for this coordinator.
@@ -345,7 +359,7 @@ impl<L: Launcher> Keeper<L> {
             if let Some(outcome) = self.entries[at].end(&runtime) {
                 self.jobs.remove(&self.entries[at].spec.name);
                 if let Some(mut crew) = self.entries[at].crew.take() {
-                    crew.retire(self.options.timings.grace);
+                    crew.retire(self.timings(at).grace);
                     self.leaving.push(crew);
                 }
                 fenced |= matches!(outcome, Outcome::Fenced { .. });
@@ -355,7 +369,7 @@ impl<L: Launcher> Keeper<L> {
             crew.tend();
             crew.size() > 0
         });
-        if fenced || self.looked.elapsed() >= self.options.timings.watch {
+        if fenced || self.looked.elapsed() >= self.watch() {
             self.looked = Instant::now();
             match self.place.check() {
                 Err(fenced @ anello_store::Error::Fenced { .. }) => return Err(fenced),
@@ -419,7 +433,7 @@ impl<L: Launcher> Keeper<L> {
 
     /// Gives a job so many workers, and starts its ring when it has none.
     fn give(&mut self, at: usize, given: u32) {
-        let timings = self.options.timings;
+        let timings = self.timings(at);
         let entry = &mut self.entries[at];
         let name = entry.spec.name.clone();
         let external = self.options.slots.is_none();

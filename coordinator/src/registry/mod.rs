@@ -130,8 +130,8 @@ pub struct RegistryOptions {
     pub place: String,
     /// Worker processes at most; absent: none are started here, they come from elsewhere.
     pub slots: Option<u32>,
-    /// The rings' times.
-    pub timings: Timings,
+    /// The times of all rings, whatever their configs say; absent: `ring.detection` of each.
+    pub timings: Option<Timings>,
     /// Where it is told how the jobs are.
     pub board: Board,
 }

@@ -59,7 +59,7 @@ impl World {
         let options = RegistryOptions {
             place: self.place.clone(),
             slots: Some(slots),
-            timings,
+            timings: Some(timings),
             board: crate::telemetry::Board::default(),
         };
         let (sender, said) = channel();
