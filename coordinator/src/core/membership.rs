@@ -239,7 +239,8 @@ impl Membership {
     /// Takes in one event and appends what is to be done, in that order.
     pub fn handle(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
         self.pass_time(now);
-        if self.is_quiet(&event, out) {
+        // One that is fenced says nothing more.
+        if matches!(self.ring, Ring::Over(Outcome::Fenced { .. })) || self.is_quiet(&event, out) {
             return;
         }
         match event {
@@ -277,7 +278,12 @@ impl Membership {
                         .to_owned();
                 out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
             }
-            Event::Fenced { by } => self.over(Outcome::Fenced { by }, out),
+            Event::Fenced { by } => {
+                if !matches!(self.ring, Ring::Over(_)) {
+                    (self.ring, self.deadline) = (Ring::Over(Outcome::Fenced { by }), None);
+                }
+                return;
+            }
             Event::GivenUp { .. } if self.is_trained() => self.over(Outcome::Completed, out),
             Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),
             Event::Goal(goal) => self.goal = goal,
@@ -425,18 +431,13 @@ impl Membership {
 
     fn over(&mut self, outcome: Outcome, out: &mut Vec<Effect>) {
         if !matches!(self.ring, Ring::Over(_)) {
-            if !matches!(outcome, Outcome::Fenced { .. }) {
-                out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
-            }
+            out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
             self.ring = Ring::Over(outcome);
         }
     }
 
     /// Says to every worker what it is owed and was not told yet.
     fn tell(&mut self, out: &mut Vec<Effect>) {
-        if matches!(self.ring, Ring::Over(Outcome::Fenced { .. })) {
-            return;
-        }
         let needed = match self.ring {
             Ring::Gathering { .. } => self.needed_leavers(),
             _ => BTreeSet::new(),

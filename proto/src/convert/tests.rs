@@ -57,6 +57,8 @@ fn stance() -> impl Strategy<Value = v1::Stance> {
         text().prop_map(C::NoState),
         (vec(number(), 1..4), text())
             .prop_map(|(peers, reason)| C::Unreachable(v1::Unreachable { peers, reason })),
+        (vec(number(), 0..4), text())
+            .prop_map(|(workers, reason)| C::Diverged(v1::Diverged { workers, reason })),
         text().prop_map(C::Fault),
     ];
     let activity = prop_oneof![

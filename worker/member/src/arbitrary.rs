@@ -39,7 +39,17 @@ fn order() -> impl Strategy<Value = Order> {
 
 /// An event; absent: what the shell owes of the ring that was begun last.
 fn event() -> impl Strategy<Value = Option<Event>> {
-    let cause = prop_oneof![Just(Cause::Ordered), Just(Cause::Fault { reason: "something".to_owned() })];
+    let reason = || "something".to_owned();
+    let workers = || vec(number().prop_map(WorkerId), 0..3);
+    let cause = prop_oneof![
+        Just(Cause::Ordered),
+        Just(Cause::Ended),
+        Just(Cause::Broken { lost: None, reason: reason() }),
+        workers().prop_map(move |peers| Cause::Unreachable { peers, reason: reason() }),
+        workers().prop_map(move |workers| Cause::Diverged { workers, reason: reason() }),
+        Just(Cause::NoState { reason: reason() }),
+        Just(Cause::Fault { reason: reason() }),
+    ];
     let written = (number(), number()).prop_map(|(step, generation)| Written {
         step: Step(step),
         generation: Generation(generation),

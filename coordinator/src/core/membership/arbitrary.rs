@@ -1,5 +1,6 @@
 //! Whatever workers say, true or not, in any order: no panic, and nothing is done that must not be.
 
+use anello_configs::lanes::balanced;
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -27,6 +28,7 @@ fn cause() -> impl Strategy<Value = Cause> {
         Just(Cause::Ended),
         option::of(worker()).prop_map(move |lost| Cause::Broken { lost, reason: reason() }),
         vec(worker(), 1..4).prop_map(move |peers| Cause::Unreachable { peers, reason: reason() }),
+        vec(worker(), 0..3).prop_map(move |workers| Cause::Diverged { workers, reason: reason() }),
         Just(Cause::NoState { reason: reason() }),
         Just(Cause::Fault { reason: reason() }),
     ]
@@ -88,7 +90,40 @@ fn shard() -> impl Strategy<Value = Shard> {
     })
 }
 
-/// What comes next. The first three keep a story going that nonsense alone would not get far in.
+fn machine() -> impl Strategy<Value = String> {
+    prop::sample::select(vec!["one", "two", "three"]).prop_map(str::to_owned)
+}
+
+/// What a coordinator before this one has left.
+fn found(lanes: u32) -> impl Strategy<Value = Found> {
+    let members = (1..=lanes.min(4), any::<bool>());
+    let source = prop::sample::select(vec![0u8, 1, 2]);
+    let formation = (1u64..6, 0..=TOTAL.0, members, source, any::<bool>()).prop_map(
+        move |(generation, start, (members, learner), source, save_first)| {
+            let (source, learner) = match source {
+                0 => (Source::Seed, false),
+                1 => (Source::Checkpoint { step: Step(start) }, false),
+                _ => (Source::Peers { holders: vec![WorkerId(1)] }, learner),
+            };
+            let cut = balanced(lanes, members).into_iter().chain(learner.then_some(lanes..lanes));
+            let member =
+                |(lanes, id)| Member { worker: WorkerId(id), endpoints: Endpoints::default(), lanes };
+            let members = cut.zip(1..).map(member).collect();
+            let (generation, start) = (Generation(generation), Step(start));
+            Formation { generation, start, source, members, save_first }
+        },
+    );
+    let checkpoints = prop::sample::subsequence((0..=TOTAL.0).map(Step).collect::<Vec<_>>(), 0..3);
+    let (quarantined, evicted) = (vec(machine(), 0..2), vec(worker(), 0..2));
+    (option::of(formation), checkpoints, 0u64..8, quarantined, evicted).prop_map(
+        |(formation, checkpoints, floor, quarantined, evicted)| {
+            let floor = Generation(floor);
+            Found { formation, checkpoints, floor, quarantined, evicted }
+        },
+    )
+}
+
+/// What comes next. The first four keep a story going that nonsense alone would not get far in.
 #[derive(Clone, Debug)]
 enum Act {
     /// The log takes the newest record.
@@ -97,18 +132,20 @@ enum Act {
     Arrive(WorkerId),
     /// A worker does what it was told last.
     Obey(WorkerId),
+    /// The members of the newest ring find that these differ from the others.
+    Differ(Vec<WorkerId>),
     /// Anything.
     Any(Box<Event>),
 }
 
 fn act() -> impl Strategy<Value = Act> {
-    let (endpoints, machine) = (Endpoints::default(), String::new());
+    let endpoints = Endpoints::default();
     let reason = || "something".to_owned();
     let goal = prop_oneof![9 => Just(Goal::Run), 1 => Just(Goal::Pause), 1 => Just(Goal::Cancel)];
     let event = prop_oneof![
         2 => Just(Event::Tick),
-        3 => (worker(), stance()).prop_map(move |(worker, stance)| {
-            Event::Linked { worker, endpoints: endpoints.clone(), machine: machine.clone(), stance }
+        3 => (worker(), machine(), stance()).prop_map(move |(worker, machine, stance)| {
+            Event::Linked { worker, endpoints: endpoints.clone(), machine, stance }
         }),
         2 => worker().prop_map(|worker| Event::Unlinked { worker }),
         1 => worker().prop_map(|worker| Event::Failed { worker, reason: "something".to_owned() }),
@@ -128,11 +165,17 @@ fn act() -> impl Strategy<Value = Act> {
         1 => goal.prop_map(Event::Goal),
         1 => prop_oneof![0u32..5, any::<u32>()].prop_map(Event::Desired),
         1 => Just(Event::CheckpointWanted),
+        1 => prop_oneof![
+            6 => Just(Event::Tick),
+            1 => Just(Event::Fenced { by: "something".to_owned() }),
+            1 => Just(Event::GivenUp { reason: "something".to_owned() }),
+        ],
     ];
     prop_oneof![
         3 => Just(Act::Record),
         3 => worker().prop_map(Act::Arrive),
         6 => worker().prop_map(Act::Obey),
+        1 => vec(1u64..6, 0..2).prop_map(|ids| Act::Differ(ids.into_iter().map(WorkerId).collect())),
         9 => event.prop_map(|event| Act::Any(Box::new(event))),
     ]
 }
@@ -150,17 +193,29 @@ struct Watched {
     /// What workers said last over a connection that is open.
     said: BTreeMap<WorkerId, Stance>,
     told: BTreeMap<WorkerId, Order>,
+    /// No generation to come is as early as this.
+    floor: Generation,
+    evicted: BTreeSet<WorkerId>,
+    fenced: bool,
 }
 
 impl Watched {
-    fn new(lanes: u32, min: u32, desired: u32) -> Self {
+    fn new(lanes: u32, min: u32, desired: u32, by_speed: bool, found: Found) -> Self {
         let (lease, gather) = (Millis(1000), Millis(500));
         let straggling = Straggling { factor_permille: 1500, window_steps: 1 };
-        let (total, faults_max, by_speed) = (TOTAL, 2, true);
+        let (total, faults_max) = (TOTAL, 2);
         let options = Options { lanes, total, min, desired, lease, gather, faults_max, straggling, by_speed };
-        let core = Membership::new(options, Epoch(3), Found::default(), Millis(0));
-        let (said, told) = Default::default();
-        Self { core, lanes, now: Millis(0), formed: None, recorded: None, said, told }
+        let formed = found.formation.clone().map(Arc::new);
+        let (floor, evicted) = (found.floor, found.evicted.iter().copied().collect());
+        let core = Membership::new(options, Epoch(3), found, Millis(0));
+        let (said, told, recorded) = (BTreeMap::new(), BTreeMap::new(), formed.clone());
+        let (now, fenced) = (Millis(0), false);
+        Self { core, lanes, now, formed, recorded, said, told, floor, evicted, fenced }
+    }
+
+    /// The newest generation that anyone can have heard of.
+    fn newest(&self, of: Option<&Arc<Formation>>) -> Generation {
+        of.map_or(self.floor, |formation| formation.generation.max(self.floor))
     }
 
     fn act(&mut self, act: Act) -> Result<(), String> {
@@ -172,7 +227,19 @@ impl Watched {
             },
             Act::Arrive(worker) => {
                 let stance = Stance::new(None, Activity::Outside);
-                Event::Linked { worker, endpoints: Endpoints::default(), machine: String::new(), stance }
+                let machine = ["one", "two", "three"][worker.0 as usize % 3].to_owned();
+                Event::Linked { worker, endpoints: Endpoints::default(), machine, stance }
+            }
+            Act::Differ(workers) => {
+                let Some(formation) = self.recorded.clone() else { return Ok(()) };
+                for member in &formation.members {
+                    let Some(stance) = self.said.get(&member.worker) else { continue };
+                    let cause = Cause::Diverged { workers: workers.clone(), reason: String::new() };
+                    let activity = Activity::Holding { generation: formation.generation, cause };
+                    let stance = Stance { activity, ..stance.clone() };
+                    self.event(Event::Stands { worker: member.worker, stance })?;
+                }
+                return Ok(());
             }
             Act::Obey(worker) => {
                 let (Some(stance), Some(order)) = (self.said.get(&worker), self.told.get(&worker)) else {
@@ -189,7 +256,7 @@ impl Watched {
                         stance.activity = Activity::Running { generation: formation.generation };
                     }
                     Order::Hold { generation, .. } => {
-                        stance.holds = stance.holds.map(|step| Step((step.0 + 1).min(TOTAL.0)));
+                        stance.holds = stance.holds.map(|step| Step(step.0.saturating_add(1).min(TOTAL.0)));
                         stance.activity =
                             Activity::Holding { generation: *generation, cause: Cause::Ordered };
                     }
@@ -224,8 +291,12 @@ impl Watched {
             }
             _ => {}
         }
+        self.fenced |= matches!(event, Event::Fenced { .. }) && self.core.outcome().is_none();
         let mut out = Vec::new();
         self.core.handle(self.now, event, &mut out);
+        if self.fenced && !out.is_empty() {
+            return Err(format!("it is fenced, and says {out:?}"));
+        }
         // All that is said for people, too.
         let _ = self.core.status();
         out.into_iter().try_for_each(|effect| self.effect(effect))
@@ -239,10 +310,8 @@ impl Watched {
                     self.lanes,
                 )?;
                 nobody_counts_on_learners(&formation, |id| self.said.get(&id).and_then(|said| said.holds))?;
-                generations_rise(
-                    self.formed.as_ref().map(|before| before.generation.0),
-                    formation.generation.0,
-                )?;
+                who_was_sent_away_stays_away(&formation, &self.evicted)?;
+                generations_rise(Some(self.newest(self.formed.as_ref()).0), formation.generation.0)?;
                 if let Some(before) = &self.formed {
                     let running = |id| self.said[&id].activity.is_in(before.generation);
                     former_members_hold(before, running, |id| self.said.contains_key(&id))?;
@@ -257,12 +326,13 @@ impl Watched {
                     return Err("it speaks in another's name".to_owned());
                 }
                 let newest = self.recorded.as_ref().map(|formation| formation.generation);
+                let heard_of = self.newest(self.recorded.as_ref());
                 let stale = match &order {
                     Order::Form(formation) => {
                         Some(formation.generation) != newest || formation.rank(worker).is_none()
                     }
                     Order::Hold { generation, .. } => Some(*generation) != newest,
-                    Order::Abort { generation, .. } => Some(*generation) > newest,
+                    Order::Abort { generation, .. } => *generation > heard_of,
                     // Only what it says that it keeps is asked of it.
                     Order::WriteKept { step, generation } => {
                         !self.said[&worker].written.iter().any(|written| {
@@ -286,11 +356,12 @@ impl Watched {
                 let same = |part: &Written| {
                     (part.step, part.generation) == (step, generation) && blocks(part) == blocks(&parts[0])
                 };
-                let known = Some(generation) <= self.formed.as_ref().map(|formed| formed.generation);
+                let known = generation <= self.newest(self.formed.as_ref());
                 if step > TOTAL || !parts.iter().all(same) || !(known || generation.0 == 0) {
                     return Err(format!("checkpoint {step} of generation {generation} from {parts:?}"));
                 }
             }
+            Effect::Record(Entry::Evicted { worker, .. }) => drop(self.evicted.insert(worker)),
             Effect::Record(_) | Effect::List => {}
         }
         Ok(())
@@ -302,11 +373,13 @@ proptest! {
 
     #[test]
     fn whatever_workers_say(
-        lanes in prop::sample::select(vec![1u32, 2, 8]),
+        (lanes, found) in prop::sample::select(vec![1u32, 2, 8])
+            .prop_flat_map(|lanes| (Just(lanes), prop_oneof![Just(Found::default()), found(lanes)])),
+        by_speed in any::<bool>(),
         (min, desired) in (1u32..3, prop_oneof![1u32..5, any::<u32>()]),
         acts in vec((prop_oneof![9 => 0u64..300, 1 => 0u64..5000, 1 => any::<u64>()], act()), 0..80),
     ) {
-        let mut watched = Watched::new(lanes, min, desired.max(1));
+        let mut watched = Watched::new(lanes, min, desired.max(1), by_speed, found);
         for (delay, act) in acts {
             watched.now = watched.now + Millis(delay);
             let shown = format!("{act:?}");

@@ -74,6 +74,20 @@ pub fn nobody_counts_on_learners(
     Ok(())
 }
 
+/// **Who was sent away stays away**: a worker whose state differed from all others' is in no generation after that.
+pub fn who_was_sent_away_stays_away(
+    formation: &Formation,
+    evicted: &BTreeSet<WorkerId>,
+) -> Result<(), String> {
+    match formation.members.iter().find(|member| evicted.contains(&member.worker)) {
+        None => Ok(()),
+        Some(member) => Err(format!(
+            "generation {} has worker {}, whose state differed from all others'",
+            formation.generation, member.worker
+        )),
+    }
+}
+
 /// **Members reach one another**: nobody is in a generation of whom it is known that it does not reach another member.
 pub fn members_reach_one_another(formation: &Formation, left_out: &BTreeSet<WorkerId>) -> Result<(), String> {
     match formation.members.iter().find(|member| left_out.contains(&member.worker)) {
