@@ -133,7 +133,7 @@ pub enum Event {
     Evicted {
         /// The worker.
         worker: String,
-        /// Where it ran.
+        /// Where it ran; empty when it was away, and had not said so to this coordinator.
         machine: String,
         /// Steps applied to the state that differed.
         step: Option<u64>,

@@ -88,10 +88,11 @@ pub fn describe(event: &Event) -> String {
         }
         Event::Evicted { worker, machine, step, reason } => {
             let step = step.map_or(String::new(), |step| format!(" after step {}", grouped(step)));
-            format!(
-                "worker {} sent away{step} and machine {machine} quarantined: {reason}",
-                short_digest(worker)
-            )
+            let machine = match machine.as_str() {
+                "" => String::new(),
+                machine => format!(" and machine {machine} quarantined"),
+            };
+            format!("worker {} sent away{step}{machine}: {reason}", short_digest(worker))
         }
         Event::Formed { generation, start, source, holders, members, save_first } => {
             let whence = match source.as_str() {
@@ -304,6 +305,15 @@ mod tests {
                     reason: "block 3 differs".to_owned(),
                 },
                 "worker 3f0000000000 sent away after step 412 and machine node-7 quarantined: block 3 differs",
+            ),
+            (
+                Event::Evicted {
+                    worker: worker(),
+                    machine: String::new(),
+                    step: None,
+                    reason: "block 3 differs".to_owned(),
+                },
+                "worker 3f0000000000 sent away: block 3 differs",
             ),
             (
                 formed("peers", vec![worker()], false),

@@ -146,6 +146,8 @@ struct Faults {
     count: u32,
     /// State held by workers is not to be used: the checkpoint is.
     distrust: bool,
+    /// Their replicas differ, and nobody can tell which is right: with no checkpoint, they begin anew.
+    differ: bool,
 }
 
 /// What a coordinator finds in the job's prefix when it takes the job up.

@@ -257,7 +257,7 @@ pub enum Entry {
     Evicted {
         /// Who.
         worker: WorkerId,
-        /// Where it ran: nobody from there is taken in any more.
+        /// Where it ran: nobody new from there is taken in. Empty: it was away, and is sent away when it comes.
         machine: String,
         /// The step after which it held that state.
         step: Option<Step>,

@@ -57,7 +57,7 @@ impl Opened {
         events::each(&store, |record| match record.event {
             Logged::Evicted { worker, machine, .. } => {
                 evicted.extend(worker_of(&worker));
-                quarantined.insert(machine);
+                quarantined.extend(Some(machine).filter(|machine| !machine.is_empty()));
             }
             // A ring that ended by agreement has no members any more: nobody is waited for.
             Logged::Ended { .. } => formation = None,

@@ -154,7 +154,8 @@ impl Membership {
         }
         let at = self.newest_held().unwrap_or(formation.start);
         let count = if self.faults.at == at { self.faults.count + 1 } else { 1 };
-        self.faults = Faults { at, count, distrust: count >= 2 };
+        let differ = self.faults.at == at && self.faults.differ;
+        self.faults = Faults { at, count, distrust: count >= 2 || differ, differ };
         if count > self.options.faults_max {
             let reason = format!("step {at} has failed {count} times: {reason}");
             self.over(Outcome::Failed { reason }, out);
@@ -182,7 +183,7 @@ impl Membership {
         if named.is_empty() {
             let at = self.newest_held().unwrap_or(formation.start);
             let count = if self.faults.at == at { self.faults.count + 1 } else { 1 };
-            self.faults = Faults { at, count, distrust: true };
+            self.faults = Faults { at, count, distrust: true, differ: true };
             if count > self.options.faults_max {
                 self.over(Outcome::Failed { reason: format!("after step {at}: {reason}") }, out);
             } else {
@@ -190,20 +191,32 @@ impl Membership {
             }
             return;
         }
-        for id in named.into_iter().filter(|id| formation.member(*id).is_some()) {
-            self.evicted.insert(id);
-            let Some(worker) = self.workers.remove(&id) else { continue };
-            self.remember(id, &worker);
-            if worker.machine.is_empty() {
-                // It has not reported in to this coordinator: it is told when it does.
-                continue;
-            }
-            let why = Leave::Evicted { reason: reason.clone() };
-            out.push(Effect::Send { worker: id, epoch: self.epoch, order: Order::Leave { why } });
-            let (machine, step) = (worker.machine.clone(), worker.stance.holds);
-            out.push(Effect::Record(Entry::Evicted { worker: id, machine, step, reason: reason.clone() }));
-            self.quarantined.insert(worker.machine);
+        #[cfg(test)]
+        if self.planted == Some(Bug::KeptReplica) {
+            return;
         }
+        for id in named.into_iter().filter(|id| formation.member(*id).is_some()) {
+            self.send_away(id, &reason, out);
+        }
+    }
+
+    /// A worker whose state differs from all others' goes, for good. One that is away is told when it comes, and where it runs is
+    /// known then, or never.
+    pub(super) fn send_away(&mut self, id: WorkerId, reason: &str, out: &mut Vec<Effect>) {
+        if !self.evicted.insert(id) {
+            return;
+        }
+        let (mut machine, mut step) = (String::new(), None);
+        if let Some(worker) = self.workers.remove(&id) {
+            self.remember(id, &worker);
+            let why = Leave::Evicted { reason: reason.to_owned() };
+            out.push(Effect::Send { worker: id, epoch: self.epoch, order: Order::Leave { why } });
+            (machine, step) = (worker.machine, worker.stance.holds);
+        }
+        if !machine.is_empty() {
+            self.quarantined.insert(machine.clone());
+        }
+        out.push(Effect::Record(Entry::Evicted { worker: id, machine, step, reason: reason.to_owned() }));
     }
 
     /// What a ring that runs well should hold for.

@@ -72,7 +72,7 @@ impl Membership {
             out.push(Effect::Record(Entry::Ended { outcome: outcome.clone() }));
             return Some(Ring::Over(outcome));
         }
-        let use_held = !self.faults.distrust || stored.is_none();
+        let use_held = !self.faults.distrust || stored.is_none() && !self.faults.differ;
         let held = self.newest_whole(&pool).filter(|_| use_held);
         let able = held.map(|held| {
             let members = self.with_state(&candidates, &pool, held);

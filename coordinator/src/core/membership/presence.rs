@@ -199,6 +199,13 @@ impl Membership {
         if let Some(nonsense) = self.nonsense(&stance) {
             return self.turn_away(id, nonsense, out);
         }
+        // The ring that found it out may be gone, with all others of it.
+        if let Activity::Holding { generation, cause: Cause::Diverged { workers, reason } } = &stance.activity
+            && workers.contains(&id)
+            && self.formation().is_none_or(|formation| formation.generation != *generation)
+        {
+            return self.send_away(id, reason, out);
+        }
         let worker = self.workers.get_mut(&id).expect("just seen");
         worker.heard = self.now;
         self.reached = self.reached.max(stance.holds.unwrap_or_default());

@@ -8,7 +8,7 @@ mod reach;
 mod silence;
 mod speed;
 
-use std::time::Instant;
+use std::time::Duration;
 
 use super::super::Straggling;
 use super::*;
@@ -212,7 +212,17 @@ fn one_that_is_fenced_says_nothing_more() {
     assert_eq!(story.core.deadline(), None);
 }
 
-/// 10 000 workers make a ring in under 100 ms of this thread's time, and a heartbeat costs one look-up.
+/// What this thread has computed so far, however many others there are.
+fn cpu_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").expect("Linux has it");
+    Duration::from_nanos(
+        stat.split(' ').next().and_then(|ns| ns.parse().ok()).expect("nanoseconds come first"),
+    )
+}
+
+/// 10 000 workers make a ring, and a heartbeat costs one look-up. Measured is the time of this thread, for what everyone waits for:
+/// from the last of them, which sets off the cut of the lanes, to the order for each. Those before come when they come, and what they
+/// cost has a bound of its own.
 #[test]
 fn ten_thousand_workers_form_a_ring() {
     let count = 10_000u32;
@@ -226,14 +236,17 @@ fn ten_thousand_workers_form_a_ring() {
         machine: "m".to_owned(),
         stance: stance(None, Activity::Outside),
     };
+    let began = cpu_time();
     (1..count).for_each(|id| core.handle(Millis(0), link(id), &mut out));
+    let took = cpu_time() - began;
+    println!("{count} workers come in {took:?}");
     out.clear();
     // The best of a few: others use this machine too.
     let form = |mut core: Membership| {
-        let (began, mut out) = (Instant::now(), Vec::new());
+        let (began, mut out) = (cpu_time(), Vec::new());
         core.handle(Millis(0), link(count), &mut out);
         core.handle(Millis(0), Event::Recorded { generation: Generation(1) }, &mut out);
-        (began.elapsed(), core, out)
+        (cpu_time() - began, core, out)
     };
     let formed = (0..8).map(|_| form(core.clone())).min_by_key(|(took, ..)| *took);
     let (took, mut core, mut out) = formed.expect("there are eight");
@@ -247,7 +260,7 @@ fn ten_thousand_workers_form_a_ring() {
         core.handle(Millis(0), event, &mut out);
     }
     out.clear();
-    let began = Instant::now();
+    let began = cpu_time();
     for step in 1..=10 {
         for id in 1..=count {
             let event = Event::Stands { worker: WorkerId(id.into()), stance: stance(Some(step), running(1)) };
@@ -255,5 +268,6 @@ fn ten_thousand_workers_form_a_ring() {
         }
     }
     assert_eq!(out, []);
-    assert!(began.elapsed().as_millis() < 500, "100 000 heartbeats took {:?}", began.elapsed());
+    let took = cpu_time() - began;
+    assert!(took.as_millis() < 500, "100 000 heartbeats took {took:?}");
 }

@@ -1,7 +1,7 @@
 //! One seed, one history: the membership core and the workers' own machine over a fake network, clock and store.
 //!
 //! Phase 1 injects deaths, freezes, cuts, delays, preemptions, pairs and halves that do not reach one another, coordinator crashes, stale
-//! coordinators and sleeping ones, store errors and failures of steps; the invariants hold after every event. In phase 2 faults stop, and the run must finish.
+//! coordinators and sleeping ones, store errors, failures of steps and flipped bits; the invariants hold after every event. In phase 2 faults stop, and the run must finish.
 //! A failure prints the seed: `ANELLO_SEED=n cargo test -p anello-coordinator --lib one_seed -- --nocapture` replays it.
 
 pub(super) mod invariants;
@@ -14,15 +14,20 @@ fn run(seed: u64, bug: Option<Bug>) -> Result<Report, String> {
     World::new(seed, bug, false).run()
 }
 
+/// Ends a test with the command that replays what it has found: `one_seed` runs each kind of world.
+fn fail(seed: u64, failure: &str) -> ! {
+    panic!(
+        "seed {seed}: {failure}\nreplay: ANELLO_SEED={seed} cargo test -p anello-coordinator --lib one_seed -- --nocapture"
+    )
+}
+
 /// Runs `seeds`; the first failure ends the test with the command that replays it.
 fn run_all(seeds: std::ops::Range<u64>) -> Report {
     let mut total = Report::default();
     for seed in seeds {
         match run(seed, None) {
             Ok(report) => total.add(&report),
-            Err(failure) => panic!(
-                "seed {seed}: {failure}\nreplay: ANELLO_SEED={seed} cargo test -p anello-coordinator --lib one_seed -- --nocapture"
-            ),
+            Err(failure) => fail(seed, &failure),
         }
     }
     total
@@ -74,7 +79,7 @@ fn a_network_that_is_cut_in_two_costs_one_ring() {
     for seed in 0..3000 {
         match World::halved(seed, false).run() {
             Ok(report) => healed += report.healed,
-            Err(failure) => panic!("seed {seed}: {failure}"),
+            Err(failure) => fail(seed, &failure),
         }
     }
     assert!(healed > 2000, "{healed} rings were broken by a cut");
@@ -87,27 +92,29 @@ fn a_ring_that_loses_a_member_whenever_it_forms_forms_in_the_end() {
     for seed in 0..3000 {
         match World::hunted(seed, false).run() {
             Ok(report) => total.add(&report),
-            Err(failure) => panic!("seed {seed}: {failure}"),
+            Err(failure) => fail(seed, &failure),
         }
     }
     let struck = total.preemptions + total.kills;
     assert!(struck > 30_000 && total.preemptions > 10_000 && total.kills > 10_000, "{total:?}");
 }
 
-/// Each classic mistake, put in by hand, is found.
+/// Each classic mistake, put in by hand, is found, by what it breaks.
 #[test]
 fn planted_bugs_are_found() {
-    for bug in [
-        Bug::LostVote,
-        Bug::StaleGradient,
-        Bug::EarlyManifest,
-        Bug::AbandonedCheckpoint,
-        Bug::DroppedShard,
-        Bug::ForgottenRows,
+    for (bug, breaks) in [
+        (Bug::LostVote, "a generation was formed while worker"),
+        (Bug::StaleGradient, "is not that of an undisturbed run"),
+        (Bug::EarlyManifest, "is committed and the part of worker"),
+        (Bug::AbandonedCheckpoint, "the job ends without checkpoint"),
+        (Bug::DroppedShard, "no member has the moments of block"),
+        (Bug::ForgottenRows, "lacks figures of steps before it"),
+        (Bug::KeptReplica, "is not that of an undisturbed run"),
     ] {
         let found = (0..10_000).find_map(|seed| run(seed, Some(bug)).err().map(|failure| (seed, failure)));
         let (seed, failure) = found.unwrap_or_else(|| panic!("{bug:?} was not found within 10 000 seeds"));
         println!("{bug:?}: seed {seed}: {failure}");
+        assert!(failure.contains(breaks), "{bug:?} of seed {seed} breaks something else: {failure}");
     }
 }
 

@@ -46,6 +46,8 @@ pub enum Bug {
     DroppedShard,
     /// Whoever takes the state from another worker does not take the figures of its steps.
     ForgottenRows,
+    /// A replica that differs from all others stays.
+    KeptReplica,
 }
 
 fn mix(a: u64, b: u64) -> u64 {
@@ -58,6 +60,11 @@ fn mix(a: u64, b: u64) -> u64 {
 fn advance_state(state: u64, step: Step, lanes: impl Iterator<Item = u32>) -> u64 {
     let batch = lanes.fold(0u64, |sum, lane| sum.wrapping_add(mix(step.0, u64::from(lane))));
     mix(state, batch)
+}
+
+/// Where a worker runs: some have a machine in common, or at least its name.
+fn machine_of(worker: WorkerId) -> String {
+    format!("machine {}", worker.0 % 4)
 }
 
 pub struct World {
@@ -76,6 +83,12 @@ pub struct World {
     reference: Vec<u64>,
     chaos_until: u64,
     faults_left: u32,
+    /// A bit of this worker's state flips with the next step, and the replicas are compared; so many times yet.
+    flips: Option<WorkerId>,
+    flips_left: u32,
+    /// What the log has of such workers: who, and where.
+    evicted: BTreeSet<WorkerId>,
+    quarantined: BTreeSet<String>,
     next_worker: u64,
     next_link: u64,
     records: u64,
@@ -136,6 +149,10 @@ impl World {
             reference: Vec::new(),
             chaos_until: 0,
             faults_left: 2,
+            flips: None,
+            flips_left: 2,
+            evicted: BTreeSet::new(),
+            quarantined: BTreeSet::new(),
             next_worker: 0,
             next_link: 0,
             records: 0,
@@ -307,7 +324,7 @@ impl World {
                     known.sent_away.remove(&worker);
                     known.rows.connected(worker);
                     self.welcome(coordinator, worker);
-                    let (endpoints, machine) = (Endpoints::default(), "machine".to_owned());
+                    let (endpoints, machine) = (Endpoints::default(), machine_of(worker));
                     return self.tell_core(coordinator, Event::Linked { worker, endpoints, machine, stance });
                 }
                 if known.links.get(&worker) == Some(&link) {
@@ -405,6 +422,9 @@ impl World {
             Happening::Launch => self.launch(),
             Happening::Chaos => return self.wreak(),
             Happening::Halve => self.halve(),
+            Happening::Differ { worker, generation, flipped } => {
+                return self.differ(worker, generation, flipped);
+            }
         }
         Ok(())
     }

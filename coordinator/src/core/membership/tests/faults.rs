@@ -190,6 +190,25 @@ fn one_that_was_named_while_it_was_away_is_sent_away_when_it_comes() {
     assert_eq!(story.core.status().quarantined, ["bad"]);
 }
 
+/// All others of its ring are gone, and the ring after that knows nothing of it.
+#[test]
+fn one_that_says_itself_that_it_differs_is_not_gone_on_with() {
+    let mut story = Story::running(2);
+    story.event(Event::Unlinked { worker: WorkerId(2) });
+    let cause = Cause::Broken { lost: Some(WorkerId(2)), reason: String::new() };
+    story.stands(1, stance(Some(20), holding(1, cause)));
+    story.event(Event::Recorded { generation: Generation(2) });
+    story.stands(1, stance(Some(20), running(2)));
+    let reason = "block 5".to_owned();
+    let cause = Cause::Diverged { workers: vec![WorkerId(9)], reason: reason.clone() };
+    let out = story.link(9, stance(Some(40), holding(1, cause)));
+    let leave = Order::Leave { why: Leave::Evicted { reason: reason.clone() } };
+    let evicted =
+        Entry::Evicted { worker: WorkerId(9), machine: "m".to_owned(), step: Some(Step(40)), reason };
+    assert_eq!(out, [joined(9), send(9, leave), Effect::Record(evicted)]);
+    assert_eq!(story.core.newest_held(), Some(Step(20)));
+}
+
 /// A verdict is about members.
 #[test]
 fn who_was_no_member_is_not_sent_away_by_those_that_were() {
@@ -221,6 +240,19 @@ fn a_quarantine_outlives_the_coordinator() {
     assert_eq!((status.workers, status.attendants), (0, Vec::new()), "it is not known");
     assert_eq!(status.quarantined, ["bad"]);
     assert_eq!(story.event(from(2, "m")), [joined(2)], "any other machine is welcome");
+}
+
+/// Two that differ before there is a checkpoint: neither is gone on with.
+#[test]
+fn with_no_majority_and_no_checkpoint_they_begin_anew() {
+    let mut story = Story::new(2);
+    (1..=2).for_each(|id| drop(story.link(id, stance(None, Activity::Outside))));
+    story.event(Event::Recorded { generation: Generation(1) });
+    (1..=2).for_each(|id| drop(story.stands(id, stance(Some(40), running(1)))));
+    let diverged = || Cause::Diverged { workers: Vec::new(), reason: "they differ".to_owned() };
+    (1..=2).for_each(|id| drop(story.stands(id, stance(Some(40), holding(1, diverged())))));
+    let out = story.event(Event::Listed { steps: Vec::new() });
+    assert_eq!(out, [formed(&formation(2, 0, Source::Seed, &[(1, 0..4), (2, 4..8)]))]);
 }
 
 #[test]

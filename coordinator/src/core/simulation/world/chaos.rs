@@ -51,6 +51,10 @@ impl World {
         self.after(delay, Happening::Chaos);
         let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
         let Some(&victim) = ids.get(self.below(ids.len().max(1) as u64) as usize) else { return Ok(()) };
+        if self.flips_left > 0 && self.flips.is_none() && mix(self.now, victim.0).is_multiple_of(8) {
+            self.flips_left -= 1;
+            self.flips = Some(victim);
+        }
         match self.below(15) {
             0 | 1 => self.kill(victim),
             // Not while it is frozen: what waits for its thaw comes in its order.

@@ -10,6 +10,8 @@ pub(super) struct Coordinator {
     pub(super) links: BTreeMap<WorkerId, u64>,
     /// Workers that it has told to go.
     pub(super) sent_away: BTreeSet<WorkerId>,
+    /// Those whose state it takes for wrong: nobody counts on what they have.
+    pub(super) evicted: BTreeSet<WorkerId>,
     /// Which figures are here, those of them that are not in the store yet, and the checkpoints that wait for others.
     pub(super) rows: Rows<Generation>,
     pub(super) unwritten: BTreeSet<u64>,
@@ -29,7 +31,9 @@ impl World {
         let found = Found {
             formation: self.formations.last_key_value().map(|(_, formation)| Formation::clone(formation)),
             checkpoints: self.manifests.keys().copied().collect(),
-            ..Found::default()
+            floor: Generation(0),
+            quarantined: self.quarantined.iter().cloned().collect(),
+            evicted: self.evicted.iter().copied().collect(),
         };
         let mut core = Membership::new(self.options.clone(), self.epoch, found, Millis(self.now));
         core.plant(self.bug);
@@ -41,6 +45,7 @@ impl World {
             next_record,
             links: BTreeMap::new(),
             sent_away: BTreeSet::new(),
+            evicted: self.evicted.clone(),
             rows: self.found_rows(),
             unwritten: BTreeSet::new(),
             tick_at: None,
@@ -122,6 +127,9 @@ impl World {
             }
             Effect::Record(entry) => {
                 // One that was replaced while it slept decides by what it knew; the log will refuse it.
+                if let Entry::Evicted { worker, .. } = &entry {
+                    self.coordinators[coordinator].evicted.insert(*worker);
+                }
                 let may_count = self.coordinators[coordinator].epoch == self.epoch;
                 match &entry {
                     Entry::Formed(_) | Entry::FellBack { .. } | Entry::Ended { .. } if !may_count => {}
@@ -181,6 +189,7 @@ impl World {
     pub(super) fn check_formation(&self, coordinator: usize, formation: &Formation) -> Result<(), String> {
         let members = formation.members.iter().map(|member| (member.worker, member.lanes.clone()));
         lanes_are_covered_once(members, self.options.lanes)?;
+        who_was_sent_away_stays_away(formation, &self.coordinators[coordinator].evicted)?;
         let attendants = self.coordinators[coordinator].core.status().attendants;
         let told = |id| attendants.iter().find(|known| known.worker == id)?.stance.holds;
         nobody_counts_on_learners(formation, told)?;
@@ -307,6 +316,11 @@ impl World {
                     other => Err(format!("the run ended as {other:?}")),
                 }
             }
+            Entry::Evicted { worker, machine, .. } => {
+                self.evicted.insert(worker);
+                self.quarantined.extend(Some(machine).filter(|machine| !machine.is_empty()));
+                Ok(())
+            }
             Entry::PassedOver { step, .. } => {
                 self.manifests.remove(&step);
                 self.unreadable.remove(&step);
@@ -322,7 +336,8 @@ impl World {
         let heard = self.workers.iter().filter(|(id, worker)| {
             // Copies of a ring that still runs, which nobody has reached, are on their way at any moment.
             let link = worker.link.filter(|_| worker.ring.is_none() && worker.mute_until <= self.now);
-            link.is_some_and(|(of, link)| of == coordinator && links.get(id) == Some(&link))
+            let away = self.coordinators[coordinator].evicted.contains(id);
+            !away && link.is_some_and(|(of, link)| of == coordinator && links.get(id) == Some(&link))
         });
         let stances = heard.map(|(_, worker)| worker.machine.stance());
         no_checkpoint_is_abandoned(stances, |step| self.ever_committed.contains(&step))

@@ -123,6 +123,12 @@ pub(super) enum Happening {
     Launch,
     Chaos,
     Halve,
+    /// Replicas were compared, and this one's differs.
+    Differ {
+        worker: WorkerId,
+        generation: Generation,
+        flipped: WorkerId,
+    },
 }
 
 /// Whom a happening is for, if for a worker's process.
@@ -141,6 +147,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::Unanswered { worker, .. }
         | Happening::Wrote { worker, .. }
         | Happening::Kill { worker }
+        | Happening::Differ { worker, .. }
         | Happening::Terminate { worker } => Some(*worker),
         Happening::ToCoordinator { .. }
         | Happening::Paced { .. }
@@ -188,6 +195,7 @@ pub(super) fn addressee(happening: &Happening) -> Option<usize> {
         | Happening::Wrote { .. }
         | Happening::StartCoordinator
         | Happening::Kill { .. }
+        | Happening::Differ { .. }
         | Happening::Terminate { .. }
         | Happening::Launch
         | Happening::Chaos
@@ -226,6 +234,7 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Rows { .. } => 27,
         Happening::Welcome { .. } => 28,
         Happening::Kill { .. } => 29,
+        Happening::Differ { .. } => 30,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

@@ -40,14 +40,15 @@ pub struct Report {
     pub asked: u64,
     pub grown: u64,
     pub repeated: u64,
+    pub flips: u64,
 }
 
 impl Report {
-    pub fn counts(&self) -> [(&'static str, u64); 32] {
+    pub fn counts(&self) -> [(&'static str, u64); 33] {
         self.clone().counters().map(|(what, count)| (what, *count))
     }
 
-    fn counters(&mut self) -> [(&'static str, &mut u64); 32] {
+    fn counters(&mut self) -> [(&'static str, &mut u64); 33] {
         [
             ("a generation", &mut self.generations),
             ("a step", &mut self.steps),
@@ -81,6 +82,7 @@ impl Report {
             ("a share that grew before learners had lanes", &mut self.grown),
             ("figures that came with a state", &mut self.taken),
             ("a worker that was asked for figures", &mut self.asked),
+            ("a replica that differs", &mut self.flips),
         ]
     }
 

@@ -44,7 +44,7 @@ impl World {
         if self.bug == Some(Bug::DroppedShard) {
             known.pending = None;
         }
-        let planned = matches!(cause, Cause::Ordered | Cause::Ended);
+        let planned = matches!(cause, Cause::Ordered | Cause::Ended | Cause::Diverged { .. });
         if !planned {
             self.tell_peers(generation, worker);
         }
@@ -323,6 +323,9 @@ impl World {
 
     /// Everyone has, or will have, all that it needs to apply the step.
     fn hand_out(&mut self, generation: Generation, members: &[WorkerId]) {
+        if self.compares(generation) {
+            return;
+        }
         let ring = self.rings.get_mut(&generation).expect("known");
         ring.stepping = false;
         ring.prepared.clear();
@@ -332,6 +335,44 @@ impl World {
         for &worker in members {
             self.deliver(worker, generation, step, word, twisted);
         }
+    }
+
+    /// Replicas are compared at this boundary, and one differs from the others, of which there are enough to tell.
+    fn compares(&mut self, generation: Generation) -> bool {
+        let ring = self.rings.get_mut(&generation).expect("known");
+        let formation = ring.formation.clone();
+        let Some(flipped) = self.flips.filter(|id| formation.member(*id).is_some()) else { return false };
+        if self.shares(&formation) || formation.trainers() < formation.members.len().max(3) {
+            return false;
+        }
+        let ring = self.rings.get_mut(&generation).expect("known");
+        (ring.stepping, ring.broken) = (false, true);
+        ring.token += 1;
+        self.flips = None;
+        self.report.flips += 1;
+        for member in &formation.members {
+            let worker = member.worker;
+            let delay = mix(generation.0, worker.0) % 4;
+            self.after(delay, Happening::Differ { worker, generation, flipped });
+        }
+        true
+    }
+
+    /// A member leaves a ring of which one replica differs: all know which.
+    pub(super) fn differ(
+        &mut self,
+        worker: WorkerId,
+        generation: Generation,
+        flipped: WorkerId,
+    ) -> Result<(), String> {
+        let known = self.workers.get_mut(&worker).expect("known");
+        if known.ring != Some(generation) {
+            return Ok(());
+        }
+        if worker == flipped {
+            known.state = known.state.map(|(step, state)| (step, state ^ 1));
+        }
+        self.leave_ring(worker, Cause::Diverged { workers: vec![flipped], reason: "a bit".to_owned() })
     }
 
     /// The step that is handed out: of the first member, which trains.
