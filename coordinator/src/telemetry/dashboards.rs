@@ -155,6 +155,11 @@ pub const DASHBOARDS: &[Dashboard] = &[
                 "short",
                 &[("sum by (job) (anello_invariant_violations_total{job=~\"$job\"})", "{{job}}")],
             ),
+            number(
+                "Words refused",
+                "short",
+                &[("sum by (job) (anello_worker_words_refused_total{job=~\"$job\"})", "{{job}}")],
+            ),
             lines(
                 "Workers",
                 "short",

@@ -113,7 +113,7 @@ pub fn alerts(limits: &Limits) -> Vec<Alert> {
             0,
             "Job {{ $labels.job }} has told of no step for {{ $value | humanizeDuration }}.",
             "`anello describe` says what it waits for: workers that are missing, state, the store. `anello top` shows who \
-             still moves; a worker that is frozen is evicted after --detection.",
+             still moves; a worker that is frozen is evicted after ring.detection.",
         ),
         alert(
             "AnelloNoCheckpoint",
