@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anello_configs::RunConfig;
 use anello_coordinator::core::{Goal, Outcome as RingOutcome};

@@ -220,9 +220,9 @@ fn cpu_time() -> Duration {
     )
 }
 
-/// 10 000 workers make a ring, and a heartbeat costs one look-up. Measured is the time of this thread, for what everyone waits for:
-/// from the last of them, which sets off the cut of the lanes, to the order for each. Those before come when they come, and what they
-/// cost has a bound of its own.
+/// 10 000 workers make a ring in under 100 ms, and a heartbeat costs one look-up. Measured is the time of this thread for what all of
+/// them wait for: from the last one's hello, which sets off the cut of the lanes, to the order for each. It is not that of the hellos
+/// before, each of which looks at all that are there: some seconds in all.
 #[test]
 fn ten_thousand_workers_form_a_ring() {
     let count = 10_000u32;
@@ -236,10 +236,7 @@ fn ten_thousand_workers_form_a_ring() {
         machine: "m".to_owned(),
         stance: stance(None, Activity::Outside),
     };
-    let began = cpu_time();
     (1..count).for_each(|id| core.handle(Millis(0), link(id), &mut out));
-    let took = cpu_time() - began;
-    println!("{count} workers come in {took:?}");
     out.clear();
     // The best of a few: others use this machine too.
     let form = |mut core: Membership| {

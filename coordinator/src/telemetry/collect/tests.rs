@@ -1,4 +1,4 @@
-use anello_store::{Notice, Store};
+use anello_store::{Notice, Refused, Store};
 use prometheus::Registry;
 
 use super::*;
@@ -111,6 +111,20 @@ fn promtool_finds_nothing_to_say_of_a_scrape() {
     let (well, said) =
         crate::telemetry::tests::promtool(&["check", "metrics"], "anello_x_count 1\n").unwrap();
     assert!(!well || !said.is_empty(), "it finds fault with what is wrong");
+}
+
+#[test]
+fn words_that_were_refused_are_counted_by_reason() {
+    let board = board();
+    board.set_status("a", Some(status(&[0xa1])));
+    [Refused::Stranger, Refused::Event, Refused::Stranger]
+        .into_iter()
+        .for_each(|what| board.observe("a", &Notice::Refused(what)));
+    let text = Scrape::of(&board).unwrap().text().unwrap();
+    for (reason, count) in [("stranger", 2), ("malformed", 0), ("impossible", 0), ("event", 1)] {
+        let line = format!("anello_worker_words_refused_total{{job=\"a\",reason=\"{reason}\"}} {count}\n");
+        assert!(text.contains(&line), "{line}{text}");
+    }
 }
 
 #[test]
