@@ -138,10 +138,10 @@ pub struct PretrainJobSpec {
     #[serde(default = "grace")]
     #[schemars(range(min = 1, max = 86400))]
     pub termination_grace_period_seconds: i64,
-    /// How long a silent fault of a worker may go unseen, as `10s`.
-    #[serde(default = "detection")]
+    /// How long a silent fault of a worker may go unseen, as `10s`; absent: `ring.detection` of the config.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[0-9]+(ms|s|m)$"))]
-    pub detection: String,
+    pub detection: Option<String>,
     /// TLS between the pods, with certificates of `anello certs`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<TlsSource>,
@@ -163,10 +163,6 @@ impl Default for PretrainJobSpec {
 
 fn grace() -> i64 {
     120
-}
-
-fn detection() -> String {
-    "10s".to_owned()
 }
 
 /// A run config.

@@ -51,7 +51,8 @@ pub fn coordinator(job: &PretrainJob, replicas: i32) -> Deployment {
     // Not with the workers that are wanted, or it would be started anew by each change of them: it is told.
     let (listen, min) = (format!("0.0.0.0:{PORT}"), spec.workers.min.to_string());
     let mut arguments = vec!["coordinator", "--jobs", &spec.state, "--slots", "0", "--listen", &listen];
-    arguments.extend(["--detection", &spec.detection, "--submit", &config, "--name", &name, "--min", &min]);
+    arguments.extend(spec.detection.iter().flat_map(|detection| ["--detection", detection]));
+    arguments.extend(["--submit", &config, "--name", &name, "--min", &min]);
     arguments.extend(spec.set.iter().flat_map(|set| ["--set", set]));
     let arguments = arguments.into_iter().map(str::to_owned).collect();
     let request = |(name, amount): (&str, &str)| (name.to_owned(), Quantity(amount.to_owned()));

@@ -79,7 +79,7 @@ fn a_manifest_needs_little() {
     let text = r#"{"config": {"preset": "tiny"}, "state": "/runs", "image": "anello", "insecure": true}"#;
     let spec: PretrainJobSpec = serde_json::from_str(text).unwrap();
     assert_eq!(spec.workers, Workers { desired: 1, min: 1, max: None, kind: WorkersKind::Job });
-    assert_eq!((spec.detection.as_str(), spec.termination_grace_period_seconds), ("10s", 120));
+    assert_eq!((spec.detection.as_deref(), spec.termination_grace_period_seconds), (None, 120));
     assert_eq!(told(validate_cel(&PretrainJob::new("a", spec))), "");
 }
 
