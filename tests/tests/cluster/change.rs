@@ -58,7 +58,7 @@ pub fn older_chart(cluster: &Cluster) -> String {
     let file = format!("{older}/crd/pretrainjob.yaml");
     let spec = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties";
     let patch = format!(
-        r#"[{{"op":"remove","path":"{spec}/detection"}},{{"op":"add","path":"{spec}/shards","value":{{"type":"integer"}}}}]"#
+        r#"[{{"op":"remove","path":"{spec}/terminationGracePeriodSeconds"}},{{"op":"add","path":"{spec}/shards","value":{{"type":"integer"}}}}]"#
     );
     let patch = ["patch", "--local", "-f", &file, "--type=json", "-p", &patch, "-o", "yaml"];
     let definition = cluster.kubectl(&patch).unwrap_or_else(|refused| panic!("{refused}"));
@@ -79,19 +79,22 @@ pub fn store_old_job(cluster: &Cluster) {
     wait_until("the old job is stored", stored);
     let told = cluster.kubectl(&["get", "pretrainjob", "a", "-n", OLD, "-o", "jsonpath={.spec}"]);
     let told = told.unwrap_or_else(|refused| panic!("{refused}"));
-    assert!(told.contains("\"shards\":3") && !told.contains("\"detection\":"), "{told}");
+    assert!(told.contains("\"shards\":3") && !told.contains("\"terminationGracePeriodSeconds\":"), "{told}");
 }
 
-/// Of a build that had `shards` and no `detection`, suspended.
+/// Of a build that had `shards` and no `terminationGracePeriodSeconds`, suspended.
 fn old_manifest() -> String {
     let place = world().folder.join(OLD).join("state").display().to_string();
     let submit = ["submit", "small.toml", "--kube", "--dry-run", "--image", "anello:test", "--state", &place];
     let more = ["--name", "a", "--workers", "1", "--set", "compute.threads=1"];
     let manifest = world().anello(&[&submit[..], &more].concat()).expect(0);
-    let lines = manifest.lines().filter(|line| !line.starts_with("  detection:"));
+    let lines = manifest.lines().filter(|line| !line.starts_with("  terminationGracePeriodSeconds:"));
     let manifest =
         lines.collect::<Vec<_>>().join("\n").replacen("suspend: false", "suspend: true\n  shards: 3", 1);
-    assert!(manifest.contains("\n  shards: 3\n") && !manifest.contains("\n  detection:"), "{manifest}");
+    assert!(
+        manifest.contains("\n  shards: 3\n") && !manifest.contains("\n  terminationGracePeriodSeconds:"),
+        "{manifest}"
+    );
     manifest + "\n"
 }
 
@@ -99,7 +102,9 @@ fn old_manifest() -> String {
 fn a_job_that_an_older_build_stored_is_read_and_trained() {
     let Some(site) = Site::start(OLD, 1) else { return };
     let told = || site.value("a", "{.spec}");
-    wait_until("it is served as this build has it", || told().contains("\"detection\":\"10s\""));
+    wait_until("it is served as this build has it", || {
+        told().contains("\"terminationGracePeriodSeconds\":120")
+    });
     assert!(!told().contains("shards"), "{}", told());
     // Who still asks for what is gone hears of it, by its name.
     let refused = site.try_apply(&old_manifest()).expect_err("a field that is gone is refused");

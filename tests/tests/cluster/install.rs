@@ -53,7 +53,7 @@ pub fn install(cluster: &Cluster) {
     // What the API server tells of a definition's fields lags behind the definition.
     wait_until("the definition is found to be another build's", || {
         let told = doctor(cluster, SYSTEM).expect(1);
-        told.contains("pretrainjobs.anello.dev is of another build: it lacks spec.detection; `helm upgrade`")
+        told.contains("pretrainjobs.anello.dev is of another build: it lacks spec.terminationGracePeriodSeconds; `helm upgrade`")
             && told.contains("controller: none of 1 of Deployment anello is ready: ")
     });
     // The older controller never had a node to run on: it is of this build.

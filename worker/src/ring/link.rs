@@ -56,6 +56,10 @@ impl Link {
             while let Some(message) = stream.next().await {
                 let order = match message {
                     Ok(message) => <(Epoch, Word)>::try_from(message),
+                    Err(status) if is_told(&status) => {
+                        tracing::warn!(reason = status.message(), "the coordinator closes the connection");
+                        return;
+                    }
                     Err(status) => {
                         tracing::debug!(%status, "the connection to the coordinator is closed");
                         return;
@@ -92,4 +96,14 @@ impl Link {
     pub fn say(&self, word: v1::from_worker::Word) -> bool {
         self.words.try_send(v1::FromWorker { word: Some(word) }).is_ok()
     }
+}
+
+/// Whether the coordinator says what was wrong with what this worker said: other ends are those of connections and processes.
+fn is_told(status: &tonic::Status) -> bool {
+    use tonic::Code::{
+        Aborted, FailedPrecondition, InvalidArgument, OutOfRange, PermissionDenied, ResourceExhausted,
+    };
+    let told =
+        [Aborted, FailedPrecondition, InvalidArgument, OutOfRange, PermissionDenied, ResourceExhausted];
+    told.contains(&status.code())
 }

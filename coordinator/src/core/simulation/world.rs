@@ -393,6 +393,9 @@ impl World {
                     return self.leave_ring(worker, cause);
                 }
             }
+            Happening::LetGo { worker, step, generation } => {
+                return self.tell_worker(worker, Happens::LetGo { step, generation });
+            }
             Happening::Appended { coordinator, entry } => return self.appended(coordinator, entry),
             Happening::Listed { coordinator } => {
                 let steps = self.manifests.keys().copied().collect();

@@ -264,16 +264,21 @@ fn what_is_no_mathematics_may_change_at_any_resume() {
     assert_finished(&store, "changed on the way");
 }
 
+/// All that a run does to its folder which keeps two checkpoints.
+fn changes_of_a_run_that_prunes(data: &Data) -> Vec<Change> {
+    let mut config = data.config();
+    (config.checkpoint.keep_last, config.checkpoint.keep_stage_ends) = (2, false);
+    let store = TestStore::new();
+    begin(&store.run(), &config, None);
+    store.journal()
+}
+
 /// After any change to the run folder the process may be killed: between the parts and their manifest, between
 /// an old manifest and its parts, between metrics and checkpoint, before the first event.
 #[test]
 fn a_run_killed_between_any_two_writes_is_the_same_run() {
     let data = Data::new();
-    let mut config = data.config();
-    (config.checkpoint.keep_last, config.checkpoint.keep_stage_ends) = (2, false);
-    let store = TestStore::new();
-    begin(&store.run(), &config, None);
-    let journal = store.journal();
+    let journal = changes_of_a_run_that_prunes(&data);
     let manifests = journal.iter().filter(|(path, bytes)| path.ends_with("manifest.json") && bytes.is_none());
     assert!(manifests.count() > 3, "retention was at work");
     // Every third: there are some nine checkpoints of a few changes each, so that all places are met.
@@ -301,11 +306,7 @@ fn a_run_killed_between_any_two_writes_is_the_same_run() {
 #[test]
 fn a_run_whose_successors_are_killed_too_is_the_same_run() {
     let data = Data::new();
-    let mut config = data.config();
-    (config.checkpoint.keep_last, config.checkpoint.keep_stage_ends) = (2, false);
-    let store = TestStore::new();
-    begin(&store.run(), &config, None);
-    let journal = store.journal();
+    let journal = changes_of_a_run_that_prunes(&data);
     // In the midst of its pruning, its parts, and before its first event.
     let deletes = |(at, (_, bytes)): (usize, &Change)| bytes.is_none().then_some(at);
     let deletion = journal.iter().enumerate().find_map(deletes).expect("retention was at work");

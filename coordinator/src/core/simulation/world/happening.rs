@@ -95,6 +95,12 @@ pub(super) enum Happening {
         state: u64,
         leave: Option<Cause>,
     },
+    /// The copy that it is asked for is written, or gone.
+    LetGo {
+        worker: WorkerId,
+        step: Step,
+        generation: Generation,
+    },
     Appended {
         coordinator: usize,
         entry: Entry,
@@ -146,6 +152,7 @@ pub(super) fn target(happening: &Happening) -> Option<WorkerId> {
         | Happening::PeerLost { worker, .. }
         | Happening::Unanswered { worker, .. }
         | Happening::Wrote { worker, .. }
+        | Happening::LetGo { worker, .. }
         | Happening::Kill { worker }
         | Happening::Differ { worker, .. }
         | Happening::Terminate { worker } => Some(*worker),
@@ -193,6 +200,7 @@ pub(super) fn addressee(happening: &Happening) -> Option<usize> {
         | Happening::PeerLost { .. }
         | Happening::Unanswered { .. }
         | Happening::Wrote { .. }
+        | Happening::LetGo { .. }
         | Happening::StartCoordinator
         | Happening::Kill { .. }
         | Happening::Differ { .. }
@@ -235,6 +243,7 @@ pub(super) fn kind(happening: &Happening) -> u64 {
         Happening::Welcome { .. } => 28,
         Happening::Kill { .. } => 29,
         Happening::Differ { .. } => 30,
+        Happening::LetGo { .. } => 31,
     };
     kind * 1_000_003 + target(happening).map_or(0, |worker| worker.0)
 }

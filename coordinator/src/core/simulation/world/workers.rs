@@ -273,7 +273,10 @@ impl World {
         let kept = &mut self.workers.get_mut(&worker).expect("known").kept;
         let asked = |copy: &Copied| (copy.step, copy.generation) == (step, generation);
         let Some(at) = kept.iter().position(asked) else {
-            return self.tell_worker(worker, Happens::LetGo { step, generation });
+            // It may be the copy that is being written: the thread that writes says so after that.
+            let until = self.workers[&worker].writes_until.max(self.now);
+            self.at(until, Happening::LetGo { worker, step, generation });
+            return Ok(());
         };
         let copy = kept.remove(at);
         self.report.copies += 1;
