@@ -519,8 +519,10 @@ fn a_job_whose_workers_all_die_waits_for_others_and_says_so() {
     coordinator.assert_undisturbed("a");
 }
 
-/// The pictures that a terminal was shown one after the other, each as its lines. Each is drawn where the one before was.
+/// The pictures that a terminal was shown one after the other, each as its lines. Each is drawn where the one before was. The last
+/// may still be under way and is left out.
 fn pictures(out: &str) -> Vec<Vec<String>> {
+    let (out, _) = out.rsplit_once('\x1b').unwrap_or_default();
     let drawn = |piece: &str| {
         let (up, picture) = piece.strip_prefix('[')?.split_once('A')?;
         up.parse::<u32>().is_ok().then(|| picture.chars().collect::<Vec<char>>())

@@ -197,7 +197,8 @@ fn where_moments_are_shared_out_a_joiner_comes_while_the_language_model_is_froze
     process.wait().expect(0);
     workers.into_iter().for_each(|worker| drop(worker.wait().expect(0)));
     let told = events(run);
-    assert!(told.contains("formed with 2 workers"), "{told}");
+    // On a busy machine both may come at once.
+    assert!(["2", "3"].iter().any(|many| told.contains(&format!("formed with {many} workers"))), "{told}");
     assert!(!told.contains("given up") && !told.contains("state from checkpoint"), "{told}");
     world().assert_alike(run, "joiners-frozen-one");
     assert_no_strays(run);
