@@ -105,21 +105,17 @@ fn off_log(run: &Recorded, step: u64, told: Option<&Event>) -> Option<Contradict
         _ => false,
     };
     let logged: Vec<&Event> = run.events.iter().filter(of_step).collect();
-    let words = |event: &Event| describe(event);
     let fact = match (told, &logged[..]) {
-        (Some(told), logged) if !logged.contains(&told) && run.records.contains_key(&step) => {
-            match logged.last() {
-                Some(logged) => {
-                    format!("the log tells \"{}\", where it comes to \"{}\"", words(logged), words(told))
-                }
-                None => format!("the log does not tell \"{}\", which it comes to", words(told)),
-            }
+        (Some(told), logged) if logged.contains(&told) || !run.records.contains_key(&step) => return None,
+        (Some(told), []) => format!("the log does not tell \"{}\", which it comes to", describe(told)),
+        (Some(told), [.., last]) => {
+            format!("the log tells \"{}\", where it comes to \"{}\"", describe(last), describe(told))
         }
         // A step that was trained again with another config may have come out otherwise before.
-        (None, [.., logged]) if run.epochs.len() == 1 => {
-            format!("the log tells \"{}\", which it does not come to", words(logged))
+        (None, [.., last]) if run.epochs.len() == 1 => {
+            format!("the log tells \"{}\", which it does not come to", describe(last))
         }
-        _ => return None,
+        (None, _) => return None,
     };
     Some(Contradiction { subject: Subject::Log, step: Some(step), fact: format!("at step {step}: {fact}") })
 }

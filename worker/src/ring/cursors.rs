@@ -1,17 +1,18 @@
 //! Where lanes are in their data, as workers tell one another: a name of a source is said once, not once a lane.
 
+use std::collections::BTreeSet;
+
 use anello_proto::v1;
 use anello_store::{Cursor, OpenDocument, SourceCursor};
 
 /// `cursors`, in their order.
 pub(super) fn packed(cursors: &[Cursor]) -> v1::Cursors {
-    let mut sources: Vec<String> = cursors
+    // Each step says it: names are compared, and those that are said are copied.
+    let names: BTreeSet<&String> = cursors
         .iter()
         .flat_map(|cursor| cursor.sources.keys().chain(cursor.open.iter().map(|open| &open.source)))
-        .cloned()
         .collect();
-    sources.sort_unstable();
-    sources.dedup();
+    let sources: Vec<String> = names.into_iter().cloned().collect();
     let index = |name: &String| sources.binary_search(name).expect("all names are there") as u32;
     let lane = |cursor: &Cursor| v1::LaneCursor {
         stage: cursor.stage,
