@@ -5,7 +5,7 @@
 
 mod section;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 pub(crate) use section::Found;
@@ -236,7 +236,15 @@ fn read_fault(text: &str) -> Option<Fault> {
 /// The stages in the order of `stages`, each from its `[stage.NAME]`.
 fn stages(top: &mut Section<'_, '_>, sources: &BTreeMap<String, Source>) -> Vec<Stage> {
     let listed = stage_names(top);
-    let mut all = top.map("stage", |s, name| s.section(name, |s| stage(s, name, sources)));
+    let mut unsaid = BTreeSet::new();
+    let mut all = top.map("stage", |s, name| {
+        s.section(name, |s| {
+            if !s.has("reset_optimizer") {
+                unsaid.insert(name.to_owned());
+            }
+            stage(s, name, sources)
+        })
+    });
     let list_layer = top.table.find("stages").map_or(0, |entry| entry.node.place.layer);
     let mut stages = Vec::new();
     for (name, origin) in &listed {
@@ -266,6 +274,14 @@ fn stages(top: &mut Section<'_, '_>, sources: &BTreeMap<String, Source>) -> Vec<
             let fact = format!("stage `{name}` is not listed in `stages`");
             top.report(key.origin.clone(), &path, fact, remedy);
         }
+    }
+    // What is frozen has no moments, and what is frozen no longer begins with none.
+    let mut before = Trains::All;
+    for stage in &mut stages {
+        if unsaid.contains(&stage.name) {
+            stage.reset_optimizer = stage.trains != before;
+        }
+        before = stage.trains;
     }
     stages
 }

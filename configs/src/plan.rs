@@ -151,7 +151,8 @@ pub struct Memory {
     /// fp32 weights, 4 bytes a parameter.
     pub master: u64,
     /// Two fp32 moments, 8 bytes a parameter. With `ring.state_copies = 2` and more than two workers those of two workers'
-    /// shares, 12 bytes: the gradient of these is kept too until all have the step.
+    /// shares, 12 bytes: the gradient of these is kept too until all have the step. Those of what a stage freezes are let go with
+    /// its first step, and not there at all when it is the run's first: then there are those of the gate alone, a block or two.
     pub moments: u64,
     /// fp32 gradient of the lane at work, 4 bytes a parameter.
     pub gradient: u64,
@@ -217,12 +218,14 @@ impl Memory {
             false => (inputs, 0),
         };
         let chunk = u64::from(config.compute.loss_chunk_tokens).min(tokens);
+        let is_first = config.stages.first().is_some_and(|first| first.name == stage.name);
+        let moved = if is_first && stage.trains == Trains::Gate { d + 1 } else { parameters };
         Self {
             weights: if config.compute.dtype == Dtype::Bf16 { 2 * parameters } else { 0 },
             master: 4 * parameters,
             moments: match config.ring.state_copies {
-                StateCopies::Two if workers > 2 => product([12, 2, parameters]).div_ceil(u64::from(workers)),
-                StateCopies::Two | StateCopies::All => 8 * parameters,
+                StateCopies::Two if workers > 2 => product([12, 2, moved]).div_ceil(u64::from(workers)),
+                StateCopies::Two | StateCopies::All => 8 * moved,
             },
             gradient: 4 * parameters,
             fold: product([4, parameters, gradients.saturating_sub(1).into()]),

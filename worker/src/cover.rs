@@ -1,4 +1,4 @@
-//! Which blocks' moments a state has: all of them, or, where they are shared out over a ring, some.
+//! Which blocks' moments a state has: all of them, or, where they are shared out over a ring, or a stage moves some alone, fewer.
 
 use std::ops::Range;
 
@@ -105,6 +105,12 @@ impl Cover {
         Self::of(left, self.all)
     }
 
+    /// The blocks of this one that lie in `blocks`.
+    pub fn within(&self, blocks: &Range<usize>) -> Self {
+        let ranges = self.pieces(blocks.clone()).into_iter().map(|piece| piece.blocks);
+        Self { ranges: ranges.collect(), all: self.all }
+    }
+
     /// What of `blocks` is covered, and where it lies.
     pub fn pieces(&self, blocks: Range<usize>) -> Vec<Piece> {
         let (mut at, mut pieces) = (0, Vec::new());
@@ -175,6 +181,10 @@ mod tests {
             let lacks = a.without(&b);
             prop_assert!(blocks(&lacks).iter().all(|block| !blocks(&b).contains(block)));
             prop_assert_eq!(lacks.and(&b), a.and(&b));
+            for range in b.ranges() {
+                let both: Vec<usize> = blocks(&a).into_iter().filter(|block| range.contains(block)).collect();
+                prop_assert_eq!(blocks(&a.within(range)), both);
+            }
         }
 
         #[test]

@@ -1,8 +1,11 @@
 //! Digests of flat buffers by block, made where these lie: a GPU hashes its memory faster than the host could copy it.
 
+use std::ops::Range;
+
 use tch::{Device, Tensor};
 
 use crate::kernels;
+use crate::optimizer::{State, both};
 use crate::params::BLOCK;
 use crate::{ffi, host};
 
@@ -20,10 +23,29 @@ pub(crate) fn of_blocks(flat: &Tensor) -> Vec<blake3::Hash> {
     }
 }
 
-/// One digest of all of `flats`, whatever the device: that of the digests of their blocks.
-pub(crate) fn of_all(flats: &[&Tensor]) -> blake3::Hash {
+/// Those of the first and second moments of `blocks` of a state. They do not tell whether there is room for what is zero.
+pub(crate) fn of_moments(state: &State, blocks: Range<usize>) -> [Vec<blake3::Hash>; 2] {
+    let moved = both(&blocks, &state.moved);
+    let zero = blake3::hash(&[0; BLOCK * 4]);
+    state.moments(blocks.clone()).map(|flat| {
+        let mut digests = vec![zero; blocks.len()];
+        if !moved.is_empty() {
+            let first = moved.start - blocks.start;
+            digests[first..first + moved.len()].copy_from_slice(&of_blocks(&flat));
+        }
+        digests
+    })
+}
+
+/// One digest of all of `flat`, whatever the device: that of the digests of its blocks.
+pub(crate) fn of_all(flat: &Tensor) -> blake3::Hash {
+    of_digests(&of_blocks(flat))
+}
+
+/// One digest of these.
+pub(crate) fn of_digests<'a>(digests: impl IntoIterator<Item = &'a blake3::Hash>) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
-    for digest in flats.iter().flat_map(|flat| of_blocks(flat)) {
+    for digest in digests {
         hasher.update(digest.as_bytes());
     }
     hasher.finalize()

@@ -25,7 +25,7 @@ use crate::host;
 use crate::kernels::{self, Kernels};
 use crate::model::{Context, Model, Rotary, Tokens};
 use crate::objective::{self, Goal, LossSums};
-use crate::optimizer::{Prepared, State, Summed, Update};
+use crate::optimizer::{Prepared, State, Summed, Update, blocks_of};
 use crate::params::{BLOCK, Layout};
 use crate::stopwatch::{Point, Spent, Stopwatch};
 use crate::tape::Tape;
@@ -346,8 +346,18 @@ impl Engine {
             self.state.losses.clear();
         }
         if plan.reset_optimizer {
-            self.state.reset_moments();
+            self.state.reset_moments(self.moved_blocks(plan));
         }
+    }
+
+    /// The blocks that the step of `plan` moves.
+    fn moved_blocks(&self, plan: &StepPlan<'_>) -> Range<usize> {
+        blocks_of(&self.state.layout.moved(plan.stage.trains, plan.stage.loss))
+    }
+
+    /// Makes room for the moments of what the step of `plan` moves, which is otherwise made by its update.
+    pub fn make_room(&mut self, plan: &StepPlan<'_>) {
+        self.state.make_room(self.moved_blocks(plan));
     }
 
     /// The same as far as forward and backward need it: moments and the window of losses stay what they were until the step's

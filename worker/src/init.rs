@@ -25,7 +25,7 @@ pub fn initial_state(config: &RunConfig, device: Device) -> Result<State> {
             let fact = format!("{} has the weights {digest}; the run began with {expected}", init.from);
             Err(Error::config(fact, "bring those back, or begin a new run"))
         }
-        _ => Ok(State::new(layout, Tensor::from_slice(&weights).to_device(device))),
+        _ => Ok(State::unmoved(layout, Tensor::from_slice(&weights).to_device(device))),
     }
 }
 

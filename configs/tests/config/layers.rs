@@ -116,6 +116,31 @@ fn defaults_fill_what_nobody_wrote() {
     assert_eq!(one.stages[0].trains, Trains::Gate);
 }
 
+/// Whoever trains other parameters than the stage before begins with moments at zero, and says so where the config is kept.
+#[test]
+fn a_stage_that_trains_something_else_resets_the_optimizer() {
+    let resets = |sets: &[&str]| {
+        let config = loaded("tiny", &[&["stages=[\"warmup\",\"stable\",\"mid-training\"]"], sets].concat());
+        let resets = |config: &RunConfig| -> Vec<bool> {
+            config.stages.iter().map(|stage| stage.reset_optimizer).collect()
+        };
+        let again = RunConfig::parse("again", &config.to_toml()).unwrap();
+        assert_eq!(resets(&again), resets(&config));
+        resets(&config)
+    };
+    assert_eq!(resets(&[]), [false; 3]);
+    assert_eq!(resets(&["stage.stable.loss=gate"]), [false, true, true]);
+    assert_eq!(resets(&["stage.stable.loss=gate", "stage.mid-training.loss=gate"]), [false, true, false]);
+    assert_eq!(resets(&["stage.warmup.loss=gate"]), [true, true, false]);
+    assert_eq!(resets(&["stage.stable.loss=sft"]), [false; 3], "all but the gate move");
+    let both = [
+        "stage.stable.loss=gate",
+        "stage.stable.reset_optimizer=false",
+        "stage.mid-training.reset_optimizer=false",
+    ];
+    assert_eq!(resets(&both), [false; 3], "the moments stay");
+}
+
 #[test]
 fn a_fault_comes_once_or_again_and_again() {
     for (text, again) in [("wire@7/1", false), ("wire@7/1*", true)] {

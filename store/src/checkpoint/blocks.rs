@@ -5,6 +5,8 @@
 //! parts of the one before  |       A       |       B       | C |
 //! parts of this one        |   A, as is    |   B, as is    | D |      only D is written
 //! ```
+//! Blocks that do not move have no moments: then a part is of their weights alone, and so is one of before they stood still, whatever
+//! else it holds.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -19,83 +21,115 @@ use crate::{Result, Store};
 
 /// Writes the blocks from `first_block` on of the state after `step` steps in parts of about `part_bytes`, and returns the
 /// parts in the order of their blocks. `buffers` are the little-endian bytes of weights, first and second moments, whole
-/// blocks of each. `stamp` keeps writers apart that write the same blocks.
+/// blocks of each; of the moments those of the blocks `moved` of the state alone, since all others are zero. `stamp` keeps writers
+/// apart that write the same blocks.
 ///
 /// A part of the newest checkpoint whose blocks are all the same still (what is frozen does not change) is named and not
-/// written again. Every part that is written is read back.
+/// written again. Every part that is written is read back. Panics when the buffers are not of these blocks.
 pub fn write_blocks(
     store: &Store,
     step: u64,
     stamp: impl Into<Stamp>,
     part_bytes: u64,
     first_block: usize,
+    moved: Range<usize>,
     buffers: &[Bytes; 3],
 ) -> Result<Vec<Written>> {
     let stamp = stamp.into();
-    let digests = Digests::new(buffers);
+    let digests = Digests::new(first_block, moved, buffers);
     let blocks = first_block..first_block + digests.blocks();
     let of_part = (part_bytes as usize / (BLOCK_BYTES * BUFFERS.len())).max(1);
     let base = base(store, step);
-    let pieces = match &base {
-        Some((base, there)) => {
-            let same = |block: usize| {
-                let is = |buffer: usize| {
-                    let theirs = base.blocks.of(buffer).get(block);
-                    theirs.is_some_and(|theirs| theirs == digests.of(buffer, block - first_block))
-                };
-                (0..BUFFERS.len()).all(is)
-            };
-            let parts: Vec<&Part> = base.parts.iter().filter(|part| there.contains(part)).collect();
-            // What did not change is hashed here, by all threads, and what did as it is written.
-            let within = |part: &&&Part| part.range().start >= blocks.start && part.range().end <= blocks.end;
-            each(usize::MAX, parts.iter().filter(within).collect(), |_, part| {
-                part.range().all(same);
-                Ok(())
-            })?;
-            cut(blocks.clone(), of_part, &parts, same)
+    let is = |block: usize| {
+        let same = |buffer: usize| {
+            let theirs = base.as_ref().and_then(|(base, _)| base.blocks.of(buffer).get(block));
+            theirs.is_some_and(|theirs| theirs == digests.of(buffer, block - first_block))
+        };
+        match digests.is_still(block - first_block) {
+            true => Is::Still { same: same(0) },
+            false => Is::Moved { same: (0..BUFFERS.len()).all(same) },
         }
-        None => cut(blocks.clone(), of_part, &[], |_| false),
     };
-    each(usize::MAX, pieces, |_, piece| {
+    let there = base.iter().flat_map(|(base, there)| base.parts.iter().filter(|part| there.contains(part)));
+    let parts: Vec<&Part> = there.collect();
+    // What did not change is hashed here, by all threads, and what did as it is written.
+    let within = |part: &&&Part| part.range().start >= blocks.start && part.range().end <= blocks.end;
+    each(usize::MAX, parts.iter().filter(within).collect(), |_, part| {
+        part.range().all(|block| is(block).same());
+        Ok(())
+    })?;
+    each(usize::MAX, cut(blocks.clone(), of_part, &parts, is), |_, piece| {
         let own = |range: Range<usize>| range.start - first_block..range.end - first_block;
         match piece {
             Piece::New(range) => write_part(store, step, stamp, first_block, &digests, own(range)),
-            Piece::Kept(part) => {
+            Piece::Kept { part, still } => {
                 let of = part.step.or(base.as_ref().map(|(base, _)| base.step));
                 let digests = digests.all(own(part.range()));
-                Ok(Written { part: Part { step: of, ..part.clone() }, digests })
+                Ok(Written { part: Part { step: of, still: part.still || still, ..part.clone() }, digests })
             }
         }
     })
 }
 
+/// The bytes of a block of zeros.
+pub(super) static ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+
+/// BLAKE3 of a block of zeros, hex.
+pub(super) fn digest_of_zeros() -> &'static str {
+    static DIGEST: OnceLock<String> = OnceLock::new();
+    DIGEST.get_or_init(|| blake3::hash(&ZEROS).to_hex().to_string())
+}
+
 /// BLAKE3 of each block of three buffers, hex, found when it is first asked for.
 pub(super) struct Digests<'a> {
     buffers: &'a [Bytes; 3],
+    /// The blocks of the buffers of moments, as those of the weights are counted.
+    moved: Range<usize>,
     known: [Vec<OnceLock<String>>; 3],
 }
 
 impl<'a> Digests<'a> {
-    /// Panics when the buffers are not whole blocks, as many of each.
-    pub fn new(buffers: &'a [Bytes; 3]) -> Self {
-        let blocks = buffers[0].len() / BLOCK_BYTES;
-        let whole = buffers.iter().all(|buffer| buffer.len() == blocks * BLOCK_BYTES);
-        assert!(whole, "whole blocks, as many of each buffer");
-        Self { buffers, known: [(); 3].map(|()| vec![OnceLock::new(); blocks]) }
+    /// Of the blocks from `first` on of a state that has moments of the blocks `moved`. Panics when the buffers are not whole blocks,
+    /// or of moments not of these.
+    pub fn new(first: usize, moved: Range<usize>, buffers: &'a [Bytes; 3]) -> Self {
+        let [weights, exp_avg, exp_avg_sq] = buffers.each_ref().map(Bytes::len);
+        let blocks = weights / BLOCK_BYTES;
+        let here = |block: usize| block.clamp(first, first + blocks) - first;
+        let moved = here(moved.start)..here(moved.end);
+        let of_moments = moved.len() * BLOCK_BYTES;
+        assert_eq!(
+            (weights, exp_avg, exp_avg_sq),
+            (blocks * BLOCK_BYTES, of_moments, of_moments),
+            "whole blocks"
+        );
+        Self { buffers, moved, known: [(); 3].map(|()| vec![OnceLock::new(); blocks]) }
     }
 
-    /// Blocks of each buffer.
+    /// Blocks of the weights.
     pub fn blocks(&self) -> usize {
         self.known[0].len()
     }
 
+    /// Whether a block has no moments: they are zero.
+    pub fn is_still(&self, block: usize) -> bool {
+        !self.moved.contains(&block)
+    }
+
     /// The bytes of a block.
     pub fn block(&self, buffer: usize, block: usize) -> Bytes {
-        self.buffers[buffer].slice(block * BLOCK_BYTES..(block + 1) * BLOCK_BYTES)
+        let at = match buffer {
+            0 => block,
+            _ if self.is_still(block) => return Bytes::from_static(&ZEROS),
+            _ => block - self.moved.start,
+        };
+        self.buffers[buffer].slice(at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES)
     }
 
     /// The digest of a block.
     pub fn of(&self, buffer: usize, block: usize) -> &str {
+        if buffer > 0 && self.is_still(block) {
+            return digest_of_zeros();
+        }
         let hash = || blake3::hash(&self.block(buffer, block)).to_hex().to_string();
         self.known[buffer][block].get_or_init(hash)
     }
@@ -127,42 +161,71 @@ fn base(store: &Store, step: u64) -> Option<(Manifest, Vec<Part>)> {
     Some((manifest, there))
 }
 
+/// What a block is to the checkpoint before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Is {
+    /// It has moments, and all of it is as it was, or not.
+    Moved { same: bool },
+    /// It has none, whether it had then or not, and its weights are as they were, or not.
+    Still { same: bool },
+}
+
+impl Is {
+    fn same(self) -> bool {
+        let (Self::Moved { same } | Self::Still { same }) = self;
+        same
+    }
+
+    fn still(self) -> bool {
+        matches!(self, Self::Still { .. })
+    }
+}
+
 /// What becomes of some blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Piece<'a> {
-    /// They are written as a part.
+    /// They are written as a part: all of them have moments, or none.
     New(Range<usize>),
-    /// They are a part that is there.
-    Kept(&'a Part),
+    /// They are a part that is there, or, when they stand `still`, its weights.
+    Kept { part: &'a Part, still: bool },
 }
 
-/// `blocks` in pieces, in order: the `parts` that lie within and whose blocks are all `same`, and between them new ones of at
+/// `blocks` in pieces, in order: the `parts` that lie within and whose blocks are all the same, and between them new ones of at
 /// most `of_part` blocks. Blocks that are the same before the first and after the last that changed get parts of their own,
 /// so that the next checkpoint can keep these.
 fn cut<'a>(
     blocks: Range<usize>,
     of_part: usize,
     parts: &[&'a Part],
-    same: impl Fn(usize) -> bool,
+    is: impl Fn(usize) -> Is,
 ) -> Vec<Piece<'a>> {
     let mut pieces = Vec::new();
     let fill = |pieces: &mut Vec<Piece<'a>>, gap: Range<usize>| {
-        let first = gap.clone().find(|block| !same(*block));
-        let runs = match (first, gap.clone().rev().find(|block| !same(*block))) {
+        let changed = |block: &usize| !is(*block).same();
+        let runs = match (gap.clone().find(changed), gap.clone().rev().find(changed)) {
             (Some(first), Some(last)) => [gap.start..first, first..last + 1, last + 1..gap.end],
             _ => [gap, 0..0, 0..0],
         };
-        for run in runs {
-            let starts = run.clone().step_by(of_part);
-            pieces.extend(starts.map(|start| Piece::New(start..run.end.min(start + of_part))));
+        for mut run in runs {
+            while !run.is_empty() {
+                let still = is(run.start).still();
+                let most = run.end.min(run.start + of_part);
+                let end = (run.start..most).find(|block| is(*block).still() != still).unwrap_or(most);
+                pieces.push(Piece::New(run.start..end));
+                run.start = end;
+            }
         }
     };
     let mut at = blocks.start;
     for part in parts {
         let range = part.range();
-        if range.start >= at && range.end <= blocks.end && range.clone().all(&same) {
+        if range.start < at || range.end > blocks.end || !range.clone().all(|block| is(block).same()) {
+            continue;
+        }
+        let still = range.clone().filter(|block| is(*block).still()).count();
+        if still == 0 || still == range.len() {
             fill(&mut pieces, at..range.start);
-            pieces.push(Piece::Kept(part));
+            pieces.push(Piece::Kept { part, still: still > 0 });
             at = range.end;
         }
     }
@@ -176,17 +239,48 @@ mod tests {
 
     fn part(first: u64, blocks: u64) -> Part {
         let name = format!("part-{first:05}");
-        Part { name, step: None, first_block: first, blocks, bytes: 0, blake3: String::new() }
+        Part { name, step: None, still: false, first_block: first, blocks, bytes: 0, blake3: String::new() }
+    }
+
+    /// New parts as `1..3`, `1..3 still` without moments; kept ones as `[1..3]`.
+    fn told_of(blocks: Range<usize>, of_part: usize, parts: &[Part], is: impl Fn(usize) -> Is) -> String {
+        let parts: Vec<&Part> = parts.iter().collect();
+        let word = |piece: &Piece<'_>| match piece {
+            Piece::New(range) if is(range.start).still() => format!("{}..{} still", range.start, range.end),
+            Piece::New(range) => format!("{}..{}", range.start, range.end),
+            Piece::Kept { part, still } => {
+                format!(
+                    "[{}..{}{}]",
+                    part.range().start,
+                    part.range().end,
+                    if *still { " still" } else { "" }
+                )
+            }
+        };
+        cut(blocks, of_part, &parts, &is).iter().map(word).collect::<Vec<_>>().join(" ")
     }
 
     fn told(blocks: Range<usize>, of_part: usize, parts: &[Part], changed: &[usize]) -> String {
-        let parts: Vec<&Part> = parts.iter().collect();
-        let pieces = cut(blocks, of_part, &parts, |block| !changed.contains(&block));
-        let word = |piece: &Piece<'_>| match piece {
-            Piece::New(range) => format!("{}..{}", range.start, range.end),
-            Piece::Kept(part) => format!("[{}..{}]", part.range().start, part.range().end),
+        told_of(blocks, of_part, parts, |block| Is::Moved { same: !changed.contains(&block) })
+    }
+
+    #[test]
+    fn what_stands_still_is_the_weights_of_what_is_there() {
+        let parts = [part(0, 4), part(4, 4), part(8, 2)];
+        let told = |of_part: usize, parts: &[Part], moved: Range<usize>, changed: &[usize]| {
+            told_of(0..10, of_part, parts, |block| {
+                let same = !changed.contains(&block);
+                if moved.contains(&block) { Is::Moved { same } } else { Is::Still { same } }
+            })
         };
-        pieces.iter().map(word).collect::<Vec<_>>().join(" ")
+        assert_eq!(told(4, &parts, 9..10, &[9]), "[0..4 still] [4..8 still] 8..9 still 9..10");
+        assert_eq!(told(4, &parts, 9..10, &[5, 9]), "[0..4 still] 4..5 still 5..9 still 9..10");
+        assert_eq!(told(4, &parts, 8..10, &[]), "[0..4 still] [4..8 still] [8..10]");
+        // A part of both is not kept, and no new one is of both.
+        assert_eq!(told(4, &parts, 6..9, &[]), "[0..4 still] 4..6 still 6..9 9..10 still");
+        let all: Vec<usize> = (0..10).collect();
+        assert_eq!(told(4, &[], 9..10, &all), "0..4 still 4..8 still 8..9 still 9..10");
+        assert_eq!(told(4, &parts, 0..0, &all), "0..4 still 4..8 still 8..10 still");
     }
 
     #[test]

@@ -5,13 +5,14 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::blocks::digest_of_zeros;
 use super::part::SECOND;
 use super::{BLOCK, Written, folder};
 use crate::{Cursor, Environment, Error, Result};
 
 /// The newest version of the format that this build reads. It writes 1 where every part is in the checkpoint's own folder,
-/// and 2 where some are those of earlier checkpoints.
-pub const FORMAT: u32 = 2;
+/// 2 where some are those of earlier checkpoints, and 3 where the weights alone count of some.
+pub const FORMAT: u32 = 3;
 
 /// What a checkpoint is: everything needed to go on, and the digests to know that it is whole.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -137,6 +138,9 @@ pub struct Part {
     /// Step of that checkpoint, an earlier one, whose blocks these still are; absent: it was written for this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<u64>,
+    /// The moments of its blocks are zero, whatever else the object holds: of it the weights alone count.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub still: bool,
     /// First block.
     pub first_block: u64,
     /// Number of blocks.
@@ -153,6 +157,15 @@ impl Manifest {
     pub fn has(&self, buffer: usize, block: usize, bytes: &[u8]) -> bool {
         let digest = self.blocks.of(buffer).get(block);
         digest.is_some_and(|digest| blake3::hash(bytes).to_hex().as_str() == digest.as_str())
+    }
+
+    /// The blocks from the first to the last that have moments other than zero.
+    pub fn moved(&self) -> Range<usize> {
+        let moves =
+            |block: &usize| [1, 2].iter().any(|buffer| self.blocks.of(*buffer)[*block] != digest_of_zeros());
+        let mut blocks = 0..self.blocks.weights.len();
+        let Some(first) = blocks.clone().find(moves) else { return 0..0 };
+        first..blocks.rfind(moves).map_or(first, |last| last + 1)
     }
 }
 
@@ -275,9 +288,14 @@ impl Manifest {
         }
         let Facts { position, updates, layers, cursors, losses, config, data, environment } = facts;
         let Position { step, stage, stage_end, tokens } = position;
-        let elsewhere = described.iter().any(|part| part.step.is_some());
+        let any = |is: fn(&Part) -> bool| described.iter().any(is);
+        let format = match (any(|part| part.still), any(|part| part.step.is_some())) {
+            (true, _) => FORMAT,
+            (false, true) => 2,
+            (false, false) => 1,
+        };
         let mut manifest = Self {
-            format: if elsewhere { FORMAT } else { 1 },
+            format,
             step,
             stage,
             stage_end,
@@ -340,6 +358,13 @@ impl Manifest {
         let mut covered = 0;
         for part in &self.parts {
             let later = part.step.is_some_and(|of| of >= step);
+            let zero = |buffer: usize| {
+                let digests = self.blocks.of(buffer).get(part.range());
+                digests.is_none_or(|digests| digests.iter().all(|digest| digest == digest_of_zeros()))
+            };
+            if part.still && !(zero(1) && zero(2)) {
+                return Err(damaged(step, "manifest.json contradicts itself"));
+            }
             if part.first_block != covered || part.blocks == 0 || later || !part.is_well_named() {
                 return Err(damaged(step, format!("manifest.json: part {:?} is out of place", part.name)));
             }

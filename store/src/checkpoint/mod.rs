@@ -1,7 +1,8 @@
 //! Checkpoints: parts cut by block, and the manifest whose creation makes a checkpoint exist.
 //!
 //! ```text
-//! checkpoints/0000001200/part-00000-00085-00000001.safetensors    weights, exp_avg, exp_avg_sq of blocks 0..85, each [n] F32
+//! checkpoints/0000001200/part-00000-00085-00000001.safetensors    weights, exp_avg, exp_avg_sq of blocks 0..85, each [n] F32;
+//!                                                                  the weights alone where no block has moved (…-weights)
 //! checkpoints/0000001200/manifest.json                            created when all parts are there, with put-if-absent
 //! latest.json                                                     moved last; a hint for readers
 //!
@@ -15,7 +16,8 @@
 //! `latest.json`; and only then does an old checkpoint go. A kill between any two leaves the checkpoints before it, or it.
 //!
 //! A part whose blocks are still the same is not written again: the manifest then names that of an earlier checkpoint. It stays
-//! as long as some manifest names it.
+//! as long as some manifest names it. So it is where blocks stand still, whose moments a stage has set to zero: the manifest says
+//! that of such a part the weights alone count.
 //!
 //! The first two numbers in a part's name are its blocks (older builds named them otherwise; the manifest has the names, so
 //! nobody minds). The third is its writer's: that of the event with which the writer took the run up, or of the

@@ -1,4 +1,4 @@
-//! The bytes of a part: blocks of the three flat buffers as one safetensors object.
+//! The bytes of a part: blocks of the three flat buffers, or of the weights alone, as one safetensors object.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -8,7 +8,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, View};
 use serde::{Deserialize, Serialize};
 
-use super::blocks::Digests;
+use super::blocks::{Digests, ZEROS};
 use super::manifest::damaged;
 use super::parallel::each;
 use super::{BLOCK_BYTES, BUFFERS, Facts, Manifest, Part, folder, read_manifest};
@@ -77,21 +77,22 @@ impl View for Numbers {
     }
 }
 
-/// The header of the part of `blocks` of the checkpoint after `step` steps: all of it but the numbers.
-fn header(step: u64, blocks: &Range<usize>) -> Vec<u8> {
+/// The header of the part of `blocks` of the checkpoint after `step` steps, of these buffers: all of it but the numbers.
+fn header(step: u64, blocks: &Range<usize>, buffers: &[usize]) -> Vec<u8> {
     let numbers = || Numbers([blocks.len() * BLOCK_BYTES / 4]);
     // One entry: safetensors would write several in the random order of a hash map, and the same part would not be
     // the same bytes when it is written again.
     let place = format!("step {step}, blocks {}..{}", blocks.start, blocks.end);
     let metadata = [("anello".to_owned(), place)];
-    let views = BUFFERS.map(|name| (name, numbers()));
+    let views = buffers.iter().map(|buffer| (BUFFERS[*buffer], numbers()));
     safetensors::serialize(views, Some(metadata.into_iter().collect()))
-        .expect("the header of three F32 buffers always serialises")
+        .expect("the header of F32 buffers always serialises")
 }
 
 /// Writes the part of the checkpoint after `step` steps that holds the blocks `own` of those that `digests` is of, whose first is
-/// `first_block` of the state; reads it back and compares. What is not hashed yet is hashed as it is written. The part's
-/// name says which blocks it holds and who wrote it (`stamp`), so that two that write the same name write the same bytes.
+/// `first_block` of the state, all with moments or all without; reads it back and compares. What is not hashed yet is hashed as it is
+/// written. The part's name says which blocks it holds and who wrote it (`stamp`), so that two that write the same name write the
+/// same bytes.
 pub(super) fn write_part(
     store: &Store,
     step: u64,
@@ -101,13 +102,15 @@ pub(super) fn write_part(
     own: Range<usize>,
 ) -> Result<Written> {
     let blocks = first_block + own.start..first_block + own.end;
-    // safetensors puts tensors of one type in the order of their names.
-    let in_order: Vec<(usize, usize)> =
-        in_file_order().flat_map(|buffer| own.clone().map(move |block| (buffer, block))).collect();
-    let mut chunks = vec![Bytes::from(header(step, &blocks))];
+    let still = own.clone().all(|block| digests.is_still(block));
+    let buffers = in_file_order(still);
+    let blocks_of = |buffer: &usize| own.clone().map(|block| (*buffer, block)).collect::<Vec<_>>();
+    let in_order: Vec<(usize, usize)> = buffers.iter().flat_map(blocks_of).collect();
+    let mut chunks = vec![Bytes::from(header(step, &blocks, buffers))];
     chunks.extend(in_order.iter().map(|(buffer, block)| digests.block(*buffer, *block)));
     let (number, second) = (stamp.number, if stamp.second { SECOND } else { "" });
-    let name = format!("part-{:05}-{:05}-{number:08}{second}.safetensors", blocks.start, blocks.end);
+    let what = if still { "-weights" } else { "" };
+    let name = format!("part-{:05}-{:05}-{number:08}{what}{second}.safetensors", blocks.start, blocks.end);
     let mut hasher = blake3::Hasher::new();
     let see = |at: usize| {
         hasher.update(&chunks[at]);
@@ -119,6 +122,7 @@ pub(super) fn write_part(
     let part = Part {
         name,
         step: None,
+        still,
         first_block: blocks.start as u64,
         blocks: blocks.len() as u64,
         bytes: chunks.iter().map(|chunk| chunk.len() as u64).sum(),
@@ -127,11 +131,10 @@ pub(super) fn write_part(
     Ok(Written { part, digests: digests.all(own) })
 }
 
-/// Indices of the buffers in the order of their names.
-fn in_file_order() -> impl Iterator<Item = usize> {
-    let mut order = [0, 1, 2];
-    order.sort_by_key(|buffer| BUFFERS[*buffer]);
-    order.into_iter()
+/// The buffers of a part, in the order in which safetensors puts tensors of one type: that of their names.
+fn in_file_order(still: bool) -> &'static [usize] {
+    // exp_avg, exp_avg_sq, weights
+    if still { &[0] } else { &[1, 2, 0] }
 }
 
 /// Reads one part whole, checks every block against the manifest, and hands each to `take`: the index of its buffer in
@@ -158,15 +161,28 @@ pub fn read_part(
         let holds = if holds.is_empty() { holds } else { format!(", which holds {holds}") };
         Err(damaged(step, format!("{name}: block {block} of {} has changed{holds}", BUFFERS[buffer])))
     };
-    // Past the header there are the blocks alone, which are checked. Another build may have written another header.
-    let known = header(part.step.unwrap_or(step), &part.range());
     let (path, of_buffer) = (part.path(step), part.blocks * BLOCK_BYTES as u64);
-    if let Some(mut file) = store.file(&path, part.bytes)
-        && part.bytes == known.len() as u64 + BUFFERS.len() as u64 * of_buffer
-        && store.read_piece(&path, &mut file, 0..known.len() as u64)? == known
+    // Of a part that stands still only the weights count. It is of them alone, or of before that.
+    let wanted = |buffer: usize| buffer == 0 || !part.still;
+    let layouts = [part.still, false].map(|still| {
+        let buffers = in_file_order(still);
+        (buffers, header(part.step.unwrap_or(step), &part.range(), buffers))
+    });
+    let is_laid = |(buffers, header): &&(&[usize], Vec<u8>)| {
+        part.bytes == header.len() as u64 + buffers.len() as u64 * of_buffer
+    };
+    // Past the header there are the blocks alone, which are checked. Another build may have written another header.
+    let known = layouts.iter().find(is_laid);
+    for buffer in (1..BUFFERS.len()).filter(|buffer| !wanted(*buffer)) {
+        for block in part.range() {
+            take(buffer, block, &ZEROS)?;
+        }
+    }
+    if let (Some((buffers, header)), Some(mut file)) = (known, store.file(&path, part.bytes))
+        && store.read_piece(&path, &mut file, 0..header.len() as u64)? == *header
     {
-        let mut start = known.len() as u64;
-        for buffer in in_file_order() {
+        for (at, &buffer) in (0..).zip(*buffers).filter(|(_, buffer)| wanted(**buffer)) {
+            let mut start = header.len() as u64 + at * of_buffer;
             for run in part.range().step_by(BLOCKS_AT_ONCE) {
                 let blocks = run..part.range().end.min(run + BLOCKS_AT_ONCE);
                 let end = start + (blocks.len() * BLOCK_BYTES) as u64;
@@ -188,7 +204,7 @@ pub fn read_part(
     };
     let tensors = SafeTensors::deserialize(&bytes)
         .map_err(|cause| damaged(step, format!("{name} is no safetensors: {cause}")))?;
-    for (buffer, buffer_name) in BUFFERS.into_iter().enumerate() {
+    for (buffer, buffer_name) in BUFFERS.into_iter().enumerate().filter(|(buffer, _)| wanted(*buffer)) {
         let tensor = tensors
             .tensor(buffer_name)
             .map_err(|cause| damaged(step, format!("{name}, {buffer_name}: {cause}")))?;
@@ -200,7 +216,8 @@ pub fn read_part(
             take(buffer, block, bytes)?;
         }
     }
-    if !bytes.starts_with(&known) && blake3::hash(&bytes).to_hex().as_str() != part.blake3 {
+    let is_known = known.is_some_and(|(_, header)| bytes.starts_with(header));
+    if !is_known && blake3::hash(&bytes).to_hex().as_str() != part.blake3 {
         return Err(damaged(step, format!("{name}: its header has changed")));
     }
     Ok(())

@@ -32,7 +32,7 @@ fn buffers(blocks: usize, fill: u8) -> [Bytes; 3] {
 }
 
 fn part_of(store: &Store, step: u64, stamp: impl Into<Stamp>, first: usize, buffers: [Bytes; 3]) -> Written {
-    let digests = blocks::Digests::new(&buffers);
+    let digests = blocks::Digests::new(first, 0..usize::MAX, &buffers);
     part::write_part(store, step, stamp.into(), first, &digests, 0..digests.blocks()).unwrap()
 }
 
@@ -135,7 +135,7 @@ fn of_what_differs_the_owner_wrote_the_part_that_is_named() {
     let store = Store::memory().unwrap();
     let write = |step, byte: u8, second| {
         let bytes: [Bytes; 3] = [0, 1, 2].map(|_| vec![byte; 2 * BLOCK_BYTES].into());
-        write_blocks(&store, step, Stamp { number: 9, second }, 1 << 20, 0, &bytes).unwrap()
+        write_blocks(&store, step, Stamp { number: 9, second }, 1 << 20, 0, 0..usize::MAX, &bytes).unwrap()
     };
     let kept_by_both = |byte| [write(8, byte, false), write(8, 1, true)].concat();
     commit(&store, Manifest::of_writers(facts(7), [write(7, 1, true)].concat())).unwrap();
@@ -184,7 +184,7 @@ fn damage_is_named_and_a_newer_format_is_none() {
     );
     let missing = read_manifest(&store, 8).unwrap_err().to_string();
     assert_eq!(missing, "checkpoint 8: memory has no checkpoints/0000000008/manifest.json; there are: 7");
-    let newer = serde_json::to_string(&manifest).unwrap().replacen("\"format\":1", "\"format\":3", 1);
+    let newer = serde_json::to_string(&manifest).unwrap().replacen("\"format\":1", "\"format\":4", 1);
     let newer = Manifest::parse(newer.as_bytes(), 7, "memory/manifest.json");
     assert!(matches!(newer, Err(Error::Malformed { .. })), "{newer:?}");
 }
@@ -226,13 +226,15 @@ fn state(fills: [u8; 6]) -> [Bytes; 3] {
 /// Saves a state in parts of at most four blocks.
 fn saved_state(store: &Store, step: u64, fills: [u8; 6]) -> Manifest {
     let part_bytes = 4 * (BLOCK_BYTES * BUFFERS.len()) as u64;
-    let written = write_blocks(store, step, 1, part_bytes, 0, &state(fills)).unwrap();
+    let written = write_blocks(store, step, 1, part_bytes, 0, 0..usize::MAX, &state(fills)).unwrap();
     commit(store, Manifest::new(facts(step), written)).unwrap()
 }
 
 fn told(manifest: &Manifest) -> String {
     let of = |part: &Part| part.step.map(|of| format!(" of {of}")).unwrap_or_default();
-    let word = |part: &Part| format!("{}..{}{}", part.range().start, part.range().end, of(part));
+    let still = |part: &Part| if part.still { " still" } else { "" };
+    let word =
+        |part: &Part| format!("{}..{}{}{}", part.range().start, part.range().end, still(part), of(part));
     manifest.parts.iter().map(word).collect::<Vec<_>>().join(", ")
 }
 
@@ -285,6 +287,85 @@ fn what_did_not_change_is_named_and_not_written_again() {
         read_part(&store, &manifest(4), part, |_| String::new(), take).unwrap();
     }
     assert_eq!(read.map(Bytes::from), state([9, 4, 9, 9, 9, 3]));
+}
+
+/// A stage that freezes all but one block sets all moments to zero: of what was written before the weights alone count, and what is
+/// new of the frozen has no moments.
+#[test]
+fn what_stands_still_is_not_written_again_and_has_no_moments() {
+    let store = Store::memory().unwrap();
+    saved_state(&store, 1, [9; 6]);
+    let frozen = |store: &Store, step: u64, fills: [u8; 6]| {
+        let [weights, moments, _] = state(fills);
+        let moved = moments.slice(4 * BLOCK_BYTES..5 * BLOCK_BYTES);
+        let part_bytes = 4 * (BLOCK_BYTES * BUFFERS.len()) as u64;
+        let buffers = [weights, moved.clone(), moved];
+        let written = write_blocks(store, step, 1, part_bytes, 0, 4..5, &buffers).unwrap();
+        commit(store, Manifest::new(facts(step), written)).unwrap();
+        verify(store, step).unwrap()
+    };
+    let [second, third, fourth] = [(2, [9; 6]), (3, [9, 9, 9, 9, 7, 9]), (4, [9, 5, 9, 9, 7, 9])]
+        .map(|(step, fills)| frozen(&store, step, fills));
+    assert_eq!(told(&second), "0..4 still of 1, 4..5, 5..6 still");
+    assert_eq!(told(&third), "0..4 still of 1, 4..5, 5..6 still of 2");
+    assert_eq!(told(&fourth), "0..1 still, 1..2 still, 2..4 still, 4..5 of 3, 5..6 still of 2");
+    assert_eq!(
+        [&second, &third, &fourth].map(|manifest| (manifest.format, manifest.moved())),
+        [(3, 4..5), (3, 4..5), (3, 4..5)]
+    );
+    let sizes: Vec<u64> = second.parts.iter().map(|part| part.bytes / BLOCK_BYTES as u64).collect();
+    assert_eq!(sizes, [12, 3, 1], "blocks of numbers");
+    // Alone, in memory and in a folder, it is the same state.
+    let folder = tempfile::tempdir().unwrap();
+    let alone = Store::open(folder.path().to_str().unwrap()).unwrap();
+    let plain = frozen(&alone, 3, [9, 9, 9, 9, 7, 9]);
+    assert_eq!(told(&plain), "0..4 still, 4..5, 5..6 still");
+    assert_eq!((&plain.blocks, &plain.weights), (&third.blocks, &third.weights));
+    for (store, manifest) in [(&store, &third), (&alone, &plain)] {
+        let mut read = [0, 1, 2].map(|_| vec![1; 6 * BLOCK_BYTES]);
+        for part in &manifest.parts {
+            let take = |buffer: usize, block: usize, bytes: &[u8]| {
+                read[buffer][block * BLOCK_BYTES..][..BLOCK_BYTES].copy_from_slice(bytes);
+            };
+            read_part(store, manifest, part, |_| String::new(), take).unwrap();
+        }
+        let [weights, moments, _] = state([9, 9, 9, 9, 7, 9]);
+        assert_eq!(read[0], weights);
+        for moments_read in &read[1..] {
+            for (block, bytes) in moments_read.chunks(BLOCK_BYTES).enumerate() {
+                let expected = if block == 4 {
+                    &moments[4 * BLOCK_BYTES..5 * BLOCK_BYTES]
+                } else {
+                    &[0; BLOCK_BYTES][..]
+                };
+                assert!(bytes == expected, "block {block}");
+            }
+        }
+    }
+    // Weights that changed are found in an old part as in a new one; its moments do not count any more.
+    for (part, place, found) in [
+        (0, 2 * BLOCK_BYTES, None),
+        (0, 10 * BLOCK_BYTES, Some("block 2 of weights")),
+        (2, 0, Some("block 5 of weights")),
+    ] {
+        let path = third.parts[part].path(3);
+        let whole = store.get(&path).unwrap().unwrap();
+        let mut bytes = whole.to_vec();
+        let numbers = bytes.len() - third.parts[part].bytes as usize / BLOCK_BYTES * BLOCK_BYTES;
+        bytes[numbers + place + 9] ^= 1;
+        store.put(&path, bytes).unwrap();
+        let told = verify(&store, 3).map(drop).map_err(|error| error.to_string());
+        match found {
+            Some(found) => assert!(told.as_ref().is_err_and(|told| told.contains(found)), "{told:?}"),
+            None => assert_eq!(told, Ok(())),
+        }
+        store.put(&path, whole).unwrap();
+    }
+    // A manifest that says so of moments that are not zero contradicts itself.
+    let mut wrong = Manifest { parts: second.parts.clone(), ..saved_state(&store, 5, [9; 6]) };
+    (wrong.step, wrong.blake3) = (5, wrong.digest());
+    let bytes = serde_json::to_vec(&wrong).unwrap();
+    assert!(Manifest::parse(&bytes, 5, "here").unwrap_err().to_string().contains("contradicts itself"));
 }
 
 #[test]
@@ -345,7 +426,7 @@ fn nothing_is_removed_while_a_manifest_cannot_be_read_and_may_name_it() {
     let store = incremental();
     let path = catalog::manifest_path(4);
     let text = String::from_utf8(store.get(&path).unwrap().unwrap().to_vec()).unwrap();
-    store.put(&path, text.replacen("\"format\": 2", "\"format\": 3", 1)).unwrap();
+    store.put(&path, text.replacen("\"format\": 2", "\"format\": 4", 1)).unwrap();
     let before = store.list("").unwrap();
     let refused = prune(&store, &retention());
     assert!(matches!(refused, Err(Error::Malformed { .. })), "{refused:?}");
@@ -417,7 +498,8 @@ fn what_is_damaged_for_all_lets_none_of_them_go() {
     for (store, _folder) in stores() {
         let fills = |step| [9, 9, 9, 9, 9, step];
         (1..=2).for_each(|step| drop(saved_state(&store, step.into(), fills(step))));
-        let written = write_blocks(&store, 3, 1, 12 * BLOCK_BYTES as u64, 0, &state(fills(3))).unwrap();
+        let written =
+            write_blocks(&store, 3, 1, 12 * BLOCK_BYTES as u64, 0, 0..usize::MAX, &state(fills(3))).unwrap();
         damage(&store, &read_manifest(&store, 1).unwrap().parts[0].path(1), "changed");
         commit(&store, Manifest::new(facts(3), written)).unwrap();
         saved_state(&store, 4, fills(4));

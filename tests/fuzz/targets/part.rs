@@ -14,6 +14,7 @@ fuzz_target!(|bytes: &[u8]| {
     let part = Part {
         name: "part-00000-00001-00000001.safetensors".to_owned(),
         step: None,
+        still: bytes.len() % 2 == 1,
         first_block: 0,
         blocks: 1,
         bytes: bytes.len() as u64,

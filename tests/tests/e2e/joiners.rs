@@ -177,18 +177,17 @@ fn where_moments_are_shared_out_a_joiner_is_sent_its_share_while_the_others_trai
     assert_no_strays(run);
 }
 
-/// Steps that move some of the weights alone spread no others: a joiner has those at the boundary.
-#[test]
-fn where_moments_are_shared_out_a_joiner_comes_while_the_language_model_is_frozen() {
+/// A joiner comes while the language model is frozen, which has no moments then.
+fn joins_while_frozen(run: &str, more: &[&str]) {
     let gate =
         "stage.gate={loss=\"gate\",tokens=8192,sequence=16,batch=128,lr=1e-2,loops=2,mixture={tales=1}}";
     let stages = ["--set", "stages=[\"warmup\",\"gate\",\"stable\"]", "--set", gate];
-    let alone = ["run", "small.toml", "--out", "joiners-frozen-one", "--sample", "0"];
+    let one = format!("{run}-one");
+    let alone = ["run", "small.toml", "--out", &one, "--sample", "0"];
     world().anello(&[&alone[..], &stages].concat()).expect(0);
-    let run = "joiners-frozen";
     let (place, port) = (world().folder.join(run), free_port().to_string());
     let outside = ["--external", "--port", &port];
-    let mut process = start(run, 3, &[&outside[..], &stages, &SHARED].concat());
+    let mut process = start(run, 3, &[&outside[..], &stages, more].concat());
     let mut workers = vec![worker(&format!("127.0.0.1:{port}"))];
     for step in [8, 20] {
         wait_until("it is so far", || newest_checkpoint(&place) >= step || process.ended());
@@ -200,8 +199,19 @@ fn where_moments_are_shared_out_a_joiner_comes_while_the_language_model_is_froze
     // On a busy machine both may come at once.
     assert!(["2", "3"].iter().any(|many| told.contains(&format!("formed with {many} workers"))), "{told}");
     assert!(!told.contains("given up") && !told.contains("state from checkpoint"), "{told}");
-    world().assert_alike(run, "joiners-frozen-one");
+    world().assert_alike(run, &one);
     assert_no_strays(run);
+}
+
+#[test]
+fn a_joiner_comes_while_the_language_model_is_frozen() {
+    joins_while_frozen("joiners-frozen-all", &[]);
+}
+
+/// Steps that move some of the weights alone spread no others: a joiner has those at the boundary.
+#[test]
+fn where_moments_are_shared_out_a_joiner_comes_while_the_language_model_is_frozen() {
+    joins_while_frozen("joiners-frozen", &SHARED);
 }
 
 #[test]

@@ -208,6 +208,12 @@ fn stages_that_freeze_parameters_are_the_same_in_a_ring() {
         let parts = manifest["parts"].as_array().unwrap();
         let own = parts.iter().filter(|part| part["step"].is_null()).count();
         assert!(own == 1 && parts.len() == 4, "{run}: {own} of {} parts were written anew", parts.len());
+        let still = parts.iter().filter(|part| part["still"] == true).count();
+        assert_eq!(
+            (still, &manifest["format"]),
+            (3, &Value::from(3)),
+            "{run}: what is frozen has no moments"
+        );
         world().anello(&["checkpoint", "verify", run]).expect(0);
     }
     let formed = events("late-ring").lines().filter(|line| line.contains("formed with")).count();

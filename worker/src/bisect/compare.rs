@@ -189,8 +189,8 @@ fn by_digests(a: &Manifest, b: &Manifest, layout: &Layout) -> Option<Blocks> {
 
 /// The first of weights, first and second moments in which two states of one layout differ.
 pub(super) fn states(a: &State, b: &State) -> Option<Blocks> {
-    let buffers = [(&a.weights, &b.weights), (&a.exp_avg, &b.exp_avg), (&a.exp_avg_sq, &b.exp_avg_sq)];
-    BUFFERS.into_iter().zip(buffers).find_map(|(name, (of_a, of_b))| blocks(name, &a.layout, of_a, of_b))
+    let differ = |(buffer, name)| blocks(name, &a.layout, &a.whole(buffer), &b.whole(buffer));
+    BUFFERS.into_iter().enumerate().find_map(|(buffer, name)| differ((buffer, name)))
 }
 
 /// Where two flat buffers of `layout` differ, bit for bit.
@@ -311,11 +311,10 @@ pub(super) fn from_checkpoint(run: &Recorded, manifest: &Manifest, state: &State
 }
 
 fn off_digests(run: &Recorded, manifest: &Manifest, state: &State) -> Option<Blocks> {
-    let ours = [&state.weights, &state.exp_avg, &state.exp_avg_sq];
     let mut found = None;
-    for (buffer, flat) in ours.into_iter().enumerate() {
+    for (buffer, name) in BUFFERS.into_iter().enumerate() {
         let theirs = manifest.blocks.of(buffer);
-        let flat = OnHost::of(flat);
+        let flat = OnHost::of(&state.whole(buffer));
         let pairs = flat.chunks(BLOCK).zip(theirs).enumerate();
         let differ: Vec<usize> = pairs
             .filter(|(_, (values, theirs))| block_digest(values) != **theirs)
@@ -323,8 +322,7 @@ fn off_digests(run: &Recorded, manifest: &Manifest, state: &State) -> Option<Blo
             .collect();
         if let Some(&block) = differ.first() {
             let tensors = state.layout.names_in(block).map(str::to_owned).collect();
-            let buffer = BUFFERS[buffer];
-            found = Some(Blocks { buffer, block, differ: differ.len(), tensors, element: None });
+            found = Some(Blocks { buffer: name, block, differ: differ.len(), tensors, element: None });
             break;
         }
     }

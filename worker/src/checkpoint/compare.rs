@@ -60,21 +60,17 @@ pub fn compare(a: (&Store, u64), b: (&Store, u64), model: &Model) -> Result<Comp
     let layout = Layout::new(model, in_a.layers);
     let state_a = load(a.0, a.1, model, Device::Cpu)?.state;
     let state_b = load(b.0, b.1, model, Device::Cpu)?.state;
-    let pairs = [
-        (&state_a.weights, &state_b.weights),
-        (&state_a.exp_avg, &state_b.exp_avg),
-        (&state_a.exp_avg_sq, &state_b.exp_avg_sq),
-    ];
     let mut differences = Vec::new();
-    for (buffer, (left, right)) in pairs.into_iter().enumerate() {
+    for (buffer, name) in BUFFERS.into_iter().enumerate() {
+        let (left, right) = (state_a.whole(buffer), state_b.whole(buffer));
         for block in 0..layout.blocks() {
             if in_a.blocks.of(buffer)[block] == in_b.blocks.of(buffer)[block] {
                 continue;
             }
             let part = |flat: &tch::Tensor| flat.narrow(0, (block * BLOCK) as i64, BLOCK as i64);
-            let delta = (part(left) - part(right)).abs();
+            let delta = (part(&left) - part(&right)).abs();
             differences.push(BlockDifference {
-                buffer: BUFFERS[buffer],
+                buffer: name,
                 block,
                 names: layout.names_in(block).map(str::to_owned).collect(),
                 elements: delta.count_nonzero(None::<i64>).int64_value(&[]) as u64,

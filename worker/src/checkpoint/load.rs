@@ -12,7 +12,7 @@ use crate::cover::Cover;
 use crate::error::Result;
 use crate::ffi;
 use crate::host;
-use crate::optimizer::State;
+use crate::optimizer::{State, both};
 use crate::params::Layout;
 
 /// A checkpoint that was read and found whole.
@@ -38,16 +38,17 @@ pub fn load_shard(
     cover: impl Fn(&Layout) -> Cover,
 ) -> Result<Loaded> {
     let (manifest, layout) = open(store, step, model)?;
-    let cover = cover(&layout);
+    let (cover, moved) = (cover(&layout), manifest.moved());
+    let room = cover.within(&moved);
     // The parts of a manifest hold every block, so that every number is written before the state is anyone's.
     let buffer = |elements: usize| Tensor::empty([elements as i64], (Kind::Float, Device::Cpu));
     let (mut weights, mut exp_avg, mut exp_avg_sq) =
-        (buffer(layout.len()), buffer(cover.elements()), buffer(cover.elements()));
+        (buffer(layout.len()), buffer(room.elements()), buffer(room.elements()));
     let all = Cover::all(layout.blocks());
-    let covers = [&all, &cover, &cover];
+    let covers = [&all, &room, &room];
     let weights_by_part = by_part(&manifest, &all, ffi::as_mut_slice(&mut weights));
-    let exp_avg_by_part = by_part(&manifest, &cover, ffi::as_mut_slice(&mut exp_avg));
-    let exp_avg_sq_by_part = by_part(&manifest, &cover, ffi::as_mut_slice(&mut exp_avg_sq));
+    let exp_avg_by_part = by_part(&manifest, &room, ffi::as_mut_slice(&mut exp_avg));
+    let exp_avg_sq_by_part = by_part(&manifest, &room, ffi::as_mut_slice(&mut exp_avg_sq));
     let targets = weights_by_part.into_iter().zip(exp_avg_by_part).zip(exp_avg_sq_by_part);
     let targets = targets.zip(&manifest.parts);
     let targets = targets
@@ -68,8 +69,8 @@ pub fn load_shard(
     let [weights, exp_avg, exp_avg_sq] = [weights, exp_avg, exp_avg_sq]
         .map(|flat| if device == Device::Cpu { flat } else { flat.to_device(device) });
     let (updates, losses) = (manifest.updates, manifest.losses.clone());
-    let state =
-        State { layout, weights, exp_avg, exp_avg_sq, cover, updates, losses, reading: Default::default() };
+    let reading = Default::default();
+    let state = State { layout, weights, exp_avg, exp_avg_sq, cover, moved, updates, losses, reading };
     Ok(Loaded { manifest, state })
 }
 
@@ -88,7 +89,7 @@ pub struct Share {
     pub layout: Layout,
     /// Those that were read.
     pub blocks: Range<usize>,
-    /// Their weights and moments, as the parts have them: little-endian.
+    /// Their weights, little-endian, and the moments of those of them that have any other than zero.
     pub buffers: [Vec<u8>; 3],
 }
 
@@ -101,12 +102,17 @@ pub fn load_share(store: &Store, step: u64, model: &Model, rank: usize, members:
         [one] => one.range(),
         [] => 0..0,
     };
-    let mut buffers = [0; 3].map(|_| vec![0u8; blocks.len() * BLOCK_BYTES]);
+    let (all, moved) = (0..layout.blocks(), manifest.moved());
+    // The blocks of some that are in a buffer.
+    let held = |buffer: usize, blocks: Range<usize>| both(&blocks, if buffer == 0 { &all } else { &moved });
+    let mut buffers = [0, 1, 2].map(|buffer| vec![0u8; held(buffer, blocks.clone()).len() * BLOCK_BYTES]);
+    let mut buffer = 0..;
     let [weights, exp_avg, exp_avg_sq] = buffers.each_mut().map(|flat| {
-        let mut rest = &mut flat[..];
+        let (buffer, mut rest) = (buffer.next().unwrap_or(0), &mut flat[..]);
         let cut = parts.iter().map(|part| {
+            let bytes = held(buffer, part.range()).len() * BLOCK_BYTES;
             let of_part;
-            (of_part, rest) = std::mem::take(&mut rest).split_at_mut(part.range().len() * BLOCK_BYTES);
+            (of_part, rest) = std::mem::take(&mut rest).split_at_mut(bytes);
             of_part
         });
         cut.collect::<Vec<_>>()
@@ -117,8 +123,11 @@ pub fn load_share(store: &Store, step: u64, model: &Model, rank: usize, members:
         blocks: part.range(),
     });
     let take = |target: &mut Target<'_, u8>, buffer: usize, block: usize, bytes: &[u8]| {
-        let at = (block - target.blocks.start) * BLOCK_BYTES;
-        target.buffers[buffer][at..at + BLOCK_BYTES].copy_from_slice(bytes);
+        let held = held(buffer, target.blocks.clone());
+        if held.contains(&block) {
+            let at = (block - held.start) * BLOCK_BYTES;
+            target.buffers[buffer][at..at + BLOCK_BYTES].copy_from_slice(bytes);
+        }
     };
     let targets = targets.collect();
     read_parts(store, &manifest, parts, targets, holds(&layout), take)?;

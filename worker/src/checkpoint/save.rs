@@ -16,7 +16,9 @@ pub struct Snapshot {
     pub facts: Facts,
     /// The blocks that are copied.
     blocks: Range<usize>,
-    /// Their weights, first and second moments.
+    /// Those of the state that have moments other than zero.
+    moved: Range<usize>,
+    /// Their weights, and the first and second moments that they have.
     reading: Arc<Reading>,
 }
 
@@ -26,8 +28,8 @@ impl Snapshot {
     /// blocks, or their moments are elsewhere.
     pub fn take(state: &State, blocks: Range<usize>, facts: Facts) -> Self {
         assert!(blocks.start <= blocks.end && blocks.end <= state.layout.blocks(), "blocks {blocks:?}");
-        let reading = state.read(blocks.clone());
-        Self { facts, blocks, reading }
+        let (reading, moved) = (state.read(blocks.clone()), state.moved.clone());
+        Self { facts, blocks, moved, reading }
     }
 
     /// The blocks that it holds.
@@ -48,7 +50,7 @@ pub fn write(
     part_bytes: u64,
     stamp: impl Into<Stamp>,
 ) -> Result<Vec<Written>> {
-    let Snapshot { facts, blocks, reading } = snapshot;
+    let Snapshot { facts, blocks, moved, reading } = snapshot;
     let buffers = [0, 1, 2].map(|buffer| reading.bytes(buffer));
-    write_blocks(store, facts.position.step, stamp, part_bytes, blocks.start, &buffers)
+    write_blocks(store, facts.position.step, stamp, part_bytes, blocks.start, moved.clone(), &buffers)
 }

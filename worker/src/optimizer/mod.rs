@@ -36,10 +36,11 @@ pub(crate) use norm::halved;
 pub use prepared::Prepared;
 pub(crate) use scale::Scale;
 pub use state::State;
+pub(crate) use state::both;
 pub use update::{Summed, Update};
 
 /// The whole blocks that elements lie in.
-fn blocks_of(elements: &Range<usize>) -> Range<usize> {
+pub(crate) fn blocks_of(elements: &Range<usize>) -> Range<usize> {
     elements.start / BLOCK..elements.end.div_ceil(BLOCK)
 }
 

@@ -25,7 +25,7 @@ pub struct Prepared {
     pub losses: Vec<f64>,
     /// The moments are zero before it.
     fresh: bool,
-    /// The scaled gradient of what moves, laid as those moments are.
+    /// The scaled gradient of those of the blocks of `cover` that move, one after the other.
     gradient: Tensor,
     /// The buffer that it lies in, when one was given for it.
     pub room: Option<Tensor>,
@@ -53,13 +53,14 @@ impl State {
         let Summed { gradient, fresh, kernels, .. } = sum;
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let blocks = blocks_of(&moved);
-        let len = if scale.is_some() { self.cover.elements() } else { 0 };
+        let laid = self.cover.within(&blocks);
+        let len = if scale.is_some() { laid.elements() } else { 0 };
         let kept = match &room {
             Some(room) => part(room, 0..len).zero_(),
             None => Tensor::zeros([len as i64], (Kind::Float, gradient.device())),
         };
         if let Some(scale) = &scale {
-            for (block, there) in self.places(blocks.clone()) {
+            for (block, there) in laid.ranges().iter().cloned().flatten().zip(0..) {
                 let slice = moved_of(block, &moved);
                 let mut g = part(gradient, slice.clone());
                 g *= scale.gradient;
@@ -72,13 +73,15 @@ impl State {
             part(gradient, whole.clone()).copy_(&part(&self.weights, whole));
             let Some(scale) = &scale else { continue };
             let slice = moved_of(block, &moved);
-            let [m, v] = self.moments(block..block + 1);
             let within = slice.start - block * BLOCK..slice.end - block * BLOCK;
-            let [mut m, mut v] = [m, v].map(|flat| {
-                let here = part(&flat, within.clone());
-                if fresh { here.zeros_like() } else { here.copy() }
-            });
-            let there = self.cover.place(block..block + 1).expect("own moments are here").start * BLOCK;
+            let is_zero = fresh || !self.moved.contains(&block);
+            let [mut m, mut v] = match is_zero {
+                true => {
+                    [0, 1].map(|_| Tensor::zeros([within.len() as i64], (Kind::Float, gradient.device())))
+                }
+                false => self.moments(block..block + 1).map(|flat| part(&flat, within.clone()).copy()),
+            };
+            let there = laid.place(block..block + 1).expect("own moments are here").start * BLOCK;
             let g = part(&kept, there + within.start..there + within.end);
             scale.moments(kernels, &mut m, &mut v, &g);
             let mut w = part(gradient, slice);
@@ -96,20 +99,22 @@ impl State {
         if self.cover != *cover {
             *self = self.share().with_cover(cover.clone(), &[]);
         }
-        if *fresh {
-            self.reset_moments();
+        let blocks = blocks_of(moved);
+        match fresh {
+            true => self.reset_moments(blocks.clone()),
+            false => self.make_room(blocks.clone()),
         }
         self.settle();
         self.losses.clone_from(losses);
-        let blocks = blocks_of(moved);
         if let Some(scale) = scale {
             self.updates += 1;
-            for (block, there) in self.places(blocks.clone()) {
+            let laid = cover.within(&blocks);
+            for (block, there) in laid.ranges().iter().cloned().flatten().zip(0..) {
                 let slice = moved_of(block, moved);
-                let from = there * BLOCK + slice.start - block * BLOCK;
-                let here = |flat: &Tensor| part(flat, from..from + slice.len());
-                let (mut m, mut v) = (here(&self.exp_avg), here(&self.exp_avg_sq));
-                scale.moments(kernels.as_ref(), &mut m, &mut v, &here(gradient));
+                let within = slice.start - block * BLOCK..slice.end - block * BLOCK;
+                let [mut m, mut v] = self.moments(block..block + 1).map(|flat| part(&flat, within.clone()));
+                let g = part(gradient, there * BLOCK + within.start..there * BLOCK + within.end);
+                scale.moments(kernels.as_ref(), &mut m, &mut v, &g);
             }
         }
         if let Some(weights) = weights {

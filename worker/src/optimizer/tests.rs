@@ -117,7 +117,7 @@ fn an_update_in_two_halves_over_a_ring_is_the_same() {
             // A stage that resets the moments begins with the fourth.
             let fresh = step == 4;
             if fresh {
-                whole.reset_moments();
+                whole.reset_moments(blocks_of(&moved));
             }
             whole.update(&options(), lr, Summed { kernels, ..summed(&sum, finite) }, moved.clone());
             let gathered = gradient(&whole, 0.5, step);
@@ -146,9 +146,55 @@ fn an_update_in_two_halves_over_a_ring_is_the_same() {
                 assert_eq!(shard.updates, whole.updates);
                 for range in shard.cover.ranges() {
                     let (ours, theirs) = (shard.moments(range.clone()), whole.moments(range.clone()));
+                    assert_eq!(shard.moved, whole.moved);
                     assert!(ours.iter().zip(&theirs).all(|(a, b)| a.equal(b)), "step {step}");
                 }
             }
+        }
+    }
+}
+
+/// Moments of what a stage freezes are let go with its reset, and the bits are those of a state that has room for all; what moves
+/// later has moments again.
+#[test]
+fn what_is_frozen_has_no_moments() {
+    let all = state().layout.len();
+    let gate = all - BLOCK..all - 40;
+    let blocks = all / BLOCK;
+    let (mut frozen, mut roomy) = (state(), state());
+    let mut unmoved = State::unmoved(state().layout, state().weights);
+    assert_eq!(unmoved.exp_avg.numel(), 0, "nothing has moved");
+    for (step, moved, fresh, room) in [
+        (1, 0..all, false, blocks),
+        (2, gate.clone(), true, 1),
+        (3, gate.clone(), false, 1),
+        // A stage that does not reset begins with zeros where there were none.
+        (4, 0..all, false, blocks),
+        (5, gate.clone(), false, blocks),
+        (6, gate, true, 1),
+        (7, 0..all, true, blocks),
+    ] {
+        if fresh {
+            let _ = (roomy.exp_avg.zero_(), roomy.exp_avg_sq.zero_());
+            roomy.updates = 0;
+        }
+        let update = |state: &mut State, fresh: bool| {
+            let sum = gradient(state, 0.5, step);
+            state.update(&options(), 1e-2, Summed { fresh, ..summed(&sum, true) }, moved.clone())
+        };
+        let expected = update(&mut roomy, false);
+        for state in [&mut frozen, &mut unmoved] {
+            assert_eq!(update(state, fresh), expected);
+            assert_eq!(
+                [&state.exp_avg, &state.exp_avg_sq].map(Tensor::numel),
+                [room * BLOCK; 2],
+                "step {step}"
+            );
+            for buffer in 0..3 {
+                assert!(state.whole(buffer).equal(&roomy.whole(buffer)), "buffer {buffer} after {step}");
+            }
+            let digests = |state: &State| crate::digest::of_moments(state, 0..blocks);
+            assert_eq!(digests(state), digests(&roomy), "whoever has room for zeros or not");
         }
     }
 }

@@ -58,25 +58,32 @@ impl State {
     /// One update of the elements `moved`, where all moments are here.
     pub fn update(&mut self, options: &Optimizer, lr: f64, sum: Summed<'_>, moved: Range<usize>) -> Update {
         assert!(self.cover.is_all(), "all moments are here");
-        if sum.fresh {
-            self.reset_moments();
+        let blocks = blocks_of(&moved);
+        match sum.fresh {
+            true => self.reset_moments(blocks),
+            false => self.make_room(blocks),
         }
         let (update, scale) = self.measure(options, lr, sum, &moved);
         let Some(scale) = scale else { return update };
         self.settle();
         self.updates += 1;
         let decayed = self.layout.decayed_len();
+        // Where the moments of the first of all elements would lie.
+        let before = self.moved.start * BLOCK;
+        let moments = |slice: &Range<usize>| {
+            let here = slice.start - before..slice.end - before;
+            [&self.exp_avg, &self.exp_avg_sq].map(|flat| part(flat, here.clone()))
+        };
         if let Some(kernels) = sum.kernels {
-            let flats = [&self.weights, &self.exp_avg, &self.exp_avg_sq, sum.gradient];
-            let [w, m, v, g] = flats.map(|flat| part(flat, moved.clone()));
+            let [w, g] = [&self.weights, sum.gradient].map(|flat| part(flat, moved.clone()));
+            let [m, v] = moments(&moved);
             let decayed = decayed.clamp(moved.start, moved.end) - moved.start;
             kernels.adamw_update(&scale, [&w, &m, &v], &g, decayed);
             return update;
         }
         for slice in slices(&moved, decayed, slice_len(self.weights.device())) {
-            let here = |flat: &Tensor| part(flat, slice.clone());
-            let (mut w, mut m, mut v) = (here(&self.weights), here(&self.exp_avg), here(&self.exp_avg_sq));
-            let mut g = here(sum.gradient);
+            let [mut w, mut g] = [&self.weights, sum.gradient].map(|flat| part(flat, slice.clone()));
+            let [mut m, mut v] = moments(&slice);
             g *= scale.gradient;
             scale.moments(None, &mut m, &mut v, &g);
             scale.weights(None, &mut w, &m, &v, slice.start < decayed);

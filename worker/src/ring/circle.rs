@@ -24,6 +24,7 @@ use tonic::transport::Channel;
 use super::cursors;
 use super::peers::{BLOCK_BYTES, Job, digest};
 use crate::cover::Cover;
+use crate::optimizer::both;
 
 /// Bytes of a message of a peer at most: that of a head with the cursors of every lane a run may have.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -45,6 +46,8 @@ pub(super) struct Head {
     pub weights: Cover,
     /// Those whose moments it has.
     pub cover: Cover,
+    /// The blocks outside of which all moments are zero.
+    pub moved: Range<usize>,
 }
 
 impl Head {
@@ -65,11 +68,22 @@ impl Head {
             Ok(Cover::of(ranges, all as usize))
         };
         let (weights, cover) = (cover(&said.weights, "weights")?, cover(&said.moments, "moments")?);
+        let StateRange { first, end } = said.moved.unwrap_or_default();
+        if first > end || end > all {
+            return Err(format!("it moves blocks {first} to {end}, of {all}"));
+        }
+        let moved = first as usize..end as usize;
         let cursors = cursors::unpacked(said.cursors.unwrap_or_default())
             .map_err(|cause| format!("it tells of cursors in {cause}"))?;
         let (updates, layers, losses) = (said.updates, said.layers, said.losses);
-        Ok(Self { updates, layers, cursors, losses, weights, cover })
+        Ok(Self { updates, layers, cursors, losses, weights, cover, moved })
     }
+}
+
+/// The blocks that are moved in the state of these, outside of which each says that all moments are zero.
+pub(super) fn moved_of<'a>(heads: impl IntoIterator<Item = &'a Head>) -> Range<usize> {
+    let ranges = heads.into_iter().map(|head| head.moved.clone());
+    ranges.reduce(|all, moved| both(&all, &moved)).unwrap_or(0..0)
 }
 
 /// What is asked of one peer.
@@ -352,7 +366,8 @@ impl Circle {
             }
         };
         let mut wanted = blocks;
-        let lengths = [if weights { BLOCK_BYTES } else { 0 }, BLOCK_BYTES, BLOCK_BYTES];
+        let of_weights = if weights { BLOCK_BYTES } else { 0 };
+        let lengths = [BLOCK_BYTES, 0].map(|of_moments| [of_weights, of_moments, of_moments]);
         Ok(stream.map(move |message| {
             let read = message.map_err(|status| status.to_string()).and_then(|message| {
                 let LiveBlocks { step, blocks } = message;
@@ -360,7 +375,7 @@ impl Circle {
                     blocks.unwrap_or_default();
                 let buffers = [weights, exp_avg, exp_avg_sq];
                 let block = wanted.next().filter(|block| *block as u64 == first_block);
-                let is_one = buffers.each_ref().map(Vec::len) == lengths;
+                let is_one = lengths.contains(&buffers.each_ref().map(Vec::len));
                 match block.filter(|_| is_one) {
                     None => Err("it sends blocks that were not asked for".to_owned()),
                     Some(block) if digest(buffers.each_ref().map(Vec::as_slice)) != blake3 => {

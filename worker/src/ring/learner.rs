@@ -165,6 +165,7 @@ mod tests {
     use super::*;
     use crate::cover::Cover;
     use crate::optimizer::State;
+    use crate::params::BLOCK;
     use crate::ring::circle::Asked;
     use crate::ring::live::tests::{advance, bytes, state};
     use crate::ring::peers::{self, Job, Offered, Shelf};
@@ -179,13 +180,17 @@ mod tests {
     }
 
     impl Pair {
+        /// All of whose blocks have moments.
         fn new() -> Self {
+            Self::of([state(1), state(2)])
+        }
+
+        fn of(states: [State; 2]) -> Self {
             let (runtime, shelf) = (Runtime::new().unwrap(), Shelf::default());
             let here = IpAddr::V4(Ipv4Addr::LOCALHOST);
             let rows = peers::SharedRows::default();
             let address =
                 runtime.block_on(peers::start(&Job::new("a"), &[here], None, shelf.clone(), rows)).unwrap();
-            let states = [state(1), state(2)];
             let blocks = states[0].layout.blocks();
             let missing = [0..0, 0..blocks].into_iter();
             let lives: Vec<_> =
@@ -227,6 +232,35 @@ mod tests {
             pair.update(step);
             assert!(bytes(&pair.states[0]) == bytes(&pair.states[1]), "the same bits after {step} steps");
         }
+    }
+
+    /// The moments of what a stage has frozen are zero: none are sent.
+    #[test]
+    fn what_stands_still_comes_without_moments() {
+        let pair = Pair::of([1, 2].map(|seed| {
+            let mut state = state(seed);
+            state.reset_moments(1..3);
+            state
+        }));
+        pair.lend(None);
+        let all = pair.lives[0].blocks();
+        let stream = pair.runtime.block_on(pair.learner.circle.live(0, 0..all, true)).unwrap();
+        let came: Vec<_> =
+            pair.runtime.block_on(stream.map(|item| item.unwrap().2.map(|bytes| bytes.len())).collect());
+        for (block, lengths) in came.into_iter().enumerate() {
+            let of_moments = if (1..3).contains(&block) { BLOCK * 4 } else { 0 };
+            assert_eq!(lengths, [BLOCK * 4, of_moments, of_moments], "block {block} of {all}");
+        }
+        let mut step = 7;
+        while !pair.learner.is_through() {
+            pair.learner.keep_up(&AbortHandle::new()).unwrap();
+            pair.update(step);
+            step += 1;
+            std::thread::sleep(Duration::from_millis(3));
+        }
+        pair.update(step);
+        assert!(bytes(&pair.states[0]) == bytes(&pair.states[1]), "the same bits after {step} steps");
+        assert_eq!(pair.states[1].exp_avg.numel(), 2 * BLOCK);
     }
 
     #[test]
@@ -329,6 +363,7 @@ mod tests {
             losses: Vec::new(),
             weights: of(1..2),
             moments: of(1..2),
+            moved: 0..blocks,
             from: peers::From::State(live),
         }));
         for (asked, expected) in [

@@ -24,7 +24,7 @@ use tch::Tensor;
 use crate::checkpoint::flat;
 use crate::cover::Cover;
 use crate::host;
-use crate::optimizer::State;
+use crate::optimizer::{State, both};
 use crate::params::BLOCK;
 
 /// How often it is looked whether an update is over.
@@ -44,6 +44,8 @@ pub(super) struct Live {
     blocks: usize,
     /// Blocks that were not sent yet lack their weights too.
     with_weights: bool,
+    /// The blocks that have moments; those of all others are zero, and nothing is said of them.
+    moved: Range<usize>,
 }
 
 #[derive(Debug)]
@@ -53,7 +55,7 @@ struct Now {
     /// Weights, first and second moments, in the memory of the state. Absent: nobody reads or fills it in any more.
     buffers: Option<[Tensor; 3]>,
     /// The blocks whose moments are in those buffers.
-    cover: Cover,
+    room: Cover,
     /// Blocks that were not sent yet.
     missing: BTreeSet<usize>,
 }
@@ -90,9 +92,10 @@ impl Live {
             [&state.weights, &state.exp_avg, &state.exp_avg_sq].map(|buffer| buffer.detach().shallow_clone());
         let (count, blocks) = (AtomicUsize::new(missing.len()), state.layout.blocks());
         let missing = missing.ranges().iter().cloned().flatten().collect();
-        let now = Mutex::new(Now { step, buffers: Some(buffers), cover: state.cover.clone(), missing });
+        let now = Mutex::new(Now { step, buffers: Some(buffers), room: state.room(), missing });
         let [updates, sums] = [false, false].map(AtomicBool::new);
-        Self { updates, sums, now, missing: count, blocks, with_weights: false }
+        let moved = state.moved.clone();
+        Self { updates, sums, now, missing: count, blocks, with_weights: false, moved }
     }
 
     /// The state as it is between two updates. Not for asynchronous code: it waits for an update.
@@ -125,8 +128,8 @@ impl Live {
         done
     }
 
-    /// Some blocks as they are now, little-endian: steps applied, weights, first and second moments, as far as they are wanted.
-    /// Absent: not all of it is here.
+    /// Some blocks as they are now, little-endian: steps applied, weights, first and second moments, as far as they are wanted;
+    /// no moments of blocks that are not moved. Absent: not all of it is here.
     pub fn take(&self, blocks: Range<usize>, wants: Wants) -> Option<(Step, [Vec<u8>; 3])> {
         let now = self.now();
         let is_there = blocks.start < blocks.end && blocks.end <= self.blocks;
@@ -139,8 +142,8 @@ impl Live {
         if wants.weights {
             read[0] = host::copied(&part(weights, &blocks));
         }
-        if wants.moments {
-            let place = now.cover.place(blocks)?;
+        if wants.moments && !both(&blocks, &self.moved).is_empty() {
+            let place = now.room.place(blocks)?;
             read[1] = host::copied(&part(exp_avg, &place));
             read[2] = host::copied(&part(exp_avg_sq, &place));
         }
@@ -157,16 +160,18 @@ impl Live {
             return Put::Late;
         }
         let blocks = block..block + 1;
-        let (Some(buffers), Some(place)) = (&now.buffers, now.cover.place(blocks.clone())) else {
+        let Some(buffers) = now.buffers.as_ref().filter(|_| now.missing.contains(&block)) else {
             return Put::Taken;
         };
-        if !now.missing.contains(&block) {
-            return Put::Taken;
-        }
-        for (at, (buffer, bytes)) in buffers.iter().zip(read).enumerate() {
-            let place = if at == 0 { &blocks } else { &place };
-            if at > 0 || self.with_weights {
-                part(buffer, place).copy_(&flat(bytes, buffer.device()));
+        // Where there is no room for moments here, they are zero there too.
+        let (of_weights, of_moments) =
+            (Some(&blocks).filter(|_| self.with_weights), now.room.place(blocks.clone()));
+        let places = [of_weights, of_moments.as_ref(), of_moments.as_ref()];
+        for ((buffer, bytes), place) in buffers.iter().zip(read).zip(places) {
+            match place.map(|place| part(buffer, place)) {
+                Some(mut place) if bytes.is_empty() => drop(place.zero_()),
+                Some(mut place) => place.copy_(&flat(bytes, buffer.device())),
+                None => {}
             }
         }
         now.missing.remove(&block);
@@ -275,6 +280,38 @@ pub(super) mod tests {
         }
         assert!(learner.moments(1..2)[0].equal(&peer.moments(1..2)[0]));
         assert!(learner.moments(0..1)[0].equal(&own[0]));
+    }
+
+    /// Of two that hold one state one may have room for moments that the other knows to be zero.
+    #[test]
+    fn moments_that_do_not_come_are_zero() {
+        let (mut peer, learner) = (state(1), state(2));
+        peer.reset_moments(1..2);
+        let blocks = peer.layout.blocks();
+        let (of_peer, of_learner) =
+            (Live::new(Step(7), &peer, 0..0), Live::new(Step(7), &learner, 0..blocks));
+        // What was updated before it came means nothing.
+        advance(&learner, 7);
+        advance(&peer, 7);
+        for block in 0..blocks {
+            let (step, read) = of_peer.take(block..block + 1, Wants::ALL).unwrap();
+            assert_eq!(read[1].is_empty(), block != 1);
+            assert_eq!(of_learner.put(step, block, &read), Put::Taken);
+        }
+        assert_eq!(of_learner.missing(), 0);
+        for buffer in 0..3 {
+            assert!(learner.whole(buffer).equal(&peer.whole(buffer)), "buffer {buffer}");
+        }
+        // The other way round what comes has no room, and is zero.
+        let (zero, mut small) = (state(1), state(2));
+        small.reset_moments(0..0);
+        let (of_zero, of_small) = (Live::new(Step(7), &zero, 0..0), Live::new(Step(7), &small, 0..blocks));
+        for block in 0..blocks {
+            let (step, read) = of_zero.take(block..block + 1, Wants::ALL).unwrap();
+            assert_eq!(of_small.put(step, block, &read), Put::Taken);
+        }
+        assert_eq!((of_small.missing(), small.exp_avg.numel()), (0, 0));
+        assert!(small.weights.equal(&zero.weights));
     }
 
     #[test]

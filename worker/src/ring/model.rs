@@ -359,10 +359,11 @@ impl Thread {
                 self.writer.wait();
                 return Ok(Cause::Ended);
             };
-            // A stack that grows, or parameters that freeze, change what the ring adds up: the next generation begins with that.
+            // A stack that grows, or parameters that freeze, change what the ring adds up, and moments that go what may be lent: the
+            // next generation begins with that.
             let before = at.checked_sub(1).and_then(|before| schedule.at(before));
             let freezes = before.is_some_and(|before| before.stage.trains != plan.stage.trains);
-            if (plan.upcycle.is_some() || freezes) && at > start.0 {
+            if (plan.upcycle.is_some() || freezes || lets_go(&plan)) && at > start.0 {
                 return Ok(Cause::Ordered);
             }
             if loader.is_none() && !serving.lanes.is_empty() {
@@ -496,6 +497,11 @@ impl Thread {
         let last = at.checked_sub(1).and_then(|step| self.schedule.at(step));
         last.is_some_and(|last| last.last_of_stage || at.is_multiple_of(self.config.checkpoint.every_steps))
     }
+}
+
+/// Whether the moments of what is frozen go with the step of `plan`.
+fn lets_go(plan: &StepPlan<'_>) -> bool {
+    plan.reset_optimizer && plan.stage.trains == Trains::Gate
 }
 
 /// NCCL for a worker that computes on `device`.

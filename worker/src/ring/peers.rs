@@ -58,6 +58,8 @@ pub(super) struct Offered {
     pub weights: Cover,
     /// Those whose moments.
     pub moments: Cover,
+    /// The blocks outside of which all moments are zero: they are not handed out.
+    pub moved: Range<usize>,
     /// Where they are.
     pub from: From,
 }
@@ -65,8 +67,8 @@ pub(super) struct Offered {
 /// Where blocks are that are handed out.
 #[derive(Debug)]
 pub(super) enum From {
-    /// Read of a checkpoint: weights, first and second moments of the blocks that are handed out, one after the other,
-    /// little-endian.
+    /// Read of a checkpoint: weights of the blocks that are handed out, first and second moments of those of them that have any, one
+    /// after the other, little-endian.
     Checkpoint([Vec<u8>; 3]),
     /// In the state itself, which does not change before all have what they lack.
     State(Live),
@@ -81,8 +83,10 @@ impl Offered {
         };
         let mut read = [const { Vec::new() }; 3];
         for (at, (read, buffer)) in read.iter_mut().zip(buffers).enumerate() {
-            let (cover, wanted) =
-                if at == 0 { (&self.weights, wants.weights) } else { (&self.moments, wants.moments) };
+            let (cover, wanted) = match at {
+                0 => (self.weights.clone(), wants.weights),
+                _ => (self.moments.within(&self.moved), wants.moments),
+            };
             if wanted {
                 let place = cover.place(blocks.clone())?;
                 *read = buffer[place.start * BLOCK_BYTES..place.end * BLOCK_BYTES].to_vec();
@@ -296,6 +300,7 @@ impl Peers for Service {
             losses: state.losses.clone(),
             moments: state.moments.ranges().iter().map(range).collect(),
             weights: state.weights.ranges().iter().map(range).collect(),
+            moved: Some(range(&state.moved)),
         };
         let head = StateChunk { chunk: Some(Chunk::Head(head)) };
         let chunks = (first..end).step_by(CHUNK_BLOCKS).map(move |at| at..(at + CHUNK_BLOCKS).min(end));

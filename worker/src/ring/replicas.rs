@@ -37,11 +37,7 @@ pub(super) fn compare(
         return Ok(Some(cause));
     }
     let blocks = if learns { Vec::new() } else { hashes(state, shared) };
-    let mut root = blake3::Hasher::new();
-    blocks.iter().for_each(|hash| {
-        root.update(hash.as_bytes());
-    });
-    let root = root.finalize();
+    let root = digest::of_digests(&blocks);
     let mut roots = ring.exchange(RingStep(step), if learns { &[] } else { root.as_bytes() })?;
     roots.truncate(trainers);
     if roots.iter().all(|root| *root == roots[0]) {
@@ -68,8 +64,8 @@ fn compare_pairs(
 ) -> Result<Option<Cause>, RingError> {
     let rank = ring.ring().rank().index();
     let of = |rank: usize| {
-        let [exp_avg, exp_avg_sq] = state.moments(ring.ring().blocks(Rank(rank as u32)));
-        digest::of_all(&[&exp_avg, &exp_avg_sq])
+        let digests = digest::of_moments(state, ring.ring().blocks(Rank(rank as u32)));
+        digest::of_digests(digests.iter().flatten())
     };
     let said = match rank < trainers {
         true => [of(rank), of((rank + 1) % trainers)].map(|hash| *hash.as_bytes()).concat(),
@@ -102,7 +98,7 @@ fn hashes(state: &State, weights_alone: bool) -> Vec<blake3::Hash> {
     if weights_alone {
         return weights;
     }
-    let [exp_avg, exp_avg_sq] = [&state.exp_avg, &state.exp_avg_sq].map(digest::of_blocks);
+    let [exp_avg, exp_avg_sq] = digest::of_moments(state, 0..state.layout.blocks());
     let of_block = |((weights, exp_avg), exp_avg_sq): ((blake3::Hash, blake3::Hash), blake3::Hash)| {
         blake3::hash(&[weights, exp_avg, exp_avg_sq].map(|digest| *digest.as_bytes()).concat())
     };

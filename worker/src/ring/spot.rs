@@ -78,7 +78,7 @@ impl Spot {
 
 /// Hash of a flat gradient.
 pub(super) fn hash(gradient: &Tensor) -> Vec<u8> {
-    digest::of_all(&[gradient]).as_bytes().to_vec()
+    digest::of_all(gradient).as_bytes().to_vec()
 }
 
 #[cfg(test)]

@@ -79,10 +79,10 @@ fn manifests_that_claim_what_cannot_be() {
         assert!(matches!(refused, Err(Error::Checkpoint { step: 4, .. })), "{what}: {refused:?}");
         assert!(text.starts_with("checkpoint 4: manifest.json") && text.contains(said), "{what}: {text}");
     }
-    let newer = resealed(&incremental(), |m| m["format"] = json!(3)).unwrap_err().to_string();
+    let newer = resealed(&incremental(), |m| m["format"] = json!(4)).unwrap_err().to_string();
     assert_eq!(
         newer,
-        "memory/checkpoints/0000000004/manifest.json does not parse: it has format 3, this build reads up to 2; \
+        "memory/checkpoints/0000000004/manifest.json does not parse: it has format 4, this build reads up to 3; \
          use the build that wrote it or a newer one"
     );
     let nested = "[".repeat(100_000);

@@ -472,7 +472,7 @@ fn no_fault_leaves_a_checkpoint_that_is_not_whole() {
         network.next(&chosen);
         let store = network.store();
         let write = || {
-            let written = checkpoint::write_blocks(&store, 3, 1, 1 << 20, 0, &buffers)?;
+            let written = checkpoint::write_blocks(&store, 3, 1, 1 << 20, 0, 0..usize::MAX, &buffers)?;
             checkpoint::commit(&store, Manifest::new(facts.clone(), written))
         };
         let committed = write().is_ok();
@@ -512,7 +512,7 @@ fn a_store_that_lets_two_win_is_found_and_refused() {
 fn a_checkpoint_that_listings_do_not_show_yet_is_known_by_the_pointer() {
     let network = Network { unlisted: "0000000003/manifest.json", ..Network::new() };
     let store = network.store();
-    let written = checkpoint::write_blocks(&store, 3, 1, 1 << 20, 0, &buffers(1)).unwrap();
+    let written = checkpoint::write_blocks(&store, 3, 1, 1 << 20, 0, 0..usize::MAX, &buffers(1)).unwrap();
     let manifest = checkpoint::commit(&store, Manifest::new(facts(), written)).unwrap();
     assert_eq!(checkpoint::steps(&store).unwrap(), [0u64; 0]);
     checkpoint::point_at(&store, &manifest).unwrap();
@@ -531,7 +531,7 @@ fn parts_of_a_checkpoint_that_listings_do_not_show_yet_stay() {
         let mut facts = facts();
         facts.position.step = step;
         let bytes = [1, 2, 3].map(|byte| Bytes::from(vec![byte * 10 + step as u8; BLOCK_BYTES]));
-        let written = checkpoint::write_blocks(&store, step, 1, 1 << 20, 0, &bytes).unwrap();
+        let written = checkpoint::write_blocks(&store, step, 1, 1 << 20, 0, 0..usize::MAX, &bytes).unwrap();
         checkpoint::commit(&store, Manifest::new(facts, written)).unwrap();
     }
     assert_eq!(checkpoint::steps(&store).unwrap(), [4, 5]);
@@ -544,7 +544,7 @@ fn parts_of_a_checkpoint_that_listings_do_not_show_yet_stay() {
 fn a_copy_that_is_cut_short_goes_on() {
     let from = Store::memory().unwrap();
     from.put(crate::CONFIG, "name = \"copied\"\n").unwrap();
-    let written = checkpoint::write_blocks(&from, 3, 1, 1 << 20, 0, &buffers(4)).unwrap();
+    let written = checkpoint::write_blocks(&from, 3, 1, 1 << 20, 0, 0..usize::MAX, &buffers(4)).unwrap();
     checkpoint::commit(&from, Manifest::new(facts(), written)).unwrap();
     let (mut cut_short, mut resumed) = (0, 0);
     for requests in 0..60 {

@@ -165,7 +165,7 @@ const LAG: Duration = Duration::from_millis(60);
 fn checkpointed(store: &Store, log: &mut EventLog, step: u64) -> Result<()> {
     let bytes =
         [1, 2, 3].map(|buffer| Bytes::from(vec![step as u8 * 3 + buffer; 2 * checkpoint::BLOCK_BYTES]));
-    let written = checkpoint::write_blocks(store, step, log.session(), 1 << 20, 0, &bytes)?;
+    let written = checkpoint::write_blocks(store, step, log.session(), 1 << 20, 0, 0..usize::MAX, &bytes)?;
     log.check()?;
     let mut facts = super::faults::facts();
     facts.position.step = step;

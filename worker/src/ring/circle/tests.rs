@@ -192,7 +192,7 @@ fn what_is_not_a_checkpoints_is_found_in_what_peers_have_read_of_it() {
 fn head(cover: Cover, weights: bool) -> Head {
     let all = cover.of_blocks();
     let weights = if weights { Cover::all(all) } else { Cover::none(all) };
-    Head { updates: 7, layers: 1, cursors: Vec::new(), losses: Vec::new(), weights, cover }
+    Head { updates: 7, layers: 1, cursors: Vec::new(), losses: Vec::new(), weights, cover, moved: 0..all }
 }
 
 /// Blocks of moments that each survivor asks for when the member of rank `dead` of `members` is gone.
@@ -277,8 +277,12 @@ fn a_head_that_makes_no_sense_is_refused() {
         losses: vec![5.25],
         weights: ranges(&[(0, 1)]),
         moments: ranges(moments),
+        moved: None,
     };
     assert_eq!(Head::read(said(&[(0, 2), (3, 5)], 5)).unwrap().losses, [5.25]);
+    let moved = |first, end| StateHead { moved: Some(StateRange { first, end }), ..said(&[], 5) };
+    let heads = [(1, 5), (0, 4)].map(|(first, end)| Head::read(moved(first, end)).unwrap());
+    assert_eq!((moved_of(&heads), moved_of(&[])), (1..4, 0..0), "what one says is zero is zero");
     for wrong in [
         said(&[(0, 2), (1, 5)], 5),
         said(&[(0, 6)], 5),
@@ -286,6 +290,8 @@ fn a_head_that_makes_no_sense_is_refused() {
         said(&[], 1 << 40),
         StateHead { cursors: Some(of_no_source()), ..said(&[], 5) },
         StateHead { weights: ranges(&[(3, 6)]), ..said(&[], 5) },
+        moved(3, 6),
+        moved(3, 2),
     ] {
         assert!(Head::read(wrong.clone()).is_err(), "{wrong:?}");
     }
@@ -333,7 +339,8 @@ fn any_head() -> impl Strategy<Value = StateHead> {
     (numbers, cursors, ranges(), ranges()).prop_map(
         |((updates, layers, blocks), cursors, weights, moments)| {
             let losses = Vec::new();
-            StateHead { updates, layers, blocks, cursors, losses, weights, moments }
+            let moved = moments.last().copied();
+            StateHead { updates, layers, blocks, cursors, losses, weights, moments, moved }
         },
     )
 }
@@ -361,6 +368,7 @@ proptest! {
                 prop_assert_eq!(cover.of_blocks() as u64, head.blocks);
                 prop_assert!(cover.ranges().iter().all(|range| range.end as u64 <= head.blocks));
             }
+            prop_assert!(read.moved.start <= read.moved.end && read.moved.end as u64 <= head.blocks);
         }
     }
 

@@ -88,13 +88,13 @@ impl Learning {
 }
 
 impl Thread {
-    /// Whether learners of a generation that begins after `start` can get the state while the others train. A stack grows in the
-    /// first step; and where the weights are spread by steps, those come that the steps move.
+    /// Whether learners of a generation that begins after `start` can get the state while the others train. In the first step a stack
+    /// grows, and moments of what is frozen go; and where the weights are spread by steps, those come that the steps move.
     pub(super) fn can_learn_from(&self, start: Step, shared: bool) -> bool {
         let Some(plan) = self.schedule.at(start.0) else { return true };
         let layout = Layout::new(&self.config.model, self.config.model.layers);
         let moves_all = layout.moved(plan.stage.trains, plan.stage.loss) == (0..layout.len());
-        plan.upcycle.is_none() && (moves_all || !shared)
+        plan.upcycle.is_none() && !lets_go(&plan) && (moves_all || !shared)
     }
 
     /// Asks those that hold the state for its form. The buffers are made once all have met, while the others compute: what the
@@ -127,17 +127,21 @@ impl Thread {
     /// Makes this worker hold a state of the right form, of which each block is to come: from the generation's start on it
     /// takes part in all updates.
     fn begin_to_learn(&mut self, start: Step, to_learn: ToLearn, shared: bool) {
-        let ToLearn { head: Head { updates, layers, cursors, losses, .. }, circle, ids } = to_learn;
+        let ToLearn { head: Head { updates, layers, cursors, losses, moved, .. }, circle, ids } = to_learn;
         let layout = Layout::new(&self.config.model, layers);
         let blocks = layout.blocks();
         let weights = layout.zeros(self.device);
-        let make = if shared { State::without_moments } else { State::new };
-        let mut state = make(layout, weights);
+        let cover = if shared { Cover::none(blocks) } else { Cover::all(blocks) };
+        let mut state = State::at_zero(layout, weights, cover, moved);
         (state.updates, state.losses) = (updates, losses);
+        let mut engine = self.engine(state);
+        if let Some(plan) = self.schedule.at(start.0) {
+            engine.make_room(&plan);
+        }
         let coming = if shared {
             Coming::Spread(start)
         } else {
-            let live = Arc::new(Live::new(start, &state, 0..blocks));
+            let live = Arc::new(Live::new(start, engine.state(), 0..blocks));
             let all: Vec<usize> = (0..ids.len()).collect();
             let pieces = Piece::all_of(0..blocks, &all);
             let mut learner = Learner::new(Arc::clone(&live), circle.clone(), pieces);
@@ -146,7 +150,6 @@ impl Thread {
             Coming::Sent(learner)
         };
         self.learning = Some(Learning::new(coming, circle, ids));
-        let engine = self.engine(state);
         self.held = Some(Held::new(engine, start, cursors));
         tracing::info!(step = %start, blocks, "is sent the state while the others train");
     }
@@ -161,8 +164,12 @@ impl Thread {
             && !serving.shared
             && serving.meanwhile
         {
-            let state = self.held.as_ref().expect("state was taken").engine.state();
-            let live = Arc::new(Live::new(*start, state, 0..0));
+            let engine = &mut self.held.as_mut().expect("state was taken").engine;
+            // What is lent keeps its place in memory while it is lent.
+            if let Some(plan) = self.schedule.at(start.0) {
+                engine.make_room(&plan);
+            }
+            let live = Arc::new(Live::new(*start, engine.state(), 0..0));
             self.shelf.lend(*generation, Arc::clone(&live), self.config.ring.state_bandwidth);
             self.live = Some(live);
         }
@@ -177,14 +184,18 @@ impl Thread {
         }
         let (circle, ids) = self.circle(serving, *start, |_| true);
         let held = self.held.as_mut().expect("state was taken");
-        let blocks = held.engine.state().layout.blocks();
-        let have = held.engine.state().cover.clone();
-        let grows = Cover::of_rank(blocks, members.len(), serving.rank).without(&have);
+        if let Some(plan) = self.schedule.at(start.0) {
+            held.engine.make_room(&plan);
+        }
+        let State { cover: have, moved, .. } = held.engine.state();
+        let (have, moved) = (have.clone(), moved.clone());
+        let grows = Cover::of_rank(have.of_blocks(), members.len(), serving.rank).without(&have);
         let room = |range: &Range<usize>| {
             let zeros = || Tensor::zeros([(range.len() * BLOCK) as i64], (Kind::Float, self.device));
             (range.start, [zeros(), zeros()])
         };
         held.engine.set_cover(have.and(&grows), &grows.ranges().iter().map(room).collect::<Vec<_>>());
+        let grows = grows.within(&moved);
         let live = Arc::new(Live::lacking_moments(*start, held.engine.state(), &grows));
         self.shelf.lend(*generation, Arc::clone(&live), self.config.ring.state_bandwidth);
         let mut learner = Learner::new(Arc::clone(&live), circle, pieces(&grows, serving, &ids).into_iter());

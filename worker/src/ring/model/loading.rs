@@ -12,6 +12,7 @@ use super::state::{Gathering, Standing, cause_of_failure, patiently};
 use super::*;
 use crate::checkpoint;
 use crate::cover::Cover;
+use crate::optimizer::both;
 use crate::ring::circle::{Failed, Head, share_out};
 use crate::ring::peers::{From, Offered};
 
@@ -78,6 +79,7 @@ impl Thread {
             losses: manifest.losses.clone(),
             weights: own.clone(),
             moments: own,
+            moved: manifest.moved(),
             from: From::Checkpoint(buffers),
         });
         self.shelf.lay(Arc::clone(&state));
@@ -99,7 +101,8 @@ impl Thread {
         let fits = |head: &Head| head.layers == manifest.layers && head.cover.of_blocks() == all;
         let able: Vec<(usize, &Head)> = heads.iter().enumerate().filter(|(_, head)| fits(head)).collect();
         let needs = self.needs_at(serving, step, all);
-        let (lacks, lacks_moments) = (Cover::all(all).without(own), needs.without(own));
+        let moved = state.moved.clone();
+        let (lacks, lacks_moments) = (Cover::all(all).without(own), needs.without(own).within(&moved));
         let asked = share_out(&able, &lacks, &lacks_moments)
             .ok_or_else(|| fault("some blocks of the checkpoint were read by nobody"))?;
         let mut gathered = self.runtime.block_on(circle.gather(asked.clone(), abort)).map_err(cause)?;
@@ -115,10 +118,10 @@ impl Thread {
         tracing::info!(%generation, %step, read_bytes, peers_bytes, "took state from a checkpoint");
         if let (false, From::Checkpoint([weights, exp_avg, exp_avg_sq])) = (blocks.is_empty(), &state.from) {
             gathered.weights.push((blocks.start, weights.clone()));
-            gathered.moments.push((blocks.start, [exp_avg.clone(), exp_avg_sq.clone()]));
+            gathered.moments.push((both(&blocks, &moved).start, [exp_avg.clone(), exp_avg_sq.clone()]));
         }
         let (updates, losses, cursors) = (manifest.updates, manifest.losses, manifest.cursors);
-        let gathering = Gathering { layout, asked, updates, cursors, losses, cover: own.and(&needs) };
+        let gathering = Gathering { layout, asked, updates, cursors, losses, cover: own.and(&needs), moved };
         self.hold(step, Standing::Nothing, gathering, &gathered);
         self.measure_anew(step, serving)
     }

@@ -13,7 +13,7 @@ use crate::checkpoint::{Snapshot, flat};
 use crate::cover::Cover;
 use crate::init::initial_state;
 use crate::optimizer::State;
-use crate::ring::circle::{Asked, Circle, Failed, Gathered, Head, share_out};
+use crate::ring::circle::{Asked, Circle, Failed, Gathered, Head, moved_of, share_out};
 use crate::ring::parts::Copy;
 use crate::ring::peers::{From, Job, Offered};
 
@@ -40,6 +40,8 @@ pub(super) struct Gathering {
     pub losses: Vec<f64>,
     /// Moments to have then.
     pub cover: Cover,
+    /// The blocks outside of which all moments are zero.
+    pub moved: Range<usize>,
 }
 
 impl Held {
@@ -265,12 +267,14 @@ impl Thread {
         };
         let needs = needs(blocks);
         let able: Vec<(usize, &Head)> = heads.iter().enumerate().filter(|(_, head)| has_some(head)).collect();
-        let asked = share_out(&able, &weights, &needs.without(&have)).ok_or_else(nowhere)?;
+        let moved = moved_of(able.iter().map(|(_, head)| *head));
+        let lacks = needs.without(&have).within(&moved);
+        let asked = share_out(&able, &weights, &lacks).ok_or_else(nowhere)?;
         let with_weights = heads.iter().find(|head| !head.weights.is_empty());
         let told = with_weights.map(|head| (head.cursors.clone(), head.losses.clone()));
         let (cursors, losses) = told.unwrap_or_default();
         let (updates, cover) = (first.updates, have.and(&needs));
-        Ok(Gathering { layout, asked, updates, cursors, losses, cover })
+        Ok(Gathering { layout, asked, updates, cursors, losses, cover, moved })
     }
 
     /// Puts what was gathered together with what is here.
@@ -281,7 +285,7 @@ impl Thread {
         gathering: Gathering,
         gathered: &Gathered,
     ) {
-        let Gathering { layout, asked: _, updates, cursors, losses, cover } = gathering;
+        let Gathering { layout, asked: _, updates, cursors, losses, cover, moved } = gathering;
         let moments = gathered.moments.iter();
         let others: Vec<(usize, [Tensor; 2])> = moments
             .map(|(first, both)| (*first, both.each_ref().map(|bytes| flat(bytes, self.device))))
@@ -309,7 +313,7 @@ impl Thread {
             }
             (None, weights) => {
                 let weights = weights.expect("who has no state asks for weights");
-                let mut state = State::without_moments(layout, weights);
+                let mut state = State::without_moments(layout, weights, moved);
                 (state.updates, state.losses) = (updates, losses);
                 let state = state.with_cover(cover, &others);
                 let engine = self.engine(state);
@@ -331,6 +335,7 @@ impl Thread {
             losses: Vec::new(),
             weights: Cover::none(0),
             moments: Cover::none(0),
+            moved: 0..0,
             from: From::Checkpoint(Default::default()),
         };
         if let Some(held) = held {
@@ -347,11 +352,13 @@ impl Thread {
                     let mut ahead = State { exp_avg, exp_avg_sq, ..state.share() };
                     ahead.complete(&pending.prepared, None);
                     offered.updates = ahead.updates;
+                    offered.moved = ahead.moved.clone();
                     offered.moments = ahead.cover.without(&held.missing);
                     offered.from = lend(&ahead);
                 }
                 _ => {
                     offered.updates = state.updates;
+                    offered.moved = state.moved.clone();
                     (offered.cursors, offered.losses) = (held.cursors.clone(), state.losses.clone());
                     if with_weights {
                         offered.weights = Cover::all(blocks);

@@ -283,11 +283,11 @@ fn a_checkpoint_of_a_newer_format_stops_the_run() {
     let store = stopped(&data);
     change(&store.run(), &manifest_of(NEWEST), |bytes| {
         let text = String::from_utf8(bytes.clone()).unwrap();
-        *bytes = text.replacen("\"format\": 1", "\"format\": 3", 1).into_bytes();
+        *bytes = text.replacen("\"format\": 1", "\"format\": 4", 1).into_bytes();
     });
     let before = store.objects();
     let text = drive(Run::resume(store.run(), Resume::default()).unwrap(), None).0.unwrap_err().to_string();
-    assert!(text.contains("it has format 3, this build reads up to 2"), "{text}");
+    assert!(text.contains("it has format 4, this build reads up to 3"), "{text}");
     assert!(text.contains("checkpoints/0000000012/manifest.json"), "{text}");
     assert!(store.objects() == before, "the folder is as it was");
 }
