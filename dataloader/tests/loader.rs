@@ -75,6 +75,49 @@ fn steps_come_in_order_and_end_with_the_plan() {
     }
 }
 
+/// However large a shard is, one row group of it is asked for at a time, and no more than what is to be held ready.
+#[test]
+fn row_groups_are_fetched_one_by_one() {
+    let folder = tempfile::tempdir().unwrap();
+    // Past the footer, which is read from the shard's end in one piece.
+    write_set(folder.path(), &documents(60_000), 1, 20_000);
+    let shard = std::fs::metadata(folder.path().join("000.parquet")).unwrap().len();
+    let dataset = Dataset::open(&url(folder.path())).unwrap();
+    let groups = dataset.row_groups();
+    let read_bytes = |dataset: &Dataset| dataset.store().traffic().read_bytes;
+    dataset.read(0, None).unwrap();
+    let (mut before, mut sum) = (read_bytes(&dataset), 0);
+    for group in 0..groups {
+        dataset.read(group, None).unwrap();
+        let bytes = read_bytes(&dataset) - before;
+        assert!(
+            bytes > 0 && bytes < 2 * shard / groups,
+            "row group {group} of {groups}: {bytes} of {shard} bytes"
+        );
+        (before, sum) = (before + bytes, sum + bytes);
+    }
+    assert!(groups > 20 && sum <= shard, "{sum} of {shard} bytes in {groups} row groups");
+
+    let dataset = Arc::new(Dataset::open(&url(folder.path())).unwrap());
+    let before = read_bytes(&dataset);
+    let sources = BTreeMap::from([("web".to_owned(), Arc::clone(&dataset))]);
+    let one = |step| {
+        (step < 20_000).then(|| StepData {
+            stage: 0,
+            sequence: 32,
+            micro_batch: 1,
+            micro_batches: 1,
+            mask: Mask::Document,
+            mixture: Arc::new(BTreeMap::from([("web".to_owned(), 1.0)])),
+        })
+    };
+    let held = LoaderOptions { lanes: 1, plan: Arc::new(one), prefetch_bytes: 1, ..options(&sources, 0..1) };
+    let mut loader = Loader::open(held).unwrap();
+    loader.next().unwrap().unwrap();
+    let bytes = read_bytes(&dataset) - before;
+    assert!(bytes < shard / 4, "{bytes} of {shard} bytes for the first step");
+}
+
 #[test]
 fn any_partition_threads_and_prefetch_give_the_same_global_sequence() {
     let folder = tempfile::tempdir().unwrap();

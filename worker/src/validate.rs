@@ -83,6 +83,7 @@ impl HeldOut {
             let mut sums: Vec<Evaluation> =
                 serve.clone().map(|_| Evaluation::new(stage.loops, &[])).collect();
             for (lane, batch) in &set.batches {
+                let _span = tracing::trace_span!("held-out", set = set.name, lane).entered();
                 engine.evaluate(stage, batch, &mut sums[(lane - serve.start) as usize]);
             }
             (set.name.clone(), sums)

@@ -1,5 +1,6 @@
 //! What a run puts on record: audited, and read by TensorBoard itself.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -26,11 +27,30 @@ fn audit(run: &str, more: &[&str], code: i32) -> (Value, String) {
     (found, world().anello(&arguments).expect(code))
 }
 
+/// By the timeline, every worker measures the model on the held-out sequences of the lanes that it serves, and of no others.
+fn assert_each_measures_its_lanes(trace: &str) {
+    let text = std::fs::read_to_string(world().folder.join(trace)).unwrap();
+    let events: Vec<Value> =
+        serde_json::from_str(&format!("{}]", text.trim_end().trim_end_matches(','))).unwrap();
+    let lanes_of = |name: &str| {
+        let mut lanes = BTreeMap::<u64, BTreeSet<u64>>::new();
+        for span in events.iter().filter(|event| event["ph"] == "X" && event["name"] == name) {
+            let lane = span["args"]["lane"].as_str().and_then(|lane| lane.parse().ok());
+            let lane = lane.or_else(|| span["args"]["lane"].as_u64()).unwrap_or_else(|| panic!("{span}"));
+            lanes.entry(span["pid"].as_u64().unwrap()).or_default().insert(lane);
+        }
+        lanes
+    };
+    let (served, measured) = (lanes_of("lane"), lanes_of("held-out"));
+    assert!(served.len() >= 2 && served == measured, "served {served:?}, measured {measured:?}");
+}
+
 #[test]
 fn a_ring_puts_on_record_what_one_process_does_and_is_audited_alike() {
     let measured = ["--set", "eval.every_steps=8", "--set", "eval.sets.lists.url=data/lists"];
     for (run, workers) in [("recorded-1", None), ("recorded-2", Some("2")), ("recorded-3", Some("3"))] {
-        let workers = workers.map(|workers| ["--workers", workers]);
+        let trace = format!("{run}.json");
+        let workers = workers.map(|workers| ["--workers", workers, "--trace", &trace]);
         let arguments = ["run", "small.toml", "--out", run, "--sample", "0"];
         let more: Vec<&str> = workers.iter().flatten().copied().chain(measured).collect();
         world().anello(&[&arguments[..], &more].concat()).expect(0);
@@ -43,6 +63,9 @@ fn a_ring_puts_on_record_what_one_process_does_and_is_audited_alike() {
             .collect();
         assert_eq!(digests, [9, 19, 29]);
         assert!(ours.iter().filter(|row| row["evals"].is_array()).count() >= 3, "{run}");
+        if workers.is_some() {
+            assert_each_measures_its_lanes(&trace);
+        }
         let (found, told) = audit(run, &["--workers", "2"], 0);
         assert_eq!((&found["verdict"], &found["compared"]["steps"]), (&json!("confirmed"), &json!(31)));
         assert!(told.starts_with(&format!("{run} is what its record says: steps 0 to 30 ")), "{told}");
