@@ -58,10 +58,20 @@ impl Timings {
             gather: detection,
             silence,
             poll: (silence / 8).min(Duration::from_secs(1)),
-            connect: silence.min(Duration::from_secs(5)),
-            retry: heartbeat.min(Duration::from_secs(2)),
+            connect: Self::connect_within(silence),
+            retry: Self::retry_within(heartbeat),
             grace: detection * 2,
         }
+    }
+
+    /// `connect` of a worker, which is told `silence`.
+    pub fn connect_within(silence: Duration) -> Duration {
+        silence.min(Duration::from_secs(5))
+    }
+
+    /// `retry` of a worker, which is told `heartbeat`.
+    pub fn retry_within(heartbeat: Duration) -> Duration {
+        heartbeat.min(Duration::from_secs(2))
     }
 
     /// Those that a config asks for: `ring.detection`.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anello_configs::Timings;
 use anello_proto::convert::Word;
 use anello_proto::ring::Epoch;
 use anello_proto::v1;
@@ -15,9 +16,6 @@ use tokio_stream::wrappers::ReceiverStream;
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Words that may wait for the connection.
 const WORDS_MAX: usize = 256;
-/// Time to connect, and to hear the first order, at most.
-const CONNECT: Duration = Duration::from_secs(5);
-
 /// Time in which last words are heard.
 const CLOSE: Duration = Duration::from_secs(2);
 
@@ -35,7 +33,7 @@ impl Link {
     /// [`ConnectError`].
     pub async fn open(coordinator: &To, hello: v1::Hello, silence: Duration) -> Result<Self, ConnectError> {
         let away = |cause: &dyn ToString| ConnectError::Away(cause.to_string());
-        let patience = CONNECT.min(silence);
+        let patience = Timings::connect_within(silence);
         let connect = async {
             let channel = coordinator.connect(patience).await?;
             let mut client = RingClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);

@@ -6,6 +6,7 @@ use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 use anello_collective::{AbortHandle, tcp};
+use anello_configs::Timings;
 use anello_member::{Effect, Event, KeptRows, Member};
 use anello_proto::convert::Word;
 use anello_proto::ring::{Epoch, Leave, WorkerId};
@@ -26,8 +27,8 @@ use crate::device;
 use crate::environment;
 use crate::error::{Error, Result, with_causes};
 
-/// Pauses between two attempts to connect, from the first to the longest.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// The first pause between two attempts to connect.
+const PAUSE: Duration = Duration::from_millis(50);
 /// How often the wish to go is looked for.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -86,7 +87,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         silence: Duration::from_secs(5),
         said_at: Instant::now(),
         connect_at: Instant::now(),
-        pause: PAUSE.0,
+        pause: PAUSE,
     };
     let left = runtime.block_on(shell.serve(terminate));
     // What is left of the runtime are connections that nobody waits for.
@@ -231,7 +232,7 @@ impl Shell {
                 self.link = Some(link);
                 self.welcomed = false;
                 self.rows().linked();
-                self.pause = PAUSE.0;
+                self.pause = PAUSE;
                 self.said_at = Instant::now();
                 let mut effects = Vec::new();
                 self.member.handle(Event::Linked, &mut effects);
@@ -243,7 +244,7 @@ impl Shell {
             Err(cause) => {
                 match &cause {
                     // Once, until there was a connection again.
-                    ConnectError::Refused(error) if self.pause == PAUSE.0 => {
+                    ConnectError::Refused(error) if self.pause == PAUSE => {
                         tracing::warn!(%error, "the way to the coordinator is closed");
                     }
                     cause => {
@@ -251,7 +252,7 @@ impl Shell {
                     }
                 }
                 // A coordinator that comes back gives its workers a lease to report, which is some heartbeats.
-                self.pause = (self.pause * 2).min(PAUSE.1.min(self.heartbeat));
+                self.pause = (self.pause * 2).min(Timings::retry_within(self.heartbeat));
                 self.connect_at = Instant::now() + self.pause;
             }
         }
