@@ -1,5 +1,6 @@
 //! Hosts of networks of their own: network namespaces on one switch or several, whose cables can be pulled.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 /// Hosts that reach one another, and nothing else, over switches of their own: each has a card and an address at each.
@@ -98,6 +99,22 @@ impl Network {
         ["ip", "netns", "exec", &self.space(host)].map(str::to_owned).to_vec()
     }
 
+    /// From now on these are the names that processes of a host can look up: those that start, and those that did since it was given
+    /// any.
+    pub fn names(&self, host: u32, names: &[(&str, String)]) {
+        let lines = names.iter().map(|(name, address)| format!("{address} {name}\n"));
+        let text: String = ["127.0.0.1 localhost\n".to_owned()].into_iter().chain(lines).collect();
+        let folder = self.etc(host);
+        std::fs::create_dir_all(&folder).expect("who may make namespaces may name hosts");
+        // In place: this very file lies over /etc/hosts for whom `ip netns exec` started.
+        std::fs::write(folder.join("hosts"), text).expect("the folder is ours");
+    }
+
+    /// What of /etc is a host's own.
+    fn etc(&self, host: u32) -> PathBuf {
+        PathBuf::from("/etc/netns").join(self.space(host))
+    }
+
     /// Pulls the cables of a host: from now on what is sent to it or by it is lost without a word.
     pub fn cut(&self, host: u32) {
         self.set_cables(host, "down");
@@ -166,6 +183,9 @@ impl Drop for Network {
     fn drop(&mut self) {
         for space in (0..self.hosts).map(|host| self.space(host)).chain([self.switch()]) {
             let _ = ip(&format!("netns delete {space}"));
+        }
+        for host in 0..self.hosts {
+            let _ = std::fs::remove_dir_all(self.etc(host));
         }
     }
 }

@@ -7,16 +7,22 @@ use anello_tests::{Done, Network, Process, newest_checkpoint, wait_until};
 
 use super::world;
 
-/// Where the coordinator and its users are.
+/// Where the first coordinator and its users are.
 const DESK: u32 = 0;
+/// How everybody calls the coordinator, wherever it is.
+const NAME: &str = "coordinator.anello.test";
+/// Its port, on a host of its own.
+const PORT: u16 = 7000;
 
-/// A coordinator and a worker on each other host.
+/// A coordinator on one host, a worker on each of others, and a last host that is idle.
 struct Cluster {
     network: Network,
+    /// Where the coordinator is.
+    desk: u32,
     coordinator: Process,
-    address: String,
     workers: Vec<Process>,
     place: String,
+    detection: &'static str,
     /// Networks that the workers are told to use: each has an address at each.
     networks: u32,
 }
@@ -34,30 +40,26 @@ impl Cluster {
 
     /// The same, with another time after which something silent is found, and on so many networks.
     fn start_detecting(
-        detection: &str,
+        detection: &'static str,
         name: &str,
         (workers, min): (u32, u32),
         networks: u32,
         prepare: impl FnOnce(&Network),
     ) -> Option<Self> {
-        let network = match Network::new(name, workers + 1, networks) {
+        let network = match Network::new(name, workers + 2, networks) {
             Ok(network) => network,
             Err(why) => {
                 println!("NOT RUN, for this user may make no network namespaces: {why}");
                 return None;
             }
         };
-        let (place, listen) = (format!("cut-{name}"), format!("{}:0", network.address(DESK)));
-        let arguments = ["coordinator", "--listen", &listen, "--jobs", &place, "--slots", "0", "--insecure"];
-        let more = ["--detection", detection];
-        let on = network.on(DESK);
-        let mut coordinator = Process::start_by(&on, &world().folder, &[&arguments[..], &more].concat(), &[]);
-        let address = |out: &str| Some(out.strip_prefix("coordinator at ")?.split_once(',')?.0.to_owned());
-        wait_until("the coordinator listens", || {
-            address(&coordinator.out()).is_some() || coordinator.ended()
-        });
-        let address = address(&coordinator.out()).unwrap_or_else(|| panic!("{}", coordinator.log()));
-        let mut cluster = Self { network, coordinator, address, workers: Vec::new(), place, networks };
+        for host in 0..workers + 2 {
+            network.names(host, &[(NAME, network.address(DESK))]);
+        }
+        let place = format!("cut-{name}");
+        let coordinator = Self::coordinator(&network, DESK, &place, detection);
+        let mut cluster =
+            Self { network, desk: DESK, coordinator, workers: Vec::new(), place, detection, networks };
         let (count, min) = (workers.to_string(), min.to_string());
         cluster.ask(&["submit", "small.toml", "--name", "a", "--workers", &count, "--min", &min]).expect(0);
         prepare(&cluster.network);
@@ -65,9 +67,34 @@ impl Cluster {
         Some(cluster)
     }
 
+    /// One that listens.
+    fn coordinator(network: &Network, host: u32, place: &str, detection: &str) -> Process {
+        let listen = format!("{}:{PORT}", network.address(host));
+        let arguments = ["coordinator", "--listen", &listen, "--jobs", place, "--slots", "0", "--insecure"];
+        let more = ["--detection", detection];
+        let arguments = [&arguments[..], &more].concat();
+        let mut process = Process::start_by(&network.on(host), &world().folder, &arguments, &[]);
+        let listens = |process: &Process| process.out().starts_with("coordinator at ");
+        wait_until("the coordinator listens", || listens(&process) || process.ended());
+        assert!(listens(&process), "{}", process.log());
+        process
+    }
+
+    /// Has the coordinator's name lead to another host, where one takes up what it finds. Returns the one before.
+    fn move_coordinator(&mut self, host: u32) -> Process {
+        self.desk = host;
+        for worker in 1..=self.workers.len() as u32 {
+            self.network.names(worker, &[(NAME, self.network.address(host))]);
+        }
+        self.network.names(host, &[(NAME, self.network.address(host))]);
+        let next = Self::coordinator(&self.network, host, &self.place, self.detection);
+        std::mem::replace(&mut self.coordinator, next)
+    }
+
     fn worker(&self, host: u32) -> Process {
         let here: Vec<String> = (0..self.networks).map(|at| self.network.address_at(host, at)).collect();
-        let mut arguments = vec!["worker", "--coordinator", &self.address, "--job", "a", "--threads", "1"];
+        let coordinator = format!("{NAME}:{PORT}");
+        let mut arguments = vec!["worker", "--coordinator", &coordinator, "--job", "a", "--threads", "1"];
         arguments.extend(here.iter().flat_map(|here| ["--address", here]));
         arguments.push("--insecure");
         let on = self.network.on(host);
@@ -75,8 +102,9 @@ impl Cluster {
     }
 
     fn ask(&self, arguments: &[&str]) -> Done {
-        let arguments = [arguments, &["--coordinator", &self.address]].concat();
-        Process::start_by(&self.network.on(DESK), &world().folder, &arguments, &[]).wait()
+        let coordinator = format!("{NAME}:{PORT}");
+        let arguments = [arguments, &["--coordinator", &coordinator]].concat();
+        Process::start_by(&self.network.on(self.desk), &world().folder, &arguments, &[]).wait()
     }
 
     fn folder(&self) -> PathBuf {
@@ -157,6 +185,34 @@ fn a_coordinator_that_is_cut_off_is_not_needed_and_comes_back() {
         cluster.finish();
         trained_on
     });
+}
+
+/// The machine of a coordinator is gone without a word, and another machine has its name.
+#[test]
+fn a_coordinator_that_comes_back_on_another_machine_is_found_by_its_name() {
+    let Some(mut cluster) = Cluster::start_detecting("8s", "moved", (2, 2), 1, |_| {}) else { return };
+    cluster.wait_for_checkpoint(3);
+    // The run folder is on a disk that all have; a machine whose cables are pulled would not have it.
+    cluster.coordinator.signal("STOP");
+    cluster.network.cut(DESK);
+    let left_at = newest_checkpoint(&cluster.folder());
+    // Where the model grows a ring is formed anew, for which there must be a coordinator.
+    let grows = 20;
+    wait_until("they train on alone", || cluster.newest_parts() >= grows);
+    assert!(left_at < grows && newest_checkpoint(&cluster.folder()) < grows, "nobody was there to commit it");
+    let older = cluster.move_coordinator(3);
+    cluster.wait_for_checkpoint(grows + 1);
+    let told = cluster.finish();
+    assert!(told.contains("a coordinator took the run up; the newest checkpoint is "), "{told}");
+    assert!(!told.contains("lost (") && told.matches(" joined ").count() == 2, "{told}");
+    for worker in cluster.workers.drain(..) {
+        worker.wait().expect(0);
+    }
+    cluster.network.mend(DESK);
+    older.signal("CONT");
+    let done = older.wait();
+    assert!(done.log.contains("another coordinator has taken over"), "{done:?}");
+    done.expect(1);
 }
 
 /// Two workers that both reach the coordinator, and not one another: nobody is dead, and a ring of both cannot train.
