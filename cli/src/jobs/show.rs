@@ -36,8 +36,15 @@ pub fn list(jobs: &[v1::Job]) -> Result<String, Failure> {
     }
     let text = table.render();
     let more = |job: &v1::Job| {
-        let waits = job.waits_for.as_ref().map(|what| format!("  waits for {what}"));
-        waits.or_else(|| job.reason.as_ref().map(|why| format!("  {why}"))).unwrap_or_default()
+        let waits = job.waits_for.as_ref().map(|what| format!("waits for {what}"));
+        let quarantined = match job.quarantined {
+            0 => None,
+            1 => Some("1 machine is quarantined".to_owned()),
+            count => Some(format!("{count} machines are quarantined")),
+        };
+        let said = [waits.or_else(|| job.reason.clone()), quarantined].into_iter().flatten();
+        let said = said.collect::<Vec<_>>().join("; ");
+        if said.is_empty() { said } else { format!("  {said}") }
     };
     let suffixes = std::iter::once(String::new()).chain(jobs.iter().map(more));
     Ok(text.lines().zip(suffixes).map(|(line, more)| format!("{line}{more}\n")).collect())
@@ -317,13 +324,21 @@ mod tests {
     fn a_list_is_a_table_and_says_what_is_waited_for() {
         let queued = v1::Job { waits_for: Some("free slots".into()), ..job("other", Phase::Queued) };
         let failed = v1::Job { reason: Some("disk".into()), ..job("third", Phase::Failed) };
-        let text = list(&[running().job.unwrap(), queued, failed]).unwrap();
+        let quarantined = |name, waits_for: Option<&str>, machines| v1::Job {
+            waits_for: waits_for.map(str::to_owned),
+            quarantined: machines,
+            ..job(name, Phase::Running)
+        };
+        let (one, two) = (quarantined("one", None, 1), quarantined("two", Some("workers"), 2));
+        let text = list(&[running().job.unwrap(), queued, failed, one, two]).unwrap();
         assert_eq!(
             text,
             "job    phase    step     of   loss  tok/s  workers\n\
              small  running   412  1 031  4.312  9 820   3 of 3  waits for the next step boundary, to take in 1 more\n\
              other  queued      –  1 031      –      –   0 of 3  waits for free slots\n\
-             third  failed      –  1 031      –      –   0 of 3  disk\n"
+             third  failed      –  1 031      –      –   0 of 3  disk\n\
+             one    running     –  1 031      –      –   0 of 3  1 machine is quarantined\n\
+             two    running     –  1 031      –      –   0 of 3  waits for workers; 2 machines are quarantined\n"
         );
         assert!(list(&[]).unwrap().contains("anello submit"));
     }

@@ -86,6 +86,7 @@ fn job_of(name: &str, figures: &Figures) -> v1::Job {
         waits_for: status.and_then(|status| status.waits_for.clone()),
         queue_position: None,
         reason: None,
+        quarantined: status.map_or(0, |status| status.quarantined.len() as u32),
     }
 }
 

@@ -4,6 +4,8 @@ use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anello_configs::LoadOptions;
+use anello_store::Store;
+use anello_store::events::{Event, EventLog};
 
 use super::*;
 use crate::launch::{Exit, Process};
@@ -162,6 +164,25 @@ fn wishes_outlive_the_coordinator() {
     wait_for(&next, "a", Phase::Paused);
     let jobs = world.runtime.block_on(next.registry.ask(Command::List)).unwrap();
     assert_eq!((jobs[0].desired, jobs[0].waits_for.clone()), (2, None));
+    world.stop(next);
+}
+
+#[test]
+fn a_list_counts_the_machines_that_nobody_is_taken_from() {
+    let world = World::new("quarantine");
+    let kept = world.keep(1);
+    world.submit(&kept, "a", 1).unwrap();
+    wait_for(&kept, "a", Phase::Forming);
+    world.stop(kept);
+    let mut log = EventLog::open(&Store::durable(&format!("{}/a", world.place)).unwrap()).unwrap();
+    for (worker, machine) in [("1", "m1"), ("2", "m2"), ("3", "m2")] {
+        let (worker, machine) = (format!("000000000000000{worker}"), machine.to_owned());
+        log.append(Event::Evicted { worker, machine, step: None, reason: "it differs".to_owned() }).unwrap();
+    }
+    let next = world.keep(1);
+    wait_for(&next, "a", Phase::Forming);
+    let jobs = world.runtime.block_on(next.registry.ask(Command::List)).unwrap();
+    assert_eq!(jobs[0].quarantined, 2);
     world.stop(next);
 }
 

@@ -33,6 +33,7 @@ impl<L: Launcher> Entry<L> {
             waits_for: self.waits_for(phase, queue_position),
             queue_position,
             reason: (phase == Phase::Failed).then(|| self.reason()).flatten(),
+            quarantined: status.map_or(0, |status| status.quarantined.len() as u32),
         }
     }
 
