@@ -113,6 +113,8 @@ pub struct Membership {
     forgave: Option<Millis>,
     /// Members of the living generation that run.
     running: usize,
+    /// Newcomers with no state after whom there are still too few for a ring, if nothing else happens.
+    too_few: u32,
     /// A generation has trained, or one was found that may have.
     has_trained: bool,
     /// When the generation that trained last was seen to break or to hold; absent while one trains, and before the first.
@@ -219,6 +221,7 @@ impl Membership {
             deadline: Some(now),
             forgave: None,
             running: 0,
+            too_few: 0,
             has_trained,
             broke: None,
             reached: Step(0),
@@ -249,7 +252,11 @@ impl Membership {
             // What they tell is noted already; words about time come here when lanes are to be shared out anew.
             Event::Tick | Event::Reported { .. } | Event::Paced { .. } => {}
             Event::Linked { worker, endpoints, machine, stance } => {
+                let changes_nothing = self.is_one_of_too_few(worker, &stance);
                 self.linked(worker, endpoints, machine, stance, out);
+                if changes_nothing {
+                    return;
+                }
             }
             Event::Unlinked { worker } => {
                 if let Some(known) = self.workers.get_mut(&worker) {
@@ -295,6 +302,7 @@ impl Membership {
                 self.wanted = self.wanted.max(Some(trained));
             }
         }
+        self.too_few = 0;
         self.look_for_wanted();
         if !matches!(self.ring, Ring::Over(_)) {
             self.checkpoints.try_again(self.now, out);

@@ -292,8 +292,16 @@ impl Watched {
             _ => {}
         }
         self.fenced |= matches!(event, Event::Fenced { .. }) && self.core.outcome().is_none();
+        let (mut careful, mut said) = (Membership { too_few: 0, ..self.core.clone() }, Vec::new());
+        careful.handle(self.now, event.clone(), &mut said);
         let mut out = Vec::new();
         self.core.handle(self.now, event, &mut out);
+        let never = Millis(u64::MAX);
+        let is_late = self.core.deadline.unwrap_or(never) > careful.deadline.unwrap_or(never);
+        let Membership { too_few, deadline, .. } = self.core;
+        if out != said || is_late || self.core != (Membership { too_few, deadline, ..careful }) {
+            return Err(format!("the short way for a hello leads elsewhere: {out:?}, not {said:?}"));
+        }
         if self.fenced && !out.is_empty() {
             return Err(format!("it is fenced, and says {out:?}"));
         }

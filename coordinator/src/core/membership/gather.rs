@@ -4,7 +4,7 @@ use super::*;
 
 impl Membership {
     /// No ring: is it over, or can one be formed?
-    pub(super) fn gather(&self, out: &mut Vec<Effect>) -> Option<Ring> {
+    pub(super) fn gather(&mut self, out: &mut Vec<Effect>) -> Option<Ring> {
         let Ring::Gathering { since, listing } = self.ring else { return None };
         let committed = self.checkpoints.newest();
         let held = self.newest_held();
@@ -37,7 +37,8 @@ impl Membership {
         }
         let late = self.now >= since + self.options.gather;
         let enough = if late { self.options.min } else { self.needed() };
-        if (self.workers.len() as u32) < enough {
+        if let Some(lack @ 1..) = enough.checked_sub(self.workers.len() as u32) {
+            self.too_few = lack - 1;
             return None;
         }
         let mut candidates = self.candidates();

@@ -69,6 +69,21 @@ impl Membership {
         true
     }
 
+    /// Whether a hello changes nothing but that one more is known, at the cost of one look-up however many there are: a newcomer
+    /// with no state, while there is no ring and too few for one. All that a ring is before it is formed. The deadline stays
+    /// what it is: it may be early, never late.
+    pub(super) fn is_one_of_too_few(&mut self, id: WorkerId, stance: &Stance) -> bool {
+        let is_due = self.deadline.is_some_and(|at| self.now >= at);
+        let is_new = !self.workers.contains_key(&id) && *stance == Stance::new(None, Activity::Outside);
+        if self.too_few == 0 || is_due || !is_new {
+            return false;
+        }
+        self.too_few -= 1;
+        let silent = self.now + self.options.lease;
+        self.deadline = Some(self.deadline.map_or(silent, |at| at.min(silent)));
+        true
+    }
+
     /// A member says where its time went: one that is slow, or is not any more, is told of.
     fn paced(&mut self, id: WorkerId, pace: Pace, out: &mut Vec<Effect>) {
         let Ring::Alive { formation, .. } = &self.ring else { return };
