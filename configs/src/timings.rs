@@ -13,8 +13,8 @@ use crate::run::RunConfig;
 /// gather    = detection        the first generation waits so long for all the workers that are wanted
 /// silence   = detection        a worker says of a peer that it cannot be reached when nothing came back for so long (1 s at least)
 /// poll      = silence / 8      a worker looks so often at what the kernel knows of its peers (1 s at most)
-/// connect   = silence          one attempt of a worker to reach the coordinator takes no longer, and a connection over which
-///                              nothing comes back for so long is given up (5 s at most)
+/// connect   = silence          one attempt of a worker to reach the coordinator takes no longer, and a connection is given up
+///                              on which nothing is acknowledged for so long (5 s at most)
 /// retry     = heartbeat        its pause before the next attempt, at most (2 s at most)
 /// grace     = 2 · detection    a worker that is told to go has so long before it is killed: a step's rest and a hand-over
 /// ```
@@ -36,7 +36,7 @@ pub struct Timings {
     pub silence: Duration,
     /// Time between two looks of a worker at what is not acknowledged.
     pub poll: Duration,
-    /// For one attempt of a worker to reach the coordinator, and for a sign of life of that one.
+    /// For one attempt of a worker to reach the coordinator, and for an acknowledgement by its machine.
     pub connect: Duration,
     /// Longest pause between two such attempts.
     pub retry: Duration,

@@ -17,6 +17,8 @@ use anello_proto::v1::ring_client::RingClient;
 use anello_proto::v1::stance::Activity;
 use anello_proto::v1::to_worker::Order;
 use anello_store::Store;
+use anello_tls::Role;
+use anello_tls::grpc::To;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -131,10 +133,8 @@ fn stance(activity: Activity, holds: Option<u64>) -> v1::FromWorker {
 
 /// Says what it must, and does as it is told without any model.
 async fn worker(coordinator: String, id: u64) {
-    let endpoint =
-        tonic::transport::Endpoint::from_shared(format!("http://{coordinator}")).expect("an address");
-    let channel =
-        endpoint.connect_timeout(Duration::from_secs(60)).connect().await.expect("the coordinator is there");
+    let to = To { address: coordinator, role: Role::Worker, tls: None };
+    let channel = to.connect_talking(Duration::from_secs(60)).await.expect("the coordinator is there");
     let (words, outbox) = mpsc::channel(16);
     let address = format!("127.0.0.1:{}", 1 + id % 60_000);
     let hello = v1::Hello {

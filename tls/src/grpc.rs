@@ -284,7 +284,16 @@ impl To {
     /// # Errors
     /// [`ConnectError`].
     pub async fn connect(&self, patience: Duration) -> Result<Channel, ConnectError> {
-        self.dialed(patience, |endpoint| endpoint).await
+        self.dialed(patience, None, |endpoint| endpoint).await
+    }
+
+    /// The same, of somebody who says something all the time: it breaks when the other machine acknowledges nothing for `silence`, as
+    /// one that is gone does, which closes nothing. Its kernel does that, however busy the process is.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect_talking(&self, silence: Duration) -> Result<Channel, ConnectError> {
+        self.dialed(silence, Some(silence), |endpoint| endpoint).await
     }
 
     /// The same, and what is asked over it fails when nothing comes back from the other machine for `silence`.
@@ -294,7 +303,7 @@ impl To {
     pub async fn connect_watched(&self, silence: Duration) -> Result<Channel, ConnectError> {
         // HTTP/2 asks after one half, and gives up after the other.
         let half = silence / 2;
-        self.dialed(silence, |endpoint| {
+        self.dialed(silence, None, |endpoint| {
             endpoint.http2_keep_alive_interval(half).keep_alive_timeout(half).keep_alive_while_idle(true)
         })
         .await
@@ -303,6 +312,7 @@ impl To {
     async fn dialed(
         &self,
         patience: Duration,
+        silence: Option<Duration>,
         with: impl FnOnce(Endpoint) -> Endpoint,
     ) -> Result<Channel, ConnectError> {
         let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
@@ -311,7 +321,7 @@ impl To {
         let to = self.clone();
         let connector = tower::service_fn(move |_| {
             let to = to.clone();
-            async move { to.dial().await.map(TokioIo::new) }
+            async move { to.dial(silence).await.map(TokioIo::new) }
         });
         let error = match endpoint.connect_with_connector(connector).await {
             Ok(channel) => return Ok(channel),
@@ -333,9 +343,12 @@ impl To {
         format!("the {} at {}", self.role, self.address)
     }
 
-    async fn dial(&self) -> io::Result<Dialed> {
+    async fn dial(&self, silence: Option<Duration>) -> io::Result<Dialed> {
         let stream = TcpStream::connect(&self.address).await?;
         stream.set_nodelay(true)?;
+        if let Some(silence) = silence {
+            rustix::net::sockopt::set_tcp_user_timeout(&stream, silence.as_millis() as u32)?;
+        }
         let Some(tls) = &self.tls else { return Ok(Dialed::Plain(stream)) };
         let explained =
             |error: io::Error| match error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {

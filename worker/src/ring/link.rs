@@ -27,9 +27,9 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Connects to `coordinator`, wherever its name leads now, and says `hello`. Neither that nor a sign of life takes it longer
-    /// than follows from `silence`, after which peers are given up: of a machine that is gone nobody hears that it closed
-    /// anything, and the next coordinator may be on another.
+    /// Connects to `coordinator`, wherever its name leads now, and says `hello`. That takes no longer than follows from `silence`, after
+    /// which peers are given up, and so it does to notice that its machine acknowledges nothing: one that is gone closes nothing, and
+    /// the next coordinator may be on another.
     ///
     /// # Errors
     /// [`ConnectError`].
@@ -37,7 +37,7 @@ impl Link {
         let away = |cause: &dyn ToString| ConnectError::Away(cause.to_string());
         let patience = Timings::connect_within(silence);
         let connect = async {
-            let channel = coordinator.connect_watched(patience).await?;
+            let channel = coordinator.connect_talking(patience).await?;
             let mut client = RingClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
             let (words, outbox) = mpsc::channel(WORDS_MAX);
             let first = v1::FromWorker { word: Some(v1::from_worker::Word::Hello(hello)) };
