@@ -40,25 +40,24 @@ pub fn write_blocks(
     let blocks = first_block..first_block + digests.blocks();
     let of_part = (part_bytes as usize / (BLOCK_BYTES * BUFFERS.len())).max(1);
     let base = base(store, step);
-    let is = |block: usize| {
-        let same = |buffer: usize| {
+    let still = |block: usize| digests.is_still(block - first_block);
+    // What stands still has no moments any more, whatever it had then.
+    let same = |block: usize| {
+        let is = |buffer: usize| {
             let theirs = base.as_ref().and_then(|(base, _)| base.blocks.of(buffer).get(block));
             theirs.is_some_and(|theirs| theirs == digests.of(buffer, block - first_block))
         };
-        match digests.is_still(block - first_block) {
-            true => Is::Still { same: same(0) },
-            false => Is::Moved { same: (0..BUFFERS.len()).all(same) },
-        }
+        (0..if still(block) { 1 } else { BUFFERS.len() }).all(is)
     };
     let there = base.iter().flat_map(|(base, there)| base.parts.iter().filter(|part| there.contains(part)));
     let parts: Vec<&Part> = there.collect();
     // What did not change is hashed here, by all threads, and what did as it is written.
     let within = |part: &&&Part| part.range().start >= blocks.start && part.range().end <= blocks.end;
     each(usize::MAX, parts.iter().filter(within).collect(), |_, part| {
-        part.range().all(|block| is(block).same());
+        part.range().all(same);
         Ok(())
     })?;
-    each(usize::MAX, cut(blocks.clone(), of_part, &parts, is), |_, piece| {
+    each(usize::MAX, cut(blocks.clone(), of_part, &parts, same, still), |_, piece| {
         let own = |range: Range<usize>| range.start - first_block..range.end - first_block;
         match piece {
             Piece::New(range) => write_part(store, step, stamp, first_block, &digests, own(range)),
@@ -161,26 +160,6 @@ fn base(store: &Store, step: u64) -> Option<(Manifest, Vec<Part>)> {
     Some((manifest, there))
 }
 
-/// What a block is to the checkpoint before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Is {
-    /// It has moments, and all of it is as it was, or not.
-    Moved { same: bool },
-    /// It has none, whether it had then or not, and its weights are as they were, or not.
-    Still { same: bool },
-}
-
-impl Is {
-    fn same(self) -> bool {
-        let (Self::Moved { same } | Self::Still { same }) = self;
-        same
-    }
-
-    fn still(self) -> bool {
-        matches!(self, Self::Still { .. })
-    }
-}
-
 /// What becomes of some blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Piece<'a> {
@@ -190,27 +169,27 @@ enum Piece<'a> {
     Kept { part: &'a Part, still: bool },
 }
 
-/// `blocks` in pieces, in order: the `parts` that lie within and whose blocks are all the same, and between them new ones of at
-/// most `of_part` blocks. Blocks that are the same before the first and after the last that changed get parts of their own,
+/// `blocks` in pieces, in order: the `parts` that lie within and whose blocks are all the `same` and all `still` or none, and between
+/// them new ones of at most `of_part` blocks. Blocks that are the same before the first and after the last that changed get parts of their own,
 /// so that the next checkpoint can keep these.
 fn cut<'a>(
     blocks: Range<usize>,
     of_part: usize,
     parts: &[&'a Part],
-    is: impl Fn(usize) -> Is,
+    same: impl Fn(usize) -> bool,
+    still: impl Fn(usize) -> bool,
 ) -> Vec<Piece<'a>> {
     let mut pieces = Vec::new();
     let fill = |pieces: &mut Vec<Piece<'a>>, gap: Range<usize>| {
-        let changed = |block: &usize| !is(*block).same();
+        let changed = |block: &usize| !same(*block);
         let runs = match (gap.clone().find(changed), gap.clone().rev().find(changed)) {
             (Some(first), Some(last)) => [gap.start..first, first..last + 1, last + 1..gap.end],
             _ => [gap, 0..0, 0..0],
         };
         for mut run in runs {
             while !run.is_empty() {
-                let still = is(run.start).still();
                 let most = run.end.min(run.start + of_part);
-                let end = (run.start..most).find(|block| is(*block).still() != still).unwrap_or(most);
+                let end = (run.start..most).find(|block| still(*block) != still(run.start)).unwrap_or(most);
                 pieces.push(Piece::New(run.start..end));
                 run.start = end;
             }
@@ -219,13 +198,11 @@ fn cut<'a>(
     let mut at = blocks.start;
     for part in parts {
         let range = part.range();
-        if range.start < at || range.end > blocks.end || !range.clone().all(|block| is(block).same()) {
-            continue;
-        }
-        let still = range.clone().filter(|block| is(*block).still()).count();
-        if still == 0 || still == range.len() {
+        let is_within = range.start >= at && range.end <= blocks.end;
+        let of_one_kind = || range.clone().all(|block| still(block) == still(range.start));
+        if is_within && of_one_kind() && range.clone().all(&same) {
             fill(&mut pieces, at..range.start);
-            pieces.push(Piece::Kept { part, still: still > 0 });
+            pieces.push(Piece::Kept { part, still: still(range.start) });
             at = range.end;
         }
     }
@@ -242,36 +219,37 @@ mod tests {
         Part { name, step: None, still: false, first_block: first, blocks, bytes: 0, blake3: String::new() }
     }
 
-    /// New parts as `1..3`, `1..3 still` without moments; kept ones as `[1..3]`.
-    fn told_of(blocks: Range<usize>, of_part: usize, parts: &[Part], is: impl Fn(usize) -> Is) -> String {
+    /// Of a state in which the blocks `moved` have moments: new parts as `1..3`, and as `1..3 still` without moments; kept ones
+    /// as `[1..3]`.
+    fn told_of(
+        blocks: Range<usize>,
+        of_part: usize,
+        parts: &[Part],
+        moved: Range<usize>,
+        changed: &[usize],
+    ) -> String {
         let parts: Vec<&Part> = parts.iter().collect();
+        let still = |block: usize| !moved.contains(&block);
+        let said = |still: bool| if still { " still" } else { "" };
         let word = |piece: &Piece<'_>| match piece {
-            Piece::New(range) if is(range.start).still() => format!("{}..{} still", range.start, range.end),
-            Piece::New(range) => format!("{}..{}", range.start, range.end),
+            Piece::New(range) => format!("{}..{}{}", range.start, range.end, said(still(range.start))),
             Piece::Kept { part, still } => {
-                format!(
-                    "[{}..{}{}]",
-                    part.range().start,
-                    part.range().end,
-                    if *still { " still" } else { "" }
-                )
+                format!("[{}..{}{}]", part.range().start, part.range().end, said(*still))
             }
         };
-        cut(blocks, of_part, &parts, &is).iter().map(word).collect::<Vec<_>>().join(" ")
+        let pieces = cut(blocks, of_part, &parts, |block| !changed.contains(&block), still);
+        pieces.iter().map(word).collect::<Vec<_>>().join(" ")
     }
 
     fn told(blocks: Range<usize>, of_part: usize, parts: &[Part], changed: &[usize]) -> String {
-        told_of(blocks, of_part, parts, |block| Is::Moved { same: !changed.contains(&block) })
+        told_of(blocks, of_part, parts, 0..usize::MAX, changed)
     }
 
     #[test]
     fn what_stands_still_is_the_weights_of_what_is_there() {
         let parts = [part(0, 4), part(4, 4), part(8, 2)];
         let told = |of_part: usize, parts: &[Part], moved: Range<usize>, changed: &[usize]| {
-            told_of(0..10, of_part, parts, |block| {
-                let same = !changed.contains(&block);
-                if moved.contains(&block) { Is::Moved { same } } else { Is::Still { same } }
-            })
+            told_of(0..10, of_part, parts, moved, changed)
         };
         assert_eq!(told(4, &parts, 9..10, &[9]), "[0..4 still] [4..8 still] 8..9 still 9..10");
         assert_eq!(told(4, &parts, 9..10, &[5, 9]), "[0..4 still] 4..5 still 5..9 still 9..10");

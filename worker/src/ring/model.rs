@@ -21,7 +21,7 @@ use anello_collective::{
     AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
     tcp,
 };
-use anello_configs::{ComputeDevice, RunConfig, Schedule, StateCopies, StepPlan, Trains, Transport};
+use anello_configs::{ComputeDevice, Loss, RunConfig, Schedule, StateCopies, StepPlan, Trains, Transport};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Member, Shard, Source, Step, WorkerId};
@@ -501,7 +501,7 @@ impl Thread {
 
 /// Whether the moments of what is frozen go with the step of `plan`.
 fn lets_go(plan: &StepPlan<'_>) -> bool {
-    plan.reset_optimizer && plan.stage.trains == Trains::Gate
+    plan.reset_optimizer && (plan.stage.trains == Trains::Gate || plan.stage.loss == Loss::Sft)
 }
 
 /// NCCL for a worker that computes on `device`.
