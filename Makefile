@@ -20,12 +20,12 @@ MANO := data/mano-small
 mano: build
 	@[ -e $(MANO)/eval/index.json ] || target/debug/anello data synth mano --out $(MANO) --length 7 --modulus 2 \
 		--documents 1M --eval-documents 4000 --answer-only
-	@for loops in 6 1; do \
-		run=runs/mano-small-x$$loops; \
+	@for preset in mano-small mano-small-x1; do \
+		run=runs/$$preset; \
 		if [ -e $$run/config.toml ]; then target/debug/anello run --resume $$run --workers 2 --sample 0; \
-		else target/debug/anello run mano-small --out $$run --workers 2 --sample 0 --set stage.train.loops=$$loops; fi || exit 1; \
+		else target/debug/anello run $$preset --out $$run --workers 2 --sample 0; fi || exit 1; \
 	done
-	@target/debug/anello eval runs/mano-small-x6 --task mano --beside runs/mano-small-x1
+	@target/debug/anello eval runs/mano-small --task mano --beside runs/mano-small-x1
 
 ## All tests.
 test: setup

@@ -15,10 +15,12 @@ use crate::run::RunConfig;
 use crate::tree::{self, Entry, Node, Table, Value};
 
 /// Embedded run configs, by name.
-const PRESETS: [(&str, &str); 6] = [
+const PRESETS: [(&str, &str); 8] = [
     ("tiny", include_str!("../presets/tiny.toml")),
     ("mano", include_str!("../presets/mano.toml")),
+    ("mano-x1", include_str!("../presets/mano-x1.toml")),
     ("mano-small", include_str!("../presets/mano-small.toml")),
+    ("mano-small-x1", include_str!("../presets/mano-small-x1.toml")),
     ("ouro-1.4b", include_str!("../presets/ouro-1.4b.toml")),
     ("ouro-2.6b", include_str!("../presets/ouro-2.6b.toml")),
     ("ouro-2.6b-wide", include_str!("../presets/ouro-2.6b-wide.toml")),
