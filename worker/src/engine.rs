@@ -562,6 +562,11 @@ impl Engine {
         prepared.update
     }
 
+    /// The same where others know that moments outside of the blocks `moved` are zero, as [`State::narrow`].
+    pub fn narrow(&mut self, moved: &Range<usize>) {
+        self.state.narrow(moved);
+    }
+
     /// The same with the moments of `cover`, as [`State::with_cover`].
     pub fn set_cover(&mut self, cover: Cover, others: &[(usize, [Tensor; 2])]) {
         // The model's tensors are views of the weights, which stay where they are.

@@ -155,20 +155,32 @@ impl State {
 
     /// Makes room for the moments of `blocks`, which are about to be moved. They are zero where there was none.
     pub fn make_room(&mut self, blocks: Range<usize>) {
-        let is_there = both(&blocks, &self.moved) == blocks;
-        if is_there || blocks.is_empty() {
+        if blocks.is_empty() || both(&blocks, &self.moved) == blocks {
             return;
         }
-        self.settle();
-        let moved = match self.moved.is_empty() {
+        self.lay_out(match self.moved.is_empty() {
             true => blocks,
             false => blocks.start.min(self.moved.start)..blocks.end.max(self.moved.end),
-        };
-        let new = zero_moments(&self.cover.within(&moved), self.weights.device());
-        for Piece { blocks, at } in self.room().pieces(0..self.layout.blocks()) {
-            let place = self.cover.within(&moved).place(blocks.clone()).expect("it was there before");
-            for (new, old) in new.iter().zip([&self.exp_avg, &self.exp_avg_sq]) {
-                let old = part(old, at * BLOCK..(at + blocks.len()) * BLOCK);
+        });
+    }
+
+    /// Takes it from others that all moments outside of the blocks `moved` are zero: there may be room here for what is to be
+    /// moved next.
+    pub fn narrow(&mut self, moved: &Range<usize>) {
+        let moved = both(&self.moved, moved);
+        if moved != self.moved {
+            self.lay_out(moved);
+        }
+    }
+
+    /// The same moments with room for those of the blocks `moved`.
+    fn lay_out(&mut self, moved: Range<usize>) {
+        self.settle();
+        let room = self.cover.within(&moved);
+        let new = zero_moments(&room, self.weights.device());
+        for range in self.room().within(&moved).ranges() {
+            let place = room.place(range.clone()).expect("it is in both");
+            for (new, old) in new.iter().zip(self.moments(range.clone())) {
                 part(new, place.start * BLOCK..place.end * BLOCK).copy_(&old);
             }
         }

@@ -193,6 +193,14 @@ fn what_is_frozen_has_no_moments() {
             for buffer in 0..3 {
                 assert!(state.whole(buffer).equal(&roomy.whole(buffer)), "buffer {buffer} after {step}");
             }
+            // Room that was made for what is still to come is no other state, and is let go when others know better.
+            let (moved, whole) = (state.moved.clone(), [1, 2].map(|buffer| state.whole(buffer)));
+            let mut early = state.copy();
+            early.make_room(0..blocks);
+            assert_eq!(early.exp_avg.numel(), all);
+            early.narrow(&moved);
+            assert_eq!((early.moved.clone(), early.exp_avg.numel()), (moved, room * BLOCK));
+            assert!([1, 2].map(|buffer| early.whole(buffer)).iter().zip(&whole).all(|(a, b)| a.equal(b)));
             let digests = |state: &State| crate::digest::of_moments(state, 0..blocks);
             assert_eq!(digests(state), digests(&roomy), "whoever has room for zeros or not");
         }

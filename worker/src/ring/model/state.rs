@@ -301,12 +301,14 @@ impl Thread {
         match (self.held.as_mut().filter(|_| standing != Standing::Nothing), weights) {
             (Some(held), None) => {
                 held.drop_missing();
+                held.engine.narrow(&moved);
                 held.engine.set_cover(cover, &others);
             }
             (Some(held), Some(weights)) => {
                 let Pending { prepared, cursors } = held.pending.take().expect("who is next has it");
                 held.engine.complete(prepared, &weights);
                 held.drop_missing();
+                held.engine.narrow(&moved);
                 held.engine.set_cover(cover, &others);
                 held.advance(start);
                 held.cursors = cursors;
