@@ -151,8 +151,10 @@ impl Jobs for Api {
         let api = self.clone();
         tokio::spawn(async move {
             loop {
-                // Asked before the log is read: what is over writes nothing more.
-                let last = !follow || api.detail(&name).await.is_ok_and(|detail| is_over(&detail));
+                // Asked before the log is read: what is over writes nothing more, once its ring is let go, whose last word is how it
+                // ended.
+                let is_last = |detail: v1::JobDetail| is_over(&detail) && detail.generation.is_none();
+                let last = !follow || api.detail(&name).await.is_ok_and(is_last);
                 let place = job.run.clone();
                 let read = tokio::task::spawn_blocking(move || {
                     events::read_after(&Store::open(&place)?, after, RECORDS)
