@@ -24,6 +24,12 @@ pub struct Piece {
     pub at: usize,
 }
 
+/// The blocks of both.
+pub(crate) fn both(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
+    let start = a.start.max(b.start);
+    start..a.end.min(b.end).max(start)
+}
+
 impl Cover {
     /// All `blocks`.
     pub fn all(blocks: usize) -> Self {
@@ -115,7 +121,7 @@ impl Cover {
     pub fn pieces(&self, blocks: Range<usize>) -> Vec<Piece> {
         let (mut at, mut pieces) = (0, Vec::new());
         for range in &self.ranges {
-            let both = range.start.max(blocks.start)..range.end.min(blocks.end);
+            let both = both(range, &blocks);
             if !both.is_empty() {
                 pieces.push(Piece { at: at + both.start - range.start, blocks: both });
             }

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use tch::{Device, Tensor};
 
+use crate::cover::both;
 use crate::kernels;
-use crate::optimizer::{State, both};
+use crate::optimizer::State;
 use crate::params::BLOCK;
 use crate::{ffi, host};
 

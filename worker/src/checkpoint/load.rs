@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use anello_collective::tree::balanced;
 use anello_configs::Model;
-use anello_store::checkpoint::{BLOCK, BLOCK_BYTES, Manifest, read_manifest, read_parts};
+use anello_store::checkpoint::{BLOCK, BLOCK_BYTES, Manifest, Part, read_manifest, read_parts};
 use anello_store::{Error as StoreError, Store};
 use tch::{Device, Kind, Tensor};
 
@@ -12,7 +12,7 @@ use crate::cover::Cover;
 use crate::error::Result;
 use crate::ffi;
 use crate::host;
-use crate::optimizer::{State, both};
+use crate::optimizer::State;
 use crate::params::Layout;
 
 /// A checkpoint that was read and found whole.
@@ -46,9 +46,9 @@ pub fn load_shard(
         (buffer(layout.len()), buffer(room.elements()), buffer(room.elements()));
     let all = Cover::all(layout.blocks());
     let covers = [&all, &room, &room];
-    let weights_by_part = by_part(&manifest, &all, ffi::as_mut_slice(&mut weights));
-    let exp_avg_by_part = by_part(&manifest, &room, ffi::as_mut_slice(&mut exp_avg));
-    let exp_avg_sq_by_part = by_part(&manifest, &room, ffi::as_mut_slice(&mut exp_avg_sq));
+    let weights_by_part = by_part(&manifest.parts, &all, BLOCK, ffi::as_mut_slice(&mut weights));
+    let exp_avg_by_part = by_part(&manifest.parts, &room, BLOCK, ffi::as_mut_slice(&mut exp_avg));
+    let exp_avg_sq_by_part = by_part(&manifest.parts, &room, BLOCK, ffi::as_mut_slice(&mut exp_avg_sq));
     let targets = weights_by_part.into_iter().zip(exp_avg_by_part).zip(exp_avg_sq_by_part);
     let targets = targets.zip(&manifest.parts);
     let targets = targets
@@ -58,10 +58,7 @@ pub fn load_shard(
         })
         .collect();
     let take = |target: &mut Target<'_, f32>, buffer: usize, block: usize, bytes: &[u8]| {
-        // Where it lies among those of its part that are covered.
-        if let Some(piece) = covers[buffer].pieces(block..block + 1).first() {
-            let first = covers[buffer].pieces(target.blocks.clone())[0].at;
-            let to = &mut target.buffers[buffer][(piece.at - first) * BLOCK..][..BLOCK];
+        if let Some(to) = target.place(covers[buffer], buffer, block, BLOCK) {
             host::bytes_mut(to).copy_from_slice(bytes);
         }
     };
@@ -78,6 +75,14 @@ pub fn load_shard(
 struct Target<'a, T> {
     buffers: [&'a mut [T]; 3],
     blocks: Range<usize>,
+}
+
+impl<T> Target<'_, T> {
+    /// Where a block goes in a buffer of the blocks of `cover`, so many elements each; absent when it is none of them.
+    fn place(&mut self, cover: &Cover, buffer: usize, block: usize, of_block: usize) -> Option<&mut [T]> {
+        let at = cover.within(&self.blocks).pieces(block..block + 1).first()?.at;
+        Some(&mut self.buffers[buffer][at * of_block..][..of_block])
+    }
 }
 
 /// Some blocks of a checkpoint, on the host.
@@ -102,31 +107,22 @@ pub fn load_share(store: &Store, step: u64, model: &Model, rank: usize, members:
         [one] => one.range(),
         [] => 0..0,
     };
-    let (all, moved) = (0..layout.blocks(), manifest.moved());
-    // The blocks of some that are in a buffer.
-    let held = |buffer: usize, blocks: Range<usize>| both(&blocks, if buffer == 0 { &all } else { &moved });
-    let mut buffers = [0, 1, 2].map(|buffer| vec![0u8; held(buffer, blocks.clone()).len() * BLOCK_BYTES]);
-    let mut buffer = 0..;
-    let [weights, exp_avg, exp_avg_sq] = buffers.each_mut().map(|flat| {
-        let (buffer, mut rest) = (buffer.next().unwrap_or(0), &mut flat[..]);
-        let cut = parts.iter().map(|part| {
-            let bytes = held(buffer, part.range()).len() * BLOCK_BYTES;
-            let of_part;
-            (of_part, rest) = std::mem::take(&mut rest).split_at_mut(bytes);
-            of_part
-        });
-        cut.collect::<Vec<_>>()
-    });
+    let own = Cover::of([blocks.clone()], layout.blocks());
+    let of_moments = own.within(&manifest.moved());
+    let covers = [&own, &of_moments, &of_moments];
+    let mut buffers = covers.map(|cover| vec![0u8; cover.len() * BLOCK_BYTES]);
+    let [weights, exp_avg, exp_avg_sq] = &mut buffers;
+    let weights = by_part(parts, &own, BLOCK_BYTES, weights);
+    let exp_avg = by_part(parts, &of_moments, BLOCK_BYTES, exp_avg);
+    let exp_avg_sq = by_part(parts, &of_moments, BLOCK_BYTES, exp_avg_sq);
     let targets = weights.into_iter().zip(exp_avg).zip(exp_avg_sq);
     let targets = targets.zip(parts).map(|(((weights, exp_avg), exp_avg_sq), part)| Target {
         buffers: [weights, exp_avg, exp_avg_sq],
         blocks: part.range(),
     });
     let take = |target: &mut Target<'_, u8>, buffer: usize, block: usize, bytes: &[u8]| {
-        let held = held(buffer, target.blocks.clone());
-        if held.contains(&block) {
-            let at = (block - held.start) * BLOCK_BYTES;
-            target.buffers[buffer][at..at + BLOCK_BYTES].copy_from_slice(bytes);
+        if let Some(to) = target.place(covers[buffer], buffer, block, BLOCK_BYTES) {
+            to.copy_from_slice(bytes);
         }
     };
     let targets = targets.collect();
@@ -160,7 +156,7 @@ pub fn load_weights(store: &Store, step: u64, model: &Model) -> Result<(Manifest
             host::bytes_mut(&mut target.0[(block - target.1) * BLOCK..][..BLOCK]).copy_from_slice(bytes);
         }
     };
-    let targets = by_part(&manifest, &Cover::all(layout.blocks()), &mut weights);
+    let targets = by_part(&manifest.parts, &Cover::all(layout.blocks()), BLOCK, &mut weights);
     let targets = targets.into_iter().zip(manifest.parts.iter().map(|part| part.range().start)).collect();
     read_parts(store, &manifest, &manifest.parts, targets, holds(&layout), take)?;
     Ok((manifest, layout, weights))
@@ -183,11 +179,11 @@ fn holds(layout: &Layout) -> impl Fn(usize) -> String + Sync {
     |block| layout.names_in(block).collect::<Vec<_>>().join(", ")
 }
 
-/// The flat buffer of the blocks of `cover`, cut into what each part holds of it.
-fn by_part<'a>(manifest: &Manifest, cover: &Cover, mut flat: &'a mut [f32]) -> Vec<&'a mut [f32]> {
-    let cut = manifest.parts.iter().map(|part| {
-        let blocks: usize = cover.pieces(part.range()).iter().map(|piece| piece.blocks.len()).sum();
-        let (of_part, rest) = std::mem::take(&mut flat).split_at_mut(blocks * BLOCK);
+/// The flat buffer of the blocks of `cover`, so many elements each, cut into what each of `parts` holds of it.
+fn by_part<'a, T>(parts: &[Part], cover: &Cover, of_block: usize, mut flat: &'a mut [T]) -> Vec<&'a mut [T]> {
+    let cut = parts.iter().map(|part| {
+        let blocks = cover.within(&part.range()).len();
+        let (of_part, rest) = std::mem::take(&mut flat).split_at_mut(blocks * of_block);
         flat = rest;
         of_part
     });

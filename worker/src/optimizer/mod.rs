@@ -36,7 +36,6 @@ pub(crate) use norm::halved;
 pub use prepared::Prepared;
 pub(crate) use scale::Scale;
 pub use state::State;
-pub(crate) use state::both;
 pub use update::{Summed, Update};
 
 /// The whole blocks that elements lie in.

@@ -8,7 +8,7 @@ use anello_configs::RunConfig;
 use tch::{Device, Kind, Tensor};
 
 use super::part;
-use crate::cover::{Cover, Piece};
+use crate::cover::{Cover, Piece, both};
 use crate::host::Reading;
 use crate::params::{BLOCK, Layout};
 
@@ -46,12 +46,6 @@ pub struct State {
 /// First and second moments of `room`.
 fn zero_moments(room: &Cover, device: Device) -> [Tensor; 2] {
     [0, 1].map(|_| Tensor::zeros([room.elements() as i64], (Kind::Float, device)))
-}
-
-/// The blocks of both.
-pub(crate) fn both(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
-    let start = a.start.max(b.start);
-    start..a.end.min(b.end).max(start)
 }
 
 impl State {

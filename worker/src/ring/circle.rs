@@ -23,8 +23,7 @@ use tonic::transport::Channel;
 
 use super::cursors;
 use super::peers::{BLOCK_BYTES, Job, digest};
-use crate::cover::Cover;
-use crate::optimizer::both;
+use crate::cover::{Cover, both};
 
 /// Bytes of a message of a peer at most: that of a head with the cursors of every lane a run may have.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;

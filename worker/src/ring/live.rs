@@ -22,9 +22,9 @@ use anello_proto::ring::Step;
 use tch::Tensor;
 
 use crate::checkpoint::flat;
-use crate::cover::Cover;
+use crate::cover::{Cover, both};
 use crate::host;
-use crate::optimizer::{State, both};
+use crate::optimizer::State;
 use crate::params::BLOCK;
 
 /// How often it is looked whether an update is over.

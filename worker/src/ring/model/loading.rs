@@ -11,8 +11,7 @@ use anello_store::events;
 use super::state::{Gathering, Standing, cause_of_failure, patiently};
 use super::*;
 use crate::checkpoint;
-use crate::cover::Cover;
-use crate::optimizer::both;
+use crate::cover::{Cover, both};
 use crate::ring::circle::{Failed, Head, share_out};
 use crate::ring::peers::{From, Offered};
 
