@@ -193,8 +193,8 @@ impl Running {
         self.core_event(Event::Tick);
         loop {
             let next = self.core.deadline().into_iter().chain(self.rows.deadline()).min();
-            let input = match next.map(|at| self.began + Duration::from_millis(at.0)) {
-                Some(at) => tokio::time::timeout_at(at.into(), inbox.recv()).await,
+            let input = match next.map(|at| self.at(at)) {
+                Some(at) => tokio::time::timeout_at(at, inbox.recv()).await,
                 None => Ok(inbox.recv().await),
             };
             match input {
@@ -217,6 +217,11 @@ impl Running {
                 return outcome;
             }
         }
+    }
+
+    /// When it is `at` for the core.
+    fn at(&self, at: Millis) -> tokio::time::Instant {
+        (self.began + Duration::from_millis(at.0)).into()
     }
 
     /// Lets go of everybody and waits until all is written.
@@ -373,8 +378,10 @@ impl Running {
         }
         let until = tokio::time::Instant::now() + self.timings.grace;
         while !self.links.is_empty() {
-            match tokio::time::timeout_at(until, inbox.recv()).await {
+            let next = self.core.deadline().map_or(until, |at| until.min(self.at(at)));
+            match tokio::time::timeout_at(next, inbox.recv()).await {
                 Ok(Some(input)) => self.take(input),
+                Err(_) if next < until => self.core_event(Event::Tick),
                 Ok(None) | Err(_) => return,
             }
         }

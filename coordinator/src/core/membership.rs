@@ -243,29 +243,28 @@ impl Membership {
 
     /// Takes in one event and appends what is to be done, in that order.
     pub fn handle(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) {
+        if !self.take_in(now, event, out) {
+            self.follow(out);
+        }
+    }
+
+    /// Notes an event. Whether that is all, since nothing follows from it for anyone: then it costs one look-up, however many workers
+    /// there are.
+    fn take_in(&mut self, now: Millis, event: Event, out: &mut Vec<Effect>) -> bool {
         self.pass_time(now);
         // One that is fenced says nothing more.
         if matches!(self.ring, Ring::Over(Outcome::Fenced { .. })) || self.is_quiet(&event, out) {
-            return;
+            return true;
         }
         match event {
             // What they tell is noted already; words about time come here when lanes are to be shared out anew.
             Event::Tick | Event::Reported { .. } | Event::Paced { .. } => {}
             Event::Linked { worker, endpoints, machine, stance } => {
-                let changes_nothing = self.is_one_of_too_few(worker, &stance);
+                let is_all = self.is_one_of_too_few(worker, &stance) || self.is_back(worker, &stance);
                 self.linked(worker, endpoints, machine, stance, out);
-                if changes_nothing {
-                    return;
-                }
+                return is_all;
             }
-            Event::Unlinked { worker } => {
-                if let Some(known) = self.workers.get_mut(&worker) {
-                    known.linked = false;
-                    known.told = None;
-                    known.told_committed.clear();
-                    known.asked.clear();
-                }
-            }
+            Event::Unlinked { worker } => return self.unlinked(worker),
             Event::Stands { worker, stance } => self.stands(worker, stance, out),
             Event::Failed { worker, reason } => self.failed(worker, &reason, out),
             Event::Recorded { generation } => self.recorded(generation),
@@ -287,11 +286,10 @@ impl Membership {
                         .to_owned();
                 out.push(Effect::Record(Entry::CheckpointFailed { step, reason }));
             }
+            Event::Fenced { .. } if matches!(self.ring, Ring::Over(_)) => {}
             Event::Fenced { by } => {
-                if !matches!(self.ring, Ring::Over(_)) {
-                    (self.ring, self.deadline) = (Ring::Over(Outcome::Fenced { by }), None);
-                }
-                return;
+                (self.ring, self.deadline) = (Ring::Over(Outcome::Fenced { by }), None);
+                return true;
             }
             Event::GivenUp { .. } if self.is_trained() => self.over(Outcome::Completed, out),
             Event::GivenUp { reason } => self.over(Outcome::Failed { reason }, out),
@@ -302,6 +300,11 @@ impl Membership {
                 self.wanted = self.wanted.max(Some(trained));
             }
         }
+        false
+    }
+
+    /// All that follows from where everybody stands.
+    fn follow(&mut self, out: &mut Vec<Effect>) {
         self.too_few = 0;
         self.look_for_wanted();
         if !matches!(self.ring, Ring::Over(_)) {
@@ -309,10 +312,10 @@ impl Membership {
         }
         self.expire(out);
         self.advance(out);
+        self.running = self.count_running();
         self.ask_for_copies(out);
         self.tell(out);
         self.deadline = self.next_deadline();
-        self.running = self.count_running();
         self.forget_rifts();
         self.note_recovery(out);
     }
@@ -353,10 +356,11 @@ impl Membership {
     }
 
     fn next_deadline(&self) -> Option<Millis> {
-        if matches!(self.ring, Ring::Over(_)) {
-            return None;
-        }
         let leases = self.workers.values().map(|worker| worker.heard + self.options.lease);
+        if matches!(self.ring, Ring::Over(_)) {
+            // They are seen off.
+            return leases.min();
+        }
         let gathering = match self.ring {
             Ring::Gathering { since, .. } => Some(since + self.options.gather),
             _ => None,

@@ -280,7 +280,10 @@ impl Watched {
 
     fn event(&mut self, event: Event) -> Result<(), String> {
         match &event {
-            Event::Linked { worker, stance, .. } => drop(self.said.insert(*worker, stance.clone())),
+            Event::Linked { worker, stance, .. } => {
+                self.told.remove(worker);
+                self.said.insert(*worker, stance.clone());
+            }
             Event::Stands { worker, stance } => {
                 self.said.entry(*worker).and_modify(|said| *said = stance.clone());
             }
@@ -292,15 +295,18 @@ impl Watched {
             _ => {}
         }
         self.fenced |= matches!(event, Event::Fenced { .. }) && self.core.outcome().is_none();
-        let (mut careful, mut said) = (Membership { too_few: 0, ..self.core.clone() }, Vec::new());
-        careful.handle(self.now, event.clone(), &mut said);
+        let (mut careful, mut said) = (self.core.clone(), Vec::new());
+        careful.take_in(self.now, event.clone(), &mut said);
+        if !self.fenced {
+            careful.follow(&mut said);
+        }
         let mut out = Vec::new();
         self.core.handle(self.now, event, &mut out);
         let never = Millis(u64::MAX);
         let is_late = self.core.deadline.unwrap_or(never) > careful.deadline.unwrap_or(never);
         let Membership { too_few, deadline, .. } = self.core;
         if out != said || is_late || self.core != (Membership { too_few, deadline, ..careful }) {
-            return Err(format!("the short way for a hello leads elsewhere: {out:?}, not {said:?}"));
+            return Err(format!("the short way leads elsewhere: {out:?}, not {said:?}"));
         }
         if self.fenced && !out.is_empty() {
             return Err(format!("it is fenced, and says {out:?}"));
@@ -322,7 +328,10 @@ impl Watched {
                 generations_rise(Some(self.newest(self.formed.as_ref()).0), formation.generation.0)?;
                 if let Some(before) = &self.formed {
                     let running = |id| self.said[&id].activity.is_in(before.generation);
-                    former_members_hold(before, running, |id| self.said.contains_key(&id))?;
+                    // Nobody hears what one says that was sent away, and without the others its ring makes no step.
+                    let sent_away = |id| matches!(self.told.get(&id), Some(Order::Leave { .. }));
+                    let is_heard = |id| self.said.contains_key(&id) && !sent_away(id);
+                    former_members_hold(before, running, is_heard)?;
                 }
                 if formation.start > TOTAL {
                     return Err(format!("generation {} starts at {}", formation.generation, formation.start));

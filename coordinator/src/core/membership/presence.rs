@@ -17,21 +17,22 @@ impl Membership {
     /// Whether an event changes nothing but what is known of one worker, at the cost of one look-up however many there
     /// are: it stands where it stood, at most some steps further, or it is one of many members that begin to run. All
     /// that a ring in good health ever says. The deadline may then be early, never late. What comes of words about time is
-    /// for people, and changes nothing either, unless lanes are to be shared out anew.
+    /// for people, and changes nothing either, unless lanes are to be shared out anew. Where something waits for time that has come,
+    /// no event is quiet.
     pub(super) fn is_quiet(&mut self, event: &Event, out: &mut Vec<Effect>) -> bool {
         let (worker, stance) = match event {
             Event::Stands { worker, stance } => (worker, stance),
             Event::Reported { step } => {
                 self.reached = self.reached.max(*step);
-                return true;
+                return !self.is_due();
             }
             Event::Paced { worker, pace } => {
                 self.paced(*worker, *pace, out);
-                return !self.is_cut_due();
+                return !self.is_cut_due() && !self.is_due();
             }
             _ => return false,
         };
-        if self.nonsense(stance).is_some() {
+        if self.is_due() || self.nonsense(stance).is_some() {
             return false;
         }
         let Some(known) = self.workers.get_mut(worker).filter(|known| known.linked) else { return false };
@@ -45,15 +46,17 @@ impl Membership {
         }
         let running = matches!(stance.activity, Activity::Running { .. });
         if stance.activity != known.stance.activity {
-            let Ring::Alive { formation, .. } = &self.ring else { return false };
+            // Whoever comes into a ring that is asked to hold is told so.
+            let Ring::Alive { formation, changing: None } = &self.ring else { return false };
             let ours = |activity: &Activity| activity.is_in(formation.generation);
             let told = known
                 .told
                 .as_ref()
                 .is_some_and(|order| matches!(order, Order::Form(f) if Arc::ptr_eq(f, formation)));
-            let begins =
-                told && ours(&stance.activity) && !(running && self.running + 1 >= formation.members.len());
-            if !begins {
+            // One that runs and says that it does not yet is in no right mind.
+            let ran = known.stance.activity == Activity::Running { generation: formation.generation };
+            let is_last = running && self.running + 1 >= formation.members.len();
+            if !told || ran || is_last || !ours(&stance.activity) {
                 return false;
             }
             self.running += usize::from(running);
@@ -69,19 +72,61 @@ impl Membership {
         true
     }
 
+    /// Whether something waits for time that has come.
+    fn is_due(&self) -> bool {
+        self.deadline.is_some_and(|at| self.now >= at)
+    }
+
     /// Whether a hello changes nothing but that one more is known, at the cost of one look-up however many there are: a newcomer
     /// with no state, while there is no ring and too few for one. All that a ring is before it is formed. The deadline stays
     /// what it is: it may be early, never late.
     pub(super) fn is_one_of_too_few(&mut self, id: WorkerId, stance: &Stance) -> bool {
-        let is_due = self.deadline.is_some_and(|at| self.now >= at);
         let is_new = !self.workers.contains_key(&id) && *stance == Stance::new(None, Activity::Outside);
-        if self.too_few == 0 || is_due || !is_new {
+        if self.too_few == 0 || self.is_due() || !is_new {
             return false;
         }
         self.too_few -= 1;
         let silent = self.now + self.options.lease;
         self.deadline = Some(self.deadline.map_or(silent, |at| at.min(silent)));
         true
+    }
+
+    /// Whether a hello changes nothing but that a member is connected again, at the cost of one look-up however many there are: it is
+    /// in the ring that lives, has no parts of a checkpoint to speak of, and is not the last to say that it trains. All that is
+    /// said to a coordinator that takes a ring up. The deadline may then be early, never late.
+    pub(super) fn is_back(&mut self, id: WorkerId, stance: &Stance) -> bool {
+        let Ring::Alive { formation, changing: None } = &self.ring else { return false };
+        let Some(known) = self.workers.get(&id).filter(|_| self.seats.contains_key(&id)) else {
+            return false;
+        };
+        let runs = Activity::Running { generation: formation.generation };
+        let Stance { activity, written, unwritten, leaving, .. } = stance;
+        let tells_more = *leaving || known.stance.leaving || !written.is_empty() || !unwritten.is_empty();
+        if self.is_due()
+            || self.faults.count > 0
+            || *activity != runs
+            || tells_more
+            || self.nonsense(stance).is_some()
+        {
+            return false;
+        }
+        if known.stance.activity == runs {
+            // That a learner holds the state is news.
+            return known.stance.holds.is_some() == stance.holds.is_some();
+        }
+        let is_last = self.running + 1 >= formation.members.len();
+        self.running += usize::from(!is_last);
+        !is_last
+    }
+
+    /// A connection is closed. Whether that is all: every member trains, so that nobody names it as lost, and it is one of them.
+    pub(super) fn unlinked(&mut self, id: WorkerId) -> bool {
+        let Some(known) = self.workers.get_mut(&id) else { return !self.is_due() };
+        known.linked = false;
+        known.told = None;
+        known.told_committed.clear();
+        known.asked.clear();
+        !self.is_due() && self.trains() && self.seats.contains_key(&id)
     }
 
     /// A member says where its time went: one that is slow, or is not any more, is told of.

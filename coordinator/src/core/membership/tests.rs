@@ -142,8 +142,9 @@ fn a_first_ring_starts_with_fewer_once_it_has_waited() {
     let mut story = Story::new(3);
     story.link(1, stance(None, Activity::Outside));
     assert_eq!(story.core.deadline(), Some(Millis(500)));
+    story.now = 400;
+    assert_eq!(story.stands(1, stance(None, Activity::Outside)), []);
     story.now = 500;
-    story.stands(1, stance(None, Activity::Outside));
     let out = story.event(Event::Tick);
     assert_eq!(out, [formed(&formation(1, 0, Source::Seed, &[(1, 0..8)]))]);
 }
@@ -262,4 +263,28 @@ fn ten_thousand_workers_form_a_ring() {
     assert_eq!(out, []);
     let took = cpu_time() - began;
     assert!(took.as_millis() < 500, "100 000 heartbeats took {took:?}");
+
+    // Another coordinator takes the ring up, and all come back to it; then a switch fails, and they come back again.
+    let formation = core.formation().cloned();
+    let found = Found { formation, floor: Generation(2), ..Found::default() };
+    let big = Options { lanes: 1 << 14, ..options(count) };
+    let mut core = Membership::new(big, Epoch(2), found, Millis(0));
+    let back = |id: u32| Event::Linked {
+        worker: WorkerId(id.into()),
+        endpoints: Endpoints::default(),
+        machine: "m".to_owned(),
+        stance: stance(Some(10), running(1)),
+    };
+    for first in [true, false] {
+        let began = cpu_time();
+        if !first {
+            let cut = |id: u32| Event::Unlinked { worker: WorkerId(id.into()) };
+            (1..=count).for_each(|id| core.handle(Millis(1), cut(id), &mut out));
+        }
+        (1..=count).for_each(|id| core.handle(Millis(1), back(id), &mut out));
+        let took = cpu_time() - began;
+        assert_eq!(out, []);
+        assert!(took.as_millis() < 100, "all coming back took {took:?}, first: {first}");
+        assert!(core.trains());
+    }
 }
