@@ -426,6 +426,13 @@ pub struct Stage {
     pub eval: Option<Vec<String>>,
 }
 
+impl Stage {
+    /// Whether its steps move every parameter. With the language model frozen they move the gate alone, and fine-tuning leaves the gate.
+    pub fn moves_all(&self) -> bool {
+        self.trains == Trains::All && self.loss != Loss::Sft
+    }
+}
+
 /// Tokens of one global batch: constant, or rising linearly over the first tokens of the stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Batch {

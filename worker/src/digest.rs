@@ -1,6 +1,7 @@
 //! Digests of flat buffers by block, made where these lie: a GPU hashes its memory faster than the host could copy it.
 
 use std::ops::Range;
+use std::sync::LazyLock;
 
 use tch::{Device, Tensor};
 
@@ -24,12 +25,14 @@ pub(crate) fn of_blocks(flat: &Tensor) -> Vec<blake3::Hash> {
     }
 }
 
+/// BLAKE3 of a block of zeros.
+static OF_ZEROS: LazyLock<blake3::Hash> = LazyLock::new(|| blake3::hash(&[0; BLOCK * 4]));
+
 /// Those of the first and second moments of `blocks` of a state. They do not tell whether there is room for what is zero.
 pub(crate) fn of_moments(state: &State, blocks: Range<usize>) -> [Vec<blake3::Hash>; 2] {
     let moved = both(&blocks, &state.moved);
-    let zero = blake3::hash(&[0; BLOCK * 4]);
     state.moments(blocks.clone()).map(|flat| {
-        let mut digests = vec![zero; blocks.len()];
+        let mut digests = vec![*OF_ZEROS; blocks.len()];
         if !moved.is_empty() {
             let first = moved.start - blocks.start;
             digests[first..first + moved.len()].copy_from_slice(&of_blocks(&flat));

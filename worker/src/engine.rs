@@ -9,13 +9,21 @@
 //! With several workers 3 is [`Engine::take_partials`], the exchange between them, and [`Engine::finish_with`]; a step
 //! that comes to nothing ends with [`Engine::abandon`], or with [`Engine::set_aside`], and [`Engine::resume`] has its sums.
 
+mod growing;
+mod pass;
+
 use std::ops::Range;
 
-use anello_configs::{Compute, Guard, OnSpike, RunConfig, Stage, StepPlan, Trains};
+use anello_configs::{Guard, OnSpike, RunConfig, Stage, StepPlan};
 use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
+pub use self::growing::Growing;
+use self::growing::{Chain, tell_sums};
+pub(crate) use self::pass::hidden;
+pub use self::pass::{Pass, forward_backward};
+use self::pass::{Walked, walk};
 use crate::cover::Cover;
 use crate::error::Result;
 use crate::evaluate::Evaluation;
@@ -23,12 +31,11 @@ use crate::fold::{Fold, Kept};
 use crate::guard::{self, Spike};
 use crate::host;
 use crate::kernels::{self, Kernels};
-use crate::model::{Context, Model, Rotary, Tokens};
-use crate::objective::{self, Goal, LossSums};
+use crate::model::{Context, Model, Rotary};
+use crate::objective::{Goal, LossSums};
 use crate::optimizer::{Prepared, State, Summed, Update, blocks_of};
-use crate::params::{BLOCK, Layout};
+use crate::params::Layout;
 use crate::stopwatch::{Point, Spent, Stopwatch};
-use crate::tape::Tape;
 
 /// Model, state and the sums of the step under way, on one device and one thread.
 #[derive(Debug)]
@@ -47,105 +54,6 @@ pub struct Engine {
     /// A step that came to nothing, and its sums.
     kept: Option<(u64, Kept<(Tensor, LossSums)>)>,
     stopwatch: Stopwatch,
-}
-
-/// What a forward and backward depends on besides model and tokens.
-#[derive(Clone, Copy, Debug)]
-pub struct Pass<'a> {
-    /// Loop steps (T).
-    pub loops: u32,
-    /// What is minimised, and what moves.
-    pub goal: Goal,
-    /// What is kept and the size of a loss chunk.
-    pub compute: &'a Compute,
-}
-
-/// How far the way back through a micro-batch is.
-#[derive(Debug)]
-pub enum Walked<'a> {
-    /// The hidden states are known: what follows are the losses and the way back.
-    Hidden,
-    /// The loss sums are known, and the gradients of lm_head and gate are whole.
-    Losses(&'a LossSums),
-    /// That of this layer is whole.
-    Layer(usize),
-}
-
-/// What a worker's last lane tells while it is computed, in this order: [`Growing::Sums`], [`Growing::Whole`] again and
-/// again, [`Growing::Lane`], and the rest of the blocks.
-#[derive(Debug)]
-pub enum Growing<'a> {
-    /// The worker's partial sums, one for each maximal aligned subtree of its lanes: (first lane, number of lanes, loss
-    /// sums), and the gradient buffer of each, which is still written to.
-    Sums(Vec<(u32, u32, LossSums)>, Vec<Tensor>),
-    /// These blocks of all partial sums are whole.
-    Whole(Range<usize>),
-    /// The gradient of the lane alone, whole. Block 0 is not yet part of a sum.
-    Lane(&'a mut Tensor),
-}
-
-/// Forward and backward of one micro-batch: `ids_n` and `targets_n` are `[n]`. Adds the gradient of the loss's sum to
-/// the flat `gradient` and returns the sums.
-pub fn forward_backward(
-    model: &Model,
-    context: &Context,
-    ids_n: &Tensor,
-    targets_n: &Tensor,
-    pass: Pass<'_>,
-    gradient: &Tensor,
-) -> LossSums {
-    walk(model, context, ids_n, targets_n, pass, gradient, &mut |_| {})
-}
-
-/// [`forward_backward`] that says how far it is.
-fn walk(
-    model: &Model,
-    context: &Context,
-    ids_n: &Tensor,
-    targets_n: &Tensor,
-    pass: Pass<'_>,
-    gradient: &Tensor,
-    walked: &mut dyn FnMut(Walked<'_>),
-) -> LossSums {
-    let chunk = i64::from(pass.compute.loss_chunk_tokens);
-    let forward = tracing::trace_span!("forward").entered();
-    let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));
-    if pass.goal.trains == Trains::Gate {
-        let hidden = hidden(model, context, embedded_nd, pass.loops);
-        drop(forward);
-        walked(Walked::Hidden);
-        let _losses = tracing::trace_span!("losses").entered();
-        let (sums, _) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
-        walked(Walked::Losses(&sums));
-        return sums;
-    }
-    let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute);
-    drop(forward);
-    walked(Walked::Hidden);
-    let losses = tracing::trace_span!("losses").entered();
-    let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
-    let of_hidden = of_hidden.expect("all parameters move");
-    drop((hidden, losses));
-    walked(Walked::Losses(&sums));
-    let of_embedded_nd = tape.backward(of_hidden, gradient, &mut |layer| walked(Walked::Layer(layer)));
-    let of_embedded_nd = of_embedded_nd.to_kind(model.wide());
-    let of_table =
-        Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, model.embed.value.size()[0], -1, false);
-    model.embed.accumulate(gradient, &of_table);
-    sums
-}
-
-/// h(1..=T), `[n, d]` each, of which no graph is kept.
-pub(crate) fn hidden(model: &Model, tokens: &dyn Tokens, embedded_nd: Tensor, loops: u32) -> Vec<Tensor> {
-    tch::no_grad(|| {
-        let mut h = embedded_nd;
-        (0..loops)
-            .map(|_| {
-                h = (0..model.layers.len()).fold(h.shallow_clone(), |h, l| model.layer_nd(l, &h, tokens));
-                h.shallow_clone()
-            })
-            .collect()
-    })
 }
 
 /// What a step came to.
@@ -214,70 +122,11 @@ fn judged<'a>(
     (sum, spike)
 }
 
-/// The additions that a lane's gradient sets off in the tree, made as far as it is whole.
-#[derive(Default)]
-struct Chain {
-    /// The lane's own buffer, then each that the one before it is added to.
-    buffers: Vec<Tensor>,
-    /// Blocks that become whole, one part of the model after the other.
-    whole: std::vec::IntoIter<Range<usize>>,
-}
-
-impl Chain {
-    /// That of the lane of `gradient`, which makes `grown` of `fold`.
-    fn new<T>(
-        gradient: &Tensor,
-        fold: &Fold<(Tensor, T)>,
-        grown: &Fold<(Tensor, T)>,
-        whole: Vec<Range<usize>>,
-    ) -> Self {
-        let merged = fold.partials().len() + 1 - grown.partials().len();
-        let onto = fold.partials().iter().rev().take(merged).map(|(_, _, (gradient, _))| gradient);
-        let buffers = [gradient].into_iter().chain(onto).map(Tensor::shallow_clone).collect();
-        Self { buffers, whole: whole.into_iter() }
-    }
-
-    /// Adds what is left, once all is whole.
-    fn rest(&mut self, tell: &mut dyn FnMut(Growing<'_>)) {
-        while !self.whole.as_slice().is_empty() {
-            self.next(tell);
-        }
-    }
-
-    /// Adds the blocks that became whole, and tells of them.
-    fn next(&mut self, tell: &mut dyn FnMut(Growing<'_>)) {
-        let blocks = self.whole.next().expect("the walk has as many stations as the model has parts");
-        if !blocks.is_empty() {
-            let _span = tracing::trace_span!("fold", blocks = blocks.len()).entered();
-            let (start, len) = ((blocks.start * BLOCK) as i64, (blocks.len() * BLOCK) as i64);
-            for pair in self.buffers.windows(2) {
-                let _ = pair[1].narrow(0, start, len).g_add_(&pair[0].narrow(0, start, len));
-            }
-            tell(Growing::Whole(blocks));
-        }
-    }
-
-    /// The buffers that are in no sum any more.
-    fn into_free(mut self) -> Vec<Tensor> {
-        self.buffers.pop();
-        self.buffers
-    }
-}
-
 /// Adds `right` into `left`; its buffer is free then.
 fn add(spare: &mut Vec<Tensor>, left: &mut (Tensor, LossSums), (right, sums): (Tensor, LossSums)) {
     left.0 += &right;
     left.1.add(&sums);
     spare.push(right);
-}
-
-/// [`Growing::Sums`] of `fold`.
-fn tell_sums(fold: &Fold<(Tensor, LossSums)>, tell: &mut dyn FnMut(Growing<'_>)) {
-    let partials = fold.partials().iter();
-    let each = partials
-        .map(|(first, lanes, (gradient, sums))| ((*first, *lanes, sums.clone()), gradient.shallow_clone()));
-    let (sums, buffers) = each.unzip();
-    tell(Growing::Sums(sums, buffers));
 }
 
 impl Engine {
@@ -355,9 +204,11 @@ impl Engine {
         blocks_of(&self.state.layout.moved(plan.stage.trains, plan.stage.loss))
     }
 
-    /// Makes room for the moments of what the step of `plan` moves, which is otherwise made by its update.
-    pub fn make_room(&mut self, plan: &StepPlan<'_>) {
-        self.state.make_room(self.moved_blocks(plan));
+    /// Makes room for the moments of what the step of `plan`, if there is one, moves, which is otherwise made by its update.
+    pub fn make_room(&mut self, plan: Option<StepPlan<'_>>) {
+        if let Some(plan) = plan {
+            self.state.make_room(self.moved_blocks(&plan));
+        }
     }
 
     /// The same as far as forward and backward need it: moments and the window of losses stay what they were until the step's

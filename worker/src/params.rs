@@ -288,6 +288,8 @@ fn layer_of(name: &str) -> Option<(usize, &str)> {
 
 #[cfg(test)]
 mod tests {
+    use anello_configs::{LoadOptions, RunConfig, Stage};
+
     use super::*;
 
     fn model() -> Model {
@@ -366,6 +368,13 @@ mod tests {
         }
         assert_eq!(gate.len(), 64 + 1);
         assert_eq!(layout.moved(Trains::All, Loss::Loop), 0..layout.len());
+        let tiny = RunConfig::load(&LoadOptions::new("tiny")).unwrap().config;
+        for (trains, loss) in
+            [(Trains::All, Loss::Loop), (Trains::All, Loss::Sft), (Trains::Gate, Loss::Gate)]
+        {
+            let stage = Stage { trains, loss, ..tiny.stages[0].clone() };
+            assert_eq!(stage.moves_all(), layout.moved(trains, loss) == (0..layout.len()), "{loss:?}");
+        }
         let [blocks] = &layout.backward_blocks(Trains::Gate)[..] else { panic!("the gate's") };
         assert!(blocks.start * BLOCK <= gate.start && gate.end <= blocks.end * BLOCK && blocks.len() <= 2);
     }

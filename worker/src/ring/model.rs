@@ -21,7 +21,7 @@ use anello_collective::{
     AbortHandle, Collective, Error as RingError, Generation as RingGeneration, Rank, Shape, Step as RingStep,
     tcp,
 };
-use anello_configs::{ComputeDevice, Loss, RunConfig, Schedule, StateCopies, StepPlan, Trains, Transport};
+use anello_configs::{ComputeDevice, RunConfig, Schedule, StateCopies, StepPlan, Trains, Transport};
 use anello_dataloader::{Loader, LoaderOptions};
 use anello_member::Event;
 use anello_proto::ring::{Cause, Formation, Generation, Member, Shard, Source, Step, WorkerId};
@@ -501,11 +501,11 @@ impl Thread {
 
 /// Whether the moments of what is frozen go with the step of `plan`.
 fn lets_go(plan: &StepPlan<'_>) -> bool {
-    plan.reset_optimizer && (plan.stage.trains == Trains::Gate || plan.stage.loss == Loss::Sft)
+    plan.reset_optimizer && !plan.stage.moves_all()
 }
 
 /// NCCL for a worker that computes on `device`.
-fn load_nccl(device: Device) -> Result<Nccl> {
+pub(super) fn load_nccl(device: Device) -> Result<Nccl> {
     let wanted = "ring.transport = \"nccl\"";
     if device == Device::Cpu {
         return Err(Error::config(

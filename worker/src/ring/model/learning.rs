@@ -92,9 +92,7 @@ impl Thread {
     /// grows, and moments of what is frozen go; and where the weights are spread by steps, those come that the steps move.
     pub(super) fn can_learn_from(&self, start: Step, shared: bool) -> bool {
         let Some(plan) = self.schedule.at(start.0) else { return true };
-        let layout = Layout::new(&self.config.model, self.config.model.layers);
-        let moves_all = layout.moved(plan.stage.trains, plan.stage.loss) == (0..layout.len());
-        plan.upcycle.is_none() && !lets_go(&plan) && (moves_all || !shared)
+        plan.upcycle.is_none() && !lets_go(&plan) && (plan.stage.moves_all() || !shared)
     }
 
     /// Asks those that hold the state for its form. The buffers are made once all have met, while the others compute: what the
@@ -135,9 +133,7 @@ impl Thread {
         let mut state = State::at_zero(layout, weights, cover, moved);
         (state.updates, state.losses) = (updates, losses);
         let mut engine = self.engine(state);
-        if let Some(plan) = self.schedule.at(start.0) {
-            engine.make_room(&plan);
-        }
+        engine.make_room(self.schedule.at(start.0));
         let coming = if shared {
             Coming::Spread(start)
         } else {
@@ -166,9 +162,7 @@ impl Thread {
         {
             let engine = &mut self.held.as_mut().expect("state was taken").engine;
             // What is lent keeps its place in memory while it is lent.
-            if let Some(plan) = self.schedule.at(start.0) {
-                engine.make_room(&plan);
-            }
+            engine.make_room(self.schedule.at(start.0));
             let live = Arc::new(Live::new(*start, engine.state(), 0..0));
             self.shelf.lend(*generation, Arc::clone(&live), self.config.ring.state_bandwidth);
             self.live = Some(live);
@@ -184,9 +178,7 @@ impl Thread {
         }
         let (circle, ids) = self.circle(serving, *start, |_| true);
         let held = self.held.as_mut().expect("state was taken");
-        if let Some(plan) = self.schedule.at(start.0) {
-            held.engine.make_room(&plan);
-        }
+        held.engine.make_room(self.schedule.at(start.0));
         let State { cover: have, moved, .. } = held.engine.state();
         let (have, moved) = (have.clone(), moved.clone());
         let grows = Cover::of_rank(have.of_blocks(), members.len(), serving.rank).without(&have);

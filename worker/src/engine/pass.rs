@@ -1,0 +1,94 @@
+//! One micro-batch forward and backward.
+
+use anello_configs::{Compute, Trains};
+use tch::Tensor;
+
+use crate::model::{Context, Model, Tokens};
+use crate::objective::{self, Goal, LossSums};
+use crate::tape::Tape;
+
+/// What a forward and backward depends on besides model and tokens.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'a> {
+    /// Loop steps (T).
+    pub loops: u32,
+    /// What is minimised, and what moves.
+    pub goal: Goal,
+    /// What is kept and the size of a loss chunk.
+    pub compute: &'a Compute,
+}
+
+/// How far the way back through a micro-batch is.
+#[derive(Debug)]
+pub(super) enum Walked<'a> {
+    /// The hidden states are known: what follows are the losses and the way back.
+    Hidden,
+    /// The loss sums are known, and the gradients of lm_head and gate are whole.
+    Losses(&'a LossSums),
+    /// That of this layer is whole.
+    Layer(usize),
+}
+
+/// Forward and backward of one micro-batch: `ids_n` and `targets_n` are `[n]`. Adds the gradient of the loss's sum to
+/// the flat `gradient` and returns the sums.
+pub fn forward_backward(
+    model: &Model,
+    context: &Context,
+    ids_n: &Tensor,
+    targets_n: &Tensor,
+    pass: Pass<'_>,
+    gradient: &Tensor,
+) -> LossSums {
+    walk(model, context, ids_n, targets_n, pass, gradient, &mut |_| {})
+}
+
+/// [`forward_backward`] that says how far it is.
+pub(super) fn walk(
+    model: &Model,
+    context: &Context,
+    ids_n: &Tensor,
+    targets_n: &Tensor,
+    pass: Pass<'_>,
+    gradient: &Tensor,
+    walked: &mut dyn FnMut(Walked<'_>),
+) -> LossSums {
+    let chunk = i64::from(pass.compute.loss_chunk_tokens);
+    let forward = tracing::trace_span!("forward").entered();
+    let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));
+    if pass.goal.trains == Trains::Gate {
+        let hidden = hidden(model, context, embedded_nd, pass.loops);
+        drop(forward);
+        walked(Walked::Hidden);
+        let _losses = tracing::trace_span!("losses").entered();
+        let (sums, _) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
+        walked(Walked::Losses(&sums));
+        return sums;
+    }
+    let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute);
+    drop(forward);
+    walked(Walked::Hidden);
+    let losses = tracing::trace_span!("losses").entered();
+    let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
+    let of_hidden = of_hidden.expect("all parameters move");
+    drop((hidden, losses));
+    walked(Walked::Losses(&sums));
+    let of_embedded_nd = tape.backward(of_hidden, gradient, &mut |layer| walked(Walked::Layer(layer)));
+    let of_embedded_nd = of_embedded_nd.to_kind(model.wide());
+    let of_table =
+        Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, model.embed.value.size()[0], -1, false);
+    model.embed.accumulate(gradient, &of_table);
+    sums
+}
+
+/// h(1..=T), `[n, d]` each, of which no graph is kept.
+pub(crate) fn hidden(model: &Model, tokens: &dyn Tokens, embedded_nd: Tensor, loops: u32) -> Vec<Tensor> {
+    tch::no_grad(|| {
+        let mut h = embedded_nd;
+        (0..loops)
+            .map(|_| {
+                h = (0..model.layers.len()).fold(h.shallow_clone(), |h, l| model.layer_nd(l, &h, tokens));
+                h.shallow_clone()
+            })
+            .collect()
+    })
+}
