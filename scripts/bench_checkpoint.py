@@ -1,6 +1,8 @@
 """Saving and loading a gibibyte of weights and moments against `torch.save` and `torch.distributed.checkpoint`.
 
-    bench_checkpoint.py --checkpoint PROGRAM [--rounds N]    PROGRAM is that of `worker/benches/checkpoint.rs`
+    bench_checkpoint.py --checkpoint PROGRAM [--rounds N] [--within FOLDER]
+
+PROGRAM is that of `worker/benches/checkpoint.rs`; FOLDER is on the disk to be measured, which is that of the build unless said.
 
 The same tensors in size and number, on the same disk, one after the other in turn. Every save ends when it is on the disk, and
 every load begins from the disk: what the kernel keeps of the files is dropped before. What each promises besides: ours has
@@ -76,6 +78,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--rounds", type=int, default=5)
+    # /tmp may be memory.
+    parser.add_argument("--within", type=Path, default=ROOT / "target")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     import torch
@@ -92,8 +96,7 @@ def main():
         if round > 0:
             rows["copy"].append(copied["copy_seconds"])
             rows["bare"].append(copied["bare_seconds"])
-    # On the disk of the build: /tmp may be memory.
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=ROOT / "target") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-", dir=arguments.within) as scratch:
         run, torchs, folder = (Path(scratch) / name for name in ("run", "torch", "dcp"))
         for _ in range(arguments.rounds):
             shutil.rmtree(run, ignore_errors=True)
