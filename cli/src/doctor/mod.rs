@@ -1,5 +1,5 @@
 //! `anello doctor`: is a store fit for runs, is a coordinator reached from here, are PretrainJobs looked after in a cluster, what
-//! is there of this machine and its GPUs, and are the fused kernels right on them?
+//! is there of this machine and its GPUs, are the fused kernels right on them, and how fast is the sum over them?
 
 mod cluster;
 mod machine;
@@ -10,11 +10,12 @@ use anello_store::Store;
 use anello_store::doctor::{self, Checkup, Latency, Raced};
 use anello_worker::device;
 use anello_worker::kernels::{self, Checked, Kernels, Sizes};
+use anello_worker::ring::Speed;
 
 use crate::certs::TlsArgs;
 use crate::failure::{Exit, Outcome};
 use crate::screen::Screen;
-use crate::text::short;
+use crate::text::{bytes as bytes_in_words, short};
 
 /// Arguments of `anello doctor`.
 #[derive(Debug, clap::Args)]
@@ -31,6 +32,10 @@ pub struct Args {
     /// LibTorch, its results and its time. It takes some 10 GB of the GPU's memory, and less than a minute.
     #[arg(long, value_name = "DEVICE", num_args = 0..=1, default_missing_value = "cuda", conflicts_with_all = ["place", "coordinator", "kube"])]
     kernels: Option<ComputeDevice>,
+    /// Try out the sum of `ring.transport = "nccl"` over the GPUs of this machine instead, or over so many ranks: is it right, and how
+    /// fast is it beside `ncclAllReduce`? It takes some 5 GB of each GPU's memory, and seconds.
+    #[arg(long, value_name = "RANKS", num_args = 0..=1, conflicts_with_all = ["place", "coordinator", "kernels", "kube"])]
+    nccl: Option<Option<u32>>,
     /// Ask a Kubernetes cluster instead, that of the current kubeconfig or of the pod that this is in: is the definition of
     /// PretrainJobs served, may the controller do what it must, and does one do it? With --tls: are its certificates good?
     #[arg(long, conflicts_with_all = ["place", "coordinator"])]
@@ -71,6 +76,9 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
         return self::found(&format!("the fused kernels {answer}"), "right", right, &lines, args, screen);
     }
+    if let Some(ranks) = args.nccl {
+        return sum(ranks, args, screen);
+    }
     if args.kube {
         let checkup = cluster::checkup(args.namespace.as_deref(), &args.tls)?;
         let answer = if checkup.fit { "are looked after" } else { "are not looked after as they must be" };
@@ -89,6 +97,46 @@ pub fn run(args: &Args, screen: &Screen) -> Outcome {
         false => told(&checkup),
     })?;
     Ok(if checkup.is_fit() { Exit::Done } else { Exit::No })
+}
+
+/// Bytes that each rank adds up: what a figure of bus bandwidth is commonly of.
+const SUM_BYTES: u64 = 1 << 30;
+
+/// The sum over GPUs, tried out.
+fn sum(ranks: Option<u32>, args: &Args, screen: &Screen) -> Outcome {
+    let speed = anello_worker::ring::measure(ranks.map(|ranks| ranks as usize), SUM_BYTES)?;
+    screen.print(&match args.json {
+        true => {
+            let mut value = serde_json::to_value(&speed).expect("a speed has string keys");
+            value["bus_gb_per_s"] = speed.bus_gb_per_s(speed.seconds).into();
+            value["all_reduce_bus_gb_per_s"] = speed.bus_gb_per_s(speed.all_reduce_seconds).into();
+            value["share"] = speed.share().into();
+            value.to_string() + "\n"
+        }
+        false => told_of_sum(&speed),
+    })?;
+    Ok(if speed.right { Exit::Done } else { Exit::No })
+}
+
+fn told_of_sum(speed: &Speed) -> String {
+    let Speed { nccl, gpus, ranks, bytes, seconds, all_reduce_seconds, right } = speed;
+    let answer = match right {
+        true => format!("reaches {:.0} % of ncclAllReduce's bus bandwidth", 100.0 * speed.share()),
+        false => "is NOT that of ncclAllReduce: train by ring.transport = \"tcp\"".to_owned(),
+    };
+    let line = |what: &str, seconds: f64| {
+        format!("{what} {:>9} ms  {:>7.1} GB/s", short(1e3 * seconds), speed.bus_gb_per_s(seconds))
+    };
+    format!(
+        "the sum of ring.transport = \"nccl\" {answer}
+  {nccl}, {ranks} ranks on {gpus} GPUs, {} of fp32 each: medians, and bus bandwidths
+  {}
+  {}
+",
+        bytes_in_words(*bytes),
+        line("a ring's     ", *seconds),
+        line("ncclAllReduce", *all_reduce_seconds),
+    )
 }
 
 /// An answer, and what it follows from.
@@ -124,6 +172,29 @@ fn told(checkup: &Checkup) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sum_is_told_beside_nccls_own() {
+        let mut speed = Speed {
+            nccl: "NCCL 2.28.9".to_owned(),
+            gpus: 2,
+            ranks: 2,
+            bytes: 1 << 30,
+            seconds: 0.0112,
+            all_reduce_seconds: 0.0104,
+            right: true,
+        };
+        assert_eq!(
+            told_of_sum(&speed),
+            "the sum of ring.transport = \"nccl\" reaches 93 % of ncclAllReduce's bus bandwidth
+  NCCL 2.28.9, 2 ranks on 2 GPUs, 1.07 GB of fp32 each: medians, and bus bandwidths
+  a ring's           11.2 ms     95.9 GB/s
+  ncclAllReduce      10.4 ms    103.2 GB/s
+"
+        );
+        speed.right = false;
+        assert!(told_of_sum(&speed).contains("is NOT that of ncclAllReduce"));
+    }
 
     #[test]
     fn the_answer_comes_first() {

@@ -47,6 +47,8 @@ fn the_script_for_gpus_works_without_one() {
         "memory, ouro-2.6b",
         "cost of fixed bits",
         "stall of the second checkpoint",
+        "mano: nothing recomputed",
+        "memory, mano, compute.recompute=layer",
         "bus bandwidth",
     ] {
         assert!(["ok", "-"].contains(&verdict(check).as_str()), "{check}: {said}");
@@ -90,6 +92,9 @@ fn whatever_computes_takes_a_device() {
         assert!(done.log.contains("\"cpu\", \"cuda\" or \"cuda:N\""), "{done:?}");
         done.expect(2);
     }
+    let done = Process::start_with(&world().folder, &["doctor", "--nccl", "2"], &without_gpus).wait();
+    assert!(done.log.contains("the device cuda:0 cannot be had"), "{done:?}");
+    done.expect(2);
     let read_only = ["bisect", "undisturbed", "undisturbed", "--read-only", "--device", "cpu"];
     world().anello(&read_only).expect(2);
 }

@@ -13,6 +13,8 @@
 //!
 //! [`Layout::backward_blocks`]: crate::params::Layout::backward_blocks
 
+pub mod speed;
+
 use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
@@ -246,6 +248,17 @@ impl Gpus {
         let here = self.sums.record().map_err(thrown)?;
         self.wait(&here)?;
         Stream::current(self.device).and_then(|compute| compute.wait(&here)).map_err(thrown)
+    }
+
+    /// NCCL's own sum of `from` over all members into `to`, for measurements; returns once it is here.
+    fn all_reduce(&self, from: &Tensor, to: &Tensor) -> Result<(), RingError> {
+        self.after_what_is_computed()?;
+        let stop = || self.abort.reason().map(str::to_owned);
+        let (from, to, stream) =
+            (ffi::for_nccl(from), ffi::for_nccl(to), self.sums.native().map_err(thrown)?);
+        self.communicator.all_reduce(from, to, stream, &stop).map_err(dead)?;
+        let here = self.sums.record().map_err(thrown)?;
+        self.wait(&here)
     }
 
     /// What is put into the stream of sums from now on begins when the current stream is through with what it has.

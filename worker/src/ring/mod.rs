@@ -37,6 +37,7 @@ use anello_proto::v1;
 use anello_store::Store;
 use anello_tls::Protection;
 
+pub use gpus::speed::{Speed, measure};
 pub use sum::{Total, add_up};
 
 use crate::error::Result;

@@ -24,12 +24,17 @@ struct Wires {
     members: Vec<Member>,
     /// By sender and receiver.
     sent: BTreeMap<(usize, usize), VecDeque<Vec<u8>>>,
+    /// `ncclAllReduce`: what was given to each sum so far, and by how many.
+    sums: Vec<(Vec<f32>, i32)>,
+    ranks: i32,
     /// Looks at communicators so far.
     looks: usize,
     /// A rank whose messages arrive nowhere.
     silent: Option<usize>,
     /// What communicators say of themselves.
     broken: i32,
+    /// `ncclAllReduce` adds up wrongly.
+    spoilt: bool,
 }
 
 /// One communicator.
@@ -37,13 +42,14 @@ struct Member {
     rank: usize,
     due: VecDeque<Due>,
     aborted: bool,
+    /// Sums that it has a part in.
+    sums: usize,
 }
 
 /// What is still to be received.
-struct Due {
-    from: usize,
-    address: usize,
-    bytes: usize,
+enum Due {
+    Message { from: usize, address: usize, bytes: usize },
+    Sum { number: usize, address: usize },
 }
 
 impl Fake {
@@ -65,10 +71,11 @@ impl Symbols for Fake {
         (0, UniqueId([9; 128]))
     }
 
-    fn init_rank(&self, _: i32, id: &UniqueId, rank: i32) -> (i32, Comm) {
+    fn init_rank(&self, ranks: i32, id: &UniqueId, rank: i32) -> (i32, Comm) {
         assert_eq!(id.0, [9; 128], "the first member's id is everyone's");
         let mut wires = self.wires();
-        wires.members.push(Member { rank: rank as usize, due: VecDeque::new(), aborted: false });
+        wires.ranks = ranks;
+        wires.members.push(Member { rank: rank as usize, due: VecDeque::new(), aborted: false, sums: 0 });
         (code::IN_PROGRESS, Comm(wires.members.len() - 1))
     }
 
@@ -82,15 +89,24 @@ impl Symbols for Fake {
         if wires.looks.is_multiple_of(3) {
             return (0, code::IN_PROGRESS);
         }
-        let Wires { members, sent, .. } = &mut *wires;
+        let Wires { members, sent, sums, ranks, .. } = &mut *wires;
         let Member { rank, due, .. } = &mut members[comm.0];
-        while let Some(&Due { from, address, bytes }) = due.front() {
-            let Some(values) = sent.get_mut(&(from, *rank)).and_then(VecDeque::pop_front) else {
-                return (0, code::IN_PROGRESS);
-            };
-            assert_eq!(values.len(), bytes, "what {from} sends to {rank} is not what that receives");
+        while let Some(first) = due.front() {
             // SAFETY: the memory is the receiver's until its stream is past the call, which is when nothing is due.
-            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), address as *mut u8, bytes) };
+            match *first {
+                Due::Message { from, address, bytes } => {
+                    let Some(values) = sent.get_mut(&(from, *rank)).and_then(VecDeque::pop_front) else {
+                        return (0, code::IN_PROGRESS);
+                    };
+                    assert_eq!(values.len(), bytes, "what {from} sends to {rank} is not what that receives");
+                    unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), address as *mut u8, bytes) };
+                }
+                Due::Sum { number, .. } if sums[number].1 < *ranks => return (0, code::IN_PROGRESS),
+                Due::Sum { number, address } => {
+                    let sum = &sums[number].0;
+                    unsafe { std::ptr::copy_nonoverlapping(sum.as_ptr(), address as *mut f32, sum.len()) };
+                }
+            }
             due.pop_front();
         }
         (0, code::SUCCESS)
@@ -126,13 +142,24 @@ impl Symbols for Fake {
     }
 
     unsafe fn recv(&self, to: usize, count: usize, _: i32, peer: i32, comm: Comm, _: usize) -> i32 {
-        let due = Due { from: peer as usize, address: to, bytes: 4 * count };
+        let due = Due::Message { from: peer as usize, address: to, bytes: 4 * count };
         self.wires().members[comm.0].due.push_back(due);
         0
     }
 
-    unsafe fn all_reduce(&self, _: usize, _: usize, _: usize, _: i32, _: Comm, _: usize) -> i32 {
-        unreachable!("the ring adds up itself")
+    unsafe fn all_reduce(&self, from: usize, to: usize, count: usize, _: i32, comm: Comm, _: usize) -> i32 {
+        // SAFETY: so many values lie there, as the caller says.
+        let values = unsafe { std::slice::from_raw_parts(from as *const f32, count) };
+        let Wires { members, sums, spoilt, .. } = &mut *self.wires();
+        let Member { due, sums: number, .. } = &mut members[comm.0];
+        due.push_back(Due::Sum { number: *number, address: to });
+        if *number == sums.len() {
+            sums.push((vec![if *spoilt { 1.0 } else { 0.0 }; count], 0));
+        }
+        let (sum, given) = &mut sums[*number];
+        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        (*given, *number) = (*given + 1, *number + 1);
+        0
     }
 }
 
@@ -319,4 +346,46 @@ fn blocks_in_another_order_are_a_bug_and_no_hang() {
     let compute = compute(ring.ring(), &order, true);
     let total = Tensor::zeros([4 * BLOCK as i64], (Kind::Float, Device::Cpu));
     let _ = gpus.add_up(&mut ring, Step(8), &total, word(0), compute);
+}
+
+#[test]
+fn the_speed_of_a_sum_is_measured_beside_that_of_nccl() {
+    for (ranks, spoilt) in [(2, false), (3, false), (5, false), (2, true)] {
+        let fake = Arc::new(Fake::default());
+        fake.wires().spoilt = spoilt;
+        let library = Library::of(fake.clone()).unwrap();
+        let found = speed::among(&library, &vec![Device::Cpu; ranks], 20, (3, 1)).unwrap();
+        assert_eq!(found.right, !spoilt, "{ranks} ranks: {found:?}");
+        let wires = fake.wires();
+        assert_eq!((wires.sums.len(), wires.members.len()), (4, ranks));
+        assert!(wires.members.iter().all(|member| member.aborted), "no communicator is left");
+    }
+}
+
+#[test]
+fn a_rank_that_fails_ends_the_measurement_of_all() {
+    let fake = Arc::new(Fake::default());
+    fake.wires().broken = 6;
+    let library = Library::of(fake).unwrap();
+    let failed = speed::among(&library, &[Device::Cpu, Device::Cpu], 4, (1, 0)).unwrap_err().to_string();
+    assert!(failed.contains("words for 6"), "{failed}");
+}
+
+#[test]
+fn bus_bandwidth_is_that_of_nccl_tests() {
+    let speed = |ranks| speed::Speed {
+        nccl: String::new(),
+        gpus: ranks,
+        ranks,
+        bytes: 1 << 30,
+        seconds: 0.02,
+        all_reduce_seconds: 0.016,
+        right: true,
+    };
+    assert!(
+        (speed(2).bus_gb_per_s(0.02) - 53.687).abs() < 1e-3,
+        "each byte once, over the slower of two ways"
+    );
+    assert!((speed(8).bus_gb_per_s(0.02) - 93.952).abs() < 1e-3);
+    assert!((speed(8).share() - 0.8).abs() < 1e-12);
 }
