@@ -176,12 +176,33 @@ struct Running {
     rows: Rows<Vec<String>>,
     /// What the user wants and the log does not hold yet, in the order in which the desk was asked.
     amending: VecDeque<(Goal, oneshot::Sender<()>)>,
-    last_wait: Option<String>,
+    wait: Wait,
     /// Names of the run's stages, and which one the last step was of.
     stages: Vec<String>,
     stage: Option<usize>,
     /// A generation was formed by this coordinator.
     ready: bool,
+}
+
+/// What the ring waits for, as it was told last.
+#[derive(Debug, Default)]
+struct Wait {
+    what: Option<String>,
+    /// When it was looked for last.
+    looked: Option<Millis>,
+    /// Something has happened since.
+    is_old: bool,
+}
+
+/// Between two looks at what the ring waits for: each takes all workers in view, and of ten thousand that speak at once each is an
+/// input.
+const LOOK: Millis = Millis(50);
+
+impl Wait {
+    /// When it is looked for again.
+    fn again(&self) -> Option<Millis> {
+        self.looked.map(|looked| looked + LOOK).filter(|_| self.is_old)
+    }
 }
 
 fn millis(duration: Duration) -> Millis {
@@ -192,7 +213,7 @@ impl Running {
     async fn run(mut self, mut inbox: mpsc::Receiver<Input>) -> Outcome {
         self.core_event(Event::Tick);
         loop {
-            let next = self.core.deadline().into_iter().chain(self.rows.deadline()).min();
+            let next = self.deadline().into_iter().chain(self.wait.again()).min();
             let input = match next.map(|at| self.at(at)) {
                 Some(at) => tokio::time::timeout_at(at, inbox.recv()).await,
                 None => Ok(inbox.recv().await),
@@ -205,7 +226,8 @@ impl Running {
                 }
                 Ok(Some(input)) => self.take(input),
                 Ok(None) => return Outcome::Cancelled,
-                Err(_) => self.core_event(Event::Tick),
+                Err(_) if self.deadline().is_some_and(|at| at <= self.now()) => self.core_event(Event::Tick),
+                Err(_) => {}
             }
             self.admit();
             self.look_for_rows();
@@ -217,6 +239,10 @@ impl Running {
                 return outcome;
             }
         }
+    }
+
+    fn deadline(&self) -> Option<Millis> {
+        self.core.deadline().into_iter().chain(self.rows.deadline()).min()
     }
 
     /// When it is `at` for the core.
@@ -360,13 +386,19 @@ impl Running {
     }
 
     fn say_what_it_waits_for(&mut self) {
-        let waits_for = self.core.waits_for();
-        if waits_for != self.last_wait {
+        let now = self.now();
+        if self.wait.looked.is_some_and(|looked| now < looked + LOOK) {
+            self.wait.is_old = true;
+            return;
+        }
+        (self.wait.looked, self.wait.is_old) = (Some(now), false);
+        let what = self.core.waits_for();
+        if what != self.wait.what {
             self.news.0.tell();
-            if let Some(what) = &waits_for {
+            if let Some(what) = &what {
                 tracing::debug!(what, "the ring waits");
             }
-            self.last_wait = waits_for;
+            self.wait.what = what;
         }
     }
 

@@ -111,8 +111,8 @@ pub struct Membership {
     deadline: Option<Millis>,
     /// When this process last found that it had slept.
     forgave: Option<Millis>,
-    /// Members of the living generation that run.
-    running: usize,
+    /// What was counted of all workers, and is kept up where an event is all that changes it.
+    counted: Counted,
     /// Newcomers with no state after whom there are still too few for a ring, if nothing else happens.
     too_few: u32,
     /// A generation has trained, or one was found that may have.
@@ -139,6 +139,17 @@ pub struct Membership {
     wanted: Option<Step>,
     /// Time of the last event.
     now: Millis,
+}
+
+/// What follows from where all workers stand.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Counted {
+    /// Members of the living generation that run.
+    running: usize,
+    /// Members of the breaking generation that may still take part in one of its steps.
+    missing: usize,
+    /// Whom members that left the generation name as lost.
+    named: BTreeSet<WorkerId>,
 }
 
 /// Failures that no death explains, since the last step that was applied.
@@ -220,7 +231,7 @@ impl Membership {
             evicted: found.evicted.into_iter().collect(),
             deadline: Some(now),
             forgave: None,
-            running: 0,
+            counted: Counted::default(),
             too_few: 0,
             has_trained,
             broke: None,
@@ -312,7 +323,7 @@ impl Membership {
         }
         self.expire(out);
         self.advance(out);
-        self.running = self.count_running();
+        self.counted = self.count();
         self.ask_for_copies(out);
         self.tell(out);
         self.deadline = self.next_deadline();
@@ -344,15 +355,22 @@ impl Membership {
         self.deadline
     }
 
-    fn count_running(&self) -> usize {
-        let Ring::Alive { formation, .. } = &self.ring else { return 0 };
-        let runs = Activity::Running { generation: formation.generation };
-        self.workers.values().filter(|worker| worker.stance.activity == runs).count()
+    fn count(&self) -> Counted {
+        let runs = |generation| {
+            let runs = Activity::Running { generation };
+            self.workers.values().filter(|worker| worker.stance.activity == runs).count()
+        };
+        let (running, missing) = match &self.ring {
+            Ring::Alive { formation, .. } => (runs(formation.generation), 0),
+            Ring::Breaking { formation, .. } => (0, self.still_in(formation).count()),
+            _ => (0, 0),
+        };
+        Counted { running, missing, named: self.named() }
     }
 
     /// Whether all members of the living generation run.
     fn trains(&self) -> bool {
-        matches!(&self.ring, Ring::Alive { formation, .. } if self.running == formation.members.len())
+        matches!(&self.ring, Ring::Alive { formation, .. } if self.counted.running == formation.members.len())
     }
 
     fn next_deadline(&self) -> Option<Millis> {

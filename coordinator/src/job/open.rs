@@ -138,7 +138,7 @@ impl Opened {
             total: schedule.total_steps(),
             rows: Rows::new(reported, millis(timings.lease)),
             amending: VecDeque::new(),
-            last_wait: None,
+            wait: Wait::default(),
             stages: config.stages.iter().map(|stage| stage.name.as_str().to_owned()).collect(),
             stage: None,
             ready: false,

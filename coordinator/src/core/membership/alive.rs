@@ -55,14 +55,8 @@ impl Membership {
     /// Members of a generation that may still take part in one of its steps, as far as this coordinator knows.
     pub(super) fn still_in(&self, formation: &Formation) -> impl Iterator<Item = WorkerId> {
         let generation = formation.generation;
-        formation.members.iter().map(|member| member.worker).filter(move |id| {
-            self.workers.get(id).is_some_and(|worker| {
-                // One that is not connected may be in it whatever it last said, and to one that has not answered yet
-                // the order to form may be on its way.
-                let activity = &worker.stance.activity;
-                !worker.linked || activity.generation() < Some(generation) || activity.is_in(generation)
-            })
-        })
+        let members = formation.members.iter().map(|member| member.worker);
+        members.filter(move |id| self.workers.get(id).is_some_and(|worker| worker.may_step_in(generation)))
     }
 
     /// A generation that is over: is a word still missing?
@@ -259,7 +253,16 @@ impl Membership {
     }
 }
 
+impl Worker {
+    /// Whether a member of a generation may still take part in one of its steps. One that is not connected may be in it whatever it
+    /// last said, and to one that has not answered yet the order to form may be on its way.
+    pub(super) fn may_step_in(&self, generation: Generation) -> bool {
+        let activity = &self.stance.activity;
+        !self.linked || activity.generation() < Some(generation) || activity.is_in(generation)
+    }
+}
+
 /// Causes for which all members leave by themselves at the same boundary, so that nobody has to be told.
-fn leaves_together(cause: &Cause) -> bool {
+pub(super) fn leaves_together(cause: &Cause) -> bool {
     matches!(cause, Cause::Ordered | Cause::Ended | Cause::Diverged { .. })
 }

@@ -35,41 +35,91 @@ impl Membership {
         if self.is_due() || self.nonsense(stance).is_some() {
             return false;
         }
-        let Some(known) = self.workers.get_mut(worker).filter(|known| known.linked) else { return false };
-        if self.faults.count > 0
-            || stance.leaving != known.stance.leaving
+        let Some(known) = self.workers.get(worker).filter(|known| known.linked) else { return false };
+        if stance.leaving != known.stance.leaving
             || stance.written != known.stance.written
             || stance.unwritten != known.stance.unwritten
             || stance.shard != known.stance.shard && stance.activity == known.stance.activity
         {
             return false;
         }
-        let running = matches!(stance.activity, Activity::Running { .. });
-        if stance.activity != known.stance.activity {
-            // Whoever comes into a ring that is asked to hold is told so.
-            let Ring::Alive { formation, changing: None } = &self.ring else { return false };
-            let ours = |activity: &Activity| activity.is_in(formation.generation);
-            let told = known
-                .told
-                .as_ref()
-                .is_some_and(|order| matches!(order, Order::Form(f) if Arc::ptr_eq(f, formation)));
-            // One that runs and says that it does not yet is in no right mind.
-            let ran = known.stance.activity == Activity::Running { generation: formation.generation };
-            let is_last = running && self.running + 1 >= formation.members.len();
-            if !told || ran || is_last || !ours(&stance.activity) {
-                return false;
+        let is_all = match stance.activity == known.stance.activity {
+            true => {
+                let running = matches!(stance.activity, Activity::Running { .. });
+                // That a learner holds the state is news.
+                known.stance.holds == stance.holds || running && known.stance.holds.is_some()
             }
-            self.running += usize::from(running);
-        } else if known.stance.holds != stance.holds && !(running && known.stance.holds.is_some()) {
-            // That a learner holds the state is news.
-            return false;
+            false => self.is_one_of_many(*worker, known, &stance.activity),
+        };
+        if is_all {
+            self.count_in(*worker, &stance.activity);
+            self.note_held(stance.holds);
+            let known = self.workers.get_mut(worker).expect("just seen");
+            known.heard = self.now;
+            known.stance.holds = stance.holds;
+            known.stance.shard = stance.shard.clone();
+            known.stance.activity = stance.activity.clone();
         }
-        known.heard = self.now;
-        known.stance.holds = stance.holds;
-        known.stance.shard = stance.shard.clone();
-        known.stance.activity = stance.activity.clone();
-        self.reached = self.reached.max(stance.holds.unwrap_or_default());
-        true
+        is_all
+    }
+
+    /// Whether a member does what many do and what many others still have to do, so that nothing follows: it forms or runs, when
+    /// told to, or it leaves a ring that breaks.
+    fn is_one_of_many(&self, id: WorkerId, known: &Worker, activity: &Activity) -> bool {
+        match (&self.ring, activity) {
+            // Whoever comes into a ring that is asked to hold is told so.
+            (Ring::Alive { formation, changing: None }, _) => {
+                let told = known.told.as_ref();
+                let told =
+                    told.is_some_and(|order| matches!(order, Order::Form(f) if Arc::ptr_eq(f, formation)));
+                // One that runs and says that it does not yet is in no right mind.
+                let runs = Activity::Running { generation: formation.generation };
+                let is_last = *activity == runs && self.counted.running + 1 >= formation.members.len();
+                told && known.stance.activity != runs && !is_last && activity.is_in(formation.generation)
+            }
+            (Ring::Breaking { formation, abort, .. }, Activity::Holding { generation, cause }) => {
+                #[cfg(test)]
+                if self.planted.is_some() {
+                    return false;
+                }
+                let is_member = *generation == formation.generation && self.seats.contains_key(&id);
+                // The first that does not leave by agreement has all others told, and whom it names may be dead by that.
+                let is_no_news = abort.is_some() || alive::leaves_together(cause);
+                let names = |lost: &WorkerId| self.workers.get(lost).is_some_and(|worker| !worker.linked);
+                let buries = matches!(cause, Cause::Broken { lost: Some(lost), .. } if names(lost));
+                let is_last = self.counted.missing <= 1;
+                is_member && known.may_step_in(*generation) && is_no_news && !buries && !is_last
+            }
+            _ => false,
+        }
+    }
+
+    /// Keeps up what was counted when a member, which is connected, comes to do this and nothing else follows.
+    fn count_in(&mut self, id: WorkerId, activity: &Activity) {
+        let known = &self.workers[&id];
+        let Counted { running, missing, named } = &mut self.counted;
+        match (&self.ring, activity) {
+            (Ring::Alive { .. }, Activity::Running { .. }) if known.stance.activity != *activity => {
+                *running += 1
+            }
+            (Ring::Breaking { .. }, Activity::Holding { generation, cause })
+                if known.may_step_in(*generation) =>
+            {
+                *missing -= 1;
+                if let Cause::Broken { lost: Some(lost), .. } = cause {
+                    named.insert(*lost);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Somebody is heard to hold this step.
+    fn note_held(&mut self, holds: Option<Step>) {
+        self.reached = self.reached.max(holds.unwrap_or_default());
+        if self.faults.count > 0 && holds > Some(self.faults.at) {
+            self.faults = Faults::default();
+        }
     }
 
     /// Whether something waits for time that has come.
@@ -91,42 +141,55 @@ impl Membership {
         true
     }
 
-    /// Whether a hello changes nothing but that a member is connected again, at the cost of one look-up however many there are: it is
-    /// in the ring that lives, has no parts of a checkpoint to speak of, and is not the last to say that it trains. All that is
-    /// said to a coordinator that takes a ring up. The deadline may then be early, never late.
+    /// Whether a hello changes nothing but that a member is connected again, at the cost of one look-up however many there are: it
+    /// trains, or it has left the ring that breaks, and is not the last to say so; and it has no parts of a checkpoint to speak of. All
+    /// that is said to a coordinator that takes a ring up. The deadline may then be early, never late.
     pub(super) fn is_back(&mut self, id: WorkerId, stance: &Stance) -> bool {
-        let Ring::Alive { formation, changing: None } = &self.ring else { return false };
+        let Stance { activity, written, unwritten, leaving, .. } = stance;
         let Some(known) = self.workers.get(&id).filter(|_| self.seats.contains_key(&id)) else {
             return false;
         };
-        let runs = Activity::Running { generation: formation.generation };
-        let Stance { activity, written, unwritten, leaving, .. } = stance;
         let tells_more = *leaving || known.stance.leaving || !written.is_empty() || !unwritten.is_empty();
-        if self.is_due()
-            || self.faults.count > 0
-            || *activity != runs
-            || tells_more
-            || self.nonsense(stance).is_some()
-        {
+        if self.is_due() || tells_more || self.nonsense(stance).is_some() {
             return false;
         }
-        if known.stance.activity == runs {
-            // That a learner holds the state is news.
-            return known.stance.holds.is_some() == stance.holds.is_some();
+        let is_all = match &self.ring {
+            Ring::Alive { formation, changing: None } => {
+                let runs = Activity::Running { generation: formation.generation };
+                let is_last = self.counted.running + 1 >= formation.members.len();
+                *activity == runs
+                    && match known.stance.activity == runs {
+                        // That a learner holds the state is news.
+                        true => known.stance.holds.is_some() == stance.holds.is_some(),
+                        false => !is_last,
+                    }
+            }
+            _ => self.is_one_of_many(id, known, activity),
+        };
+        if is_all {
+            self.count_in(id, activity);
         }
-        let is_last = self.running + 1 >= formation.members.len();
-        self.running += usize::from(!is_last);
-        !is_last
+        is_all
     }
 
-    /// A connection is closed. Whether that is all: every member trains, so that nobody names it as lost, and it is one of them.
+    /// A connection is closed. Whether that is all: it is that of a member, which may be back soon, and which nobody names as lost.
     pub(super) fn unlinked(&mut self, id: WorkerId) -> bool {
-        let Some(known) = self.workers.get_mut(&id) else { return !self.is_due() };
+        let is_due = self.is_due();
+        let Some(known) = self.workers.get_mut(&id) else { return !is_due };
+        let missing = match &self.ring {
+            Ring::Breaking { formation, .. } => !known.may_step_in(formation.generation),
+            _ => false,
+        };
         known.linked = false;
         known.told = None;
         known.told_committed.clear();
         known.asked.clear();
-        !self.is_due() && self.trains() && self.seats.contains_key(&id)
+        let is_one = self.seats.contains_key(&id) && !self.counted.named.contains(&id);
+        if is_due || !is_one || !matches!(self.ring, Ring::Alive { .. } | Ring::Breaking { .. }) {
+            return false;
+        }
+        self.counted.missing += usize::from(missing);
+        true
     }
 
     /// A member says where its time went: one that is slow, or is not any more, is told of.
@@ -268,16 +331,13 @@ impl Membership {
         }
         let worker = self.workers.get_mut(&id).expect("just seen");
         worker.heard = self.now;
-        self.reached = self.reached.max(stance.holds.unwrap_or_default());
+        self.note_held(stance.holds);
         for written in &stance.written {
             if let Some(commit) = self.checkpoints.written(id, written) {
                 out.push(commit);
             }
         }
         self.note_unwritten(id, &stance, out);
-        if self.faults.count > 0 && stance.holds > Some(self.faults.at) {
-            self.faults = Faults::default();
-        }
         let worker = self.workers.get_mut(&id).expect("just seen");
         worker.stance = stance;
     }
@@ -307,6 +367,20 @@ impl Membership {
         }
     }
 
+    /// Whom members that left the generation name as lost.
+    pub(super) fn named(&self) -> BTreeSet<WorkerId> {
+        let Some(formation) = self.formation() else { return BTreeSet::new() };
+        let lost = |worker: &Worker| match worker.stance.activity {
+            Activity::Holding { cause: Cause::Broken { lost, .. }, generation }
+                if generation == formation.generation =>
+            {
+                lost
+            }
+            _ => None,
+        };
+        self.workers.values().filter_map(lost).collect()
+    }
+
     /// Removes those that were silent for a lease, and those that left no trace worth waiting for.
     pub(super) fn expire(&mut self, out: &mut Vec<Effect>) {
         let (now, lease) = (self.now, self.options.lease);
@@ -317,18 +391,7 @@ impl Membership {
             self.seats.contains_key(id) && (generation.is_some() || shares())
         };
         // A member whose connection is closed and whom a peer names as lost is dead: no time-out is needed.
-        let named: BTreeSet<WorkerId> = self
-            .workers
-            .values()
-            .filter_map(|worker| match &worker.stance.activity {
-                Activity::Holding { cause: Cause::Broken { lost, .. }, generation: of }
-                    if Some(*of) == generation =>
-                {
-                    *lost
-                }
-                _ => None,
-            })
-            .collect();
+        let named = self.named();
         let mut gone = Vec::new();
         for (id, worker) in &self.workers {
             let silent = now.since(worker.heard) >= lease;

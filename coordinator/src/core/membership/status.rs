@@ -2,6 +2,9 @@
 
 use super::*;
 
+/// Workers that are named where they are waited for.
+const NAMED_MAX: usize = 8;
+
 impl Membership {
     /// For people.
     pub fn status(&self) -> Status {
@@ -10,7 +13,10 @@ impl Membership {
         let waits_for = self.waits_for();
         let step = self.newest_held().max(self.checkpoints.newest());
         let workers = self.workers.values().filter(|worker| worker.linked).count() as u32;
-        let lanes = |id| formation.as_ref().and_then(|f| Some(f.member(id)?.lanes.clone()));
+        let members = formation.iter().flat_map(|formation| formation.members.iter().enumerate());
+        let places: BTreeMap<WorkerId, (usize, &Member)> =
+            members.map(|(rank, member)| (member.worker, (rank, member))).collect();
+        let lanes = |id| places.get(&id).map(|(_, member)| member.lanes.clone());
         let left_out = self.left_out();
         let mut attendants: Vec<Attendant> = self
             .workers
@@ -26,7 +32,7 @@ impl Membership {
                 apart: left_out.get(&id).map(|left_out| left_out.from),
             })
             .collect();
-        let rank = |id| formation.as_ref().and_then(|f| f.rank(id)).unwrap_or(usize::MAX);
+        let rank = |id| places.get(&id).map_or(usize::MAX, |(rank, _)| *rank);
         attendants.sort_by_key(|attendant| (rank(attendant.worker), attendant.worker));
         Status {
             trains: self.trains(),
@@ -104,8 +110,13 @@ impl Membership {
                 }
             }
             Ring::Breaking { formation, .. } => {
-                let names: Vec<String> = self.still_in(formation).map(|id| id.to_string()).collect();
-                Some(format!("word from {}", names.join(", ")))
+                let mut missing = self.still_in(formation);
+                let names: Vec<String> = missing.by_ref().take(NAMED_MAX).map(|id| id.to_string()).collect();
+                let more = match missing.count() {
+                    0 => String::new(),
+                    more => format!(" and {more} more"),
+                };
+                Some(format!("word from {}{more}", names.join(", ")))
             }
             Ring::Over(_) => None,
         }
