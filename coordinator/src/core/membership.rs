@@ -22,6 +22,7 @@ pub(super) mod coverage;
 mod gather;
 mod orders;
 mod presence;
+mod quiet;
 mod reach;
 mod shares;
 mod status;
@@ -32,6 +33,7 @@ use std::sync::Arc;
 
 use anello_proto::ring::*;
 
+use self::quiet::Counted;
 use super::checkpoints::Checkpoints;
 use super::cut;
 use super::paces::{self, Paces, Verdict};
@@ -139,17 +141,6 @@ pub struct Membership {
     wanted: Option<Step>,
     /// Time of the last event.
     now: Millis,
-}
-
-/// What follows from where all workers stand.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Counted {
-    /// Members of the living generation that run.
-    running: usize,
-    /// Members of the breaking generation that may still take part in one of its steps.
-    missing: usize,
-    /// Whom members that left the generation name as lost.
-    named: BTreeSet<WorkerId>,
 }
 
 /// Failures that no death explains, since the last step that was applied.
@@ -353,19 +344,6 @@ impl Membership {
     /// The time at which a [`Event::Tick`] is owed; absent: nothing waits for time.
     pub fn deadline(&self) -> Option<Millis> {
         self.deadline
-    }
-
-    fn count(&self) -> Counted {
-        let runs = |generation| {
-            let runs = Activity::Running { generation };
-            self.workers.values().filter(|worker| worker.stance.activity == runs).count()
-        };
-        let (running, missing) = match &self.ring {
-            Ring::Alive { formation, .. } => (runs(formation.generation), 0),
-            Ring::Breaking { formation, .. } => (0, self.still_in(formation).count()),
-            _ => (0, 0),
-        };
-        Counted { running, missing, named: self.named() }
     }
 
     /// Whether all members of the living generation run.
