@@ -12,6 +12,7 @@
 //! 3. the `torch` package of `python3` on the PATH.
 
 use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Once};
 
 use anello_configs::ComputeDevice;
 use tch::{Cuda, Device};
@@ -30,7 +31,7 @@ pub const SLOT: &str = "ANELLO_SLOT";
 /// How cuBLAS keeps its workspace: one of these, or its results may change from call to call.
 pub const WORKSPACE: (&str, &str) = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
 /// Which of its kernels MKL computes with on a CPU. Without `STRICT` the bits of a product follow the number of threads on some
-/// CPUs; `AUTO` are the machine's own, and `AVX2,STRICT`, slower, those of any CPU of Intel's.
+/// CPUs of Intel's, and with it on others; `AUTO` are the machine's own, and `AVX2,STRICT`, slower, those of any CPU of Intel's.
 pub const MKL: (&str, &str) = ("MKL_CBWR", "AUTO,STRICT");
 /// For measurements alone: with this variable a GPU computes with kernels whose bits may change from call to call. The
 /// environment of the run says so.
@@ -52,7 +53,10 @@ pub fn open(wanted: ComputeDevice) -> Result<Device> {
     if !std::env::var(MKL.0).is_ok_and(|value| value.ends_with(",STRICT")) {
         return Err(refused(MKL.0, MKL.1));
     }
-    let ComputeDevice::Cuda(number) = wanted else { return Ok(Device::Cpu) };
+    let ComputeDevice::Cuda(number) = wanted else {
+        keep_bits_over_threads();
+        return Ok(Device::Cpu);
+    };
     let found = Found::look().map_err(|fact| {
         missing(
             wanted,
@@ -89,6 +93,33 @@ pub fn open(wanted: ComputeDevice) -> Result<Device> {
         .map_err(|cause| failed(cause.to_string(), "look at the GPU with nvidia-smi"))?;
     assert_ne!(torch::is_deterministic(), has_free_bits(), "LibTorch's switches stand as they were just set");
     Ok(device)
+}
+
+/// Whether MKL does what `STRICT` asks of it, so that the bits of a product do not follow the number of threads. On CPUs that are not
+/// Intel's those of small products do (docs/measured.md): there one thread computes, and more cores want more workers.
+pub(crate) fn has_strict_products() -> bool {
+    static STRICT: LazyLock<bool> =
+        LazyLock::new(|| is_intel(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()));
+    *STRICT
+}
+
+/// Has this thread compute on a CPU with one thread of LibTorch where the bits would follow from more.
+fn keep_bits_over_threads() {
+    static SAID: Once = Once::new();
+    if !has_strict_products() && tch::get_num_threads() > 1 {
+        tch::set_num_threads(1);
+        SAID.call_once(|| {
+            tracing::info!(
+                "one thread: on this CPU the bits of a product follow their number; take more workers"
+            );
+        });
+    }
+}
+
+/// Whether Linux says of the first CPU that it is Intel's.
+fn is_intel(cpus: &str) -> bool {
+    let vendor = cpus.lines().find_map(|line| line.strip_prefix("vendor_id")?.split_once(": "));
+    vendor.is_some_and(|(_, vendor)| vendor.trim() == "GenuineIntel")
 }
 
 fn has_free_bits() -> bool {
@@ -386,6 +417,17 @@ mod tests {
             Found::among(Some(b.path().to_owned()), cpu_half, nowhere).unwrap().check().unwrap_err();
         assert!(fact.contains("belongs to another libtorch_cpu.so than"), "{fact}");
         assert!(remedy.starts_with("start with LD_LIBRARY_PATH="), "{remedy}");
+    }
+
+    #[test]
+    fn more_threads_are_for_cpus_whose_products_do_not_follow_them() {
+        let cpu = |vendor: &str| format!("processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: one\n");
+        assert!(is_intel(&cpu("GenuineIntel")));
+        assert!(!is_intel(&cpu("AuthenticAMD")) && !is_intel(""));
+        tch::set_num_threads(3);
+        open(ComputeDevice::Cpu).unwrap();
+        assert_eq!(tch::get_num_threads(), if has_strict_products() { 3 } else { 1 });
+        tch::set_num_threads(1);
     }
 
     #[test]

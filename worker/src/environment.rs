@@ -3,7 +3,7 @@
 use anello_store::Environment;
 use tch::Device;
 
-use crate::device::{MKL, kind_of};
+use crate::device::{MKL, has_strict_products, kind_of};
 
 /// The environment of this process on `device`, whose model thread has `threads` threads of LibTorch, or as many as there
 /// are now.
@@ -20,6 +20,7 @@ pub fn of(device: Device, threads: Option<u32>) -> Environment {
         }
         other => kind_of(other).unwrap_or_else(|| "unknown GPU".to_owned()),
     };
+    let threads = threads.filter(|_| device != Device::Cpu || has_strict_products());
     let half = if device == Device::Cpu { "" } else { "+cuda" };
     Environment {
         anello: env!("CARGO_PKG_VERSION").to_owned(),
