@@ -24,6 +24,7 @@ use nccl_rs::{Communicator, Error as NcclError, Group, InitOptions, Library, Uni
 use tch::{Device, Kind, Tensor};
 
 use super::sum::Words;
+use crate::cover::both;
 use crate::engine::Growing;
 use crate::ffi;
 use crate::ffi::torch::{Event, Stream, Thrown};
@@ -191,11 +192,11 @@ impl Gpus {
         let rank = ring.rank();
         self.after_what_is_computed()?;
         let (owned, first) = (ring.blocks(rank), ring.blocks(rank).start);
-        let own = common(&owned, blocks);
+        let own = both(&owned, blocks);
         let sent = self.group(|group| {
             let mut sent = 0;
             for other in others(ring) {
-                let theirs = common(&ring.blocks(other), blocks);
+                let theirs = both(&ring.blocks(other), blocks);
                 if !theirs.is_empty() {
                     for part in partials {
                         group.send(ffi::for_nccl(&cut(part, &theirs, 0)), other.0)?;
@@ -233,7 +234,7 @@ impl Gpus {
             for (blocks, other) in
                 self.order.iter().flat_map(|blocks| others(ring).map(move |other| (blocks, other)))
             {
-                let (own, theirs) = (common(&ring.blocks(rank), blocks), common(&ring.blocks(other), blocks));
+                let (own, theirs) = (both(&ring.blocks(rank), blocks), both(&ring.blocks(other), blocks));
                 if !own.is_empty() {
                     group.send(ffi::for_nccl(&cut(total, &own, 0)), other.0)?;
                     sent += bytes(&own);
@@ -316,12 +317,6 @@ impl Drop for Gpus {
 fn others(ring: &Ring) -> impl Iterator<Item = Rank> + use<> {
     let own = ring.rank();
     (0..ring.members() as u32).map(Rank).filter(move |other| *other != own)
-}
-
-/// The blocks that are in both.
-fn common(a: &Range<usize>, b: &Range<usize>) -> Range<usize> {
-    let start = a.start.max(b.start);
-    start..a.end.min(b.end).max(start)
 }
 
 fn bytes(blocks: &Range<usize>) -> u64 {

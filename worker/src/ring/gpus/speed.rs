@@ -14,6 +14,7 @@ use super::*;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::ffi::torch;
+use crate::ring::model::load_nccl;
 
 /// Sums that are timed, and those before them.
 const ROUNDS: (usize, usize) = (20, 3);
@@ -62,7 +63,7 @@ impl Speed {
 /// [`Error::Device`]: no GPU, or no NCCL; [`Error::Config`]: fewer than two ranks, or more than the GPUs take; [`Error::Ring`]: what
 /// NCCL says.
 pub fn measure(ranks: Option<usize>, bytes: u64) -> Result<Speed> {
-    let nccl = super::super::model::load_nccl(device::open(ComputeDevice::Cuda(Some(0)))?)?;
+    let nccl = load_nccl(device::open(ComputeDevice::Cuda(Some(0)))?)?;
     let gpus = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
     let ranks = ranks.unwrap_or(gpus);
     if ranks < 2 {
