@@ -35,6 +35,7 @@ pub(crate) fn check(config: &RunConfig) -> Vec<Finding> {
         findings.add("compute.offload", &["compute.recompute"], fact, remedy);
     }
     fused(config, &mut findings);
+    graphs(&config.compute, &mut findings);
     if config.eval.every_steps > 0 && config.eval.sets.is_empty() {
         let fact = "eval.every_steps is above 0, and there is no held-out set".to_owned();
         findings.add("eval.every_steps", &[], fact, "add an [eval.sets.NAME] table with its url");
@@ -76,6 +77,20 @@ fn fused(config: &RunConfig, findings: &mut Findings) {
         let fact = format!("compute.fused is true, and model.hidden is {hidden}");
         let remedy = format!("leave compute.fused out: its kernels take up to {FUSED_HIDDEN_MAX}");
         findings.add("compute.fused", &["model.hidden"], fact, remedy);
+    }
+}
+
+fn graphs(compute: &Compute, findings: &mut Findings) {
+    if compute.graphs && !compute.fused {
+        let fact =
+            "compute.graphs is true, and compute.fused is not: some of LibTorch's kernels cannot be recorded";
+        let remedy = "set compute.fused to true, or leave compute.graphs out";
+        findings.add("compute.graphs", &["compute.fused"], fact.to_owned(), remedy);
+    }
+    if compute.graphs && compute.offload {
+        let fact = "compute.graphs and compute.offload are true: what goes to the host's memory and back cannot be recorded";
+        let remedy = "leave one of them out: where compute.offload is of use kernels take long, and graphs gain nothing";
+        findings.add("compute.graphs", &["compute.offload"], fact.to_owned(), remedy);
     }
 }
 

@@ -129,6 +129,7 @@ fn compute(s: &mut Section<'_, '_>) -> Compute {
         recompute: s.choice("recompute", Recompute::Layer),
         offload: s.flag("offload", false),
         fused: s.flag("fused", false),
+        graphs: s.flag("graphs", false),
         loss_chunk_tokens: s.quantity("loss_chunk_tokens", Unit::Tokens, 1..=8192, Some(1024)) as u32,
         threads: s.optional("threads").then(|| s.count("threads", 1..=4096, None) as u32),
     }

@@ -64,7 +64,7 @@ impl RunConfig {
     ///
     /// Left out, because the weights after each step are the same whatever they say:
     /// `name`; `compute.device`, since the bits are promised for one kind of device anyway; `compute.threads`,
-    /// `compute.recompute` and `compute.offload` (the kernels do not depend on them); `checkpoint.*`; `store.*`; `guard.*` unless it leaves updates
+    /// `compute.recompute`, `compute.offload` and `compute.graphs` (the kernels do not depend on them); `checkpoint.*`; `store.*`; `guard.*` unless it leaves updates
     /// out; `eval.*` and the `eval` of a stage, which only measure; `record.*`; `ring.*`;
     /// `data.prefetch_bytes`, `data.cache_dir` and `data.cache_bytes`; `data.tokenizer`, which only turns samples into text; and `data.sources.*`: a source
     /// is known to the mathematics by its name in a mixture, so that data can move. That it is the same data is for
@@ -184,12 +184,14 @@ fn entries(config: &RunConfig) -> Vec<ConfigEntry> {
         s.bits("weight_decay", *weight_decay).bits("clip", *clip);
     });
     section("compute", &|s| {
-        let Compute { device, dtype, recompute, offload, fused, loss_chunk_tokens, threads } = compute;
+        let Compute { device, dtype, recompute, offload, fused, graphs, loss_chunk_tokens, threads } =
+            compute;
         s.rest("device", device.to_string().as_str());
         s.bits("dtype", dtype.name()).rest("recompute", recompute.name());
         s.rest("offload", *offload);
         // Runs from before there was a choice have the mathematics of its absence.
         s.put("fused", fused.toml(), *fused);
+        s.rest("graphs", *graphs);
         s.bits("loss_chunk_tokens", *loss_chunk_tokens);
         if let Some(threads) = threads {
             s.rest("threads", *threads);

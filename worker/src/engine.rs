@@ -9,6 +9,7 @@
 //! With several workers 3 is [`Engine::take_partials`], the exchange between them, and [`Engine::finish_with`]; a step
 //! that comes to nothing ends with [`Engine::abandon`], or with [`Engine::set_aside`], and [`Engine::resume`] has its sums.
 
+mod graphs;
 mod growing;
 mod pass;
 
@@ -19,11 +20,12 @@ use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
+use self::graphs::{Graphs, Inputs};
 pub use self::growing::Growing;
 use self::growing::{Chain, tell_sums};
+use self::pass::Walked;
 pub(crate) use self::pass::hidden;
 pub use self::pass::{Pass, forward_backward};
-use self::pass::{Walked, walk};
 use crate::cover::Cover;
 use crate::error::Result;
 use crate::evaluate::Evaluation;
@@ -32,7 +34,7 @@ use crate::guard::{self, Spike};
 use crate::host;
 use crate::kernels::{self, Kernels};
 use crate::model::{Context, Model, Rotary};
-use crate::objective::{Goal, LossSums};
+use crate::objective::{Figures, Goal, LossSums};
 use crate::optimizer::{Prepared, State, Summed, Update, blocks_of};
 use crate::params::Layout;
 use crate::stopwatch::{Point, Spent, Stopwatch};
@@ -48,6 +50,8 @@ pub struct Engine {
     kernels: Option<Kernels>,
     /// The table and what it was made from: (RoPE base, sequence length).
     rotary: Option<((f64, u32), Rotary)>,
+    /// Those of `compute.graphs`.
+    graphs: Option<Graphs>,
     /// Gradient buffers that are free, zeroed when taken.
     spare: Vec<Tensor>,
     fold: Fold<(Tensor, LossSums)>,
@@ -146,7 +150,8 @@ impl Engine {
         let model = Self::model_of(config, &state, kernels.as_ref());
         let (config, rotary, spare, fold) = (config.clone(), None, Vec::new(), Fold::default());
         let (kept, stopwatch) = (None, Stopwatch::new(device));
-        Self { config, device, state, model, kernels, rotary, spare, fold, kept, stopwatch }
+        let graphs = (config.compute.graphs && device.is_cuda()).then(|| Graphs::new(device));
+        Self { config, device, state, model, kernels, rotary, graphs, spare, fold, kept, stopwatch }
     }
 
     fn model_of(config: &RunConfig, state: &State, kernels: Option<&Kernels>) -> Model {
@@ -169,7 +174,8 @@ impl Engine {
         assert_eq!(state.weights.device(), self.device, "the state is on another device");
         self.abandon();
         self.forget_kept();
-        let Self { config, model, kernels, spare, .. } = self;
+        let Self { config, model, kernels, spare, graphs, .. } = self;
+        graphs.iter_mut().for_each(Graphs::forget);
         *model = Self::model_of(config, &state, kernels.as_ref());
         spare.retain(|buffer| buffer.numel() == state.layout.len());
         std::mem::replace(&mut self.state, state)
@@ -237,14 +243,36 @@ impl Engine {
 
     /// The flat gradient and the loss sums of one lane's micro-batches, which no other lane has a part in.
     pub fn lane_gradient(&mut self, stage: &Stage, micro_batches: &[MicroBatch]) -> (Tensor, LossSums) {
-        let gradient = self.zeros();
-        let mut sums = LossSums::zero(stage.loops as usize);
-        for micro_batch in micro_batches {
-            let (of_batch, points) = self.walk(stage, micro_batch, &gradient, &mut |_| {});
-            sums.add(&of_batch);
-            self.stopwatch.add(points);
+        let mut gradient = self.zeros();
+        let place = self.place(&gradient);
+        let sums = self.micro_batches(stage, micro_batches, place.as_ref().unwrap_or(&gradient));
+        if let Some(place) = place {
+            gradient.copy_(&place);
         }
         (gradient, sums)
+    }
+
+    /// Where graphs add up the lane of `gradient`, if there are any.
+    fn place(&mut self, gradient: &Tensor) -> Option<Tensor> {
+        self.graphs.as_mut().map(|graphs| graphs.lane(gradient))
+    }
+
+    /// Adds the gradient of some micro-batches to `gradient`; the sum of their loss sums.
+    fn micro_batches(&mut self, stage: &Stage, micro_batches: &[MicroBatch], gradient: &Tensor) -> LossSums {
+        let mut sums = LossSums::zero(stage.loops as usize);
+        let mut made = Vec::new();
+        for micro_batch in micro_batches {
+            let (figures, points) = self.walk(stage, micro_batch, gradient, &mut |_, _| {});
+            made.push(figures);
+            self.stopwatch.add(points);
+            // What waits on the host is not to be there of two of them.
+            if self.config.compute.offload {
+                made.drain(..).for_each(|figures| sums.add(&figures.read()));
+            }
+        }
+        // Reading them waits for a GPU: once it has all that it is to do.
+        made.iter().for_each(|figures| sums.add(&figures.read()));
+        sums
     }
 
     fn zeros(&mut self) -> Tensor {
@@ -263,28 +291,21 @@ impl Engine {
         tell: &mut dyn FnMut(Growing<'_>),
     ) {
         let mut gradient = self.zeros();
+        let place = self.place(&gradient);
+        let adds_to = place.as_ref().unwrap_or(&gradient).shallow_clone();
         let (last, before) = micro_batches.split_last().expect("a lane has at least one micro-batch a step");
-        let mut sums = LossSums::zero(stage.loops as usize);
-        for micro_batch in before {
-            let (of_batch, points) = self.walk(stage, micro_batch, &gradient, &mut |_| {});
-            sums.add(&of_batch);
-            self.stopwatch.add(points);
-        }
+        let mut sums = self.micro_batches(stage, before, &adds_to);
         let (mut grown, mut chain) = (Fold::default(), Chain::default());
-        let (_, points) = self.walk(stage, last, &gradient, &mut |walked| match walked {
+        let (_, points) = self.walk(stage, last, &adds_to, &mut |engine, walked| match walked {
             Walked::Hidden => {}
             Walked::Losses(of_last) => {
-                sums.add(of_last);
-                grown = self.fold.map(|(gradient, sums)| (gradient.shallow_clone(), sums.clone()));
+                sums.add(&of_last.read());
+                grown = engine.fold.map(|(gradient, sums)| (gradient.shallow_clone(), sums.clone()));
                 grown.push(lane, (gradient.shallow_clone(), sums.clone()), |(_, sums), (_, right)| {
                     sums.add(&right);
                 });
-                chain = Chain::new(
-                    &gradient,
-                    &self.fold,
-                    &grown,
-                    self.state.layout.backward_blocks(stage.trains),
-                );
+                let blocks = engine.state.layout.backward_blocks(stage.trains);
+                chain = Chain::new(place.as_ref(), &gradient, &engine.fold, &grown, blocks);
                 tell_sums(&grown, tell);
                 chain.next(tell);
             }
@@ -296,6 +317,7 @@ impl Engine {
                 }
             }
         });
+        chain.take_over();
         tell(Growing::Lane(&mut gradient));
         chain.rest(tell);
         self.spare.extend(chain.into_free());
@@ -309,25 +331,32 @@ impl Engine {
         self.fold.push(lane, (gradient, sums), |left, right| add(spare, left, right));
     }
 
+    /// Forward and backward of one micro-batch, which calls `walked` as it goes.
     fn walk(
-        &self,
+        &mut self,
         stage: &Stage,
         batch: &MicroBatch,
         gradient: &Tensor,
-        walked: &mut dyn FnMut(Walked<'_>),
-    ) -> (LossSums, [Point; 3]) {
+        walked: &mut dyn FnMut(&Self, Walked<'_>),
+    ) -> (Figures, [Point; 3]) {
+        let mut graphs = self.graphs.take();
         let begin = self.stopwatch.point();
-        let (context, ids_n, targets_n) = self.on_device(stage, batch);
+        let inputs = self.on_device(stage, batch);
         let goal = Goal { loss: stage.loss, beta: stage.beta, trains: stage.trains };
         let pass = Pass { loops: stage.loops, goal, compute: &self.config.compute };
         let mut hidden = Point::Nowhere;
-        let sums = walk(&self.model, &context, &ids_n, &targets_n, pass, gradient, &mut |at| {
+        let mut walked = |at: Walked<'_>| {
             if let Walked::Hidden = at {
                 hidden = self.stopwatch.point();
             }
-            walked(at);
-        });
-        (sums, [begin, hidden, self.stopwatch.point()])
+            walked(self, at);
+        };
+        let figures = match &mut graphs {
+            Some(graphs) => graphs.walk(&inputs, &self.model, pass, gradient, &mut walked),
+            None => inputs.walk(&self.model, pass, gradient, &mut walked),
+        };
+        self.graphs = graphs;
+        (figures, [begin, hidden, self.stopwatch.point()])
     }
 
     /// Time that the device spent on the micro-batches since this was asked last. To be asked when the step is over.
@@ -341,11 +370,11 @@ impl Engine {
         sums.add(&self.model, rotary, stage.mask, batch);
     }
 
-    fn on_device(&self, stage: &Stage, batch: &MicroBatch) -> (Context, Tensor, Tensor) {
+    fn on_device(&self, stage: &Stage, batch: &MicroBatch) -> Inputs {
         let (_, rotary) = self.rotary.as_ref().expect("enter() comes before lane()");
         let context = Context::new(batch, rotary, self.model.kind(), stage.mask);
         let to = |values: &[i64]| host::upload(values, self.device);
-        (context, to(&batch.input_ids), to(&batch.targets))
+        Inputs { context, ids_n: to(&batch.input_ids), targets_n: to(&batch.targets) }
     }
 
     /// Ends the step once all lanes of the run are in: the update of `plan`.

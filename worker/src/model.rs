@@ -274,8 +274,7 @@ impl Model {
         let n = x_nd.size()[0];
         // [n, d] x [d, (h + 2g)·k] -> [n, h + 2g, k]
         let qkv = product(x_nd, &layer.qkv, products).view([n, heads + 2 * kv_heads, k]);
-        let whole = self.kernels.as_ref().filter(|kernels| kernels.attends(self.kind, k, heads, kv_heads));
-        let mixed = whole.and_then(|kernels| tokens.attend_whole(kernels, &qkv));
+        let mixed = self.whole_attention().and_then(|kernels| tokens.attend_whole(kernels, &qkv));
         let mixed = mixed.unwrap_or_else(|| {
             let parts = qkv.split_with_sizes([heads + kv_heads, kv_heads], 1);
             let rotated = tokens.angles().rotate_by(self.kernels.as_ref(), &parts[0]);
@@ -283,6 +282,12 @@ impl Model {
             tokens.attend(index, &rotated[0], &rotated[1], &parts[1])
         });
         product(&mixed.reshape([n, heads * k]), &layer.out, products)
+    }
+
+    /// The kernels that have RoPE and attention in one, where it is such heads that they are for.
+    fn whole_attention(&self) -> Option<&Kernels> {
+        let (heads, kv_heads) = (i64::from(self.sizes.heads), i64::from(self.sizes.kv_heads));
+        self.kernels.as_ref().filter(|kernels| kernels.attends(self.kind, self.head_size(), heads, kv_heads))
     }
 
     fn mlp_nd(&self, layer: &Layer, x_nd: &Tensor, products: &mut Option<Products>) -> Tensor {
@@ -487,6 +492,39 @@ impl Context {
             Apart::Segments(lengths().collect())
         };
         Self { angles: Angles::at(rotary, &positions_n, kind), apart }
+    }
+
+    /// What `model` reads of it, and how many documents it is told of, where the work is the same for all micro-batches of such
+    /// shapes: LibTorch's attention is called otherwise for documents of other lengths.
+    pub(crate) fn fixed(&self, model: &Model) -> Option<(Vec<&Tensor>, usize)> {
+        let [cos, sin] = self.angles.tables();
+        let alike = |lengths: &[i64]| lengths.windows(2).all(|pair| pair[0] == pair[1]);
+        match &self.apart {
+            Apart::Packed { spans, .. } if model.whole_attention().is_some() => {
+                Some((Vec::from([cos, sin, &spans.starts, &spans.ends]), 0))
+            }
+            Apart::Packed { ends, longest, .. } => {
+                let documents = ends.size()[0] - 1;
+                (documents * longest == cos.size()[0])
+                    .then(|| (Vec::from([cos, sin, ends]), documents as usize))
+            }
+            Apart::Segments(lengths) => alike(lengths).then(|| (Vec::from([cos, sin]), lengths.len())),
+            Apart::Dense { mask, .. } => Some((Vec::from([cos, sin, mask]), 0)),
+        }
+    }
+
+    /// The same in memory of its own.
+    pub(crate) fn copy(&self) -> Self {
+        let apart = match &self.apart {
+            Apart::Packed { ends, longest, spans } => {
+                let spans = Spans { starts: spans.starts.copy(), ends: spans.ends.copy() };
+                Apart::Packed { ends: ends.copy(), longest: *longest, spans }
+            }
+            Apart::Segments(lengths) => Apart::Segments(lengths.clone()),
+            Apart::Dense { mask, sequences } => Apart::Dense { mask: mask.copy(), sequences: *sequences },
+        };
+        let Angles { cos_n1k, sin_n1k } = &self.angles;
+        Self { angles: Angles { cos_n1k: cos_n1k.copy(), sin_n1k: sin_n1k.copy() }, apart }
     }
 }
 

@@ -124,8 +124,45 @@ fn combine(cross_entropy_tc: Tensor, log_exit_tc: Tensor, targets_c: &Tensor, be
     TokenLosses { cross_entropy_tc, exit_tc, entropy_c, loss_c, counts_c }
 }
 
+/// The loss sums of a micro-batch, on the device that computed them: who reads them waits for it.
+#[derive(Debug)]
+pub(crate) struct Figures {
+    /// What [`sums`] made of each chunk, one after the other.
+    chunks: Tensor,
+    loops: usize,
+}
+
+impl Figures {
+    fn new(chunks: &[Tensor], loops: usize) -> Self {
+        Self { chunks: Tensor::cat(chunks, 0), loops }
+    }
+
+    /// The same in memory of their own.
+    pub fn copy(&self) -> Self {
+        Self { chunks: self.chunks.copy(), loops: self.loops }
+    }
+
+    /// Those of the chunks added in order, on the host.
+    pub fn read(&self) -> LossSums {
+        let Self { chunks, loops } = self;
+        let figures = Vec::<f64>::try_from(chunks).expect("a vector of f64, copied to the host");
+        let mut total = LossSums::zero(*loops);
+        for chunk in figures.chunks(3 + 2 * loops) {
+            let (cross_entropy, exit) = chunk[3..].split_at(*loops);
+            total.add(&LossSums {
+                counted: chunk[0] as u64,
+                loss: chunk[1],
+                cross_entropy: cross_entropy.to_vec(),
+                exit: exit.to_vec(),
+                entropy: chunk[2],
+            });
+        }
+        total
+    }
+}
+
 /// Sums of the chunk, in f64, `[3 + 2·t]`: of what counts, loss, entropy, L(t), p(t). At most 8192 tokens a chunk: LibTorch
-/// then adds each sum on one thread. They stay on the device, so that nothing waits for them.
+/// then adds each sum on one thread.
 fn sums(losses: &TokenLosses) -> Tensor {
     let counts = losses.counts_c.to_kind(Kind::Double);
     let sum = |x: &Tensor| {
@@ -134,23 +171,6 @@ fn sums(losses: &TokenLosses) -> Tensor {
     let counted = counts.sum_dim_intlist(-1i64, false, Kind::Double).reshape([-1]);
     let TokenLosses { cross_entropy_tc, exit_tc, entropy_c, loss_c, .. } = losses;
     Tensor::cat(&[counted, sum(loss_c), sum(entropy_c), sum(cross_entropy_tc), sum(exit_tc)], 0)
-}
-
-/// What [`sums`] made of each chunk, added in order on the host.
-fn total(chunks: &[Tensor], loops: usize) -> LossSums {
-    let figures = Vec::<f64>::try_from(&Tensor::cat(chunks, 0)).expect("a vector of f64, copied to the host");
-    let mut total = LossSums::zero(loops);
-    for chunk in figures.chunks(3 + 2 * loops) {
-        let (cross_entropy, exit) = chunk[3..].split_at(loops);
-        total.add(&LossSums {
-            counted: chunk[0] as u64,
-            loss: chunk[1],
-            cross_entropy: cross_entropy.to_vec(),
-            exit: exit.to_vec(),
-            entropy: chunk[2],
-        });
-    }
-    total
 }
 
 /// What a stage minimises, and which parameters it moves for that.
@@ -170,14 +190,14 @@ const GATE_THRESHOLD: f64 = 0.005;
 
 /// Loss sums, and their gradient: that of lm_head and gate is added to the flat `gradient`, that of the hidden states is
 /// returned, `[n, d]` for each loop step, unless only the gate moves.
-pub fn backward(
+pub(crate) fn backward(
     model: &Model,
     hidden: &[Tensor],
     targets_n: &Tensor,
     goal: Goal,
     chunk: i64,
     gradient: &Tensor,
-) -> (LossSums, Option<Vec<Tensor>>) {
+) -> (Figures, Option<Vec<Tensor>>) {
     let (mut chunks, mut of_hidden) = (Vec::new(), Vec::new());
     for_chunks(hidden, targets_n, chunk, |h_tcd, targets_c| {
         let (losses, of_h_tcd) = match (goal.trains, goal.loss) {
@@ -189,7 +209,7 @@ pub fn backward(
         of_hidden.push(of_h_tcd);
     });
     let of_hidden = (goal.trains == Trains::All).then(|| Tensor::cat(&of_hidden, 1).unbind(0));
-    (total(&chunks, hidden.len()), of_hidden)
+    (tch::no_grad(|| Figures::new(&chunks, hidden.len())), of_hidden)
 }
 
 /// The objective of pretraining on some tokens.

@@ -39,6 +39,10 @@ fn states_are_18_bytes_a_parameter() {
         assert_eq!(state, 18 * parameters);
         assert_eq!((state as f64 / 1e9).round() as u64, gigabytes, "{name}");
     }
+    // Graphs add to a gradient of their own.
+    let graphs = ["compute.device=cuda", "compute.fused=true", "compute.graphs=true"];
+    let plan = Plan::new(&load("ouro-1.4b", &graphs), cluster("h100", 64));
+    assert_eq!(plan.stages[0].memory.state(), 22 * plan.stages[0].parameters.total());
     // In fp32 there are no bf16 copies.
     let plan = Plan::new(&load("tiny", &[]), cluster("h100", 1));
     assert_eq!(plan.stages[0].memory.state(), 16 * plan.stages[0].parameters.total());

@@ -207,6 +207,17 @@ fn lanes_and_sources_fit_into_a_steps_word() {
 }
 
 #[test]
+fn graphs_are_of_fused_kernels_and_of_what_stays_on_the_gpu() {
+    let on = ["compute.device=cuda", "compute.graphs=true", "compute.fused=true"];
+    small(&on).unwrap();
+    let text = small(&on[..2]).unwrap_err().to_string();
+    assert!(text.contains("compute.graphs is true, and compute.fused is not"), "{text}");
+    assert!(text.contains("set compute.fused to true, or leave compute.graphs out"), "{text}");
+    let text = small(&[on[0], on[1], on[2], "compute.offload=true"]).unwrap_err().to_string();
+    assert!(text.contains("compute.graphs and compute.offload are true"), "{text}");
+}
+
+#[test]
 fn fused_kernels_are_a_gpus_and_of_a_width() {
     let text = small(&["compute.fused=true"]).unwrap_err().to_string();
     assert!(text.contains("compute.device is \"cpu\", which has no fused kernels"), "{text}");

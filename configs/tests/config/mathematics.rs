@@ -40,6 +40,15 @@ fn what_leaves_the_bits_alone_leaves_the_digest_alone() {
 }
 
 #[test]
+fn graphs_leave_the_bits_of_fused_kernels_alone() {
+    let with =
+        |more: &[&str]| small(&[&["compute.device=cuda", "compute.fused=true"], more].concat()).unwrap();
+    let (config, other) = (with(&[]), with(&["compute.graphs=true"]));
+    assert_ne!(other, config);
+    assert_eq!((other.digest(), other.diff_mathematics(&config)), (config.digest(), Vec::new()));
+}
+
+#[test]
 fn what_changes_the_bits_is_named() {
     let config = small(&[]).unwrap();
     let table = [

@@ -49,6 +49,7 @@ fn the_script_for_gpus_works_without_one() {
         "stall of the second checkpoint",
         "mano: nothing recomputed",
         "memory, mano, compute.recompute=layer",
+        "runs with compute.graphs",
         "bus bandwidth",
     ] {
         assert!(["ok", "-"].contains(&verdict(check).as_str()), "{check}: {said}");

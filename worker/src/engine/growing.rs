@@ -24,6 +24,8 @@ pub enum Growing<'a> {
 /// The additions that a lane's gradient sets off in the tree, made as far as it is whole.
 #[derive(Default)]
 pub(super) struct Chain {
+    /// Where the lane's gradient is computed, when that is not its own buffer.
+    place: Option<Tensor>,
     /// The lane's own buffer, then each that the one before it is added to.
     buffers: Vec<Tensor>,
     /// Blocks that become whole, one part of the model after the other.
@@ -33,6 +35,7 @@ pub(super) struct Chain {
 impl Chain {
     /// That of the lane of `gradient`, which makes `grown` of `fold`.
     pub fn new<T>(
+        place: Option<&Tensor>,
         gradient: &Tensor,
         fold: &Fold<(Tensor, T)>,
         grown: &Fold<(Tensor, T)>,
@@ -41,7 +44,15 @@ impl Chain {
         let merged = fold.partials().len() + 1 - grown.partials().len();
         let onto = fold.partials().iter().rev().take(merged).map(|(_, _, (gradient, _))| gradient);
         let buffers = [gradient].into_iter().chain(onto).map(Tensor::shallow_clone).collect();
-        Self { buffers, whole: whole.into_iter() }
+        Self { place: place.map(Tensor::shallow_clone), buffers, whole: whole.into_iter() }
+    }
+
+    /// The lane's gradient is whole, and in its own buffer from here on.
+    pub fn take_over(&mut self) {
+        if let Some(place) = self.place.take() {
+            let rest = self.whole.as_slice().iter().filter(|blocks| !blocks.is_empty());
+            rest.for_each(|blocks| copy(&place, &self.buffers[0], blocks));
+        }
     }
 
     /// Adds what is left, once all is whole.
@@ -56,9 +67,11 @@ impl Chain {
         let blocks = self.whole.next().expect("the walk has as many stations as the model has parts");
         if !blocks.is_empty() {
             let _span = tracing::trace_span!("fold", blocks = blocks.len()).entered();
-            let (start, len) = ((blocks.start * BLOCK) as i64, (blocks.len() * BLOCK) as i64);
+            if let Some(place) = &self.place {
+                copy(place, &self.buffers[0], &blocks);
+            }
             for pair in self.buffers.windows(2) {
-                let _ = pair[1].narrow(0, start, len).g_add_(&pair[0].narrow(0, start, len));
+                let _ = of(&pair[1], &blocks).g_add_(&of(&pair[0], &blocks));
             }
             tell(Growing::Whole(blocks));
         }
@@ -69,6 +82,14 @@ impl Chain {
         self.buffers.pop();
         self.buffers
     }
+}
+
+fn of(flat: &Tensor, blocks: &Range<usize>) -> Tensor {
+    flat.narrow(0, (blocks.start * BLOCK) as i64, (blocks.len() * BLOCK) as i64)
+}
+
+fn copy(from: &Tensor, to: &Tensor, blocks: &Range<usize>) {
+    of(to, blocks).copy_(&of(from, blocks));
 }
 
 /// [`Growing::Sums`] of `fold`.

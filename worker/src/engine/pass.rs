@@ -4,7 +4,7 @@ use anello_configs::{Compute, Trains};
 use tch::Tensor;
 
 use crate::model::{Context, Model, Tokens};
-use crate::objective::{self, Goal, LossSums};
+use crate::objective::{self, Figures, Goal, LossSums};
 use crate::tape::Tape;
 
 /// What a forward and backward depends on besides model and tokens.
@@ -23,8 +23,8 @@ pub struct Pass<'a> {
 pub(super) enum Walked<'a> {
     /// The hidden states are known: what follows are the losses and the way back.
     Hidden,
-    /// The loss sums are known, and the gradients of lm_head and gate are whole.
-    Losses(&'a LossSums),
+    /// The loss sums are made, and the gradients of lm_head and gate are whole.
+    Losses(&'a Figures),
     /// That of this layer is whole.
     Layer(usize),
 }
@@ -39,7 +39,7 @@ pub fn forward_backward(
     pass: Pass<'_>,
     gradient: &Tensor,
 ) -> LossSums {
-    walk(model, context, ids_n, targets_n, pass, gradient, &mut |_| {})
+    walk(model, context, ids_n, targets_n, pass, gradient, &mut |_| {}).read()
 }
 
 /// [`forward_backward`] that says how far it is.
@@ -51,7 +51,7 @@ pub(super) fn walk(
     pass: Pass<'_>,
     gradient: &Tensor,
     walked: &mut dyn FnMut(Walked<'_>),
-) -> LossSums {
+) -> Figures {
     let chunk = i64::from(pass.compute.loss_chunk_tokens);
     let forward = tracing::trace_span!("forward").entered();
     let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));
@@ -60,24 +60,24 @@ pub(super) fn walk(
         drop(forward);
         walked(Walked::Hidden);
         let _losses = tracing::trace_span!("losses").entered();
-        let (sums, _) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
-        walked(Walked::Losses(&sums));
-        return sums;
+        let (figures, _) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
+        walked(Walked::Losses(&figures));
+        return figures;
     }
     let (hidden, tape) = Tape::forward(model, context, embedded_nd, pass.loops, pass.compute);
     drop(forward);
     walked(Walked::Hidden);
     let losses = tracing::trace_span!("losses").entered();
-    let (sums, of_hidden) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
+    let (figures, of_hidden) = objective::backward(model, &hidden, targets_n, pass.goal, chunk, gradient);
     let of_hidden = of_hidden.expect("all parameters move");
     drop((hidden, losses));
-    walked(Walked::Losses(&sums));
+    walked(Walked::Losses(&figures));
     let of_embedded_nd = tape.backward(of_hidden, gradient, &mut |layer| walked(Walked::Layer(layer)));
     let of_embedded_nd = of_embedded_nd.to_kind(model.wide());
     let of_table =
         Tensor::embedding_dense_backward(&of_embedded_nd, ids_n, model.embed.value.size()[0], -1, false);
     model.embed.accumulate(gradient, &of_table);
-    sums
+    figures
 }
 
 /// h(1..=T), `[n, d]` each, of which no graph is kept.

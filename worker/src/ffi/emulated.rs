@@ -1,13 +1,30 @@
-//! Kernels on a CPU, for tests: their source as C++ (`kernels/host.cpp`), in a library that a test has compiled.
+//! What stands in for a GPU in tests: C++ that a test compiles, and kernels as such (`kernels/host.cpp`).
 
 use std::ffi::{CString, c_char, c_int, c_uint};
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
 use super::argument::{Argument, Packed};
 use super::library::words;
+
+/// A folder with `library.so`, compiled from `source`, a path in this package, by the compiler that `shim.cpp` needs too. It may go once
+/// the library is loaded.
+pub(crate) fn compiled(source: &str, flags: &[String]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    let output = Command::new(&compiler)
+        .args(["-std=c++17", "-Wall", "-Wextra", "-fPIC", "-shared"])
+        .args(flags)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(source))
+        .args(["-o".as_ref(), folder.path().join("library.so").as_os_str()])
+        .output()
+        .unwrap_or_else(|cause| panic!("{compiler}: {cause}"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    folder
+}
 
 /// The library.
 #[derive(Debug)]

@@ -6,6 +6,7 @@ pub(crate) mod argument;
 #[cfg(test)]
 pub(crate) mod emulated;
 pub(crate) mod gpu;
+pub(crate) mod graph;
 pub(crate) mod library;
 pub(crate) mod node;
 pub(crate) mod nvrtc;

@@ -1,5 +1,6 @@
-// What LibTorch offers in C++ and tch does not wrap: the switches of its arithmetic, streams, events, pinned memory.
-// It needs no header of CUDA: c10's guard finds the implementation that libtorch_cuda.so registers when it is loaded.
+// What LibTorch offers in C++ and tch does not wrap: the switches of its arithmetic, streams, events, pinned memory, graphs.
+// It needs no header of CUDA: c10's guard finds the implementation that libtorch_cuda.so registers when it is loaded, and of
+// what has no such place the symbols are looked up.
 //
 // Every function returns 0, or -1 with its reason in anello_error(). No exception passes.
 
@@ -8,12 +9,16 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
+
+#include <dlfcn.h>
 
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Event.h>
 #include <c10/core/GradMode.h>
@@ -49,6 +54,38 @@ c10::Stream stream_of(int32_t device, int64_t id) {
 c10::impl::VirtualGuardImpl guard() {
     return c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA);
 }
+
+// A function of libtorch_cuda.so, by its mangled name.
+template <typename Function>
+Function* of_cuda(const char* name) {
+    auto* found = dlsym(RTLD_DEFAULT, name);
+    if (!found) {
+        throw std::runtime_error(std::string("there is no ") + name + " of libtorch_cuda.so in this process");
+    }
+    return reinterpret_cast<Function*>(found);
+}
+
+// at::cuda::CUDAGraph of torch 2.11.0, whose header wants those of CUDA: its place, and its members by name.
+struct Graph {
+    using Pool = std::pair<unsigned long long, unsigned long long>;
+
+    Graph() { of_cuda<void(void*, bool)>("_ZN2at4cuda9CUDAGraphC1Eb")(place, /*keep_graph=*/false); }
+    ~Graph() { of_cuda<void(void*)>("_ZN2at4cuda9CUDAGraphD1Ev")(place); }
+
+    static Pool new_pool() { return of_cuda<Pool()>("_ZN2at4cuda17graph_pool_handleEv")(); }
+
+    void begin(Pool pool) {
+        // Other threads copy and wait on streams of their own meanwhile, which only this mode lets them.
+        const int thread_local_mode = 1;
+        of_cuda<void(void*, Pool, int)>("_ZN2at4cuda9CUDAGraph13capture_beginESt4pairIyyE21cudaStreamCaptureMode")(
+            place, pool, thread_local_mode);
+    }
+    void end() { of_cuda<void(void*)>("_ZN2at4cuda9CUDAGraph11capture_endEv")(place); }
+    void replay() { of_cuda<void(void*)>("_ZN2at4cuda9CUDAGraph6replayEv")(place); }
+
+    // Some three hundred bytes of it are used.
+    alignas(64) unsigned char place[4096] = {};
+};
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -260,5 +297,44 @@ int anello_event_query(void* event, int* done) {
 
 void anello_event_free(void* event) {
     guarded([&] { delete static_cast<c10::Event*>(event); });
+}
+
+// Where graphs that are replayed in the order of their capture keep what they compute: two numbers.
+int anello_graph_pool(uint64_t pool[2]) {
+    return guarded([&] { std::tie(pool[0], pool[1]) = Graph::new_pool(); });
+}
+
+// Begins to capture what any thread puts into the stream that is current on this one, which must not be the default one.
+int anello_graph_begin(int32_t device, const uint64_t pool[2], void** out) {
+    return guarded([&] {
+        c10::DeviceGuard on(cuda(device));
+        auto graph = std::make_unique<Graph>();
+        graph->begin({pool[0], pool[1]});
+        *out = graph.release();
+    });
+}
+
+int anello_graph_end(int32_t device, void* graph) {
+    return guarded([&] {
+        c10::DeviceGuard on(cuda(device));
+        static_cast<Graph*>(graph)->end();
+    });
+}
+
+// Puts all that was captured into the current stream.
+int anello_graph_replay(int32_t device, void* graph) {
+    return guarded([&] {
+        c10::DeviceGuard on(cuda(device));
+        static_cast<Graph*>(graph)->replay();
+    });
+}
+
+void anello_graph_free(void* graph) {
+    guarded([&] { delete static_cast<Graph*>(graph); });
+}
+
+// Gives the device the memory back that LibTorch has and nothing uses.
+int anello_empty_cache() {
+    return guarded([&] { at::getDeviceAllocator(c10::DeviceType::CUDA)->emptyCache(); });
 }
 }

@@ -218,7 +218,7 @@ pub(crate) fn use_device(device: Device) -> Result<(), Thrown> {
     checked(unsafe { anello_device_exchange(number(device)) })
 }
 
-fn number(device: Device) -> i32 {
+pub(super) fn number(device: Device) -> i32 {
     match device {
         Device::Cuda(number) => number as i32,
         other => unreachable!("{other:?} is no GPU"),

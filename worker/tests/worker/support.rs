@@ -30,6 +30,7 @@ pub fn compute(recompute: Recompute, loss_chunk_tokens: u32) -> Compute {
         recompute,
         offload: false,
         fused: false,
+        graphs: false,
         loss_chunk_tokens,
         threads: None,
     }
