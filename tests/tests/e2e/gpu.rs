@@ -34,6 +34,10 @@ fn the_script_for_gpus_works_without_one() {
         "same bits over 1",
         "same bits over 2",
         "same bits over 4",
+        "anello audit",
+        "anello bisect",
+        "anello eval against the CPU",
+        "anello generate against the CPU",
     ] {
         assert_eq!(verdict(check), "ok", "{check}: {said}");
     }
@@ -43,6 +47,7 @@ fn the_script_for_gpus_works_without_one() {
         "ouro-1.4b, T 4, S 4096, as",
         "ouro-1.4b, T 4, S 4096, by",
         "time that waits for data",
+        "forward, of forward and backward",
         "memory, S 65536, compute.offload",
         "memory, ouro-2.6b",
         "cost of fixed bits",
