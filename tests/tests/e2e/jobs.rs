@@ -368,9 +368,11 @@ fn a_job_with_another_tokenizer_is_not_submitted() {
 #[test]
 fn where_the_time_of_its_workers_goes_is_told_while_a_job_trains() {
     let mut coordinator = Coordinator::start("jobs-top", 2, 1);
-    let long =
-        ["submit", "small.toml", "--name", "a", "--workers", "2", "--set", "stage.stable.tokens=300000"];
-    coordinator.ask(&long).expect(0);
+    // Workers say where they stand at every step, since each is a checkpoint: they tell of their time all the same.
+    let long = ["stage.stable.tokens=300000", "checkpoint.every_steps=1"].map(|key| ["--set", key]).concat();
+    coordinator
+        .ask(&[&["submit", "small.toml", "--name", "a", "--workers", "2"], &long[..]].concat())
+        .expect(0);
     let ask = |command| coordinator.ask(&[command, "a"]).expect(0);
     // A row of figures for each worker: its lanes, its speed, and the seconds of a step and of its parts.
     let parts = |line: &str| -> Vec<f64> {

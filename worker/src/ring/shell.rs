@@ -86,6 +86,7 @@ pub(super) fn serve(options: WorkerOptions, terminate: Arc<AtomicBool>) -> Resul
         heartbeat: Duration::from_secs(1),
         silence: Duration::from_secs(5),
         said_at: Instant::now(),
+        paced_at: Instant::now(),
         connect_at: Instant::now(),
         pause: PAUSE,
     };
@@ -138,6 +139,7 @@ struct Shell {
     /// Of a peer, after which it cannot be reached.
     silence: Duration,
     said_at: Instant,
+    paced_at: Instant,
     connect_at: Instant,
     pause: Duration,
 }
@@ -197,6 +199,9 @@ impl Shell {
             }
             if self.link.is_some() && self.said_at.elapsed() >= self.heartbeat {
                 self.say_stance();
+            }
+            // Of its own, whatever else there was to say meanwhile.
+            if self.link.is_some() && self.paced_at.elapsed() >= self.heartbeat {
                 self.say_pace();
             }
         }
@@ -358,6 +363,7 @@ impl Shell {
 
     /// For people, and to find one that is slow: what is lost is not said again.
     fn say_pace(&mut self) {
+        self.paced_at = Instant::now();
         if let (Some(pace), Some(link)) = (self.tally.take(), &self.link) {
             link.say(Said::Pace((&pace).into()));
         }
