@@ -18,7 +18,7 @@ use std::time::Instant;
 use anello_configs::{Loss, Mask, RunConfig, Schedule, Trains};
 use anello_dataloader::MicroBatch;
 use anello_worker::{
-    Cache, Context, Engine, GenerateOptions, Generator, Goal, Layout, Leave, Model, Pass, Rotary, State,
+    Cache, Engine, GenerateOptions, Generator, Goal, Inputs, Layout, Leave, Model, Pass, Rotary, State,
     forward_backward, token_losses,
 };
 use serde_json::{Value, json};
@@ -124,19 +124,18 @@ fn child(mode: &str) -> Value {
     let gradient = layout.zeros(Device::Cpu);
     let rotary = Rotary::new(10_000.0, i64::from(case.hidden / 4), i64::from(case.sequence), Device::Cpu);
     let batch = case.batches().remove(0);
-    let context = Context::new(&batch, &rotary, Kind::Float, Mask::Document);
-    let (ids_n, targets_n) = (Tensor::from_slice(&batch.input_ids), Tensor::from_slice(&batch.targets));
+    let inputs = Inputs::new(&batch, &rotary, Kind::Float, Mask::Document);
     // One small product, so that LibTorch's threads and buffers are there before the step.
     let _ = Tensor::ones([64, 64], (Kind::Float, Device::Cpu))
         .matmul(&Tensor::ones([64, 64], (Kind::Float, Device::Cpu)));
     let _ = gradient.shallow_clone().fill_(0.0);
 
     let pass = || match mode {
-        "naive" => naive(&model, &context, &ids_n, &targets_n, &gradient),
+        "naive" => naive(&model, &inputs, &gradient),
         _ => {
             let goal = Goal { loss: Loss::Loop, beta: BETA, trains: Trains::All };
             let pass = Pass { loops: LOOPS, goal, compute: &config.compute };
-            forward_backward(&model, &context, &ids_n, &targets_n, pass, &gradient).loss
+            forward_backward(&model, &inputs, pass, &gradient).loss
         }
     };
     let before = status_mib("VmRSS");
@@ -155,7 +154,8 @@ fn child(mode: &str) -> Value {
 }
 
 /// The loop and all its logits in one graph, as autograd alone would have it.
-fn naive(model: &Model, context: &Context, ids_n: &Tensor, targets_n: &Tensor, gradient: &Tensor) -> f64 {
+fn naive(model: &Model, inputs: &Inputs, gradient: &Tensor) -> f64 {
+    let Inputs { context, ids_n, targets_n } = inputs;
     let mut h = model.embed_nd(ids_n);
     let mut hidden = Vec::new();
     for _ in 0..LOOPS {
@@ -170,9 +170,9 @@ fn naive(model: &Model, context: &Context, ids_n: &Tensor, targets_n: &Tensor, g
             .into_iter()
             .chain(model.layers.iter().flat_map(|layer| layer.leaves()))
             .collect();
-    let inputs: Vec<&Tensor> = leaves.iter().map(|leaf| &leaf.value).collect();
+    let weights: Vec<&Tensor> = leaves.iter().map(|leaf| &leaf.value).collect();
     let loss = (losses.loss_c * losses.counts_c).sum(Kind::Float);
-    let gradients = Tensor::run_backward(&[&loss], &inputs, false, false);
+    let gradients = Tensor::run_backward(&[&loss], &weights, false, false);
     for (leaf, of_leaf) in leaves.iter().zip(&gradients) {
         leaf.accumulate(gradient, of_leaf);
     }

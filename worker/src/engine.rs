@@ -20,20 +20,19 @@ use anello_dataloader::MicroBatch;
 use anello_store::metrics::{Seconds, StepRecord};
 use tch::{Device, Tensor};
 
-use self::graphs::{Graphs, Inputs};
+use self::graphs::Graphs;
 pub use self::growing::Growing;
 use self::growing::{Chain, tell_sums};
-use self::pass::Walked;
 pub(crate) use self::pass::hidden;
-pub use self::pass::{Pass, forward_backward};
+pub use self::pass::{Inputs, Pass, forward_backward};
+use self::pass::{Walked, walk};
 use crate::cover::Cover;
 use crate::error::Result;
 use crate::evaluate::Evaluation;
 use crate::fold::{Fold, Kept};
 use crate::guard::{self, Spike};
-use crate::host;
 use crate::kernels::{self, Kernels};
-use crate::model::{Context, Model, Rotary};
+use crate::model::{Model, Rotary};
 use crate::objective::{Figures, Goal, LossSums};
 use crate::optimizer::{Prepared, State, Summed, Update, blocks_of};
 use crate::params::Layout;
@@ -341,7 +340,8 @@ impl Engine {
     ) -> (Figures, [Point; 3]) {
         let mut graphs = self.graphs.take();
         let begin = self.stopwatch.point();
-        let inputs = self.on_device(stage, batch);
+        let (_, rotary) = self.rotary.as_ref().expect("enter() comes before lane()");
+        let inputs = Inputs::new(batch, rotary, self.model.kind(), stage.mask);
         let goal = Goal { loss: stage.loss, beta: stage.beta, trains: stage.trains };
         let pass = Pass { loops: stage.loops, goal, compute: &self.config.compute };
         let mut hidden = Point::Nowhere;
@@ -353,7 +353,7 @@ impl Engine {
         };
         let figures = match &mut graphs {
             Some(graphs) => graphs.walk(&inputs, &self.model, pass, gradient, &mut walked),
-            None => inputs.walk(&self.model, pass, gradient, &mut walked),
+            None => walk(&self.model, &inputs, pass, gradient, &mut walked),
         };
         self.graphs = graphs;
         (figures, [begin, hidden, self.stopwatch.point()])
@@ -368,13 +368,6 @@ impl Engine {
     pub fn evaluate(&self, stage: &Stage, batch: &MicroBatch, sums: &mut Evaluation) {
         let (_, rotary) = self.rotary.as_ref().expect("enter() comes before evaluate()");
         sums.add(&self.model, rotary, stage.mask, batch);
-    }
-
-    fn on_device(&self, stage: &Stage, batch: &MicroBatch) -> Inputs {
-        let (_, rotary) = self.rotary.as_ref().expect("enter() comes before lane()");
-        let context = Context::new(batch, rotary, self.model.kind(), stage.mask);
-        let to = |values: &[i64]| host::upload(values, self.device);
-        Inputs { context, ids_n: to(&batch.input_ids), targets_n: to(&batch.targets) }
     }
 
     /// Ends the step once all lanes of the run are in: the update of `plan`.

@@ -53,7 +53,7 @@ mod validate;
 
 pub use account::{Epochs, Stamp, outcome_event, position_after};
 pub use cover::{Cover, Piece};
-pub use engine::{Engine, Growing, Outcome, Pass, forward_backward};
+pub use engine::{Engine, Growing, Inputs, Outcome, Pass, forward_backward};
 pub use error::{Error, Result, with_causes};
 pub use ffi::{as_mut_slice, as_slice};
 pub use fold::{Fold, combine, fold_sums};

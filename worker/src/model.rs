@@ -381,6 +381,11 @@ impl Rotary {
         let shaped = |values: &[f32]| Tensor::from_slice(values).view([length, half]).to_device(device);
         Self { cos: shaped(&cos), sin: shaped(&sin) }
     }
+
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.cos.device()
+    }
 }
 
 /// How attention keeps documents apart. The bits of a result depend on which form is taken, and the form on the
@@ -470,7 +475,7 @@ impl Context {
 
     /// The context of `batch`; `mask` says what its segments are.
     pub fn new(batch: &MicroBatch, rotary: &Rotary, kind: Kind, mask: Mask) -> Self {
-        let device = rotary.cos.device();
+        let device = rotary.device();
         let positions_n = host::upload(&batch.positions, device);
         let tokens = batch.tokens();
         let short = batch.segment_starts.len() * Self::SHORT_SEGMENT > tokens;

@@ -9,43 +9,11 @@
 use anello_configs::Trains;
 use tch::{Device, Tensor};
 
-use super::pass::{Pass, Walked, walk};
-use crate::ffi::graph::{Graph, Pool};
+use super::pass::{Inputs, Pass, Walked, walk};
+use crate::ffi::graph::{Capturer, Graph};
 use crate::host::FAILED;
-use crate::model::{Context, Model};
+use crate::model::Model;
 use crate::objective::{Figures, Goal};
-
-/// A micro-batch on its device.
-#[derive(Debug)]
-pub(super) struct Inputs {
-    pub context: Context,
-    pub ids_n: Tensor,
-    pub targets_n: Tensor,
-}
-
-impl Inputs {
-    /// [`walk`] through it.
-    pub fn walk(
-        &self,
-        model: &Model,
-        pass: Pass<'_>,
-        gradient: &Tensor,
-        walked: &mut dyn FnMut(Walked<'_>),
-    ) -> Figures {
-        walk(model, &self.context, &self.ids_n, &self.targets_n, pass, gradient, walked)
-    }
-
-    /// What `model` reads of it, and how many documents it is told of, where nothing else of it has a part in what is computed.
-    fn fixed(&self, model: &Model) -> Option<(Vec<&Tensor>, usize)> {
-        let (tensors, documents) = self.context.fixed(model)?;
-        Some((tensors.into_iter().chain([&self.ids_n, &self.targets_n]).collect(), documents))
-    }
-
-    fn copy(&self) -> Self {
-        let Self { context, ids_n, targets_n } = self;
-        Self { context: context.copy(), ids_n: ids_n.copy(), targets_n: targets_n.copy() }
-    }
-}
 
 /// What the work on a micro-batch depends on, beside the numbers in tensors.
 #[derive(Debug, PartialEq)]
@@ -85,16 +53,16 @@ struct Captured {
 
 impl Captured {
     fn new(
-        pool: &Pool,
+        capturer: &Capturer,
         form: Form,
         inputs: Inputs,
         model: &Model,
         pass: Pass<'_>,
         gradient: &Tensor,
     ) -> Self {
-        let captured = pool.capture(|capture| {
+        let captured = capturer.capture(|capture| {
             let mut stops = Vec::new();
-            let figures = inputs.walk(model, pass, gradient, &mut |walked| {
+            let figures = walk(model, &inputs, pass, gradient, &mut |walked| {
                 let stop = match walked {
                     Walked::Hidden => Stop::Hidden,
                     Walked::Losses(_) => Stop::Losses,
@@ -139,7 +107,7 @@ impl Captured {
 #[derive(Debug)]
 pub(super) struct Graphs {
     device: Device,
-    pool: Option<Pool>,
+    capturer: Option<Capturer>,
     /// What the graphs add to.
     gradient: Option<Tensor>,
     /// The form of the last micro-batch, where that was not captured.
@@ -150,7 +118,7 @@ pub(super) struct Graphs {
 impl Graphs {
     /// Nothing yet, of a GPU.
     pub fn new(device: Device) -> Self {
-        Self { device, pool: None, gradient: None, seen: None, captured: None }
+        Self { device, capturer: None, gradient: None, seen: None, captured: None }
     }
 
     /// Lets go of what was captured, since the model is another one.
@@ -174,7 +142,7 @@ impl Graphs {
     ) -> Figures {
         let Some(form) = Form::of(inputs, model, pass) else {
             self.seen = None;
-            return inputs.walk(model, pass, gradient, walked);
+            return walk(model, inputs, pass, gradient, walked);
         };
         if let Some(captured) = self.captured.as_ref().filter(|captured| captured.form == form) {
             self.seen = None;
@@ -182,15 +150,15 @@ impl Graphs {
         }
         if self.seen.as_ref() != Some(&form) {
             self.seen = Some(form);
-            return inputs.walk(model, pass, gradient, walked);
+            return walk(model, inputs, pass, gradient, walked);
         }
         // Its memory first.
         self.captured = None;
-        let pool = match &mut self.pool {
-            Some(pool) => pool,
-            none => none.insert(Pool::of(self.device).expect(FAILED)),
+        let capturer = match &mut self.capturer {
+            Some(capturer) => capturer,
+            none => none.insert(Capturer::of(self.device).expect(FAILED)),
         };
-        let captured = Captured::new(pool, form, inputs.copy(), model, pass, gradient);
+        let captured = Captured::new(capturer, form, inputs.copy(), model, pass, gradient);
         self.captured.insert(captured).walk(inputs, model, walked)
     }
 }
@@ -308,7 +276,7 @@ mod tests {
     fn training_by_graphs_has_the_bits_of_training_without() {
         for recompute in ["none", "layer", "loop"] {
             let config = config(recompute);
-            let graphs = Graphs { pool: Some(host::pool()), ..Graphs::new(Device::Cpu) };
+            let graphs = Graphs { capturer: Some(host::capturer()), ..Graphs::new(Device::Cpu) };
             let (with, without) = (trained(&config, Some(graphs)), trained(&config, None));
             assert_eq!(with.steps.len() as u64, 5 * STEPS);
             for (step, (with, without)) in with.steps.iter().zip(&without.steps).enumerate() {
@@ -325,7 +293,7 @@ mod tests {
     fn work_that_is_never_twice_the_same_is_not_captured() {
         let config = config("layer");
         let mut engine = Engine::with_kernels(&config, State::of_seed(&config, Device::Cpu), None);
-        engine.graphs = Some(Graphs { pool: Some(host::pool()), ..Graphs::new(Device::Cpu) });
+        engine.graphs = Some(Graphs { capturer: Some(host::capturer()), ..Graphs::new(Device::Cpu) });
         let schedule = Schedule::new(&config);
         // By the causal mask segments are not few and short, so that each has a call of its own.
         let plan = schedule.at(STEPS).unwrap();

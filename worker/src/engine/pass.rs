@@ -1,11 +1,48 @@
 //! One micro-batch forward and backward.
 
-use anello_configs::{Compute, Trains};
-use tch::Tensor;
+use anello_configs::{Compute, Mask, Trains};
+use anello_dataloader::MicroBatch;
+use tch::{Kind, Tensor};
 
-use crate::model::{Context, Model, Tokens};
+use crate::host;
+use crate::model::{Context, Model, Rotary, Tokens};
 use crate::objective::{self, Figures, Goal, LossSums};
 use crate::tape::Tape;
+
+/// A micro-batch of n tokens on its device.
+#[derive(Debug)]
+pub struct Inputs {
+    /// Where each token is, and what it attends to.
+    pub context: Context,
+    /// Token ids, `[n]`.
+    pub ids_n: Tensor,
+    /// The token after each, `[n]`; −100 where there is none or it does not count.
+    pub targets_n: Tensor,
+}
+
+impl Inputs {
+    /// `batch` on the device of `rotary`, for matrices of format `kind`; `mask` says what its segments are.
+    pub fn new(batch: &MicroBatch, rotary: &Rotary, kind: Kind, mask: Mask) -> Self {
+        let on_device = |values: &[i64]| host::upload(values, rotary.device());
+        Self {
+            context: Context::new(batch, rotary, kind, mask),
+            ids_n: on_device(&batch.input_ids),
+            targets_n: on_device(&batch.targets),
+        }
+    }
+
+    /// What `model` reads of it, and how many documents it is told of, where nothing else of it has a part in what is computed.
+    pub(super) fn fixed(&self, model: &Model) -> Option<(Vec<&Tensor>, usize)> {
+        let (tensors, documents) = self.context.fixed(model)?;
+        Some((tensors.into_iter().chain([&self.ids_n, &self.targets_n]).collect(), documents))
+    }
+
+    /// The same in memory of its own.
+    pub(super) fn copy(&self) -> Self {
+        let Self { context, ids_n, targets_n } = self;
+        Self { context: context.copy(), ids_n: ids_n.copy(), targets_n: targets_n.copy() }
+    }
+}
 
 /// What a forward and backward depends on besides model and tokens.
 #[derive(Clone, Copy, Debug)]
@@ -29,29 +66,20 @@ pub(super) enum Walked<'a> {
     Layer(usize),
 }
 
-/// Forward and backward of one micro-batch: `ids_n` and `targets_n` are `[n]`. Adds the gradient of the loss's sum to
-/// the flat `gradient` and returns the sums.
-pub fn forward_backward(
-    model: &Model,
-    context: &Context,
-    ids_n: &Tensor,
-    targets_n: &Tensor,
-    pass: Pass<'_>,
-    gradient: &Tensor,
-) -> LossSums {
-    walk(model, context, ids_n, targets_n, pass, gradient, &mut |_| {}).read()
+/// Forward and backward of one micro-batch. Adds the gradient of the loss's sum to the flat `gradient` and returns the sums.
+pub fn forward_backward(model: &Model, inputs: &Inputs, pass: Pass<'_>, gradient: &Tensor) -> LossSums {
+    walk(model, inputs, pass, gradient, &mut |_| {}).read()
 }
 
 /// [`forward_backward`] that says how far it is.
 pub(super) fn walk(
     model: &Model,
-    context: &Context,
-    ids_n: &Tensor,
-    targets_n: &Tensor,
+    inputs: &Inputs,
     pass: Pass<'_>,
     gradient: &Tensor,
     walked: &mut dyn FnMut(Walked<'_>),
 ) -> Figures {
+    let Inputs { context, ids_n, targets_n } = inputs;
     let chunk = i64::from(pass.compute.loss_chunk_tokens);
     let forward = tracing::trace_span!("forward").entered();
     let embedded_nd = tch::no_grad(|| model.embed_nd(ids_n));

@@ -10,6 +10,8 @@ use super::torch::{Stream, Thrown, checked, number};
 /// The functions of a graph: a GPU's, or in tests those of `graph_host.cpp`.
 #[derive(Debug)]
 pub(super) struct Calls {
+    pub pool: unsafe extern "C" fn(*mut u64) -> c_int,
+    pub empty_cache: unsafe extern "C" fn() -> c_int,
     pub begin: unsafe extern "C" fn(i32, *const u64, *mut *mut c_void) -> c_int,
     pub end: unsafe extern "C" fn(i32, *mut c_void) -> c_int,
     pub replay: unsafe extern "C" fn(i32, *mut c_void) -> c_int,
@@ -26,6 +28,8 @@ unsafe extern "C" {
 }
 
 static OF_A_GPU: Calls = Calls {
+    pool: anello_graph_pool,
+    empty_cache: anello_empty_cache,
     begin: anello_graph_begin,
     end: anello_graph_end,
     replay: anello_graph_replay,
@@ -59,35 +63,34 @@ impl Drop for Graph {
     }
 }
 
-/// Captures graphs that have their memory in common, and are replayed in the order in which they were captured. It lasts until
-/// the last of them is let go.
+/// Where work is captured: a stream of its own.
 #[derive(Debug)]
-pub(crate) struct Pool {
+pub(crate) struct Capturer {
     calls: &'static Calls,
     device: i32,
     stream: Stream,
-    id: [u64; 2],
 }
 
-impl Pool {
-    /// One of a GPU.
+impl Capturer {
+    /// That of a GPU.
     pub fn of(device: Device) -> Result<Self, Thrown> {
-        let (stream, mut id) = (Stream::new(device)?, [0; 2]);
-        // SAFETY: writes two numbers.
-        checked(unsafe { anello_graph_pool(id.as_mut_ptr()) })?;
-        Ok(Self { calls: &OF_A_GPU, device: number(device), stream, id })
+        Ok(Self { calls: &OF_A_GPU, device: number(device), stream: Stream::new(device)? })
     }
 
     /// Captures what `work` computes: nothing of it is done before it is replayed, so that `work` may not ask for a number that is
-    /// computed. It was computed once before, so that whatever is set up once is.
+    /// computed. It was computed once before, so that whatever is set up once is. What the graphs compute lies in memory that is
+    /// theirs until the last of them is let go; they are replayed in the order in which they were captured.
     pub fn capture<T>(&self, work: impl FnOnce(&mut Capture<'_>) -> T) -> Result<(Vec<Graph>, T), Thrown> {
-        if std::ptr::eq(self.calls, &raw const OF_A_GPU) {
-            // What the work took when it was done, and is had anew.
-            // SAFETY: a plain call; LibTorch gives back what nobody uses.
-            checked(unsafe { anello_empty_cache() })?;
+        // A pool of memory is none any more once its last graph is gone, so each capture has another.
+        let mut pool = [0; 2];
+        // SAFETY: writes two numbers; and a plain call, by which LibTorch gives back what nobody uses: what the work took when it was
+        // done, and is had anew.
+        unsafe {
+            checked((self.calls.pool)(pool.as_mut_ptr()))?;
+            checked((self.calls.empty_cache)())?;
         }
         let captured = self.stream.scope(|| {
-            let mut capture = Capture { pool: self, open: None, done: Vec::new(), failed: None };
+            let mut capture = Capture { by: self, pool, open: None, done: Vec::new(), failed: None };
             capture.begin();
             let out = work(&mut capture);
             capture.end();
@@ -103,7 +106,8 @@ impl Pool {
 /// A capture under way, of one graph after the other.
 #[derive(Debug)]
 pub(crate) struct Capture<'a> {
-    pool: &'a Pool,
+    by: &'a Capturer,
+    pool: [u64; 2],
     open: Option<Graph>,
     done: Vec<Graph>,
     failed: Option<Thrown>,
@@ -117,10 +121,10 @@ impl Capture<'_> {
     }
 
     fn begin(&mut self) {
-        let Pool { calls, device, id, .. } = *self.pool;
+        let Capturer { calls, device, .. } = *self.by;
         let mut raw = null_mut();
         // SAFETY: reads two numbers; `raw` is written only on success, with a graph that is ours to free.
-        match checked(unsafe { (calls.begin)(device, id.as_ptr(), &raw mut raw) }) {
+        match checked(unsafe { (calls.begin)(device, self.pool.as_ptr(), &raw mut raw) }) {
             Ok(()) => self.open = NonNull::new(raw).map(|raw| Graph { calls, device, raw }),
             Err(cause) => self.fail(cause),
         }
@@ -170,14 +174,16 @@ pub(crate) mod host {
         })
     }
 
-    /// A pool whose graphs are operations of LibTorch on the CPU, written down one by one.
-    pub(crate) fn pool() -> Pool {
+    /// One whose graphs are operations of LibTorch on the CPU, written down one by one.
+    pub(crate) fn capturer() -> Capturer {
         static ONCE: OnceLock<Calls> = OnceLock::new();
         let calls = ONCE.get_or_init(|| {
             let library = library();
             // SAFETY: declared as in graph_host.cpp.
             unsafe {
                 Calls {
+                    pool: *library.get(b"anello_host_graph_pool\0").unwrap(),
+                    empty_cache: *library.get(b"anello_host_graph_empty_cache\0").unwrap(),
                     begin: *library.get(b"anello_host_graph_begin\0").unwrap(),
                     end: *library.get(b"anello_host_graph_end\0").unwrap(),
                     replay: *library.get(b"anello_host_graph_replay\0").unwrap(),
@@ -186,7 +192,7 @@ pub(crate) mod host {
             }
         });
         let stream = Stream::current(Device::Cpu).expect("a CPU has a stream");
-        Pool { calls, device: 0, stream, id: [0; 2] }
+        Capturer { calls, device: 0, stream }
     }
 
     /// Graphs that this thread has replayed so far.
@@ -212,7 +218,7 @@ mod tests {
     fn a_graph_is_replayed_on_the_memory_that_it_was_captured_on() {
         let (mut x, sum) = (ones(), Tensor::zeros([3], (Kind::Float, Device::Cpu)));
         let mut factor = 2.0;
-        let (graphs, y) = host::pool()
+        let (graphs, y) = host::capturer()
             .capture(|capture| {
                 let twice = &x * factor;
                 let _ = sum.shallow_clone().g_add_(&twice);
@@ -238,16 +244,16 @@ mod tests {
 
     #[test]
     fn work_that_fails_while_it_is_captured_leaves_nothing_behind() {
-        let pool = host::pool();
+        let capturer = host::capturer();
         // Shapes that do not fit.
-        let fails = || pool.capture(|_| ones() + Tensor::ones([2], (Kind::Float, Device::Cpu)));
+        let fails = || capturer.capture(|_| ones() + Tensor::ones([2], (Kind::Float, Device::Cpu)));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(fails)).is_err());
-        let (graphs, two) = pool.capture(|_| ones() + 1.0).unwrap();
+        let (graphs, two) = capturer.capture(|_| ones() + 1.0).unwrap();
         graphs[0].replay().unwrap();
         assert!(two.equal(&(ones() * 2.0)));
         // One within another is an error, and neither is there afterwards.
-        assert!(pool.capture(|_| pool.capture(|_| ones()).is_err()).unwrap().1);
-        assert!(pool.capture(|_| ones()).is_ok());
+        assert!(capturer.capture(|_| capturer.capture(|_| ones()).is_err()).unwrap().1);
+        assert!(capturer.capture(|_| ones()).is_ok());
     }
 
     #[test]
@@ -256,7 +262,7 @@ mod tests {
             eprintln!("SKIPPED: there is a GPU");
             return;
         }
-        assert!(Pool::of(Device::Cuda(0)).unwrap_err().to_string().starts_with("LibTorch: "));
+        assert!(Capturer::of(Device::Cuda(0)).unwrap_err().to_string().starts_with("LibTorch: "));
         let mut id = [0; 2];
         // SAFETY: writes two numbers.
         if let Err(error) = checked(unsafe { anello_graph_pool(id.as_mut_ptr()) }) {

@@ -5,6 +5,7 @@
 // The operations are seen below autograd, where those of a forward and of a backward look the same, by a fallback of the
 // dispatch key that LibTorch leaves to others.
 
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -35,6 +36,7 @@ struct Call {
 };
 
 struct Graph {
+    uint64_t pool;
     std::vector<Call> calls;
     // Memory that the capture itself made, which nobody else knows.
     std::set<const void*> own;
@@ -44,6 +46,9 @@ struct Graph {
 
 thread_local Graph* capturing = nullptr;
 thread_local uint64_t replays = 0;
+std::atomic<uint64_t> pools = 0;
+// Graphs of each pool that there are.
+thread_local std::map<uint64_t, int64_t> used;
 
 void each_tensor(const c10::IValue& value, const std::function<void(const at::Tensor&)>& see) {
     if (value.isTensor()) {
@@ -123,12 +128,26 @@ TORCH_LIBRARY_IMPL(_, Fake, m) { m.fallback(torch::CppFunction::makeFromBoxedFun
 
 extern "C" {
 
-int anello_host_graph_begin(int32_t, const uint64_t*, void** out) {
+int anello_host_graph_pool(uint64_t pool[2]) {
+    pool[0] = 0;
+    pool[1] = ++pools;
+    return 0;
+}
+
+int anello_host_graph_empty_cache() { return 0; }
+
+int anello_host_graph_begin(int32_t, const uint64_t pool[2], void** out) {
     return guarded([&] {
+        const auto of = used.find(pool[1]);
+        if (of != used.end() && of->second == 0) {
+            throw std::runtime_error("this pool's last graph is gone");
+        }
         if (capturing) {
             throw std::runtime_error("a graph is being captured already");
         }
         capturing = new Graph;
+        capturing->pool = pool[1];
+        ++used[pool[1]];
         capture(true);
         *out = capturing;
     });
@@ -158,7 +177,10 @@ int anello_host_graph_replay(int32_t, void* graph) {
     });
 }
 
-void anello_host_graph_free(void* graph) { delete static_cast<Graph*>(graph); }
+void anello_host_graph_free(void* graph) {
+    --used[static_cast<Graph*>(graph)->pool];
+    delete static_cast<Graph*>(graph);
+}
 
 // Graphs that this thread has replayed.
 uint64_t anello_host_graph_replays() { return replays; }

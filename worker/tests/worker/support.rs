@@ -4,7 +4,7 @@ use anello_configs::{
     Compute, ComputeDevice, Dtype, Loss, Mask, Model as Sizes, Recompute, Trains, random::Stream,
 };
 use anello_dataloader::MicroBatch;
-use anello_worker::{Context, Goal, Layout, LossSums, Model, Pass, Rotary, forward_backward};
+use anello_worker::{Context, Goal, Inputs, Layout, LossSums, Model, Pass, Rotary, forward_backward};
 use tch::{Device, Kind, Tensor};
 
 pub fn sizes() -> Sizes {
@@ -117,11 +117,9 @@ impl Fixture {
         goal: Goal,
     ) -> (LossSums, Tensor) {
         let gradient = self.layout.zeros(Device::Cpu).to_kind(self.flat.kind());
-        let context = self.context(batch, Mask::Document);
-        let (ids, targets) = (Tensor::from_slice(&batch.input_ids), Tensor::from_slice(&batch.targets));
+        let inputs = Inputs::new(batch, &self.rotary, self.model.kind(), Mask::Document);
         let pass = Pass { loops, goal, compute };
-        let sums = forward_backward(&self.model, &context, &ids, &targets, pass, &gradient);
-        (sums, gradient)
+        (forward_backward(&self.model, &inputs, pass, &gradient), gradient)
     }
 
     /// h(1..=T) by the plain recurrence.
