@@ -11,9 +11,11 @@ use tch::{Device, Tensor};
 
 use super::pass::{Inputs, Pass, Walked, walk};
 use crate::ffi::graph::{Capturer, Graph};
-use crate::host::FAILED;
 use crate::model::Model;
 use crate::objective::{Figures, Goal};
+
+/// A GPU that fails is the end of the thread that uses it, as it is in every tensor operation; here there is something to be done.
+const FAILED: &str = "the GPU captures work and replays it (leave compute.graphs out where it does not)";
 
 /// What the work on a micro-batch depends on, beside the numbers in tensors.
 #[derive(Debug, PartialEq)]
@@ -90,7 +92,9 @@ impl Captured {
         }
         let (mut figures, mut stops) = (None, self.stops.iter());
         for graph in &self.graphs {
+            let span = tracing::trace_span!("replay").entered();
             graph.replay().expect(FAILED);
+            drop(span);
             match stops.next() {
                 Some(Stop::Hidden) => walked(Walked::Hidden),
                 // The next replay writes over its own.
