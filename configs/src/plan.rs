@@ -154,7 +154,7 @@ pub struct Memory {
     /// shares, 12 bytes: the gradient of these is kept too until all have the step. Those of what a stage freezes are let go with
     /// its first step, and not there at all when it is the run's first: then there are those of the gate alone, a block or two.
     pub moments: u64,
-    /// fp32 gradient of the lane at work, 4 bytes a parameter; with `compute.graphs` another, which what is recorded adds to.
+    /// fp32 gradient of the lane at work, 4 bytes a parameter; with `compute.graphs` another, which graphs add to.
     pub gradient: u64,
     /// Partial sums of the fold: more fp32 gradients ([`gradients_held`]).
     pub fold: u64,

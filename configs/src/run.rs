@@ -186,7 +186,7 @@ pub struct Compute {
     /// Whether a GPU computes norms, SwiGLU, RoPE, cross-entropy, AdamW and, on Hopper, attention with kernels of Anello's own, where
     /// LibTorch has chains of them. They round elsewhere, so the bits depend on it; a CPU has no such kernels.
     pub fused: bool,
-    /// Whether a GPU records its work on a micro-batch once, as CUDA graphs, and launches those: the host has a call or two a layer to
+    /// Whether a GPU's work on a micro-batch is captured once, as CUDA graphs, and replayed: the host has a call or two a layer to
     /// make, rather than one a kernel. The bits do not depend on it.
     pub graphs: bool,
     /// Tokens that go through lm_head and cross-entropy at a time, of one loop step.

@@ -291,11 +291,11 @@ impl Engine {
     ) {
         let mut gradient = self.zeros();
         let place = self.place(&gradient);
-        let adds_to = place.as_ref().unwrap_or(&gradient).shallow_clone();
+        let adds_to = place.as_ref().unwrap_or(&gradient);
         let (last, before) = micro_batches.split_last().expect("a lane has at least one micro-batch a step");
-        let mut sums = self.micro_batches(stage, before, &adds_to);
+        let mut sums = self.micro_batches(stage, before, adds_to);
         let (mut grown, mut chain) = (Fold::default(), Chain::default());
-        let (_, points) = self.walk(stage, last, &adds_to, &mut |engine, walked| match walked {
+        let (_, points) = self.walk(stage, last, adds_to, &mut |engine, walked| match walked {
             Walked::Hidden => {}
             Walked::Losses(of_last) => {
                 sums.add(&of_last.read());
@@ -336,7 +336,7 @@ impl Engine {
         stage: &Stage,
         batch: &MicroBatch,
         gradient: &Tensor,
-        walked: &mut dyn FnMut(&Self, Walked<'_>),
+        walked: &mut dyn FnMut(&Self, Walked<&Figures>),
     ) -> (Figures, [Point; 3]) {
         let mut graphs = self.graphs.take();
         let begin = self.stopwatch.point();
@@ -345,7 +345,7 @@ impl Engine {
         let goal = Goal { loss: stage.loss, beta: stage.beta, trains: stage.trains };
         let pass = Pass { loops: stage.loops, goal, compute: &self.config.compute };
         let mut hidden = Point::Nowhere;
-        let mut walked = |at: Walked<'_>| {
+        let mut walked = |at: Walked<&Figures>| {
             if let Walked::Hidden = at {
                 hidden = self.stopwatch.point();
             }

@@ -34,14 +34,6 @@ impl Form {
     }
 }
 
-/// Where a walk stops, as [`Walked`] has it.
-#[derive(Clone, Copy, Debug)]
-enum Stop {
-    Hidden,
-    Losses,
-    Layer(usize),
-}
-
 /// The work on micro-batches of one form.
 #[derive(Debug)]
 struct Captured {
@@ -49,7 +41,7 @@ struct Captured {
     inputs: Inputs,
     /// Up to each stop, and what comes after the last one.
     graphs: Vec<Graph>,
-    stops: Vec<Stop>,
+    stops: Vec<Walked<()>>,
     figures: Figures,
 }
 
@@ -65,15 +57,10 @@ impl Captured {
         let captured = capturer.capture(|capture| {
             let mut stops = Vec::new();
             let figures = walk(model, &inputs, pass, gradient, &mut |walked| {
-                let stop = match walked {
-                    Walked::Hidden => Stop::Hidden,
-                    Walked::Losses(_) => Stop::Losses,
-                    Walked::Layer(layer) => Stop::Layer(layer),
-                };
-                stops.push(stop);
-                match (stop, pass.goal.trains) {
+                stops.push(walked.map(|_| ()));
+                match (walked, pass.goal.trains) {
                     // Nothing comes after it.
-                    (Stop::Losses, Trains::Gate) => capture.end(),
+                    (Walked::Losses(_), Trains::Gate) => capture.end(),
                     _ => capture.cut(),
                 }
             });
@@ -85,7 +72,7 @@ impl Captured {
     }
 
     /// Computes the micro-batch `inputs`.
-    fn walk(&self, inputs: &Inputs, model: &Model, walked: &mut dyn FnMut(Walked<'_>)) -> Figures {
+    fn walk(&self, inputs: &Inputs, model: &Model, walked: &mut dyn FnMut(Walked<&Figures>)) -> Figures {
         let of = |inputs| Inputs::fixed(inputs, model).expect("inputs of this form have fixed shapes").0;
         for (to, from) in of(&self.inputs).into_iter().zip(of(inputs)) {
             to.shallow_clone().copy_(from);
@@ -95,12 +82,9 @@ impl Captured {
             let span = tracing::trace_span!("replay").entered();
             graph.replay().expect(FAILED);
             drop(span);
-            match stops.next() {
-                Some(Stop::Hidden) => walked(Walked::Hidden),
-                // The next replay writes over its own.
-                Some(Stop::Losses) => walked(Walked::Losses(figures.insert(self.figures.copy()))),
-                Some(Stop::Layer(layer)) => walked(Walked::Layer(*layer)),
-                None => {}
+            if let Some(stop) = stops.next() {
+                // Copied, since the next replay writes over them.
+                walked(stop.map(|()| &*figures.insert(self.figures.copy())));
             }
         }
         figures.expect("a walk comes to its losses")
@@ -142,7 +126,7 @@ impl Graphs {
         model: &Model,
         pass: Pass<'_>,
         gradient: &Tensor,
-        walked: &mut dyn FnMut(Walked<'_>),
+        walked: &mut dyn FnMut(Walked<&Figures>),
     ) -> Figures {
         let Some(form) = Form::of(inputs, model, pass) else {
             self.seen = None;

@@ -55,15 +55,26 @@ pub struct Pass<'a> {
     pub compute: &'a Compute,
 }
 
-/// How far the way back through a micro-batch is.
-#[derive(Debug)]
-pub(super) enum Walked<'a> {
+/// How far the way back through a micro-batch is, with what is known by then.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Walked<F> {
     /// The hidden states are known: what follows are the losses and the way back.
     Hidden,
     /// The loss sums are made, and the gradients of lm_head and gate are whole.
-    Losses(&'a Figures),
+    Losses(F),
     /// That of this layer is whole.
     Layer(usize),
+}
+
+impl<F> Walked<F> {
+    /// The same place, with something else known.
+    pub fn map<G>(self, known: impl FnOnce(F) -> G) -> Walked<G> {
+        match self {
+            Self::Hidden => Walked::Hidden,
+            Self::Losses(figures) => Walked::Losses(known(figures)),
+            Self::Layer(layer) => Walked::Layer(layer),
+        }
+    }
 }
 
 /// Forward and backward of one micro-batch. Adds the gradient of the loss's sum to the flat `gradient` and returns the sums.
@@ -77,7 +88,7 @@ pub(super) fn walk(
     inputs: &Inputs,
     pass: Pass<'_>,
     gradient: &Tensor,
-    walked: &mut dyn FnMut(Walked<'_>),
+    walked: &mut dyn FnMut(Walked<&Figures>),
 ) -> Figures {
     let Inputs { context, ids_n, targets_n } = inputs;
     let chunk = i64::from(pass.compute.loss_chunk_tokens);

@@ -10,20 +10,23 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use super::argument::{Argument, Packed};
 use super::library::words;
 
-/// A folder with `library.so`, compiled from `source`, a path in this package, by the compiler that `shim.cpp` needs too. It may go once
-/// the library is loaded.
-pub(crate) fn compiled(source: &str, flags: &[String]) -> tempfile::TempDir {
+/// A library compiled from `source`, a path in this package, by the compiler that `shim.cpp` needs too.
+pub(crate) fn compiled(source: &str, flags: &[String]) -> Library {
     let folder = tempfile::tempdir().unwrap();
+    let library = folder.path().join("library.so");
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     let output = Command::new(&compiler)
         .args(["-std=c++17", "-Wall", "-Wextra", "-fPIC", "-shared"])
         .args(flags)
         .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(source))
-        .args(["-o".as_ref(), folder.path().join("library.so").as_os_str()])
+        .args(["-o".as_ref(), library.as_os_str()])
         .output()
         .unwrap_or_else(|cause| panic!("{compiler}: {cause}"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    folder
+    // SAFETY: of this package's own files for tests, whose initialisers are of no consequence, or are for them alone. The file may go
+    // once it is loaded.
+    let library = unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_LOCAL) };
+    library.unwrap_or_else(|cause| panic!("{source}: {}", words(&cause)))
 }
 
 /// The library.
@@ -31,11 +34,9 @@ pub(crate) fn compiled(source: &str, flags: &[String]) -> tempfile::TempDir {
 pub(crate) struct Emulated(Mutex<Library>);
 
 impl Emulated {
-    /// Loads `path`.
-    pub fn load(path: &Path) -> Result<Self, String> {
-        // SAFETY: compiled from host.cpp, which has no initialiser of consequence.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) };
-        library.map(|library| Self(Mutex::new(library))).map_err(|cause| words(&cause))
+    /// Those of `library`, compiled from host.cpp.
+    pub fn new(library: Library) -> Self {
+        Self(Mutex::new(library))
     }
 
     /// As [`super::gpu::Module::launch`], and done when it returns.

@@ -157,7 +157,7 @@ impl Drop for Capture<'_> {
 pub(crate) mod host {
     use std::sync::OnceLock;
 
-    use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+    use libloading::os::unix::Library;
 
     use super::*;
     use crate::ffi::emulated::compiled;
@@ -168,9 +168,7 @@ pub(crate) mod host {
             let libtorch =
                 option_env!("LIBTORCH_INCLUDE").or(option_env!("LIBTORCH")).expect("the build has one");
             let include = format!("-I{libtorch}/include");
-            let library = compiled("src/ffi/graph_host.cpp", &["-O1".to_owned(), include]);
-            // SAFETY: its initialiser registers a fallback of a dispatch key that nobody else uses.
-            unsafe { Library::open(Some(&library.path().join("library.so")), RTLD_NOW | RTLD_LOCAL) }.unwrap()
+            compiled("src/ffi/graph_host.cpp", &["-O1".to_owned(), include])
         })
     }
 

@@ -17,8 +17,7 @@ impl Kernels {
             // As NVRTC is told.
             let flags = ["-O2", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", &define];
             let library = compiled("src/kernels/host.cpp", &flags.map(str::to_owned));
-            let emulated = Emulated::load(&library.path().join("library.so")).unwrap();
-            Kernels(Arc::new(Target::Emulated(emulated)))
+            Kernels(Arc::new(Target::Emulated(Emulated::new(library))))
         })
         .clone()
     }
